@@ -1,0 +1,159 @@
+"""The autograd Function of every additive method: which stages run in which order, and what is kept for backward.
+
+    Â, B̂ = fold(A, B, ...)            h = drop(x) Âᵀ
+    u = x Wᵀ + scale · h B̂ᵀ           y = c ⊙ u + bias
+
+Kept: x (the caller's own tensor, shared with sibling layers), h [T, R], Â and B̂ where they are not A and B themselves,
+vectors, and for DoRA u [T, N] (or y itself on request); of these only what the wanted gradients need.
+Derivations: docs/math.md.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from delora_kernels import ops
+from delora_kernels.call import Call
+from delora_kernels.frozen import FrozenLinear
+
+
+def run(call: Call) -> Tensor:
+    """The output [T, N] of `call`, differentiable once where a tensor of it requires grad."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in call):
+        return AdaptedLinear.apply(*call)
+    return _forward(call, keep_u=False).y
+
+
+class _Stages(NamedTuple):
+    """What the forward pass computed: y and u [T, N], h [T, R], the folded factors, their norms, DoRA's norm and c."""
+
+    x: Tensor
+    y: Tensor
+    u: Tensor
+    h: Tensor
+    A_hat: Tensor
+    B_hat: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    norm: Tensor | None
+    c: Tensor | None
+
+
+def _forward(call: Call, keep_u: bool) -> _Stages:
+    o = call.options
+    x = call.x.to(o.compute_dtype)
+    weight = FrozenLinear(call.weight).dense(o.compute_dtype)
+    a = b = norm = c = None
+    if call.lam is None:
+        A_hat, B_hat = call.A.to(o.rank_dtype), call.B.to(o.rank_dtype)
+    else:
+        A_hat, B_hat, a, b = ops.fold(
+            call.A, call.B, call.lam, call.weight_norm, call.frozen_A, call.frozen_B, call.frozen_lam,
+            o.eps, o.rank_dtype, o.backend,
+        )  # fmt: skip
+    if call.magnitude is not None:
+        norm = ops.row_norm(weight, A_hat, B_hat, o.scale, o.backend)
+        c = _divide(call.magnitude.to(norm.dtype), norm)
+    h = ops.project(x, A_hat, o.dropout_p, call.seed, o.backend)
+    u_dropout = (o.dropout_p, call.seed) if o.two_term else (0.0, None)
+    y, u = ops.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep_u, *u_dropout, o.backend)
+    return _Stages(x, y, u, h, A_hat, B_hat, a, b, norm, c)
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator; 0 where the denominator is 0: a row of zero norm has no direction to scale."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+class _Saved(NamedTuple):
+    """The tensors kept for backward; None where no wanted gradient needs them."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    h: Tensor | None
+    A_hat: Tensor | None
+    B_hat: Tensor | None
+    seed: Tensor | None
+    c: Tensor | None
+    u: Tensor | None
+    u_divisor: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    lam: Tensor | None
+    weight_norm: Tensor | None
+    frozen_B: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """y = c ⊙ (x Wᵀ + scale · drop(x) Âᵀ B̂ᵀ) + bias of one `Call`, and every gradient of it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        call = Call(*inputs)
+        need = Call(*ctx.needs_input_grad)
+        o = call.options
+        s = _forward(call, keep_u=bool(need.magnitude) and not o.save_output)
+
+        need_dv, need_dB_hat, folded = need.x or need.A, need.B or need.lam, call.lam is not None
+        u, u_divisor = (s.y, call.magnitude) if o.save_output else (s.u, s.norm)
+        saved = _Saved(
+            x=s.x if need.A or need.weight else None,
+            weight=call.weight if need.x else None,
+            h=s.h if need_dB_hat else None,
+            A_hat=s.A_hat if need.x else None,
+            B_hat=s.B_hat if need_dv else None,
+            seed=call.seed,
+            c=s.c,
+            u=u if need.magnitude else None,
+            u_divisor=u_divisor if need.magnitude else None,
+            A=call.A if folded else None,
+            B=call.B if folded else None,
+            lam=call.lam,
+            weight_norm=call.weight_norm,
+            frozen_B=call.frozen_B if need.lam and call.frozen_lam is None else None,
+            a=s.a,
+            b=s.b,
+        )
+        ctx.save_for_backward(*saved)
+        ctx.options, ctx.r = o, call.A.shape[0]
+        ctx.dtypes = Call(*(value.dtype if isinstance(value, Tensor) else None for value in call))
+        ctx.lam_shape = None if call.lam is None else call.lam.shape
+        return s.y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need, dtypes, o, saved = Call(*ctx.needs_input_grad), ctx.dtypes, ctx.options, _Saved(*ctx.saved_tensors)
+        grad: dict[str, Tensor] = {}
+        dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
+            dy, saved.h, saved.B_hat, o.scale, saved.c, saved.u, bool(need.bias), o.backend
+        )
+        if need.x:
+            weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
+            grad["x"] = ops.input_grad(
+                dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
+            )
+        if need.weight:
+            u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
+            grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
+        dA_hat = None
+        if need.A:
+            dA_hat = ops.project_backward(dv[:, : ctx.r], saved.x, o.scale, o.dropout_p, saved.seed, o.backend)
+        if saved.lam is None:
+            grad |= {"A": dA_hat, "B": dB_hat}
+        else:
+            dA, dB, dlam = ops.fold_backward(
+                dA_hat, dB_hat if saved.h is not None else None, saved.A, saved.B, saved.lam, saved.weight_norm,
+                saved.frozen_B, saved.a, saved.b, o.eps, o.backend,
+            )  # fmt: skip
+            grad |= {"A": dA, "B": dB}
+            if need.lam:
+                grad["lam"] = dlam.reshape(ctx.lam_shape)
+        if need.magnitude:
+            grad["magnitude"] = _divide(dy_dot_u, saved.u_divisor.to(dy_dot_u.dtype))
+        grad["bias"] = dy_sum
+        return tuple(grad[name].to(getattr(dtypes, name)) if wanted else None for name, wanted in need._asdict().items())

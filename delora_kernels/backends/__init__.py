@@ -1,0 +1,108 @@
+"""What runs where: the backends, the choice among them, and the reason when one can't run.
+
+A backend is a module with one function for each op of `ops.py` and `supports(call)`, which returns None or why not.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from delora_kernels.call import Call
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("triton", "cuda", "eager")
+"""Every backend name, in the order an automatic choice tries them."""
+
+ENVIRONMENT_VARIABLE = "DELORA_KERNELS_BACKEND"
+
+_MODULES = {"eager": "delora_kernels.backends.eager"}
+_logged: set[tuple[str, str]] = set()
+
+
+_requested: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def load(name: str) -> ModuleType:
+    """The module of the backend `name`, imported on first use."""
+    return importlib.import_module(_MODULES[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend `name` can't run on this machine at all, or None if it can."""
+    if name in _MODULES:
+        return None
+    return f"this version of delora_kernels has no {name} kernels"
+
+
+def reason_against(name: str, call: "Call") -> str | None:
+    """Why the backend `name` can't take `call`, or None if it can."""
+    return unavailable(name) or load(name).supports(call)
+
+
+def requested() -> str | None:
+    """The backend asked for by `use_backend` or by the environment variable, or None for an automatic choice."""
+    return None if _requested is None else _known(_requested, ENVIRONMENT_VARIABLE)
+
+
+def choose(call: "Call") -> str:
+    """The name of the backend that takes `call`.
+
+    Raises:
+        RuntimeError: the requested backend can't take the call; the text says why.
+    """
+    name = requested()
+    if name is not None:
+        reason = reason_against(name, call)
+        if reason is not None:
+            raise RuntimeError(
+                f"{call.method}: the backend {name!r} was requested but can't take this call: {reason}. "
+                f"Use use_backend('eager'), or leave the choice open."
+            )
+        return name
+    for name in NAMES:
+        reason = reason_against(name, call)
+        if reason is None:
+            return name
+        _log_once(name, reason)
+    raise RuntimeError(f"{call.method}: no backend takes this call")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call made inside the block on one backend, its backward pass too (process-wide, not per thread).
+
+    Args:
+        name: "eager", "triton" or "cuda". A call that the backend can't take raises instead of falling back.
+
+    Raises:
+        ValueError: `name` is no backend.
+        RuntimeError: the backend can't run on this machine; the text says why.
+    """
+    _known(name, "use_backend: name")
+    reason = unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"use_backend({name!r}): {reason}. `python -m delora_kernels` lists what runs here.")
+    global _requested
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def _known(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+def _log_once(name: str, reason: str) -> None:
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        logger.debug("backend %s not used: %s", name, reason)

@@ -1,0 +1,67 @@
+"""One adapted linear call as data: what functional.py builds, backends judge and adapted_linear.py runs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Everything about a call that is not a tensor.
+
+    Args:
+        method: Name of the public function, for messages.
+        scale: Factor of the rank-R term (LoRA's s); 1 for DeLoRA.
+        eps: Lower clamp of DeLoRA's norms; 0 for none.
+        dropout_p: Probability of dropping an element of the low-rank branch's input, in [0, 1).
+        two_term: PEFT's DoRA with dropout: the column scale acts on a frozen GEMM of the dropped input.
+        save_output: DoRA keeps its output for backward in place of a private tensor.
+        compute_dtype: Dtype of x, W and y inside the call; autocast's dtype under autocast.
+        rank_dtype: Dtype of Â, B̂ and every [T, R] tensor: the wider of compute_dtype and the factors' dtype.
+        backend: Name of the backend that runs the ops.
+    """
+
+    method: str
+    scale: float
+    eps: float
+    dropout_p: float
+    two_term: bool
+    save_output: bool
+    compute_dtype: torch.dtype
+    rank_dtype: torch.dtype
+    backend: str
+
+
+class Call(NamedTuple):
+    """The tensors of one call (the autograd Function's inputs, in this order) and its options.
+
+    Args:
+        x: [T, K], any float dtype; cast to compute_dtype as nn.Linear would under autocast.
+        weight: [N, K], the frozen weight; any strides.
+        bias: [N] or None.
+        A, B: [r, K], [N, r], the trainable factors.
+        magnitude: [N] for DoRA, else None.
+        lam: 0-d or [1] for DeLoRA, else None.
+        weight_norm: [K] or 0-d for DeLoRA, else None; a constant.
+        frozen_A, frozen_B, frozen_lam: DeLoRA's frozen start, constants; frozen_lam None: scaled by the live lam.
+        seed: 0-d int64 on x's device if dropout_p > 0, else None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    lam: Tensor | None
+    weight_norm: Tensor | None
+    frozen_A: Tensor | None
+    frozen_B: Tensor | None
+    frozen_lam: Tensor | None
+    seed: Tensor | None
+    options: Options
+
+    @property
+    def method(self) -> str:
+        """Name of the public function that was called."""
+        return self.options.method

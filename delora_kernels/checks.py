@@ -1,0 +1,144 @@
+"""What the public functions accept, and the one format of every error: argument, expectation, what came, what to do.
+
+Every check runs before anything is allocated or drawn.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(kind: type[Exception], function: str, argument: str, expected: str, got: object, remedy: str) -> Exception:
+    """The exception every check raises: `function: argument must be expected, got got; remedy`."""
+    return kind(f"{function}: {argument} must be {expected}, got {got}; {remedy}")
+
+
+def tensor(function: str, argument: str, value: Any) -> Tensor:
+    """Check that `value` is a float tensor with data."""
+    if not isinstance(value, Tensor):
+        raise fail(TypeError, function, argument, "a torch.Tensor", type(value).__name__, "pass a tensor")
+    if value.dtype not in FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise fail(TypeError, function, argument, f"one of {names}", value.dtype, "convert it, or dequantise it first")
+    if value.layout != torch.strided:
+        raise fail(TypeError, function, argument, "dense (torch.strided)", value.layout, "call .to_dense()")
+    if value.is_meta:
+        raise fail(ValueError, function, argument, "a tensor with data", "a meta tensor", "load or initialise it first")
+    return value
+
+
+def shape(function: str, argument: str, value: Tensor, expected: tuple[int, ...], letters: str, remedy: str) -> None:
+    """Check an exact shape; `letters` names its dimensions, as in "[N, K]"."""
+    if tuple(value.shape) != expected:
+        raise fail(ValueError, function, argument, f"{letters} = {list(expected)}", list(value.shape), remedy)
+
+
+def matrix(function: str, argument: str, value: Any, letters: str) -> Tensor:
+    """Check that `value` is a float matrix."""
+    value = tensor(function, argument, value)
+    if value.dim() != 2:
+        raise fail(ValueError, function, argument, f"2-D {letters}", f"shape {list(value.shape)}", "pass a matrix")
+    return value
+
+
+def same_device(function: str, argument: str, value: Tensor, x: Tensor) -> None:
+    """Check that a tensor lives where x lives."""
+    if value.device != x.device:
+        raise fail(ValueError, function, argument, f"on x's device {x.device}", value.device, f"move it to {x.device}")
+
+
+def constant(function: str, argument: str, value: Tensor) -> None:
+    """Check that a tensor the method defines as constant asks for no gradient."""
+    if value.requires_grad:
+        raise fail(ValueError, function, argument, "a constant", "a tensor that requires grad", "pass .detach()")
+
+
+def number(function: str, argument: str, value: Any) -> float:
+    """Check a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise fail(TypeError, function, argument, "a number", type(value).__name__, "pass a float")
+    if not math.isfinite(value):
+        raise fail(ValueError, function, argument, "finite", value, "pass a finite float")
+    return float(value)
+
+
+def not_negative(function: str, argument: str, value: Any) -> float:
+    """Check a finite number ≥ 0."""
+    value = number(function, argument, value)
+    if value < 0:
+        raise fail(ValueError, function, argument, "≥ 0", value, "0 means no clamp")
+    return value
+
+
+def probability(function: str, value: Any) -> float:
+    """Check a dropout probability, in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise fail(TypeError, function, "dropout_p", "a number", type(value).__name__, "pass a float in [0, 1)")
+    if not 0.0 <= value < 1.0:  # NaN fails too
+        raise fail(ValueError, function, "dropout_p", "in [0, 1)", value, "pass the probability of dropping an element")
+    return float(value)
+
+
+def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Check a named option."""
+    if value not in choices:
+        raise fail(ValueError, function, argument, f"one of {choices}", repr(value), "pick one of them")
+    return str(value)
+
+
+def base(function: str, x: Any, weight: Any, bias: Any, autocast: bool) -> None:
+    """Check x [..., K], weight [N, K] and bias [N] against each other."""
+    x, weight = tensor(function, "x", x), matrix(function, "weight", weight, "[N, K]")
+    same_device(function, "weight", weight, x)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        expected = f"[..., K] with K = {weight.shape[1]}, weight's columns"
+        raise fail(ValueError, function, "x", expected, f"shape {list(x.shape)}", "weight is [N, K] as in nn.Linear")
+    if x.dtype != weight.dtype and not autocast:
+        raise fail(TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast")
+    if bias is not None:
+        bias = tensor(function, "bias", bias)
+        shape(function, "bias", bias, (weight.shape[0],), "[N]", "pass one value for each row of weight, or None")
+        same_device(function, "bias", bias, x)
+
+
+def factors(function: str, x: Tensor, weight: Tensor, A: Any, B: Any, names: tuple[str, str] = ("A", "B")) -> None:
+    """Check a low-rank pair: A [r, K] and B [N, r] with r ≥ 1."""
+    A, B = matrix(function, names[0], A, "[r, K]"), matrix(function, names[1], B, "[N, r]")
+    if A.shape[0] == 0:
+        raise fail(ValueError, function, names[0], "[r, K] with r ≥ 1", list(A.shape), "use the frozen linear alone")
+    shape(function, names[0], A, (A.shape[0], weight.shape[1]), "[r, K]", "K is weight's number of columns")
+    shape(function, names[1], B, (weight.shape[0], A.shape[0]), "[N, r]", f"r is {names[0]}'s number of rows")
+    for name, value in zip(names, (A, B), strict=True):
+        same_device(function, name, value, x)
+
+
+def scalar_tensor(function: str, argument: str, value: Any, x: Tensor) -> Tensor:
+    """Check a number or a 0-d or [1] tensor on x's device, and return it as a tensor."""
+    if not isinstance(value, Tensor):
+        return torch.full((), number(function, argument, value), dtype=torch.float64, device=x.device)
+    value = tensor(function, argument, value)
+    if value.numel() != 1 or value.dim() > 1:
+        raise fail(ValueError, function, argument, "a number, 0-d or [1]", f"shape {list(value.shape)}", "pass one value")
+    same_device(function, argument, value, x)
+    return value
+
+
+def seed(function: str, value: Any, x: Tensor) -> Tensor:
+    """The dropout seed as a 0-d int64 tensor on x's device; None draws it from torch's generator of that device."""
+    if value is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            got = f"{value.dtype} of shape {list(value.shape)}"
+            raise fail(TypeError, function, "seed", "an int or a 0-d int64 tensor", got, "pass torch.tensor(seed)")
+        same_device(function, "seed", value, x)
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise fail(TypeError, function, "seed", "an int or a 0-d int64 tensor", type(value).__name__, "pass an int")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise fail(ValueError, function, "seed", "a 64-bit signed integer", value, "reduce it modulo 2⁶³")
+    return torch.full((), value, dtype=torch.int64, device=x.device)

@@ -1,0 +1,68 @@
+"""The frozen base linear as an object: a plain dense weight today; a base that is stored otherwise extends it here."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenLinear(NamedTuple):
+    """y = x Wᵀ + bias with a weight that the adapter never writes.
+
+    Args:
+        weight: [N, K], any float dtype and strides.
+        bias: [N] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "FrozenLinear | str":
+        """The base inside `module`, or the reason why it can't be read.
+
+        Only an unhooked nn.Linear or Transformers Conv1D (whose weight is [K, N], seen here as its transpose) with a
+        plain local tensor is read: whatever a subclass, hook or shard adds would be lost.
+        """
+        kind = type(module)
+        is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+        if kind is not nn.Linear and not is_conv1d:
+            return f"the base layer is {kind.__module__}.{kind.__qualname__}, not nn.Linear or Transformers' Conv1D"
+        reason = why_not_plain(module, "base layer")
+        if reason is not None:
+            return reason
+        weight, bias = module.weight, module.bias
+        reason = why_not_local(weight, "base weight") or (None if bias is None else why_not_local(bias, "base bias"))
+        if reason is not None:
+            return reason
+        return cls(weight.t() if is_conv1d else weight, bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in `dtype`: itself where that is its dtype, else a copy that nobody keeps."""
+        return self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The frozen output x Wᵀ + bias, [..., K] → [..., N]."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def why_not_plain(module: nn.Module, name: str) -> str | None:
+    """Why calling `module` may do more than its class says (hooks, a patched forward), or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"the {name} has hooks"
+    if "forward" in module.__dict__:
+        return f"the {name} has a forward of its own"
+    return None
+
+
+def why_not_local(tensor: Tensor, name: str) -> str | None:
+    """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"the {name} is a {type(tensor).__name__}"
+    if not tensor.is_floating_point():
+        return f"the {name} has dtype {tensor.dtype}"
+    if tensor.is_meta:
+        return f"the {name} is on the meta device"
+    if tensor.numel() == 0:
+        return f"the {name} is empty (sharded away, or a layer without features)"
+    return None

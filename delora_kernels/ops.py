@@ -1,0 +1,168 @@
+"""Schemas of the primitive ops and their fakes: the contract every backend meets.
+
+An op is one stage of the equation in docs/math.md, on 2-D tensors, with no autograd of its own:
+`adapted_linear.py` decides which stages run in which order. Letters: T tokens, K in-features, N out-features,
+R total rank, r trainable rank. `acc` is float64 for float64 tensors and float32 for everything else.
+
+The last argument of every op names the backend that runs it, so that a backward pass runs on the backend of
+its forward pass, also after `use_backend` has been left and also inside a compiled graph.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import backends
+
+NAMESPACE = "delora_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums, norms and small gradients for tensors of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _register(schema: str, fake: Callable[..., Outputs]) -> Any:
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def run(*args: Any) -> Outputs:
+        kernel = getattr(backends.load(args[-1]), name)
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if torch.is_autocast_enabled(device):  # the stages choose every dtype themselves
+            with torch.autocast(device, enabled=False):
+                return kernel(*args[:-1])
+        return kernel(*args[:-1])
+
+    def refuse_autograd(*args: Any) -> Outputs:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} has no autograd formula of its own: call the functions of "
+                "delora_kernels.functional, or delora_kernels.reference for second derivatives"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.default(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, refuse_autograd, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]))
+    return op.default
+
+
+def _acc(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=accumulate_dtype(like.dtype))
+
+
+def _fold_fake(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor, frozen_A: Tensor | None, frozen_B: Tensor | None,
+               frozen_lam: Tensor | None, eps: float, dtype: torch.dtype) -> Outputs:  # fmt: skip
+    R = A.shape[0] + (0 if frozen_A is None else frozen_A.shape[0])
+    A_hat = A.new_empty((R, A.shape[1]), dtype=dtype)
+    return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A, R), _acc(B, R)
+
+
+fold = _register(
+    "fold(Tensor A, Tensor B, Tensor lam, Tensor weight_norm, Tensor? frozen_A, Tensor? frozen_B, Tensor? frozen_lam,"
+    " float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fold_fake,
+)
+"""DeLoRA's normalisation, O(R(K+N)): → Â [R, K], B̂ [N, R] in `dtype`, row norms a [R], column norms b [R] (acc).
+
+Â = diag(1/max(a, eps)) A diag(n),  B̂ = B diag(λ / (r max(b, eps))); a frozen start is stacked behind with −λ.
+"""
+
+
+def _fold_backward_fake(dA_hat: Tensor | None, dB_hat: Tensor | None, A: Tensor, B: Tensor, *_: Any) -> Outputs:
+    dA = A.new_empty(0 if dA_hat is None else A.shape)
+    dB = B.new_empty(0 if dB_hat is None else B.shape)
+    return dA, dB, _acc(B, 0 if dB_hat is None else 1)
+
+
+fold_backward = _register(
+    "fold_backward(Tensor? dA_hat, Tensor? dB_hat, Tensor A, Tensor B, Tensor lam, Tensor weight_norm,"
+    " Tensor? frozen_B, Tensor a, Tensor b, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    _fold_backward_fake,
+)
+"""The inverse of fold for gradients: dÂ [r, K], dB̂ [N, R] (acc) → dA, dB in the factors' dtypes, dλ [1] (acc).
+
+dA_i ⟂ A_i and dB_i ⟂ B_i wherever the clamp is not active. `frozen_B` is passed where the live λ scales the frozen
+start too and dλ is wanted. A gradient that is None gives an output of size 0.
+"""
+
+row_norm = _register(
+    "row_norm(Tensor weight, Tensor A_hat, Tensor B_hat, float scale, str backend) -> Tensor",
+    lambda weight, A_hat, B_hat, scale: _acc(weight, weight.shape[0]),
+)
+"""DoRA's norm: ‖W_o + scale · B̂_o Â‖₂ of every row o → [N] (acc); the N×K sum is never materialised whole."""
+
+project = _register(
+    "project(Tensor x, Tensor A_hat, float dropout_p, Tensor? seed, str backend) -> Tensor",
+    lambda x, A_hat, dropout_p, seed: A_hat.new_empty((x.shape[0], A_hat.shape[0])),
+)
+"""h = drop(x) Âᵀ → [T, R] in Â's dtype; reads x once."""
+
+expand = _register(
+    "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, bool keep_u,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    lambda x, weight, bias, h, B_hat, scale, c, keep_u, dropout_p, seed: (
+        x.new_empty((x.shape[0], weight.shape[0])),
+        x.new_empty((x.shape[0], weight.shape[0]) if keep_u else 0),
+    ),
+)
+"""y = c ⊙ u + bias with u = x Wᵀ + scale · h B̂ᵀ → y [T, N], and u [T, N] if `keep_u` (else size 0).
+
+dropout_p > 0 asks for PEFT's two-term DoRA: u is computed from drop(x), and y = (x − drop(x)) Wᵀ + c ⊙ u + bias.
+"""
+
+expand_backward = _register(
+    "expand_backward(Tensor dy, Tensor? h, Tensor? B_hat, float scale, Tensor? c, Tensor? u, bool need_bias,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, h, B_hat, scale, c, u, need_bias: (
+        dy.new_empty(0) if B_hat is None else B_hat.new_empty((dy.shape[0], B_hat.shape[1])),
+        _acc(dy, 0) if h is None else _acc(h, dy.shape[1], h.shape[1]),
+        _acc(dy, 0 if u is None else dy.shape[1]),
+        _acc(dy, dy.shape[1] if need_bias else 0),
+    ),
+)
+"""All that one read of dy gives: dv = dy (c ⊙ B̂) [T, R], dB̂ = scale · c ⊙ (dyᵀ h) [N, R] (acc),
+Σ_t dy ⊙ u [N] (acc), Σ_t dy [N] (acc). What is not asked for (B̂, h, u None; need_bias False) has size 0.
+"""
+
+input_grad = _register(
+    "input_grad(Tensor dy, Tensor weight, Tensor dv, Tensor A_hat, float scale, Tensor? c, float dropout_p,"
+    " Tensor? seed, bool two_term, str backend) -> Tensor",
+    lambda dy, weight, dv, A_hat, scale, c, dropout_p, seed, two_term: dy.new_empty((dy.shape[0], weight.shape[1])),
+)
+"""dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer.
+
+`two_term`: dx = dy W + drop((dy ⊙ (c − 1)) W + scale · dv Â), the gradient of PEFT's DoRA with dropout.
+"""
+
+project_backward = _register(
+    "project_backward(Tensor dv, Tensor x, float scale, float dropout_p, Tensor? seed, str backend) -> Tensor",
+    lambda dv, x, scale, dropout_p, seed: _acc(dv, dv.shape[1], x.shape[1]),
+)
+"""dÂ = scale · dvᵀ drop(x) → [R, K] (acc); reads x once."""
+
+weight_grad = _register(
+    "weight_grad(Tensor dy, Tensor x, Tensor? c, float dropout_p, Tensor? seed, str backend) -> Tensor",
+    lambda dy, x, c, dropout_p, seed: dy.new_empty((dy.shape[1], x.shape[1])),
+)
+"""dW = c ⊙ (dyᵀ x) → [N, K] in dy's dtype, for a base that trains too; dropout_p > 0: dyᵀ (x − drop(x)) + c ⊙ dyᵀ drop(x)."""
+
+dropout_mask = _register(
+    "dropout_mask(int T, int K, float dropout_p, Tensor seed, str backend) -> Tensor",
+    lambda T, K, dropout_p, seed: seed.new_empty((T, K), dtype=torch.bool),
+)
+"""The elements of a [T, K] input that dropout keeps, as the other ops decide them from the same seed."""
+
+NAMES = (
+    "fold", "fold_backward", "row_norm", "project", "expand", "expand_backward", "input_grad", "project_backward",
+    "weight_grad", "dropout_mask",
+)  # fmt: skip
+"""Every op of the contract."""

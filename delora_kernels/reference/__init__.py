@@ -1,0 +1,15 @@
+"""The specification: every method in plain eager torch, differentiable by autograd, one file of maths per method.
+
+Names and arguments are those of `delora_kernels.functional`, with `dropout_mask=` (the mask itself) in place of
+`dropout_p=` and `seed=`. Nothing here checks arguments, saves memory or imports the rest of the package. All tensors of
+a call share one float dtype; float64 is what tests compare with. `*_weight` materialises the same linear map as one
+matrix W' `[N, K]`, by a second formula: y = x W'ᵀ + bias.
+
+Letters: T tokens (all leading dimensions of x), K in-features, N out-features, r rank. `⊙` broadcasts a vector.
+"""
+
+from delora_kernels.reference.delora import delora_linear, delora_weight
+from delora_kernels.reference.dora import dora_linear, dora_weight
+from delora_kernels.reference.lora import lora_linear, lora_weight
+
+__all__ = ["delora_linear", "delora_weight", "dora_linear", "dora_weight", "lora_linear", "lora_weight"]

@@ -1,0 +1,59 @@
+"""LoRA: a frozen linear plus a trainable product of two thin matrices.
+
+    W' = W + s · B A
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), equation 3; s = alpha / r there
+(section 4.1). rsLoRA is the same map with s = alpha / √r: Kalajdzievski (arXiv:2312.03732).
+"""
+
+import torch
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear with a low-rank update.
+
+        y = x Wᵀ + s · (x ⊙ mask) Aᵀ Bᵀ + bias
+
+    Args:
+        x: `[..., K]`, any float dtype, which all tensors share.
+        weight: W, `[N, K]`, nn.Linear's layout.
+        A: `[r, K]`.
+        B: `[N, r]`.
+        scale: s: alpha / r for LoRA, alpha / √r for rsLoRA.
+        bias: `[N]` or None.
+        dropout_mask: `[T, K]` with entries 0 or 1 / (1 − p), on the input of the low-rank branch; None: no dropout.
+
+    Returns:
+        y, `[..., N]`.
+
+    Source: arXiv:2106.09685, equation 3.
+    """
+    dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
+    y = x @ weight.T + scale * (dropped @ A.T) @ B.T
+    return y if bias is None else y + bias
+
+
+def lora_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """The matrix `lora_linear` applies when nothing is dropped.
+
+        W'[n, k] = W[n, k] + s · Σᵢ B[n, i] A[i, k]
+
+    Args:
+        weight, A, B, scale: as in `lora_linear`.
+
+    Returns:
+        W', `[N, K]`.
+
+    Source: arXiv:2106.09685, equation 3.
+    """
+    return weight + scale * torch.einsum("ni,ik->nk", B, A)
