@@ -4,7 +4,7 @@
     u = x Wᵀ + scale · h B̂ᵀ           y = c ⊙ u + bias
 
 Kept: x (the caller's own tensor, shared with sibling layers), h [T, R], Â and B̂ where they are not A and B themselves,
-vectors, and for DoRA u [T, N] (or y itself on request); of these only what the wanted gradients need.
+vectors, and for DoRA one [T, N] tensor (or y itself on request); of these only what the wanted gradients need.
 Derivations: docs/math.md.
 """
 
@@ -23,15 +23,15 @@ def run(call: Call) -> Tensor:
     """The output [T, N] of `call`, differentiable once where a tensor of it requires grad."""
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in call):
         return AdaptedLinear.apply(*call)
-    return _forward(call, keep_u=False).y
+    return _forward(call, keep=False).y
 
 
 class _Stages(NamedTuple):
-    """What the forward pass computed: y and u [T, N], h [T, R], the folded factors, their norms, DoRA's norm and c."""
+    """What the forward pass computed: y and what DoRA keeps [T, N], h [T, R], the folded factors, their norms, DoRA's norm and c."""
 
     x: Tensor
     y: Tensor
-    u: Tensor
+    kept: Tensor
     h: Tensor
     A_hat: Tensor
     B_hat: Tensor
@@ -41,7 +41,7 @@ class _Stages(NamedTuple):
     c: Tensor | None
 
 
-def _forward(call: Call, keep_u: bool) -> _Stages:
+def _forward(call: Call, keep: bool) -> _Stages:
     o = call.options
     x = call.x.to(o.compute_dtype)
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
@@ -50,16 +50,24 @@ def _forward(call: Call, keep_u: bool) -> _Stages:
         A_hat, B_hat = call.A.to(o.rank_dtype), call.B.to(o.rank_dtype)
     else:
         A_hat, B_hat, a, b = ops.fold(
-            call.A, call.B, call.lam, call.weight_norm, call.frozen_A, call.frozen_B, call.frozen_lam,
-            o.eps, o.rank_dtype, o.backend,
-        )  # fmt: skip
+            call.A,
+            call.B,
+            call.lam,
+            call.weight_norm,
+            call.frozen_A,
+            call.frozen_B,
+            call.frozen_lam,
+            o.eps,
+            o.rank_dtype,
+            o.backend,
+        )
     if call.magnitude is not None:
         norm = ops.row_norm(weight, A_hat, B_hat, o.scale, o.backend)
         c = _divide(call.magnitude.to(norm.dtype), norm)
     h = ops.project(x, A_hat, o.dropout_p, call.seed, o.backend)
     u_dropout = (o.dropout_p, call.seed) if o.two_term else (0.0, None)
-    y, u = ops.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep_u, *u_dropout, o.backend)
-    return _Stages(x, y, u, h, A_hat, B_hat, a, b, norm, c)
+    y, kept = ops.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep, *u_dropout, o.backend)
+    return _Stages(x, y, kept, h, A_hat, B_hat, a, b, norm, c)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -77,8 +85,8 @@ class _Saved(NamedTuple):
     B_hat: Tensor | None
     seed: Tensor | None
     c: Tensor | None
-    u: Tensor | None
-    u_divisor: Tensor | None
+    kept: Tensor | None
+    kept_divisor: Tensor | None
     A: Tensor | None
     B: Tensor | None
     lam: Tensor | None
@@ -96,10 +104,11 @@ class AdaptedLinear(torch.autograd.Function):
         call = Call(*inputs)
         need = Call(*ctx.needs_input_grad)
         o = call.options
-        s = _forward(call, keep_u=bool(need.magnitude) and not o.save_output)
+        s = _forward(call, keep=bool(need.magnitude) and not o.save_output)
 
-        need_dv, need_dB_hat, folded = need.x or need.A, need.B or need.lam, call.lam is not None
-        u, u_divisor = (s.y, call.magnitude) if o.save_output else (s.u, s.norm)
+        need_dv, need_dB_hat = need.x or need.A or need.magnitude, need.B or need.lam or need.magnitude
+        folded = call.lam is not None
+        kept, kept_divisor = (s.y, call.magnitude) if o.save_output else (s.kept, s.norm)
         saved = _Saved(
             x=s.x if need.A or need.weight else None,
             weight=call.weight if need.x else None,
@@ -108,8 +117,8 @@ class AdaptedLinear(torch.autograd.Function):
             B_hat=s.B_hat if need_dv else None,
             seed=call.seed,
             c=s.c,
-            u=u if need.magnitude else None,
-            u_divisor=u_divisor if need.magnitude else None,
+            kept=kept if need.magnitude else None,
+            kept_divisor=kept_divisor if need.magnitude else None,
             A=call.A if folded else None,
             B=call.B if folded else None,
             lam=call.lam,
@@ -130,7 +139,7 @@ class AdaptedLinear(torch.autograd.Function):
         need, dtypes, o, saved = Call(*ctx.needs_input_grad), ctx.dtypes, ctx.options, _Saved(*ctx.saved_tensors)
         grad: dict[str, Tensor] = {}
         dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
-            dy, saved.h, saved.B_hat, o.scale, saved.c, saved.u, bool(need.bias), o.backend
+            dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
         )
         if need.x:
             weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
@@ -147,13 +156,24 @@ class AdaptedLinear(torch.autograd.Function):
             grad |= {"A": dA_hat, "B": dB_hat}
         else:
             dA, dB, dlam = ops.fold_backward(
-                dA_hat, dB_hat if saved.h is not None else None, saved.A, saved.B, saved.lam, saved.weight_norm,
-                saved.frozen_B, saved.a, saved.b, o.eps, o.backend,
-            )  # fmt: skip
+                dA_hat,
+                dB_hat if saved.h is not None else None,
+                saved.A,
+                saved.B,
+                saved.lam,
+                saved.weight_norm,
+                saved.frozen_B,
+                saved.a,
+                saved.b,
+                o.eps,
+                o.backend,
+            )
             grad |= {"A": dA, "B": dB}
             if need.lam:
                 grad["lam"] = dlam.reshape(ctx.lam_shape)
         if need.magnitude:
-            grad["magnitude"] = _divide(dy_dot_u, saved.u_divisor.to(dy_dot_u.dtype))
+            grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
         grad["bias"] = dy_sum
-        return tuple(grad[name].to(getattr(dtypes, name)) if wanted else None for name, wanted in need._asdict().items())
+        return tuple(
+            grad[name].to(getattr(dtypes, name)) if wanted else None for name, wanted in need._asdict().items()
+        )

@@ -61,7 +61,7 @@ def number(function: str, argument: str, value: Any) -> float:
     """Check a finite real number."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise fail(TypeError, function, argument, "a number", type(value).__name__, "pass a float")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite does not trace
         raise fail(ValueError, function, argument, "finite", value, "pass a finite float")
     return float(value)
 
@@ -98,7 +98,9 @@ def base(function: str, x: Any, weight: Any, bias: Any, autocast: bool) -> None:
         expected = f"[..., K] with K = {weight.shape[1]}, weight's columns"
         raise fail(ValueError, function, "x", expected, f"shape {list(x.shape)}", "weight is [N, K] as in nn.Linear")
     if x.dtype != weight.dtype and not autocast:
-        raise fail(TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast")
+        raise fail(
+            TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast"
+        )
     if bias is not None:
         bias = tensor(function, "bias", bias)
         shape(function, "bias", bias, (weight.shape[0],), "[N]", "pass one value for each row of weight, or None")
@@ -122,7 +124,9 @@ def scalar_tensor(function: str, argument: str, value: Any, x: Tensor) -> Tensor
         return torch.full((), number(function, argument, value), dtype=torch.float64, device=x.device)
     value = tensor(function, argument, value)
     if value.numel() != 1 or value.dim() > 1:
-        raise fail(ValueError, function, argument, "a number, 0-d or [1]", f"shape {list(value.shape)}", "pass one value")
+        raise fail(
+            ValueError, function, argument, "a number, 0-d or [1]", f"shape {list(value.shape)}", "pass one value"
+        )
     same_device(function, argument, value, x)
     return value
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from delora_kernels.checks import FLOATS
+
 
 class FrozenLinear(NamedTuple):
     """y = x Wᵀ + bias with a weight that the adapter never writes.
@@ -59,7 +61,7 @@ def why_not_local(tensor: Tensor, name: str) -> str | None:
     """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"the {name} is a {type(tensor).__name__}"
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         return f"the {name} has dtype {tensor.dtype}"
     if tensor.is_meta:
         return f"the {name} is on the meta device"

@@ -16,8 +16,17 @@ from delora_kernels import adapted_linear, backends, checks
 from delora_kernels.call import Call, Options
 
 
-def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, bias: Tensor | None = None, *,
-                dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:  # fmt: skip
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
     """A frozen linear with a low-rank update.
 
         y = x Wᵀ + scale · drop(x) Aᵀ Bᵀ + bias
@@ -46,9 +55,20 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float = 
     return _run(_lora_call(x, weight, A, B, scale, bias, dropout_p=dropout_p, seed=seed), x)
 
 
-def dora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float = 1.0,
-                bias: Tensor | None = None, *, dropout_p: float = 0.0, seed: int | Tensor | None = None,
-                dropout: str = "peft", saved: str = "private") -> Tensor:  # fmt: skip
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    dropout: str = "peft",
+    saved: str = "private",
+) -> Tensor:
     """A frozen linear whose updated weight rows are rescaled to learned magnitudes.
 
         y = c ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias,   c = magnitude / ‖W + scale · B A‖ by rows, the norm detached
@@ -80,15 +100,28 @@ def dora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tens
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and section 4.3.
     """
-    call = _dora_call(x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout,
-                      saved=saved)  # fmt: skip
+    call = _dora_call(
+        x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout, saved=saved
+    )
     return _run(call, x)
 
 
-def delora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, lam: Tensor | float, weight_norm: Tensor | float,
-                  bias: Tensor | None = None, *, frozen_A: Tensor | None = None, frozen_B: Tensor | None = None,
-                  frozen_lam: Tensor | float | None = None, eps: float = 1e-4, dropout_p: float = 0.0,
-                  seed: int | Tensor | None = None) -> Tensor:  # fmt: skip
+def delora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor | float,
+    weight_norm: Tensor | float,
+    bias: Tensor | None = None,
+    *,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    frozen_lam: Tensor | float | None = None,
+    eps: float = 1e-4,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
     """A frozen linear with a normalised low-rank update of bounded norm: angle and strength learn apart.
 
         y = x Wᵀ + drop(x) Âᵀ B̂ᵀ + bias,   Â = diag(1/‖A_i‖) A diag(n),   B̂ = B diag(λ / (r ‖B_i‖))
@@ -121,20 +154,46 @@ def delora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, lam: Tensor |
 
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-9.
     """
-    call = _delora_call(x, weight, A, B, lam, weight_norm, bias, frozen_A=frozen_A, frozen_B=frozen_B,
-                        frozen_lam=frozen_lam, eps=eps, dropout_p=dropout_p, seed=seed)  # fmt: skip
+    call = _delora_call(
+        x,
+        weight,
+        A,
+        B,
+        lam,
+        weight_norm,
+        bias,
+        frozen_A=frozen_A,
+        frozen_B=frozen_B,
+        frozen_lam=frozen_lam,
+        eps=eps,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
     return _run(call, x)
 
 
-def _lora_call(x: Any, weight: Any, A: Any, B: Any, scale: Any = 1.0, bias: Any = None, *, dropout_p: Any = 0.0,
-               seed: Any = None) -> Call:  # fmt: skip
+def _lora_call(
+    x: Any, weight: Any, A: Any, B: Any, scale: Any = 1.0, bias: Any = None, *, dropout_p: Any = 0.0, seed: Any = None
+) -> Call:
     name = "lora_linear"
     _check(name, x, weight, bias, A, B)
     return _call(name, x, weight, bias, A, B, scale=checks.number(name, "scale", scale), dropout_p=dropout_p, seed=seed)
 
 
-def _dora_call(x: Any, weight: Any, A: Any, B: Any, magnitude: Any, scale: Any = 1.0, bias: Any = None, *,
-               dropout_p: Any = 0.0, seed: Any = None, dropout: Any = "peft", saved: Any = "private") -> Call:  # fmt: skip
+def _dora_call(
+    x: Any,
+    weight: Any,
+    A: Any,
+    B: Any,
+    magnitude: Any,
+    scale: Any = 1.0,
+    bias: Any = None,
+    *,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    dropout: Any = "peft",
+    saved: Any = "private",
+) -> Call:
     name = "dora_linear"
     _check(name, x, weight, bias, A, B)
     magnitude = checks.tensor(name, "magnitude", magnitude)
@@ -145,14 +204,41 @@ def _dora_call(x: Any, weight: Any, A: Any, B: Any, magnitude: Any, scale: Any =
     two_term = two_term and checks.probability(name, dropout_p) > 0
     if save_output and (bias is not None or two_term):
         got = "a bias" if bias is not None else "dropout='peft' with dropout_p > 0"
-        raise checks.fail(ValueError, name, "saved", "'private' here", f"'output' with {got}", "y does not hold c ⊙ u then")
-    return _call(name, x, weight, bias, A, B, magnitude=magnitude, scale=checks.number(name, "scale", scale),
-                 dropout_p=dropout_p, seed=seed, two_term=two_term, save_output=save_output)  # fmt: skip
+        raise checks.fail(
+            ValueError, name, "saved", "'private' here", f"'output' with {got}", "y does not hold c ⊙ u then"
+        )
+    return _call(
+        name,
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        magnitude=magnitude,
+        scale=checks.number(name, "scale", scale),
+        dropout_p=dropout_p,
+        seed=seed,
+        two_term=two_term,
+        save_output=save_output,
+    )
 
 
-def _delora_call(x: Any, weight: Any, A: Any, B: Any, lam: Any, weight_norm: Any, bias: Any = None, *,
-                 frozen_A: Any = None, frozen_B: Any = None, frozen_lam: Any = None, eps: Any = 1e-4,
-                 dropout_p: Any = 0.0, seed: Any = None) -> Call:  # fmt: skip
+def _delora_call(
+    x: Any,
+    weight: Any,
+    A: Any,
+    B: Any,
+    lam: Any,
+    weight_norm: Any,
+    bias: Any = None,
+    *,
+    frozen_A: Any = None,
+    frozen_B: Any = None,
+    frozen_lam: Any = None,
+    eps: Any = 1e-4,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+) -> Call:
     name = "delora_linear"
     _check(name, x, weight, bias, A, B)
     lam = checks.scalar_tensor(name, "lam", lam, x)
@@ -166,20 +252,39 @@ def _delora_call(x: Any, weight: Any, A: Any, B: Any, lam: Any, weight_norm: Any
     checks.constant(name, "weight_norm", weight_norm)
     if (frozen_A is None) != (frozen_B is None):
         missing = "frozen_A" if frozen_A is None else "frozen_B"
-        raise checks.fail(ValueError, name, missing, "a tensor", "None", "a frozen start needs both frozen_A and frozen_B")
+        raise checks.fail(
+            ValueError, name, missing, "a tensor", "None", "a frozen start needs both frozen_A and frozen_B"
+        )
     if frozen_A is not None:
         checks.factors(name, x, weight, frozen_A, frozen_B, ("frozen_A", "frozen_B"))
         checks.constant(name, "frozen_A", frozen_A)
         checks.constant(name, "frozen_B", frozen_B)
     if frozen_lam is not None:
         if frozen_A is None:
-            raise checks.fail(ValueError, name, "frozen_lam", "None", "a value", "it scales frozen_A and frozen_B: pass them")
+            raise checks.fail(
+                ValueError, name, "frozen_lam", "None", "a value", "it scales frozen_A and frozen_B: pass them"
+            )
         frozen_lam = checks.scalar_tensor(name, "frozen_lam", frozen_lam, x)
         checks.constant(name, "frozen_lam", frozen_lam)
-    return _call(name, x, weight, bias, A, B, lam=lam, weight_norm=weight_norm, frozen_A=frozen_A, frozen_B=frozen_B,
-                 frozen_lam=frozen_lam, eps=checks.not_negative(name, "eps", eps), dropout_p=dropout_p,
-                 seed=seed)  # fmt: skip
+    return _call(
+        name,
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        lam=lam,
+        weight_norm=weight_norm,
+        frozen_A=frozen_A,
+        frozen_B=frozen_B,
+        frozen_lam=frozen_lam,
+        eps=checks.not_negative(name, "eps", eps),
+        dropout_p=dropout_p,
+        seed=seed,
+    )
 
+
+backends.load("eager")
 
 CALLS = {"lora_linear": _lora_call, "dora_linear": _dora_call, "delora_linear": _delora_call}
 """Public function name → what checks its arguments and turns them into a `Call`."""
@@ -192,19 +297,48 @@ def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
     checks.factors(name, x, weight, A, B)
 
 
-def _call(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, dropout_p: Any,
-          seed: Any, scale: float = 1.0, magnitude: Tensor | None = None, lam: Tensor | None = None,
-          weight_norm: Tensor | None = None, frozen_A: Tensor | None = None, frozen_B: Tensor | None = None,
-          frozen_lam: Tensor | None = None, eps: float = 0.0, two_term: bool = False,
-          save_output: bool = False) -> Call:  # fmt: skip
+def _call(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout_p: Any,
+    seed: Any,
+    scale: float = 1.0,
+    magnitude: Tensor | None = None,
+    lam: Tensor | None = None,
+    weight_norm: Tensor | None = None,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    frozen_lam: Tensor | None = None,
+    eps: float = 0.0,
+    two_term: bool = False,
+    save_output: bool = False,
+) -> Call:
     dropout_p = checks.probability(name, dropout_p)
     compute_dtype = rank_dtype = _compute_dtype(x)
     if compute_dtype == x.dtype == weight.dtype and not _autocast(x):
         rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
     seed = checks.seed(name, seed, x) if dropout_p > 0 else None
     options = Options(name, scale, eps, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
-    call = Call(x.reshape(-1, x.shape[-1]), weight, bias, A, B, magnitude, lam, weight_norm, frozen_A, frozen_B,
-                frozen_lam, seed, options)  # fmt: skip
+    call = Call(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        A,
+        B,
+        magnitude,
+        lam,
+        weight_norm,
+        frozen_A,
+        frozen_B,
+        frozen_lam,
+        seed,
+        options,
+    )
     return call._replace(options=options._replace(backend=backends.choose(call)))
 
 

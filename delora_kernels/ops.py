@@ -59,8 +59,17 @@ def _acc(like: Tensor, *shape: Any) -> Tensor:
     return like.new_empty(shape, dtype=accumulate_dtype(like.dtype))
 
 
-def _fold_fake(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor, frozen_A: Tensor | None, frozen_B: Tensor | None,
-               frozen_lam: Tensor | None, eps: float, dtype: torch.dtype) -> Outputs:  # fmt: skip
+def _fold_fake(
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    frozen_lam: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Outputs:
     R = A.shape[0] + (0 if frozen_A is None else frozen_A.shape[0])
     A_hat = A.new_empty((R, A.shape[1]), dtype=dtype)
     return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A, R), _acc(B, R)
@@ -107,30 +116,33 @@ project = _register(
 """h = drop(x) Âᵀ → [T, R] in Â's dtype; reads x once."""
 
 expand = _register(
-    "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, bool keep_u,"
+    "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, bool keep,"
     " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
-    lambda x, weight, bias, h, B_hat, scale, c, keep_u, dropout_p, seed: (
+    lambda x, weight, bias, h, B_hat, scale, c, keep, dropout_p, seed: (
         x.new_empty((x.shape[0], weight.shape[0])),
-        x.new_empty((x.shape[0], weight.shape[0]) if keep_u else 0),
+        x.new_empty((x.shape[0], weight.shape[0]) if keep else 0),
     ),
 )
-"""y = c ⊙ u + bias with u = x Wᵀ + scale · h B̂ᵀ → y [T, N], and u [T, N] if `keep_u` (else size 0).
+"""y = c ⊙ u + bias with u = x Wᵀ + scale · h B̂ᵀ → y [T, N], and if `keep` (else size 0) the [T, N] tensor from which
+the same backend's expand_backward finds Σ_t dy ⊙ u: u, or x Wᵀ alone.
 
 dropout_p > 0 asks for PEFT's two-term DoRA: u is computed from drop(x), and y = (x − drop(x)) Wᵀ + c ⊙ u + bias.
 """
 
 expand_backward = _register(
-    "expand_backward(Tensor dy, Tensor? h, Tensor? B_hat, float scale, Tensor? c, Tensor? u, bool need_bias,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, h, B_hat, scale, c, u, need_bias: (
+    "expand_backward(Tensor dy, Tensor? h, Tensor? B_hat, float scale, Tensor? c, Tensor? kept,"
+    " bool kept_is_y, bool need_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, h, B_hat, scale, c, kept, kept_is_y, need_bias: (
         dy.new_empty(0) if B_hat is None else B_hat.new_empty((dy.shape[0], B_hat.shape[1])),
         _acc(dy, 0) if h is None else _acc(h, dy.shape[1], h.shape[1]),
-        _acc(dy, 0 if u is None else dy.shape[1]),
+        _acc(dy, 0 if kept is None else dy.shape[1]),
         _acc(dy, dy.shape[1] if need_bias else 0),
     ),
 )
 """All that one read of dy gives: dv = dy (c ⊙ B̂) [T, R], dB̂ = scale · c ⊙ (dyᵀ h) [N, R] (acc),
-Σ_t dy ⊙ u [N] (acc), Σ_t dy [N] (acc). What is not asked for (B̂, h, u None; need_bias False) has size 0.
+Σ_t dy ⊙ u [N] (acc), Σ_t dy [N] (acc). What is not asked for (B̂, h, kept None; need_bias False) has size 0.
+
+`kept` is what expand kept (h and B̂ must then be given), or with `kept_is_y` any [T, N] tensor that stands for u.
 """
 
 input_grad = _register(
@@ -153,7 +165,10 @@ weight_grad = _register(
     "weight_grad(Tensor dy, Tensor x, Tensor? c, float dropout_p, Tensor? seed, str backend) -> Tensor",
     lambda dy, x, c, dropout_p, seed: dy.new_empty((dy.shape[1], x.shape[1])),
 )
-"""dW = c ⊙ (dyᵀ x) → [N, K] in dy's dtype, for a base that trains too; dropout_p > 0: dyᵀ (x − drop(x)) + c ⊙ dyᵀ drop(x)."""
+"""dW = c ⊙ (dyᵀ x) → [N, K] in dy's dtype, for a base that trains too.
+
+dropout_p > 0 (PEFT's two-term DoRA): dyᵀ (x − drop(x)) + c ⊙ (dyᵀ drop(x)).
+"""
 
 dropout_mask = _register(
     "dropout_mask(int T, int K, float dropout_p, Tensor seed, str backend) -> Tensor",
@@ -162,7 +177,15 @@ dropout_mask = _register(
 """The elements of a [T, K] input that dropout keeps, as the other ops decide them from the same seed."""
 
 NAMES = (
-    "fold", "fold_backward", "row_norm", "project", "expand", "expand_backward", "input_grad", "project_backward",
-    "weight_grad", "dropout_mask",
-)  # fmt: skip
+    "fold",
+    "fold_backward",
+    "row_norm",
+    "project",
+    "expand",
+    "expand_backward",
+    "input_grad",
+    "project_backward",
+    "weight_grad",
+    "dropout_mask",
+)
 """Every op of the contract."""

@@ -73,7 +73,7 @@ def golden_cases() -> tuple[GoldenCase, ...]:
 
 
 def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> float:
-    """max |got − expected| / max |expected|; with `dim`, the worst over the vectors along it.
+    """The error max |got − expected| / max |expected|; with `dim`, the worst over the vectors along it.
 
     Where the expected vector is exactly zero, the largest |got| itself. NaN if either holds NaN in any place.
     """

@@ -22,6 +22,7 @@ NAMES = ("triton", "cuda", "eager")
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_BACKEND"
 
 _MODULES = {"eager": "delora_kernels.backends.eager"}
+_loaded: dict[str, ModuleType] = {}
 _logged: set[tuple[str, str]] = set()
 
 
@@ -30,7 +31,9 @@ _requested: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 def load(name: str) -> ModuleType:
     """The module of the backend `name`, imported on first use."""
-    return importlib.import_module(_MODULES[name])
+    if name not in _loaded:  # a dict look-up is what torch.compile can trace
+        _loaded[name] = importlib.import_module(_MODULES[name])
+    return _loaded[name]
 
 
 def unavailable(name: str) -> str | None:

@@ -1,0 +1,147 @@
+"""The command line: arguments, defaults that depend on the device, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from .config import METHODS, Config, Problem
+
+NEEDED = ("torch", "transformers", "peft", "gguf", "accelerate", "matplotlib", "rich", "tqdm", "delora_kernels")
+USAGE_ERROR, INTERRUPTED = 2, 130
+Number = TypeVar("Number", int, float)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return its exit code: 0, 2 (bad input, told in one line) or 130 (Ctrl-C, report written)."""
+    args = _parser().parse_args(argv)
+    try:
+        _check_packages()
+        config = _settings(args)
+        from .demo import run
+
+        return 0 if run(config) else INTERRUPTED
+    except Problem as problem:
+        print(f"finetune: {problem}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("finetune: interrupted before the first step: nothing was measured", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The arguments; None stands for a default that depends on the device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune",
+        description="Fine-tune a small language model with PEFT adapters, eager and accelerated side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=None,
+    )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="delora", help="adapter method")
+    add("--model", metavar="PATH_OR_ID", help="directory, .gguf file or hub id; without it: SmolLM2-135M-Instruct")
+    add("--data", metavar="FILE", nargs="+", type=Path, default=[], help="text files; without them: pydoc's topics")
+    add("--rank", type=_at_least(int, 1), default=16, help="adapter rank")
+    add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 4 minutes")
+    add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
+    add("--batch-size", type=_at_least(int, 1), help="sequences per step; without it: 2 on a CPU, 16 on a GPU")
+    add("--lr", type=_above(0.0), default=2e-3, help="AdamW's learning rate after warm-up")
+    add("--delora-lambda", type=_above(0.0), default=1.0, help="DeLoRA's initial bound (PEFT's 15 suits wider models)")
+    add("--seed", type=_at_least(int, 0), default=0, help="seeds the adapters and the order of the batches")
+    add("--dtype", choices=("bf16", "fp32"), help="frozen base; without it: bf16 where the device computes it fast")
+    add("--autocast", action=argparse.BooleanOptionalAction, help="bf16 autocast; without it: on with --dtype bf16")
+    add("--device", help="cuda, cpu, ...; without it: a GPU if there is one")
+    add("--threads", type=_at_least(int, 1), help="CPU threads; without it: torch's choice")
+    add("--minutes", type=_above(0.0), help="start no step after this many minutes of training")
+    add("--yardstick", type=_at_least(int, 0), default=15, metavar="STEPS", help="steps of a nudged eager run, 0: none")
+    add("--out", type=Path, help="folder for the report; without it: runs/finetune-<method>-<time>")
+    return parser
+
+
+def _at_least(kind: Callable[[str], Number], low: Number) -> Callable[[str], Number]:
+    """An argparse type that rejects numbers below `low`."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _above(low: float) -> Callable[[str], float]:
+    """An argparse type that rejects numbers that are not above `low`."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above {low:g}, got {text}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _check_packages() -> None:
+    """Import what the demo needs, so that a missing package is known before anything is loaded."""
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise Problem(
+                f"the Python package {error.name!r} is missing: install it with `pip install {error.name}`"
+            ) from None
+
+
+def _settings(args: argparse.Namespace) -> Config:
+    """Check the files and fill in the defaults that depend on the device."""
+    import torch
+
+    for path in args.data:
+        if not path.is_file():
+            raise Problem(f"no such text file: {path}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Problem(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+    gpu = device.startswith("cuda")
+    dtype = args.dtype or ("bf16" if gpu or _fast_bf16_on_cpu() else "fp32")
+    steps = args.steps or 60
+    default_minutes = None if gpu or args.steps else 4.0
+    return Config(
+        method=args.method,
+        model=args.model,
+        data=tuple(args.data),
+        rank=args.rank,
+        steps=steps,
+        seq_len=args.seq_len or (512 if gpu else 256),
+        batch_size=args.batch_size or (16 if gpu else 2),
+        lr=args.lr,
+        warmup=min(5, steps // 4),
+        delora_lambda=args.delora_lambda,
+        seed=args.seed,
+        dtype=dtype,
+        autocast=dtype == "bf16" if args.autocast is None else args.autocast,
+        device=device,
+        threads=args.threads,
+        minutes=args.minutes or default_minutes,
+        yardstick=min(args.yardstick, steps),
+        heldout_blocks=64 if gpu else 16,
+        out=args.out or Path("runs") / f"finetune-{args.method}-{time.strftime('%Y%m%d-%H%M%S')}",
+    )
+
+
+def _fast_bf16_on_cpu() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
+    import torch
+
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

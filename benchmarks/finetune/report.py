@@ -1,0 +1,101 @@
+"""The report: report.md for people, report.json for programs, two plots."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from . import plots
+from .summary import Result, precision, rows, spread_ms
+from .train import Run
+
+
+def write(result: Result) -> None:
+    """Write report.json, report.md, loss.png and bars.png into the run's folder."""
+    out = result.config.out
+    (out / "report.json").write_text(json.dumps(as_json(result), indent=1) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(result), encoding="utf-8")
+    plots.loss(result).savefig(out / "loss.png", dpi=150)
+    plots.bars(result).savefig(out / "bars.png", dpi=150)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything that was measured, as plain JSON values."""
+    runs = {"eager": _run(result, result.eager), "fused": _run(result, result.fused)}
+    record: dict[str, Any] = {
+        "machine": result.machine,
+        "config": result.config.as_json(),
+        "model": result.model,
+        "fusion": result.fusion,
+        "complete": result.end is None,
+        "end": result.end,
+        "steps": result.steps,
+        "speedup": result.speedup(),
+        "largest_loss_difference": max(result.differences(result.fused)),
+        "runs": runs,
+    }
+    if result.nudged is not None and result.nudged.losses:
+        record["yardstick"] = {
+            "losses": result.nudged.losses,
+            "largest_loss_difference": max(result.differences(result.nudged)),
+        }
+    return record
+
+
+def _run(result: Result, run: Run) -> dict[str, Any]:
+    """One run's numbers."""
+    p20, p50, p80 = spread_ms(result.step_ms(run))
+    return {
+        "name": run.name,
+        "median_ms": p50,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "tokens_per_s": 1e3 * result.config.tokens_per_step / p50,
+        "kept_mib": run.kept_mib,
+        "peak_mib": run.peak_mib[: result.steps],
+        "heldout_loss": run.heldout,
+        "losses": result.losses(run),
+        "step_ms": result.step_ms(run),
+    }
+
+
+def markdown(result: Result) -> str:
+    """The report for people."""
+    config, machine = result.config, result.machine
+    lines = [
+        f"# Fine-tuning {result.model} with {config.method}, rank {config.rank}",
+        "",
+        f"{result.steps} steps each of PEFT as it comes and of the same model after `delora_kernels.accelerate()`, "
+        f"{config.batch_size} x {config.seq_len} tokens per step, {precision(config)}. "
+        "Both start from the same weights, see the same batches and take their steps in turn.",
+        "",
+    ]
+    if result.end:
+        lines += [f"**{result.end[0].upper()}{result.end[1:]}.** What follows was measured until then.", ""]
+    lines += ["| | PEFT eager | accelerated | |", "|---|---:|---:|---:|"]
+    lines += [f"| {row.label.strip()} | {row.eager} | {row.fused} | {row.ratio} |" for row in rows(result)]
+    lines += ["", *_explanations(result), "", "![training loss](loss.png)", "", "![step time and memory](bars.png)", ""]
+    lines += ["## What was fused", "", "```text", result.fusion, "```", ""]
+    lines += ["## Machine", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in machine.items() if value is not None]
+    lines += ["", "## Settings", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in config.as_json().items() if value not in (None, [])]
+    return "\n".join(lines) + "\n"
+
+
+def _explanations(result: Result) -> list[str]:
+    """What the table's lines mean."""
+    lines = [
+        "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the steps "
+        "of eager ms / accelerated ms.",
+        "* Kept for backward: what autograd keeps between the forward and the backward pass of one step, "
+        "parameters and buffers left out, each storage counted once.",
+        "* The held-out text shares no paragraph with the training text.",
+    ]
+    if result.nudged is not None and result.nudged.losses:
+        lines.append(
+            "* Eager, nudged: PEFT eager once more, its adapter matrices changed at the start by at most one rounding "
+            f"error of {result.config.dtype}. How far that drives its losses from the eager run's is the yardstick for "
+            "the loss difference above."
+        )
+    return lines

@@ -1,0 +1,113 @@
+"""Training: several runs advance together, one step each in turn, so that a noisy machine disturbs them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .config import Config
+from .probe import MIB, kept_mib
+
+
+@dataclass
+class Run:
+    """One model in training, and what was measured of it.
+
+    Attributes:
+        name: what the report calls it.
+        model: the adapted model; only its adapters are trained.
+        losses: training loss of each step, in nats per token.
+        step_ms: duration of each step, in ms.
+        peak_mib: memory of each step above what was allocated before it, in MiB; empty on a CPU.
+        kept_mib: what one forward pass keeps for backward, in MiB.
+        heldout: held-out loss before and after training.
+    """
+
+    name: str
+    model: nn.Module
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    kept_mib: float | None = None
+    heldout: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0.0)
+
+
+def loss_of(run: Run, batch: torch.Tensor, config: Config) -> torch.Tensor:
+    """Mean next-token loss of `batch` `[sequences, tokens]` int64."""
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.autocast):
+        loss: torch.Tensor = run.model(input_ids=batch, labels=batch, use_cache=False).loss
+    return loss
+
+
+def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
+    """One optimiser step: forward, backward, clip the gradient norm to 1, update; records loss, ms and peak MiB."""
+    gpu = batch.is_cuda
+    run.optimizer.zero_grad(set_to_none=True)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    if gpu:
+        torch.cuda.synchronize(batch.device)
+        torch.cuda.reset_peak_memory_stats(batch.device)
+        resident = torch.cuda.memory_allocated(batch.device)
+    start = time.perf_counter()
+    loss = loss_of(run, batch, config)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.trained, 1.0)
+    run.optimizer.step()
+    value = loss.item()
+    if gpu:
+        torch.cuda.synchronize(batch.device)
+    elapsed = time.perf_counter() - start
+    run.losses.append(value)
+    run.step_ms.append(1e3 * elapsed)
+    if gpu:
+        run.peak_mib.append((torch.cuda.max_memory_allocated(batch.device) - resident) / MIB)
+
+
+def evaluate(run: Run, rows: torch.Tensor, config: Config) -> float:
+    """Mean loss over `rows` `[sequences, tokens]`, without training on them."""
+    run.model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for batch in rows.split(config.batch_size):
+            total += len(batch) * loss_of(run, batch.to(config.device), config).item()
+    run.model.train()
+    return total / len(rows)
+
+
+def probe(run: Run, batch: torch.Tensor, config: Config) -> None:
+    """Measure what one forward pass keeps for backward; it also warms up caches and compiled kernels."""
+    run.kept_mib = kept_mib(run.model, lambda: loss_of(run, batch.to(config.device), config))
+
+
+def race(pair: Sequence[Run], extra: Run | None, stream: Iterator[torch.Tensor], config: Config) -> Iterator[int]:
+    """Advance every run by one step on the same batch, again and again; yield the number of steps done.
+
+    Who goes first alternates, so that neither of the pair always finds the caches warm.
+
+    Args:
+        pair: the runs to compare.
+        extra: a run that goes along, last, for the first `config.yardstick` steps.
+        stream: batches `[batch_size, seq_len]`.
+        config: steps, warm-up, learning rate, time limit.
+    """
+    began = time.monotonic()
+    for done in range(config.steps):
+        if done and config.minutes is not None and time.monotonic() - began > 60.0 * config.minutes:
+            return
+        batch = next(stream).to(config.device)
+        lr = config.lr * min(1.0, (done + 1) / (config.warmup + 1))
+        runs = list(pair if done % 2 == 0 else reversed(pair))
+        if extra is not None and done < config.yardstick:
+            runs.append(extra)
+        for run in runs:
+            step(run, batch, lr, config)
+        yield done + 1

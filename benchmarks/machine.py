@@ -1,0 +1,79 @@
+"""What a measurement ran on: the facts that every benchmark record carries."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def machine_info(device: str | torch.device | None = None) -> dict[str, str | int | None]:
+    """Describe the machine, the versions and the commit of this measurement.
+
+    Args:
+        device: where the measurement runs; None: the first CUDA device if there is one, else the CPU.
+
+    Returns:
+        `device`, `cpu`, `cores`, `threads`, `driver`, `cuda`, `python`, `torch`, `triton`, `peft`, `transformers`,
+        `numpy` and `commit`; None for what is not there.
+    """
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = where.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(where) if on_gpu else where.type,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        if on_gpu
+        else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+        "transformers": _version("transformers"),
+        "numpy": _version("numpy"),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as the kernel gives it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    """The installed version of `package`, found without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with `-dirty` if a file differs from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    commit = _first_line([*git, "rev-parse", "--short=12", "HEAD"])
+    if commit is None:
+        return None
+    return f"{commit}-dirty" if _first_line([*git, "status", "--porcelain"]) else commit
+
+
+def _first_line(command: list[str]) -> str | None:
+    """The first line that `command` prints; None if it fails, is missing or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if lines else None

@@ -1,0 +1,33 @@
+"""The eager backend: every op of `ops.py` in plain torch, on every device; the default on a CPU."""
+
+from delora_kernels.backends.eager.fold import fold, fold_backward
+from delora_kernels.backends.eager.low_rank import (
+    dropout_mask,
+    expand,
+    expand_backward,
+    input_grad,
+    project,
+    project_backward,
+    row_norm,
+    weight_grad,
+)
+from delora_kernels.call import Call
+
+__all__ = [
+    "dropout_mask",
+    "expand",
+    "expand_backward",
+    "fold",
+    "fold_backward",
+    "input_grad",
+    "project",
+    "project_backward",
+    "row_norm",
+    "supports",
+    "weight_grad",
+]
+
+
+def supports(call: Call) -> str | None:
+    """None: plain torch takes every call."""
+    return None

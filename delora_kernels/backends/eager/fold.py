@@ -1,0 +1,83 @@
+"""DeLoRA's fold and its inverse for gradients, in plain torch: O(R(K + N)), never token-sized."""
+
+import torch
+from torch import Tensor
+
+from delora_kernels.ops import accumulate_dtype
+
+
+def fold(
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    frozen_lam: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b = _norms(A, B)
+    A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
+    if frozen_A is not None and frozen_B is not None:
+        a0, b0 = _norms(frozen_A, frozen_B)
+        A0_hat, B0_hat = _folded(
+            frozen_A, frozen_B, a0, b0, lam if frozen_lam is None else frozen_lam, weight_norm, eps
+        )
+        A_hat, B_hat = torch.cat([A_hat, A0_hat]), torch.cat([B_hat, B0_hat.neg_()], dim=1)
+        a, b = torch.cat([a, a0]), torch.cat([b, b0])
+    return A_hat.to(dtype), B_hat.to(dtype), a, b
+
+
+def _norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    acc = accumulate_dtype(A.dtype)
+    return torch.linalg.vector_norm(A.to(acc), dim=1), torch.linalg.vector_norm(B.to(acc), dim=0)
+
+
+def _folded(
+    A: Tensor, B: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight_norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    A_hat = (A * _reciprocal(a, eps)[:, None]).mul_(weight_norm)
+    return A_hat, B * (lam.to(b.dtype).reshape(()) / A.shape[0] * _reciprocal(b, eps))
+
+
+def _reciprocal(norm: Tensor, eps: float) -> Tensor:
+    """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no direction."""
+    clamped = norm.clamp(min=eps)
+    return torch.where(clamped > 0, 1 / clamped, torch.zeros_like(norm))
+
+
+def fold_backward(
+    dA_hat: Tensor | None,
+    dB_hat: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_B: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r = A.shape[0]
+    dA, dB, dlam = A.new_empty(0), B.new_empty(0), b.new_empty(0)
+    if dA_hat is not None:
+        dA, _ = _normalise_backward(dA_hat * weight_norm, A, a[:r], eps, dim=1)
+    if dB_hat is not None:
+        dB, along = _normalise_backward(dB_hat[:, :r], B, b[:r], eps, dim=0)
+        dB *= lam.to(b.dtype) / r
+        dlam = along.sum() / r
+        if frozen_B is not None:
+            dlam -= (dB_hat[:, r:] * frozen_B * _reciprocal(b[r:], eps)).sum() / r
+    return dA.to(A.dtype), dB.to(B.dtype), dlam.reshape(-1)
+
+
+def _normalise_backward(grad: Tensor, factor: Tensor, norm: Tensor, eps: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Gradient of factor / max(norm, eps) along `dim`, and ⟨grad, that unit vector⟩.
+
+    Without an active clamp the part of the gradient along the factor drops out.
+    """
+    inverse = _reciprocal(norm, eps)
+    along = (grad * factor).sum(dim).mul_(inverse)
+    remaining = (along * inverse * inverse * (norm >= eps)).unsqueeze(dim)
+    return (grad * inverse.unsqueeze(dim)).addcmul_(factor, remaining, value=-1), along

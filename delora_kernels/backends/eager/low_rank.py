@@ -1,0 +1,220 @@
+"""The token-sized stages in plain torch: project, expand and their gradients, DoRA's row norm.
+
+The rank-R term goes into the frozen GEMM's output in place (addmm_), so nothing else of size [T, N] or [T, K] is
+written. Wherever a tensor must be seen in a wider dtype (DoRA's column scale, float32 factors on a bfloat16 base), rows
+are taken in chunks that stay in cache: a float32 copy of x, y, dy or W never exists.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
+from delora_kernels.backends.eager.hashed_dropout import keep_mask
+from delora_kernels.ops import accumulate_dtype
+
+
+def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
+    acc = accumulate_dtype(weight.dtype)
+    A, B = A_hat.to(acc), B_hat.to(acc)
+    norm = weight.new_empty(weight.shape[0], dtype=acc)
+    for rows, chunk in chunks_in(acc, weight):
+        updated = torch.addmm(chunk, B[rows], A, alpha=scale)
+        torch.linalg.vector_norm(updated, dim=1, out=norm[rows])
+    return norm
+
+
+def project(x: Tensor, A_hat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if x.dtype == A_hat.dtype and seed is None:
+        return torch.mm(x, A_hat.t())
+    h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
+    for rows, chunk in chunks_in(A_hat.dtype, x):
+        torch.mm(_dropped(chunk, rows, dropout_p, seed), A_hat.t(), out=h[rows])
+    return h.div_(1 - dropout_p)
+
+
+def _dropped(chunk: Tensor, rows: slice, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Rows of x with the dropped elements zeroed, not yet divided by 1 − p."""
+    return chunk if seed is None else chunk * keep_mask(rows, chunk.shape[1], dropout_p, seed)
+
+
+def expand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    B_hat: Tensor,
+    scale: float,
+    c: Tensor | None,
+    keep: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    nothing = x.new_empty(0)
+    if c is None:
+        y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return _add_rank_term(y, h, B_hat.t(), scale), nothing
+    base = linear(x if seed is None else _drop(x, dropout_p, seed), weight)
+    y = torch.empty_like(base) if keep else base
+    if seed is not None:
+        y = linear(x, weight)
+    h, B_hat = h.to(c.dtype), B_hat.to(c.dtype)
+    for rows, chunk in chunks_in(c.dtype, base):
+        scaled = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale).mul_(c)
+        if seed is not None:  # (x − drop(x)) Wᵀ
+            scaled += y[rows].to(c.dtype) - chunk
+        y[rows] = scaled if bias is None else scaled.add_(bias)
+    return y, (base if keep else nothing)
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale · left right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """out += scale · left right, rounded once."""
+    left, right = _operands(left, right, out.dtype)
+    if left.dtype == out.dtype:
+        return out.addmm_(left, right, alpha=scale)
+    for rows, chunk in chunks_in(left.dtype, out):
+        out[rows] = torch.addmm(chunk, left[rows], right, alpha=scale)
+    return out
+
+
+def _operands(left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """left and right as GEMM operands for a result in `dtype`.
+
+    float32 factors of a bfloat16 result become high and low halves: one bfloat16 GEMM of rank 3R, which sums their
+    products in float32, in place of a float32 tensor of the result's size.
+    """
+    if left.dtype != torch.float32 or dtype != torch.bfloat16:
+        return left, right
+    (left_high, left_low), (right_high, right_low) = _halves(left, dtype), _halves(right, dtype)
+    return torch.cat([left_high, left_low, left_high], dim=1), torch.cat([right_high, right_high, right_low])
+
+
+def _halves(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two tensors in `dtype` whose exact sum is close to `wide`."""
+    high = wide.to(dtype)
+    return high, torch.where(high.isfinite(), wide - high, torch.zeros_like(wide)).to(dtype)
+
+
+def _drop(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    dropped = torch.empty_like(x)
+    for rows in row_chunks(*x.shape):
+        torch.div(_dropped(x[rows], rows, dropout_p, seed), 1 - dropout_p, out=dropped[rows])
+    return dropped
+
+
+def expand_backward(
+    dy: Tensor,
+    h: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+    c: Tensor | None,
+    kept: Tensor | None,
+    kept_is_y: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(dy.dtype)
+    dv, dB_hat = _rank_gradients(dy, h, B_hat, scale, c)
+    dy_dot_u = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
+    if kept is not None:
+        for rows, chunk in chunks_in(acc, dy):
+            dy_dot_u += (chunk * kept[rows].to(acc)).sum(0)
+        if not kept_is_y and B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
+            dy_dot_u += (dB_hat * B_hat).sum(1)
+    if c is not None and h is not None:
+        dB_hat *= c[:, None]
+    dy_sum = torch.sum(dy, 0, dtype=acc) if need_bias else dy.new_empty(0, dtype=acc)
+    return dv, dB_hat, dy_dot_u, dy_sum
+
+
+def _rank_gradients(
+    dy: Tensor, h: Tensor | None, B_hat: Tensor | None, scale: float, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor; dy is read in the factors' dtype."""
+    acc = accumulate_dtype(dy.dtype)
+    scaled_B = B_hat if c is None or B_hat is None else B_hat * c[:, None]
+    rank_dtype = next((small.dtype for small in (h, B_hat) if small is not None), dy.dtype)
+    nothing = dy.new_empty(0)
+    if rank_dtype == dy.dtype:
+        dv = nothing
+        if scaled_B is not None:
+            high, low = (scaled_B, None) if scaled_B.dtype == dy.dtype else _halves(scaled_B, dy.dtype)
+            dv = torch.mm(dy, high) if low is None else torch.mm(dy, low).addmm_(dy, high)
+        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(acc).contiguous()
+    dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
+    dB_hat = nothing.to(acc) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
+    for rows, chunk in chunks_in(rank_dtype, dy):
+        if scaled_B is not None:
+            torch.mm(chunk, scaled_B, out=dv[rows])
+        if h is not None:
+            dB_hat.addmm_(chunk.t(), h[rows], alpha=scale)
+    return dv, dB_hat
+
+
+def input_grad(
+    dy: Tensor,
+    weight: Tensor,
+    dv: Tensor,
+    A_hat: Tensor,
+    scale: float,
+    c: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    two_term: bool,
+) -> Tensor:
+    if seed is None:
+        return _add_rank_term(_scaled_gemm(dy, weight, c), dv, A_hat, scale)
+    K, scale = weight.shape[1], scale / (1 - dropout_p)
+    if two_term and c is not None:
+        dropped = _add_rank_term(_scaled_gemm(dy, weight, (c - 1) / (1 - dropout_p)), dv, A_hat, scale)
+        for rows in row_chunks(*dropped.shape):
+            dropped[rows] *= keep_mask(rows, K, dropout_p, seed)
+        return dropped.addmm_(dy, weight)
+    dx = _scaled_gemm(dy, weight, c)
+    for rows, chunk in chunks_in(dv.dtype, dx):
+        dx[rows] = torch.mm(dv[rows], A_hat).mul_(scale).mul_(keep_mask(rows, K, dropout_p, seed)).add_(chunk)
+    return dx
+
+
+def _scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
+    """(dy ⊙ c) W with one transient, the smaller of dy ⊙ c and c ⊙ W."""
+    if c is not None and dy.shape[0] <= weight.shape[1]:
+        dy = _scaled(dy, c)
+    elif c is not None:
+        weight = _scaled(weight, c[:, None])
+    return torch.mm(dy, weight)
+
+
+def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix ⊙ factor, rounded once from factor's dtype; factor is a row [columns] or a column [rows, 1]."""
+    scaled = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    for rows, chunk in chunks_in(factor.dtype, matrix):
+        scaled[rows] = chunk * (factor[rows] if factor.dim() == 2 else factor)
+    return scaled
+
+
+def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+    acc = accumulate_dtype(dv.dtype)
+    if x.dtype == dv.dtype and seed is None:
+        return _product(dv.t(), x, scale).to(acc)
+    dA_hat = dv.new_zeros((dv.shape[1], x.shape[1]), dtype=acc)
+    for rows, chunk in chunks_in(acc, x):
+        dA_hat.addmm_(dv[rows].to(acc).t(), _dropped(chunk, rows, dropout_p, seed))
+    return dA_hat.mul_(scale / (1 - dropout_p))
+
+
+def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
+    dW = torch.mm(dy.t(), x)
+    if c is None:
+        return dW
+    if seed is None:
+        return _scaled(dW, c[:, None])
+    return dW.add_(_scaled(torch.mm(dy.t(), _drop(x, dropout_p, seed)), (c - 1)[:, None]))
+
+
+def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
+    return keep_mask(slice(0, T), K, dropout_p, seed)

@@ -1,0 +1,1 @@
+"""Other libraries: PEFT. Nothing in the rest of the package imports this."""

@@ -1,0 +1,255 @@
+"""What the adapter modules share: the frozen base, dtypes, merging and the state dict."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from delora_kernels import checks
+from delora_kernels.frozen import FrozenLinear, why_not_plain
+from delora_kernels.ops import accumulate_dtype
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Elements of W' that `merge` holds in the wider dtype at a time: 16 MiB in float32."""
+
+
+class AdapterLinear(nn.Module):
+    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear and DeLoRALinear.
+
+    The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient; the adapter's factors are `A` `[r, K]`
+    and `B` `[N, r]`. A method's vectors and scalars are float32 (float64 beside float64) whatever the factors' dtype.
+
+    The state dict is that of the module as it stands: a merged one holds W' as `weight` and W as `base_weight`, a key
+    that is there only if merged. Loading follows it: the module becomes merged, or unmerged, as the saved one was.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: Rank, ≥ 1.
+        bias: Give the base a bias.
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        device: Device of every tensor.
+        dtype: Dtype of the base.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    base_weight: nn.Parameter | None
+    scale = 1.0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise checks.fail(TypeError, kind, "r", "an int", type(r).__name__, "pass the rank")
+        if r < 1:
+            raise checks.fail(ValueError, kind, "r", "≥ 1", r, "use nn.Linear for a layer without an adapter")
+        dtype = _float_dtype(kind, "dtype", torch.get_default_dtype() if dtype is None else dtype)
+        default = accumulate_dtype(dtype)
+        adapter_dtype = _float_dtype(kind, "adapter_dtype", default if adapter_dtype is None else adapter_dtype)
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.dropout_p = checks.probability(kind, dropout_p)
+
+        base = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        self.register_parameter("base_weight", None)
+        self.A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=adapter_dtype))
+        self.B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=adapter_dtype))
+
+    @classmethod
+    def _around(cls, linear: nn.Module, **options: Any) -> Self:
+        """A new module on the tensors of `linear`, on its device and in its mode."""
+        base = _base_of(f"{cls.__name__}.from_linear", linear)
+        N, K = base.weight.shape
+        module = cls(K, N, bias=base.bias is not None, device="meta", dtype=base.weight.dtype, **options)
+        for name in ("weight", "bias"):
+            module.register_parameter(name, None)
+        module.to_empty(device=base.weight.device)
+        for name, tensor in base._asdict().items():
+            if tensor is not None:
+                module.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        module.reset_parameters()
+        return module.train(linear.training)
+
+    @property
+    def _vector_dtype(self) -> torch.dtype:
+        """Dtype of the method's vectors and of merging."""
+        return accumulate_dtype(torch.promote_types(self.weight.dtype, self.A.dtype))
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` is W' and the forward pass the bare linear."""
+        return self.base_weight is not None
+
+    def reset_parameters(self) -> None:
+        """Start the adapter anew from `weight` as it is now; weight and bias stay.
+
+        Call it after loading base weights into a module that was constructed without them.
+
+        Raises:
+            RuntimeError: the adapter is merged.
+        """
+        if self.merged:
+            raise RuntimeError(f"{type(self).__name__}.reset_parameters: the adapter is merged; call unmerge() first")
+        self._reset_adapter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted output, `[..., K]` → `[..., N]`, differentiable once; when merged, x W'ᵀ + bias."""
+        if self.merged:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return self._adapted(x, self.dropout_p if self.training else 0.0)
+
+    @torch.no_grad()
+    def merge(self, *, check_finite: bool = True, keep_weight: bool = True) -> None:
+        """Put the adapter into the weight: from now on `weight` is W' and the forward pass costs one linear.
+
+        W' is a new tensor, computed in float32 (float64 for float64) and rounded once; W itself is never written to.
+        Changes of the adapter have no effect, and it gets no gradient, until `unmerge`.
+
+        Args:
+            check_finite: Check that every element of W', in weight's dtype, is finite.
+            keep_weight: Keep W as `base_weight`, so that `unmerge` brings back every bit of it. False: let it go (the
+                memory of one weight, where nobody else holds it); `unmerge` is then refused.
+
+        Raises:
+            ValueError: W' is not finite, or the weight has no data; nothing has changed.
+            RuntimeError: the adapter is merged already.
+        """
+        name = f"{type(self).__name__}.merge"
+        if self.merged:
+            raise RuntimeError(f"{name}: the adapter is merged already; call unmerge() first")
+        checks.tensor(name, "weight", self.weight)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            merged = self._merged_weight()
+        if check_finite and not all(bool(chunk.isfinite().all()) for chunk in _row_chunks(merged)):
+            remedy = "look for NaN, Inf or huge values in the adapter, or pass check_finite=False"
+            raise checks.fail(ValueError, name, "the merged weight", "finite", "NaN or Inf", remedy)
+        self.base_weight = self.weight if keep_weight else _dropped(self.weight)
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Take the adapter out of the weight: `weight` is again the very tensor that it was before `merge`.
+
+        Raises:
+            RuntimeError: the adapter is not merged, or was merged with keep_weight=False.
+        """
+        name = f"{type(self).__name__}.unmerge"
+        if self.base_weight is None:
+            raise RuntimeError(f"{name}: the adapter is not merged; call merge() first")
+        if self.base_weight.dim() != 2:
+            raise RuntimeError(
+                f"{name}: the weight was let go by merge(keep_weight=False); load it from its checkpoint"
+            )
+        self.weight, self.base_weight = self.base_weight, None
+
+    def extra_repr(self) -> str:
+        """The arguments that made the module, as nn.Linear prints its own."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+        text += f", bias={self.bias is not None}, dropout_p={self.dropout_p}"
+        return text + (", merged=True" if self.merged else "")
+
+    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
+        """The forward pass of the unmerged module."""
+        raise NotImplementedError
+
+    def _reset_adapter(self) -> None:
+        """Initialise every tensor of the adapter."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """Â [R, K], B̂ [N, R] and s of the update s · B̂ Â, in `dtype`."""
+        return self.A.to(dtype), self.B.to(dtype), self.scale
+
+    def _rescaled(self, updated: Tensor, rows: slice) -> Tensor:
+        """Rows of W' from the same rows of W + s · B̂ Â."""
+        return updated
+
+    def _merged_weight(self) -> Tensor:
+        dtype = self._vector_dtype
+        A_hat, B_hat, scale = self._factors(dtype)
+        merged = torch.empty_like(self.weight)
+        start = 0
+        for chunk in _row_chunks(merged):
+            rows = slice(start, start := start + chunk.shape[0])
+            updated = torch.addmm(self.weight[rows].to(dtype), B_hat[rows], A_hat, alpha=scale)
+            chunk.copy_(self._rescaled(updated, rows))
+        return merged
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
+            reason = self._follow(state_dict.get(f"{prefix}base_weight"), f"{prefix}weight" in state_dict)
+            if reason is not None:
+                raise RuntimeError(f"{type(self).__name__}.load_state_dict ({prefix or 'the whole module'}): {reason}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _follow(self, saved: Tensor | None, has_weight: bool) -> str | None:
+        """Become merged or unmerged like a state dict whose `base_weight` is `saved`; returns why that can't be done.
+
+        Where a tensor about to be loaded belongs to the other state, or to the caller's linear, it is a new one then.
+        """
+        if saved is None:
+            if self.base_weight is not None and self.base_weight.dim() == 2:
+                self.unmerge()
+            elif self.base_weight is not None and not has_weight:
+                return (
+                    "the adapter is merged with keep_weight=False and the state dict has no weight; load one that has"
+                )
+            self.base_weight = None
+            return None
+        if not has_weight:
+            return "the state dict has base_weight (it was merged when saved) but no weight; save the whole module"
+        if self.base_weight is None:
+            self.weight, self.base_weight = _new_like(self.weight), self.weight
+        if saved.dim() != self.base_weight.dim():
+            self.base_weight = _new_like(self.weight) if saved.dim() == 2 else _dropped(self.weight)
+        return None
+
+
+def _new_like(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(weight), requires_grad=False)
+
+
+def _dropped(weight: Tensor) -> nn.Parameter:
+    """`base_weight` after merge(keep_weight=False): 1-D and empty."""
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
+def _row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
+    return matrix.split(max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1])))
+
+
+def _float_dtype(kind: str, argument: str, dtype: Any) -> torch.dtype:
+    if dtype not in checks.FLOATS:
+        raise checks.fail(TypeError, kind, argument, f"one of {checks.FLOATS}", dtype, "pass a float dtype")
+    return dtype  # type: ignore[no-any-return]
+
+
+def _base_of(function: str, linear: Any) -> FrozenLinear:
+    expected = "a plain nn.Linear"
+    if not isinstance(linear, nn.Module):
+        raise checks.fail(TypeError, function, "linear", expected, type(linear).__name__, "pass the module itself")
+    meta = type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None
+    base = FrozenLinear(linear.weight, linear.bias) if meta else FrozenLinear.of(linear)
+    if isinstance(base, str):
+        remedy = "adapt a layer whose forward pass is x Wᵀ + bias and nothing else"
+        raise checks.fail(TypeError, function, "linear", expected, f"one that can't be read: {base}", remedy)
+    return base

@@ -1,0 +1,210 @@
+"""DeLoRALinear: a normalised low-rank update whose directions and strength λ are learned apart."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from delora_kernels import checks, functional, ops
+from delora_kernels.nn.base import AdapterLinear
+
+STARTS = ("zero", "frozen_live", "frozen_initial")
+WEIGHT_NORMS = ("column", "frobenius")
+
+
+class DeLoRALinear(AdapterLinear):
+    """A frozen linear with a normalised low-rank update of bounded norm: angle and strength learn apart.
+
+        y = x Wᵀ + drop(x) Âᵀ B̂ᵀ + bias,   Â = diag(1/‖A_i‖) A diag(n),   B̂ = B diag(λ / (r ‖B_i‖))
+
+    At the start y is the frozen linear's. `start` says how, and what the first gradients are:
+
+        "zero"            PEFT: B is 0, norms are clamped at 1e-4; exact. The first step of B is long (∝ 1/1e-4)
+        "frozen_live"     the authors' code: A and B are random, copies of them are subtracted, scaled by the live λ
+        "frozen_initial"  the paper: the same copies scaled by λ₀, the first λ
+
+    A (and B of the frozen starts) is Kaiming uniform with a = √5. `lam` λ `[1]` is a parameter; `weight_norm` n and the
+    copies `frozen_A` `[r, K]`, `frozen_B` `[N, r]`, `frozen_lam` `[1]` are buffers in the state dict, n taken from the
+    weight when the adapter starts. Merged: W' = W + B̂ Â less the copies' own update.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: Rank, ≥ 1.
+        lam: λ at the start.
+        bias: Give the base a bias.
+        start: "zero", "frozen_live" or "frozen_initial".
+        weight_norm: What n is: "column", the norm of each input column of W (`[K]`; PEFT and the authors' code), or
+            "frobenius", the one number ‖W‖ (the paper), about √K times as large: choose λ accordingly.
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        device: Device of every tensor.
+        dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-9.
+    """
+
+    weight_norm: Tensor
+    frozen_A: Tensor | None
+    frozen_B: Tensor | None
+    frozen_lam: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lam: float = 15.0,
+        *,
+        bias: bool = True,
+        start: str = "zero",
+        weight_norm: str = "column",
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            r,
+            bias=bias,
+            dropout_p=dropout_p,
+            adapter_dtype=adapter_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        kind = type(self).__name__
+        self.initial_lam = checks.number(kind, "lam", lam)
+        self.start = checks.option(kind, "start", start, STARTS)
+        self.weight_norm_kind = checks.option(kind, "weight_norm", weight_norm, WEIGHT_NORMS)
+        self.eps = 1e-4 if start == "zero" else 0.0
+        self.lam = nn.Parameter(self.A.new_empty(1, dtype=self._vector_dtype))
+        norm_shape = (in_features,) if weight_norm == "column" else ()
+        self.register_buffer("weight_norm", self.A.new_empty(norm_shape, dtype=self._vector_dtype))
+        frozen = start != "zero"
+        self.register_buffer("frozen_A", torch.empty_like(self.A, requires_grad=False) if frozen else None)
+        self.register_buffer("frozen_B", torch.empty_like(self.B, requires_grad=False) if frozen else None)
+        self.register_buffer(
+            "frozen_lam", torch.empty_like(self.lam, requires_grad=False) if start == "frozen_initial" else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lam: float = 15.0,
+        *,
+        start: str = "zero",
+        weight_norm: str = "column",
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A DeLoRALinear on the weight and bias of `linear`: the same tensors, frozen.
+
+        Args:
+            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
+            r, lam, start, weight_norm, dropout_p, adapter_dtype: as for the class.
+
+        Returns:
+            The module, on linear's device and in its training mode.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+        """
+        return cls._around(
+            linear, r=r, lam=lam, start=start, weight_norm=weight_norm, dropout_p=dropout_p, adapter_dtype=adapter_dtype
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that made the module, as nn.Linear prints its own."""
+        text = f"{super().extra_repr()}, initial_lam={self.initial_lam}"
+        return f"{text}, start={self.start!r}, weight_norm={self.weight_norm_kind!r}"
+
+    @torch.no_grad()
+    def _reset_adapter(self) -> None:
+        super()._reset_adapter()
+        self.lam.fill_(self.initial_lam)
+        over = 0 if self.weight_norm_kind == "column" else None
+        self.weight_norm.copy_(torch.linalg.vector_norm(self.weight, dim=over, dtype=self.weight_norm.dtype))
+        # copied into buffers of their own: where they share A's and B's memory, as in the authors' code, ΔW stays 0
+        if self.frozen_A is not None and self.frozen_B is not None:
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+            self.frozen_A.copy_(self.A)
+            self.frozen_B.copy_(self.B)
+        if self.frozen_lam is not None:
+            self.frozen_lam.copy_(self.lam)
+
+    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
+        return functional.delora_linear(
+            x,
+            self.weight,
+            self.A,
+            self.B,
+            self.lam,
+            self.weight_norm,
+            self.bias,
+            frozen_A=self.frozen_A,
+            frozen_B=self.frozen_B,
+            frozen_lam=self.frozen_lam,
+            eps=self.eps,
+            dropout_p=dropout_p,
+        )
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        A_hat, B_hat, _, _ = ops.fold(
+            self.A,
+            self.B,
+            self.lam,
+            self.weight_norm,
+            self.frozen_A,
+            self.frozen_B,
+            self.frozen_lam,
+            self.eps,
+            dtype,
+            "eager",
+        )
+        return A_hat, B_hat, 1.0
+
+
+def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common: Any) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` as optimizer groups, every λ of DeLoRA in one with its own learning rate.
+
+        optimizer = torch.optim.AdamW(lambda_parameter_groups(model, lr=1e-3, lam_lr=1e-2))
+
+    A λ is `lam` of a DeLoRALinear, or a parameter whose name has the part `delora_lambda` (PEFT and the authors' code).
+
+    Args:
+        model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
+        lr: Learning rate of everything else.
+        lam_lr: Learning rate of the λs.
+        **common: What both groups get, such as weight_decay.
+
+    Returns:
+        The group of everything else, then the λs' group; a group without parameters is left out.
+
+    Raises:
+        ValueError: the model has no λ, trainable or not: lam_lr would do nothing.
+
+    Source: the authors' training scripts; Bini et al. (arXiv:2503.18225), appendix.
+    """
+    lams = {id(module.lam) for module in model.modules() if isinstance(module, DeLoRALinear)}
+    named = list(model.named_parameters(remove_duplicate=False))
+    lams |= {id(parameter) for name, parameter in named if "delora_lambda" in name.split(".")}
+    if not lams:
+        expected = "a model with DeLoRA's λ"
+        remedy = "add DeLoRALinear or PEFT's DeLoRA layers first, or pass model.parameters() to the optimizer"
+        raise checks.fail(ValueError, "lambda_parameter_groups", "model", expected, "none in it", remedy)
+    trained = {id(parameter): parameter for _, parameter in named if parameter.requires_grad}
+    groups = [
+        {"params": [parameter for key, parameter in trained.items() if (key in lams) == is_lam], "lr": rate, **common}
+        for is_lam, rate in ((False, lr), (True, lam_lr))
+    ]
+    return [group for group in groups if group["params"]]

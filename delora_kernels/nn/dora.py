@@ -1,0 +1,144 @@
+"""DoRALinear: low-rank updates turn the rows of a frozen weight, a learned magnitude sets their lengths."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from delora_kernels import checks, functional, ops
+from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.lora import lora_scale
+
+
+class DoRALinear(AdapterLinear):
+    """A frozen linear whose updated weight rows are rescaled to learned magnitudes.
+
+        y = c ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + bias,   c = m / ‖W + s · B A‖ by rows, the norm detached
+
+    `magnitude` m `[N]` starts at ‖W + s · B A‖, B at 0: y is the frozen linear's up to rounding. A row of W that is
+    zero is one without direction: its output stays the bias. Merged: W' = c ⊙ (W + s · B A), whose row norms are |m|.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: Rank, ≥ 1.
+        alpha: Numerator of the scale s.
+        bias: Give the base a bias.
+        rslora: s = alpha / √r, else alpha / r.
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
+        dropout: "peft" (all that the adapter adds sees the dropped x; a second frozen GEMM) or "branch" (only the
+            low-rank branch does).
+        saved: "private" (backward keeps a `[T, N]` tensor of its own) or "output" (it keeps y, which costs nothing
+            where the consumer keeps y too: no bias, no dropout="peft" with dropout_p > 0, y not changed in place).
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        device: Device of every tensor.
+        dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and section 4.3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 8.0,
+        *,
+        bias: bool = True,
+        rslora: bool = False,
+        dropout_p: float = 0.0,
+        dropout: str = "peft",
+        saved: str = "private",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            r,
+            bias=bias,
+            dropout_p=dropout_p,
+            adapter_dtype=adapter_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        kind = type(self).__name__
+        self.alpha, self.rslora = alpha, rslora
+        self.scale = lora_scale(kind, alpha, r, rslora)
+        self.dropout = checks.option(kind, "dropout", dropout, ("peft", "branch"))
+        self.saved = checks.option(kind, "saved", saved, ("private", "output"))
+        if saved == "output" and (bias or (dropout == "peft" and dropout_p > 0)):
+            got = "'output' with a bias" if bias else "'output' with dropout='peft' and dropout_p > 0"
+            raise checks.fail(ValueError, kind, "saved", "'private' here", got, "y does not hold c ⊙ u then")
+        self.magnitude = nn.Parameter(self.A.new_empty(out_features, dtype=self._vector_dtype))
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        alpha: float = 8.0,
+        *,
+        rslora: bool = False,
+        dropout_p: float = 0.0,
+        dropout: str = "peft",
+        saved: str = "private",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A DoRALinear on the weight and bias of `linear`: the same tensors, frozen.
+
+        Args:
+            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
+            r, alpha, rslora, dropout_p, dropout, saved, adapter_dtype: as for the class.
+
+        Returns:
+            The module, on linear's device and in its training mode.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+        """
+        return cls._around(
+            linear,
+            r=r,
+            alpha=alpha,
+            rslora=rslora,
+            dropout_p=dropout_p,
+            dropout=dropout,
+            saved=saved,
+            adapter_dtype=adapter_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that made the module, as nn.Linear prints its own."""
+        text = f"{super().extra_repr()}, alpha={self.alpha}, rslora={self.rslora}"
+        return f"{text}, dropout={self.dropout!r}, saved={self.saved!r}"
+
+    def _reset_adapter(self) -> None:
+        super()._reset_adapter()
+        # the forward pass's own norm, so that c is exactly 1 at the start
+        norm = ops.row_norm(self.weight, self.A.detach(), self.B.detach(), self.scale, "eager")
+        with torch.no_grad():
+            self.magnitude.copy_(norm)
+
+    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
+        return functional.dora_linear(
+            x,
+            self.weight,
+            self.A,
+            self.B,
+            self.magnitude,
+            self.scale,
+            self.bias,
+            dropout_p=dropout_p,
+            dropout=self.dropout,
+            saved=self.saved,
+        )
+
+    def _rescaled(self, updated: Tensor, rows: slice) -> Tensor:
+        norm = torch.linalg.vector_norm(updated, dim=1)
+        c = self.magnitude[rows].to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
+        return updated * c[:, None]

@@ -1,0 +1,29 @@
+"""How results are judged: input makers, float64 oracles, tolerances, poison; shared by tests, `check` and benchmarks.
+
+    problem = METHODS["dora"].problem(T=64, K=128, N=96, r=8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    for m in measure(problem):
+        assert m.ok, m
+
+A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager PyTorch in the same
+dtypes, and the oracle in float64. `measure` runs all three and compares. Nothing here is imported by the rest of the
+package.
+"""
+
+from delora_kernels.testing.errors import relative_error
+from delora_kernels.testing.problem import Measurement, Problem, measure
+from delora_kernels.testing.methods import METHODS, Method, MethodProblem
+from delora_kernels.testing.op_cases import OPS, op_problems
+from delora_kernels.testing.poison import uninitialised_is_nan
+
+__all__ = [
+    "METHODS",
+    "OPS",
+    "Measurement",
+    "Method",
+    "MethodProblem",
+    "Problem",
+    "measure",
+    "op_problems",
+    "relative_error",
+    "uninitialised_is_nan",
+]

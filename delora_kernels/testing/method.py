@@ -1,0 +1,168 @@
+"""A method as random problems: inputs, the fused call, the eager call, the oracle."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import functional, ops, reference
+from delora_kernels.call import Call
+from delora_kernels.testing.eager_forms import eager
+from delora_kernels.testing.problem import Inputs, Outputs, Problem, moved
+
+_BASE = ("x", "weight", "bias", "grad_out")
+_NOT_ARGUMENTS = ("grad_out", "seed", "dropout_mask")
+
+
+class Draw:
+    """Random numbers, and the sizes of one problem: T tokens, K in-features, N out-features, rank r."""
+
+    def __init__(self, T: int, K: int, N: int, r: int, seed: int) -> None:
+        self.T, self.K, self.N, self.r = T, K, N, r
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers in float64 on the CPU: the same for every device and dtype."""
+        return torch.randn(shape, dtype=torch.float64, generator=self._generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `[r, K]` with rows of length about 1, and B `[N, r]` with entries as large as the weight's."""
+        return self.normal(self.r, self.K) / self.K**0.5, self.normal(self.N, self.r) / self.K**0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """One public function with one set of conventions.
+
+    Args:
+        name: The key in `METHODS`.
+        function: Name of the function in `delora_kernels.functional` and `delora_kernels.reference`.
+        arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or in place of them.
+        constants: Arguments that get no gradient.
+        dropout_p: Dropout of the fused call; the reference gets the mask itself.
+        fused_only: Arguments of the fused call that the reference does not have.
+        takes_bias: Whether the fused call takes a bias.
+        vector_dims: Results whose vectors differ in size by orders of magnitude → the vectors' dimension.
+    """
+
+    name: str
+    function: str
+    arguments: Callable[[Draw, dict[str, Tensor]], dict[str, Any]]
+    constants: tuple[str, ...] = ()
+    dropout_p: float = 0.0
+    fused_only: Mapping[str, Any] = field(default_factory=dict)
+    takes_bias: bool = True
+    vector_dims: Mapping[str, int] = field(default_factory=dict)
+
+    def draw(
+        self,
+        T: int,
+        K: int,
+        N: int,
+        r: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        bias: bool = True,
+    ) -> dict[str, Any]:
+        """Random inputs, drawn in float64 and rounded once: the oracle starts from the very same numbers.
+
+        Args:
+            T: Tokens.
+            K: In-features.
+            N: Out-features.
+            r: Rank.
+            dtype: Of x, weight, bias and the gradient that enters backward.
+            adapter_dtype: Of every other tensor; None: `dtype`.
+            device: Where the tensors live; the numbers are the same everywhere.
+            seed: Of the numbers and of the dropout mask.
+            bias: Whether there is one, if the method takes one.
+
+        Returns:
+            The function's arguments by name, `grad_out` `[T, N]`, and for dropout `seed` and `dropout_mask` (bool
+            `[T, K]`, the elements that the backend of this call keeps).
+
+        Raises:
+            RuntimeError: the requested backend can't take the call.
+        """
+        draw = Draw(T, K, N, r, seed)
+        A, B = draw.factors()
+        inputs: dict[str, Any] = {"x": draw.normal(T, K), "weight": draw.normal(N, K) / K**0.5, "A": A, "B": B}
+        if bias and self.takes_bias:
+            inputs["bias"] = draw.normal(N)
+        inputs |= self.arguments(draw, inputs)
+        inputs["grad_out"] = draw.normal(T, N)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                inputs[name] = value.to(device, dtype if name in _BASE else adapter_dtype or dtype)
+        if self.dropout_p > 0:
+            inputs["seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
+            backend = self.call(inputs).options.backend
+            inputs["dropout_mask"] = ops.dropout_mask(T, K, self.dropout_p, inputs["seed"], backend)
+        return inputs
+
+    def problem(self, T: int, K: int, N: int, r: int, **options: Any) -> Problem:
+        """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
+        inputs = self.draw(T, K, N, r, **options)
+        dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
+        return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, self.vector_dims)
+
+    def trained(self, inputs: Inputs) -> tuple[str, ...]:
+        """Names of the inputs that get gradients."""
+        left_out = self.constants + _NOT_ARGUMENTS
+        return tuple(name for name, value in inputs.items() if isinstance(value, Tensor) and name not in left_out)
+
+    def call(self, inputs: Inputs) -> Call:
+        """The fused call after its checks: which backend takes it, in which dtypes."""
+        return functional.CALLS[self.function](**self._fused_arguments(inputs))
+
+    def fused(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
+        """y and the gradients by `delora_kernels.functional`.
+
+        Args:
+            inputs: As `draw` returns them.
+            trained: Names of the inputs that get gradients; None: all that can.
+
+        Returns:
+            y, and d<name> for each of them.
+        """
+        return self._run(getattr(functional, self.function), self._fused_arguments(inputs), inputs, trained)
+
+    def eager(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
+        """The same by eager PyTorch in the inputs' dtypes, as PEFT's layers compute it."""
+        return self._run(partial(eager, self.function), self._reference_arguments(inputs), inputs, trained)
+
+    def oracle(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
+        """The same by the reference, in float64 on the CPU."""
+        exact = moved(inputs, torch.float64, "cpu")
+        return self._run(getattr(reference, self.function), self._reference_arguments(exact), exact, trained)
+
+    def _fused_arguments(self, inputs: Inputs) -> dict[str, Any]:
+        arguments = {name: value for name, value in inputs.items() if name not in _NOT_ARGUMENTS} | self.fused_only
+        if self.dropout_p > 0:
+            arguments |= {"dropout_p": self.dropout_p, "seed": inputs["seed"]}
+        return arguments
+
+    def _reference_arguments(self, inputs: Inputs) -> dict[str, Any]:
+        arguments = {name: value for name, value in inputs.items() if name not in _NOT_ARGUMENTS}
+        if self.dropout_p > 0:
+            arguments["dropout_mask"] = inputs["dropout_mask"].to(inputs["A"].dtype) / (1 - self.dropout_p)
+        return arguments
+
+    def _run(
+        self,
+        function: Callable[..., Tensor],
+        arguments: dict[str, Any],
+        inputs: Inputs,
+        trained: Collection[str] | None,
+    ) -> Outputs:
+        names = [name for name in self.trained(inputs) if trained is None or name in trained]
+        leaves = {name: arguments[name].detach().clone().requires_grad_() for name in names}
+        y = function(**arguments | leaves)
+        grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad_out"]) if names else ()
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}

@@ -1,0 +1,145 @@
+"""Every op of ops.py by its formula alone, whole matrices at a time: what `op_cases` compares the backends with.
+
+Signatures are those of the ops without `backend`, with the mask of kept elements (bool `[T, K]` or None) in the place
+of `seed`. Operands of different dtypes meet in the wider one; None stands for a result that was not asked for.
+"""
+
+import torch
+from torch import Tensor
+
+Results = tuple[Tensor | None, ...]
+
+
+def fold(
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    frozen_lam: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Results:
+    """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
+    pairs = [(A, B, lam)]
+    if frozen_A is not None and frozen_B is not None:
+        pairs.append((frozen_A, frozen_B, -(lam if frozen_lam is None else frozen_lam)))
+    a, b = [A.norm(dim=1) for A, _, _ in pairs], [B.norm(dim=0) for _, B, _ in pairs]
+    A_hat = [A / a.clamp(min=eps)[:, None] * weight_norm for (A, _, _), a in zip(pairs, a, strict=True)]
+    B_hat = [B * (lam / len(A)) / b.clamp(min=eps) for (A, B, lam), b in zip(pairs, b, strict=True)]
+    return torch.cat(A_hat).to(dtype), torch.cat(B_hat, dim=1).to(dtype), torch.cat(a), torch.cat(b)
+
+
+def fold_backward(
+    dA_hat: Tensor | None,
+    dB_hat: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_B: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+) -> Results:
+    """The gradients that autograd finds for fold; its norms a and b are not needed for that."""
+    r = len(A)
+    with torch.enable_grad():
+        A, B, lam = (value.detach().clone().requires_grad_() for value in (A, B, lam))
+        frozen_A = None if frozen_B is None else A.detach()
+        A_hat, B_hat, _, _ = fold(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps, A.dtype)
+    dA = dB = dlam = None
+    if dA_hat is not None and A_hat is not None:
+        (dA,) = torch.autograd.grad(A_hat[:r], A, dA_hat.to(A.dtype))
+    if dB_hat is not None and B_hat is not None:
+        columns = B_hat.shape[1]  # a frozen pair with a λ₀ of its own is not differentiated
+        dB, dlam = torch.autograd.grad(B_hat, (B, lam), dB_hat[:, :columns].to(B.dtype))
+    return dA, dB, None if dlam is None else dlam.reshape(1)
+
+
+def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
+    """‖W_o + scale · B̂_o Â‖₂ for every row o."""
+    return (weight + scale * _mm(B_hat, A_hat)).norm(dim=1)
+
+
+def project(x: Tensor, A_hat: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
+    """drop(x) Âᵀ."""
+    return _mm(_drop(x, dropout_p, mask), A_hat.T)
+
+
+def expand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    B_hat: Tensor,
+    scale: float,
+    c: Tensor | None,
+    keep_u: bool,
+    dropout_p: float,
+    mask: Tensor | None,
+) -> Results:
+    """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ."""
+    dropped = _drop(x, dropout_p, mask)
+    u = _mm(dropped, weight.T) + scale * _mm(h, B_hat.T)
+    y = u if c is None else c * u
+    if mask is not None:
+        y = y + _mm(x - dropped, weight.T)
+    return (y if bias is None else y + bias), (u if keep_u else None)
+
+
+def expand_backward(
+    dy: Tensor,
+    h: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+    c: Tensor | None,
+    u: Tensor | None,
+    need_bias: bool,
+) -> Results:
+    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, Σ_t dy ⊙ u, Σ_t dy."""
+    du = dy if c is None else c * dy
+    dv = None if B_hat is None else _mm(du, B_hat)
+    dB_hat = None if h is None else scale * _mm(du.T, h)
+    return dv, dB_hat, (None if u is None else (dy * u).sum(0)), (dy.sum(0) if need_bias else None)
+
+
+def input_grad(
+    dy: Tensor,
+    weight: Tensor,
+    dv: Tensor,
+    A_hat: Tensor,
+    scale: float,
+    c: Tensor | None,
+    dropout_p: float,
+    mask: Tensor | None,
+    two_term: bool,
+) -> Tensor:
+    """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale · dv Â)."""
+    du = dy if c is None else c * dy
+    branch = scale * _mm(dv, A_hat)
+    if two_term:
+        return _mm(dy, weight) + _drop(_mm(du - dy, weight) + branch, dropout_p, mask)
+    return _mm(du, weight) + _drop(branch, dropout_p, mask)
+
+
+def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, mask: Tensor | None) -> Tensor:
+    """dÂ = scale · dvᵀ drop(x)."""
+    return scale * _mm(dv.T, _drop(x, dropout_p, mask))
+
+
+def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask: Tensor | None) -> Tensor:
+    """dW = dyᵀ (x − drop(x)) + (c ⊙ dy)ᵀ drop(x)."""
+    dropped = _drop(x, dropout_p, mask)
+    dW = _mm(dy.T if c is None else (c * dy).T, dropped)
+    return dW if mask is None else dW + _mm(dy.T, x - dropped)
+
+
+def _drop(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask / (1 - dropout_p)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype) @ right.to(dtype)

@@ -1,0 +1,32 @@
+"""Memory that shows when it was never written."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils import deterministic
+
+
+@contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Fill every tensor that is allocated without values with NaN inside the block (integers: their largest value).
+
+    An output element that a kernel forgets to write then reads as NaN, not as whatever the memory held. It is the fill
+    of PyTorch's deterministic mode: process-wide, on every device and thread, backward passes included. Operations
+    without a deterministic form run as usual.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled = deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=warn_only if enabled else True)
+        deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            deterministic.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
