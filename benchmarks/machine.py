@@ -1,7 +1,5 @@
 """What a measurement ran on: the facts that every benchmark record carries."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

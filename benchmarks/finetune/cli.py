@@ -1,7 +1,5 @@
 """The command line: arguments, defaults that depend on the device, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys
@@ -10,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .config import METHODS, Config, Problem
+from benchmarks.finetune.config import METHODS, Config, Problem
 
 NEEDED = ("torch", "transformers", "peft", "gguf", "accelerate", "matplotlib", "rich", "tqdm", "delora_kernels")
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -23,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_packages()
         config = _settings(args)
-        from .demo import run
+        from benchmarks.finetune.demo import run
 
         return 0 if run(config) else INTERRUPTED
     except Problem as problem:
         print(f"finetune: {problem}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("finetune: interrupted before the first step: nothing was measured", file=sys.stderr)
+        print("finetune: interrupted before a report could be written", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -95,9 +93,8 @@ def _check_packages() -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise Problem(
-                f"the Python package {error.name!r} is missing: install it with `pip install {error.name}`"
-            ) from None
+            name = error.name or name
+            raise Problem(f"the Python package {name!r} is missing: `pip install {name}`") from None
 
 
 def _settings(args: argparse.Namespace) -> Config:

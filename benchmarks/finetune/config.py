@@ -1,7 +1,5 @@
 """The settings of one demo run, and the error that ends it with one line."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ class Config:
         device: `cuda`, `cuda:1`, `cpu`, ...
         threads: CPU threads; None: torch's choice.
         minutes: no new step starts after this many minutes of training; None: no limit.
-        yardstick: steps for which a second, slightly nudged eager run measures how far rounding alone drives losses apart.
+        yardstick: steps of one more eager run, slightly nudged, that shows how far rounding alone drives losses apart.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.
     """

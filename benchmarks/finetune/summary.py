@@ -1,7 +1,5 @@
 """What was measured, condensed: the numbers and the rows of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -9,8 +7,8 @@ from statistics import mean, median
 import numpy as np
 from rich.table import Table
 
-from .config import Config
-from .train import Run
+from benchmarks.finetune.config import Config
+from benchmarks.finetune.train import Run
 
 TAIL = 5
 
@@ -28,6 +26,7 @@ class Result:
         fused: the same model, accelerated.
         nudged: PEFT again from a start changed by one rounding error; None if not wanted.
         end: why the run ended early; None if it did not.
+        interrupted: whether that was Ctrl-C.
     """
 
     config: Config
@@ -38,6 +37,7 @@ class Result:
     fused: Run
     nudged: Run | None = None
     end: str | None = None
+    interrupted: bool = False
 
     @property
     def steps(self) -> int:
@@ -54,11 +54,11 @@ class Result:
 
     def differences(self, run: Run) -> list[float]:
         """|loss of `run` − loss of the eager run| at each step that both have finished."""
-        return [abs(a - b) for a, b in zip(run.losses, self.losses(self.eager))]
+        return [abs(a - b) for a, b in zip(run.losses, self.losses(self.eager), strict=False)]
 
     def speedup(self) -> float:
         """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a step."""
-        return median(a / b for a, b in zip(self.step_ms(self.eager), self.step_ms(self.fused)))
+        return median(a / b for a, b in zip(self.step_ms(self.eager), self.step_ms(self.fused), strict=True))
 
 
 @dataclass(frozen=True)

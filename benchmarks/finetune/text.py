@@ -1,7 +1,5 @@
 """The text: documents, a held-out split that shares no paragraph with the training part, blocks of tokens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .config import Problem
+from benchmarks.finetune.config import Problem
 
 HELD_OUT = 0.1
 
 
 def documents(files: Sequence[Path] = ()) -> list[str]:
-    """The texts of `files`, or without any the standard library's pydoc topics (about 465 000 characters of English)."""
+    """The texts of `files`, or without any the standard library's pydoc topics (some 465 000 characters)."""
     if files:
         return [_read(path) for path in files]
     from pydoc_data.topics import topics

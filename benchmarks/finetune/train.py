@@ -1,7 +1,5 @@
 """Training: several runs advance together, one step each in turn, so that a noisy machine disturbs them alike."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .config import Config
-from .probe import MIB, kept_mib
+from benchmarks.finetune.config import Config
+from benchmarks.finetune.probe import MIB, kept_mib
 
 
 @dataclass

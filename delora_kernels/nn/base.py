@@ -67,9 +67,8 @@ class AdapterLinear(nn.Module):
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.dropout_p = checks.probability(kind, dropout_p)
 
-        base = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)
+        base = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._hold(base.weight, base.bias)
         self.register_parameter("base_weight", None)
         self.A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=adapter_dtype))
         self.B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=adapter_dtype))
@@ -83,11 +82,13 @@ class AdapterLinear(nn.Module):
         for name in ("weight", "bias"):
             module.register_parameter(name, None)
         module.to_empty(device=base.weight.device)
-        for name, tensor in base._asdict().items():
-            if tensor is not None:
-                module.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        module._hold(*base)
         module.reset_parameters()
         return module.train(linear.training)
+
+    def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.register_parameter("weight", _frozen(weight))
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
 
     @property
     def _vector_dtype(self) -> torch.dtype:
@@ -143,7 +144,7 @@ class AdapterLinear(nn.Module):
             remedy = "look for NaN, Inf or huge values in the adapter, or pass check_finite=False"
             raise checks.fail(ValueError, name, "the merged weight", "finite", "NaN or Inf", remedy)
         self.base_weight = self.weight if keep_weight else _dropped(self.weight)
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.weight = _frozen(merged)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weight: `weight` is again the very tensor that it was before `merge`.
@@ -155,9 +156,7 @@ class AdapterLinear(nn.Module):
         if self.base_weight is None:
             raise RuntimeError(f"{name}: the adapter is not merged; call merge() first")
         if self.base_weight.dim() != 2:
-            raise RuntimeError(
-                f"{name}: the weight was let go by merge(keep_weight=False); load it from its checkpoint"
-            )
+            raise RuntimeError(f"{name}: merge(keep_weight=False) let the weight go; load it from its checkpoint")
         self.weight, self.base_weight = self.base_weight, None
 
     def extra_repr(self) -> str:
@@ -210,46 +209,42 @@ class AdapterLinear(nn.Module):
             if self.base_weight is not None and self.base_weight.dim() == 2:
                 self.unmerge()
             elif self.base_weight is not None and not has_weight:
-                return (
-                    "the adapter is merged with keep_weight=False and the state dict has no weight; load one that has"
-                )
+                return "the adapter is merged with keep_weight=False; load a state dict that has the weight"
             self.base_weight = None
             return None
         if not has_weight:
             return "the state dict has base_weight (it was merged when saved) but no weight; save the whole module"
         if self.base_weight is None:
-            self.weight, self.base_weight = _new_like(self.weight), self.weight
+            self.weight, self.base_weight = _frozen(torch.empty_like(self.weight)), self.weight
         if saved.dim() != self.base_weight.dim():
-            self.base_weight = _new_like(self.weight) if saved.dim() == 2 else _dropped(self.weight)
+            self.base_weight = _frozen(torch.empty_like(self.weight)) if saved.dim() == 2 else _dropped(self.weight)
         return None
 
 
-def _new_like(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(weight), requires_grad=False)
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def _dropped(weight: Tensor) -> nn.Parameter:
     """`base_weight` after merge(keep_weight=False): 1-D and empty."""
-    return nn.Parameter(weight.new_empty(0), requires_grad=False)
+    return _frozen(weight.new_empty(0))
 
 
 def _row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1])))
 
 
-def _float_dtype(kind: str, argument: str, dtype: Any) -> torch.dtype:
+def _float_dtype(kind: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     if dtype not in checks.FLOATS:
         raise checks.fail(TypeError, kind, argument, f"one of {checks.FLOATS}", dtype, "pass a float dtype")
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 def _base_of(function: str, linear: Any) -> FrozenLinear:
-    expected = "a plain nn.Linear"
-    if not isinstance(linear, nn.Module):
-        raise checks.fail(TypeError, function, "linear", expected, type(linear).__name__, "pass the module itself")
-    meta = type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None
-    base = FrozenLinear(linear.weight, linear.bias) if meta else FrozenLinear.of(linear)
-    if isinstance(base, str):
-        remedy = "adapt a layer whose forward pass is x Wᵀ + bias and nothing else"
-        raise checks.fail(TypeError, function, "linear", expected, f"one that can't be read: {base}", remedy)
-    return base
+    if type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None:
+        return FrozenLinear(linear.weight, linear.bias)
+    base = FrozenLinear.of(linear) if isinstance(linear, nn.Module) else f"it is a {type(linear).__name__}"
+    if isinstance(base, FrozenLinear):
+        return base
+    remedy = "adapt a layer whose forward pass is x Wᵀ + bias and nothing else"
+    raise checks.fail(TypeError, function, "linear", "a plain nn.Linear", f"one that can't be read: {base}", remedy)

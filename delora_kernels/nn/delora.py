@@ -10,7 +10,7 @@ from typing_extensions import Self
 from delora_kernels import checks, functional, ops
 from delora_kernels.nn.base import AdapterLinear
 
-STARTS = ("zero", "frozen_live", "frozen_initial")
+STARTS = ("zero", "frozen_live", "frozen_paper")
 WEIGHT_NORMS = ("column", "frobenius")
 
 
@@ -21,9 +21,9 @@ class DeLoRALinear(AdapterLinear):
 
     At the start y is the frozen linear's. `start` says how, and what the first gradients are:
 
-        "zero"            PEFT: B is 0, norms are clamped at 1e-4; exact. The first step of B is long (∝ 1/1e-4)
-        "frozen_live"     the authors' code: A and B are random, copies of them are subtracted, scaled by the live λ
-        "frozen_initial"  the paper: the same copies scaled by λ₀, the first λ
+        "zero"           PEFT: B is 0, norms are clamped at 1e-4; exact. The first step of B is long (∝ 1/1e-4)
+        "frozen_live"    the authors' code: A and B are random, copies of them are subtracted, scaled by the live λ
+        "frozen_paper"   the paper: the same copies scaled by λ₀, the first λ
 
     A (and B of the frozen starts) is Kaiming uniform with a = √5. `lam` λ `[1]` is a parameter; `weight_norm` n and the
     copies `frozen_A` `[r, K]`, `frozen_B` `[N, r]`, `frozen_lam` `[1]` are buffers in the state dict, n taken from the
@@ -35,7 +35,7 @@ class DeLoRALinear(AdapterLinear):
         r: Rank, ≥ 1.
         lam: λ at the start.
         bias: Give the base a bias.
-        start: "zero", "frozen_live" or "frozen_initial".
+        start: "zero", "frozen_live" or "frozen_paper".
         weight_norm: What n is: "column", the norm of each input column of W (`[K]`; PEFT and the authors' code), or
             "frobenius", the one number ‖W‖ (the paper), about √K times as large: choose λ accordingly.
         dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
@@ -91,7 +91,7 @@ class DeLoRALinear(AdapterLinear):
         self.register_buffer("frozen_A", torch.empty_like(self.A, requires_grad=False) if frozen else None)
         self.register_buffer("frozen_B", torch.empty_like(self.B, requires_grad=False) if frozen else None)
         self.register_buffer(
-            "frozen_lam", torch.empty_like(self.lam, requires_grad=False) if start == "frozen_initial" else None
+            "frozen_lam", torch.empty_like(self.lam, requires_grad=False) if start == "frozen_paper" else None
         )
         self.reset_parameters()
 
@@ -108,6 +108,8 @@ class DeLoRALinear(AdapterLinear):
         adapter_dtype: torch.dtype | None = None,
     ) -> Self:
         """A DeLoRALinear on the weight and bias of `linear`: the same tensors, frozen.
+
+        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
 
         Args:
             linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.

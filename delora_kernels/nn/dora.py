@@ -91,6 +91,8 @@ class DoRALinear(AdapterLinear):
     ) -> Self:
         """A DoRALinear on the weight and bias of `linear`: the same tensors, frozen.
 
+        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
+
         Args:
             linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
             r, alpha, rslora, dropout_p, dropout, saved, adapter_dtype: as for the class.

@@ -77,6 +77,8 @@ class LoRALinear(AdapterLinear):
     ) -> Self:
         """A LoRALinear on the weight and bias of `linear`: the same tensors, frozen.
 
+        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
+
         Args:
             linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
             r, alpha, rslora, dropout_p, adapter_dtype: as for the class.

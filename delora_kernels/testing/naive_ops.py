@@ -47,7 +47,7 @@ def fold_backward(
     r = len(A)
     with torch.enable_grad():
         A, B, lam = (value.detach().clone().requires_grad_() for value in (A, B, lam))
-        frozen_A = None if frozen_B is None else A.detach()
+        frozen_A = None if frozen_B is None else A.new_ones(frozen_B.shape[1], A.shape[1])
         A_hat, B_hat, _, _ = fold(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps, A.dtype)
     dA = dB = dlam = None
     if dA_hat is not None and A_hat is not None:
@@ -76,7 +76,7 @@ def expand(
     B_hat: Tensor,
     scale: float,
     c: Tensor | None,
-    keep_u: bool,
+    keep: bool,
     dropout_p: float,
     mask: Tensor | None,
 ) -> Results:
@@ -86,7 +86,7 @@ def expand(
     y = u if c is None else c * u
     if mask is not None:
         y = y + _mm(x - dropped, weight.T)
-    return (y if bias is None else y + bias), (u if keep_u else None)
+    return (y if bias is None else y + bias), (u if keep else None)
 
 
 def expand_backward(
@@ -96,6 +96,7 @@ def expand_backward(
     scale: float,
     c: Tensor | None,
     u: Tensor | None,
+    kept_is_y: bool,
     need_bias: bool,
 ) -> Results:
     """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, Σ_t dy ⊙ u, Σ_t dy."""

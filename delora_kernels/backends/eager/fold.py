@@ -68,7 +68,7 @@ def fold_backward(
         dB *= lam.to(b.dtype) / r
         dlam = along.sum() / r
         if frozen_B is not None:
-            dlam -= (dB_hat[:, r:] * frozen_B * _reciprocal(b[r:], eps)).sum() / r
+            dlam -= (dB_hat[:, r:] * frozen_B * _reciprocal(b[r:], eps)).sum() / frozen_B.shape[1]
     return dA.to(A.dtype), dB.to(B.dtype), dlam.reshape(-1)
 
 

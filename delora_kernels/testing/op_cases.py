@@ -1,0 +1,160 @@
+"""Every op of ops.py as random problems: the backend's op against the formula of `naive_ops`.
+
+A new op is one function in naive_ops.py and one entry in `OPS`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import ops
+from delora_kernels.testing import naive_ops
+from delora_kernels.testing.method import Draw
+from delora_kernels.testing.methods import DROPOUT_P
+from delora_kernels.testing.problem import Inputs, Outputs, Problem
+
+SCALE = 1.75
+"""Factor of the rank-R term; exact in every dtype, so that it costs nobody a rounding."""
+
+Variants = Iterator[dict[str, Any]]
+
+
+class OpDraw:
+    """Random arguments of ops, in the dtypes in which adapted_linear.py passes them.
+
+    Args:
+        T, K, N, R: Tokens, in-features, out-features, rank.
+        dtype: Of x, weight, bias, y and their gradients.
+        rank_dtype: Of factors and every [T, R] tensor.
+        device: Where the tensors live.
+        seed: Of the numbers and of dropout masks.
+    """
+
+    def __init__(
+        self,
+        T: int,
+        K: int,
+        N: int,
+        R: int,
+        dtype: torch.dtype,
+        rank_dtype: torch.dtype,
+        device: str | torch.device,
+        seed: int,
+    ) -> None:
+        self.T, self.K, self.N, self.R = T, K, N, R
+        self._draw, self._device = Draw(T, K, N, R, seed), device
+        self._dtype, self.rank_dtype = dtype, rank_dtype
+        self.dropout = {"dropout_p": DROPOUT_P, "seed": torch.tensor(seed, dtype=torch.int64, device=device)}
+
+    def base(self, *shape: int) -> Tensor:
+        """As x, weight, bias, y."""
+        return self._draw.normal(*shape).to(self._device, self._dtype)
+
+    def small(self, *shape: int) -> Tensor:
+        """As the factors and every [T, R] tensor."""
+        return self._draw.normal(*shape).to(self._device, self.rank_dtype)
+
+    def acc(self, *shape: int) -> Tensor:
+        """As norms, c and the gradients of Â and B̂."""
+        return self._draw.normal(*shape).to(self._device, ops.accumulate_dtype(self._dtype))
+
+
+NO_DROPOUT = {"dropout_p": 0.0, "seed": None}
+
+
+def _fold(d: OpDraw) -> Variants:
+    made = {"A": d.small(d.R, d.K), "B": d.small(d.N, d.R), "lam": d.small(1), "weight_norm": d.small(d.K).abs()}
+    made |= {"frozen_A": None, "frozen_B": None, "frozen_lam": None, "eps": 1e-4, "dtype": d.rank_dtype}
+    yield made
+    start = {"frozen_A": d.small(d.R + 1, d.K), "frozen_B": d.small(d.N, d.R + 1), "eps": 0.0}
+    yield made | start
+    yield made | start | {"frozen_lam": d.small(), "lam": d.small(), "weight_norm": d.small().abs()}
+    yield made | {"eps": d.K**0.5}  # some of A's rows and B's columns are clamped
+
+
+def _fold_backward(d: OpDraw) -> Variants:
+    for made in _fold(d):
+        frozen, rank = made["frozen_B"], d.R if made["frozen_B"] is None else 2 * d.R + 1
+        _, _, a, b = naive_ops.fold(*(value.to(d.acc().dtype) if isinstance(value, Tensor) else value
+                                      for value in made.values()))  # fmt: skip
+        given = {name: made[name] for name in ("A", "B", "lam", "weight_norm")}
+        given |= {"frozen_B": frozen if made["frozen_lam"] is None else None, "a": a, "b": b, "eps": made["eps"]}
+        yield {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, rank)} | given
+    yield {"dA_hat": None, "dB_hat": d.acc(d.N, rank)} | given
+    yield {"dA_hat": d.acc(d.R, d.K), "dB_hat": None} | given
+
+
+def _row_norm(d: OpDraw) -> Variants:
+    yield {"weight": d.base(d.N, d.K), "A_hat": d.small(d.R, d.K), "B_hat": d.small(d.N, d.R), "scale": SCALE}
+
+
+def _project(d: OpDraw) -> Variants:
+    made = {"x": d.base(d.T, d.K), "A_hat": d.small(d.R, d.K)}
+    yield made | NO_DROPOUT
+    yield made | d.dropout
+
+
+def _expand(d: OpDraw) -> Variants:
+    made = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K), "bias": None, "h": d.small(d.T, d.R)}
+    made |= {"B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None, "keep": False} | NO_DROPOUT
+    yield made
+    yield made | {"bias": d.base(d.N)}
+    for keep in (False, True):
+        yield made | {"c": d.acc(d.N), "keep": keep}
+        yield made | {"c": d.acc(d.N), "keep": keep, "bias": d.base(d.N)} | d.dropout
+
+
+def _expand_backward(d: OpDraw) -> Variants:
+    made = {"dy": d.base(d.T, d.N), "h": d.small(d.T, d.R), "B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None}
+    made |= {"kept": None, "kept_is_y": False, "need_bias": True}
+    yield made
+    yield made | {"h": None, "need_bias": False}
+    yield made | {"B_hat": None, "need_bias": False}
+    yield made | {"c": d.acc(d.N)}
+    yield made | {"c": d.acc(d.N), "kept": d.base(d.T, d.N), "kept_is_y": True}
+    base = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K)}
+    yield made | base | {"c": d.acc(d.N)} | NO_DROPOUT
+    yield made | base | {"c": d.acc(d.N)} | d.dropout
+
+
+def _input_grad(d: OpDraw) -> Variants:
+    made = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K), "dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K)}
+    for c in (None, d.acc(d.N)):
+        yield made | {"scale": SCALE, "c": c} | NO_DROPOUT | {"two_term": False}
+        yield made | {"scale": SCALE, "c": c} | d.dropout | {"two_term": False}
+    yield made | {"scale": SCALE, "c": d.acc(d.N)} | d.dropout | {"two_term": True}
+
+
+def _project_backward(d: OpDraw) -> Variants:
+    made = {"dv": d.small(d.T, d.R), "x": d.base(d.T, d.K), "scale": SCALE}
+    yield made | NO_DROPOUT
+    yield made | d.dropout
+
+
+def _weight_grad(d: OpDraw) -> Variants:
+    made = {"dy": d.base(d.T, d.N), "x": d.base(d.T, d.K)}
+    yield made | {"c": None} | NO_DROPOUT
+    yield made | {"c": d.acc(d.N)} | NO_DROPOUT
+    yield made | {"c": d.acc(d.N)} | d.dropout
+
+
+def _dropout_mask(d: OpDraw) -> Variants:
+    yield {"T": d.T, "K": d.K} | d.dropout
+
+
+OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str, ...]]] = {
+    "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
+    "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
+    "row_norm": (_row_norm, ("norm",)),
+    "project": (_project, ("h",)),
+    "expand": (_expand, ("y", "kept")),
+    "expand_backward": (_expand_backward, ("dv", "dB_hat", "dy_dot_u", "dy_sum")),
+    "input_grad": (_input_grad, ("dx",)),
+    "project_backward": (_project_backward, ("dA_hat",)),
+    "weight_grad": (_weight_grad, ("dW",)),
+    "dropout_mask": (_dropout_mask, ("keep",)),
+}
+"""Op → what draws its variants, and the names of its results."""
