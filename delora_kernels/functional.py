@@ -325,7 +325,7 @@ def _call(
     seed = checks.seed(name, seed, x) if dropout_p > 0 else None
     options = Options(name, scale, eps, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
     call = Call(
-        x.reshape(-1, x.shape[-1]),
+        x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0),
         weight,
         bias,
         A,

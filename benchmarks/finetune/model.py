@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a directory or a hub id, `gguf` the file in it for a GGUF model."""
+    """Where a model comes from: `path` is a directory or a hub id, `gguf` the file in it for a GGUF model.
+
+    `offline`: a hub model that lies in the local cache, while the hub can't be reached.
+    """
 
     name: str
     path: str
     gguf: str | None = None
+    offline: bool = False
 
 
 def find(model: str | None) -> Source:
@@ -45,7 +50,22 @@ def find(model: str | None) -> Source:
         return Source(path.stem, str(path.parent), path.name)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1:
         raise Problem(f"no such model: {model}")
-    return Source(model, model)
+    return _on_hub(model)
+
+
+def _on_hub(model_id: str) -> Source:
+    """The model with this hub id; asked for once, so that a wrong id or a missing network is known within seconds."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(model_id, timeout=10)
+        return Source(model_id, model_id)
+    except ValueError as error:
+        raise Problem(f"no such model: {model_id} ({_one_line(error)})") from None
+    except Exception as error:  # its HTTP client, and so the class of its errors, differs between versions
+        if isinstance(huggingface_hub.try_to_load_from_cache(model_id, "config.json"), str):
+            return Source(model_id, model_id, offline=True)
+        raise Problem(f"no such directory or file, and not found on the hub: {model_id} ({_one_line(error)})") from None
 
 
 def _in_directory(path: Path) -> Source:
@@ -68,14 +88,14 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
-    gguf: dict[str, Any] = {}
+    where: dict[str, Any] = {"local_files_only": True} if source.offline else {}
     if source.gguf:
-        gguf["gguf_file"] = source.gguf
+        where["gguf_file"] = source.gguf
         if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **gguf)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, **gguf, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **where)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, **where, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
     model.config.use_cache = False
@@ -109,7 +129,9 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    adapted: nn.Module = peft.get_peft_model(model, adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers by an older name
+        adapted: nn.Module = peft.get_peft_model(model, adapter)
     return adapted.train()
 
 

@@ -4,11 +4,11 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.finetune.summary import Result, spread_ms
 
 EAGER, FUSED, NUDGED = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
-TINY = 1e-9
 
 
 def loss(result: Result) -> Figure:
@@ -19,22 +19,18 @@ def loss(result: Result) -> Figure:
     upper.plot(steps, result.losses(result.eager), color=EAGER, linewidth=4.0, label="PEFT eager")
     upper.plot(steps, result.losses(result.fused), color=FUSED, linewidth=1.5, label="accelerated")
     for run, colour, size in ((result.eager, EAGER, 11.0), (result.fused, FUSED, 6.0)):
-        at = (1, result.steps)[: len(run.heldout)]
+        at = (0, result.steps)[: len(run.heldout)]
         upper.plot(at, run.heldout[: len(at)], "D", color=colour, markersize=size, markeredgecolor="white")
     upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out, before and after")
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(f"{result.config.method} r={result.config.rank}, {result.model}", loc="left")
     upper.legend(frameon=False)
-    lower.semilogy(steps, _floored(result.differences(result.fused)), color=FUSED, label="accelerated")
+    lower.plot(steps, result.differences(result.fused), color=FUSED, label="accelerated")
     if result.nudged is not None and result.nudged.losses:
-        drift = _floored(result.differences(result.nudged))
-        lower.semilogy(
-            range(1, len(drift) + 1),
-            drift,
-            color=NUDGED,
-            linestyle="--",
-            label="eager, start nudged by one rounding error",
-        )
+        drift = result.differences(result.nudged)
+        lower.plot(range(1, len(drift) + 1), drift, color=NUDGED, linestyle="--", label="eager, nudged at the start")
+    lower.set_ylim(bottom=0.0)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.set_ylabel("|loss − eager's loss|")
     lower.set_xlabel("step")
     lower.legend(frameon=False)
@@ -55,9 +51,8 @@ def bars(result: Result) -> Figure:
     _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
     for axes, (title, values) in zip(panels[1:], memory.items(), strict=True):
         _two_bars(axes, title, values)
-    figure.suptitle(
-        f"{result.config.method} r={result.config.rank}, {result.model}, {result.machine['device']}", x=0.02, ha="left"
-    )
+    device = result.machine["device"] if result.machine["device"] != "cpu" else result.machine["cpu"]
+    figure.suptitle(f"{result.config.method} r={result.config.rank}, {result.model}, {device}", x=0.02, ha="left")
     return figure
 
 
@@ -66,15 +61,9 @@ def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[flo
     drawn = axes.bar(
         ("PEFT eager", "accelerated"), values, color=(EAGER, FUSED), width=0.6, yerr=errors, ecolor="0.25", capsize=5
     )
-    for bar, value in zip(drawn, values, strict=True):
-        axes.text(
-            bar.get_x() + bar.get_width() / 2,
-            0.04 * max(values),
-            f"{value:.0f}",
-            ha="center",
-            color="white",
-            weight="bold",
-        )
+    for bar, value, ink in zip(drawn, values, ("black", "white"), strict=True):
+        middle = bar.get_x() + bar.get_width() / 2
+        axes.text(middle, 0.04 * max(values), f"{value:.4g}", ha="center", color=ink, weight="bold")
     axes.set_title(title, fontsize=10)
     _plain(axes)
 
@@ -82,8 +71,3 @@ def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[flo
 def _plain(axes: Axes) -> None:
     """Fewer lines around the data."""
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _floored(values: list[float]) -> list[float]:
-    """Values for a logarithmic axis, where 0 has no place."""
-    return [max(value, TINY) for value in values]

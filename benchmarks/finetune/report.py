@@ -73,7 +73,7 @@ def markdown(result: Result) -> str:
     if result.end:
         lines += [f"**{result.end[0].upper()}{result.end[1:]}.** What follows was measured until then.", ""]
     lines += ["| | PEFT eager | accelerated | |", "|---|---:|---:|---:|"]
-    lines += [f"| {row.label.strip()} | {row.eager} | {row.fused} | {row.ratio} |" for row in rows(result)]
+    lines += [f"| {row.label.strip()} | {' | '.join(row.cells)} | {row.remark} |" for row in rows(result)]
     lines += ["", *_explanations(result), "", "![training loss](loss.png)", "", "![step time and memory](bars.png)", ""]
     lines += ["## What was fused", "", "```text", result.fusion, "```", ""]
     lines += ["## Machine", "", "| | |", "|---|---|"]

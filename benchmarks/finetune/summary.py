@@ -63,12 +63,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `ratio` compares the two where that says something."""
+    """One line of the table: the two runs' cells, and a remark where comparing them says something."""
 
     label: str
-    eager: str
-    fused: str
-    ratio: str = ""
+    cells: tuple[str, ...]
+    remark: str = ""
 
 
 def spread_ms(values: Sequence[float]) -> tuple[float, float, float]:
@@ -79,47 +78,44 @@ def spread_ms(values: Sequence[float]) -> tuple[float, float, float]:
 
 def rows(result: Result) -> list[Row]:
     """The table: time, memory, losses."""
-    eager, fused = result.eager, result.fused
-    (a20, a50, a80), (b20, b50, b80) = (spread_ms(result.step_ms(run)) for run in (eager, fused))
+    eager, fused = pair = result.eager, result.fused
+    times = [spread_ms(result.step_ms(run)) for run in pair]
     tokens = result.config.tokens_per_step
     table = [
-        Row("step, median (ms)", f"{a50:.1f}", f"{b50:.1f}", f"{result.speedup():.2f}x faster"),
-        Row("step, p20 to p80 (ms)", f"{a20:.1f} to {a80:.1f}", f"{b20:.1f} to {b80:.1f}"),
-        Row("tokens/s", f"{1e3 * tokens / a50:.0f}", f"{1e3 * tokens / b50:.0f}"),
+        Row("step, median (ms)", tuple(_ms(p50) for _, p50, _ in times), f"{result.speedup():.2f}x faster"),
+        Row("step, p20 to p80 (ms)", tuple(f"{_ms(p20)} to {_ms(p80)}" for p20, _, p80 in times)),
+        Row("tokens/s", tuple(f"{1e3 * tokens / p50:.0f}" for _, p50, _ in times)),
     ]
     if eager.peak_mib and fused.peak_mib:
-        peaks = [median(run.peak_mib) for run in (eager, fused)]
-        table.append(_memory("peak of a step above resident (MiB)", *peaks))
+        table.append(_memory("peak above resident (MiB)", *(median(run.peak_mib) for run in pair)))
     if eager.kept_mib is not None and fused.kept_mib is not None:
         table.append(_memory("kept for backward (MiB)", eager.kept_mib, fused.kept_mib))
+    tail = min(TAIL, result.steps)
     table += [
-        Row("train loss, first step", f"{eager.losses[0]:.4f}", f"{fused.losses[0]:.4f}"),
-        Row(
-            f"train loss, mean of last {min(TAIL, result.steps)}",
-            *(f"{_tail(result, run):.4f}" for run in (eager, fused)),
-        ),
+        Row("train loss, first step", tuple(f"{run.losses[0]:.4f}" for run in pair)),
+        Row(f"train loss, mean of last {tail}", tuple(f"{mean(result.losses(run)[-tail:]):.4f}" for run in pair)),
     ]
     for index, when in enumerate(("before", "after")):
-        if len(fused.heldout) > index:
-            table.append(Row(f"held-out loss {when}", f"{eager.heldout[index]:.4f}", f"{fused.heldout[index]:.4f}"))
-    table.append(Row(f"largest loss difference, {result.steps} steps", "", f"{max(result.differences(fused)):.2g}"))
+        if len(eager.heldout) > index and len(fused.heldout) > index:
+            table.append(Row(f"held-out loss {when}", tuple(f"{run.heldout[index]:.4f}" for run in pair)))
+    apart = result.differences(fused)
+    table.append(Row("largest loss difference", ("", f"{max(apart):.2g}"), f"over {len(apart)} steps"))
     if result.nudged is not None and result.nudged.losses:
         drift = result.differences(result.nudged)
-        same = result.differences(fused)[: len(drift)]
-        table.append(
-            Row(f"  first {len(drift)} steps; eager column: eager, nudged", f"{max(drift):.2g}", f"{max(same):.2g}")
-        )
+        cells = ("", f"{max(apart[: len(drift)]):.2g}")
+        table.append(Row(f"  in the first {len(drift)} steps", cells, f"nudged eager {max(drift):.2g}"))
     return table
+
+
+def _ms(value: float) -> str:
+    """A duration in ms with three digits or more."""
+    return f"{value:.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
 def _memory(label: str, eager: float, fused: float) -> Row:
     """One line about memory, with how much less it is."""
-    return Row(label, f"{eager:.0f}", f"{fused:.0f}", f"{100.0 * (1.0 - fused / eager):.0f} % less" if eager else "")
-
-
-def _tail(result: Result, run: Run) -> float:
-    """Mean of the last losses."""
-    return mean(result.losses(run)[-TAIL:])
+    less = f"{100.0 * (1.0 - fused / eager):.0f} % less" if eager else ""
+    return Row(label, tuple(f"{mib:.3g}" if mib < 100.0 else f"{mib:.0f}" for mib in (eager, fused)), less)
 
 
 def printed(result: Result) -> Table:
@@ -130,11 +126,11 @@ def printed(result: Result) -> Table:
         f"alternating, {config.batch_size} x {config.seq_len} tokens, {precision(config)}",
         title_justify="left",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("PEFT eager", "accelerated", ""):
         table.add_column(name, justify="right")
     for row in rows(result):
-        table.add_row(row.label, row.eager, row.fused, row.ratio)
+        table.add_row(row.label, *row.cells, row.remark)
     return table
 
 

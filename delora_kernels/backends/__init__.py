@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from delora_kernels.call import Call
 
@@ -106,6 +108,6 @@ def _known(name: str, where: str) -> str:
 
 
 def _log_once(name: str, reason: str) -> None:
-    if (name, reason) not in _logged:
+    if not torch.compiler.is_compiling() and (name, reason) not in _logged:
         _logged.add((name, reason))
         logger.debug("backend %s not used: %s", name, reason)

@@ -10,19 +10,22 @@ package.
 """
 
 from delora_kernels.testing.errors import relative_error
-from delora_kernels.testing.problem import Measurement, Problem, measure
-from delora_kernels.testing.methods import METHODS, Method, MethodProblem
-from delora_kernels.testing.op_cases import OPS, op_problems
+from delora_kernels.testing.dropout import measure_dropout_mask
+from delora_kernels.testing.method import Method
+from delora_kernels.testing.methods import METHODS
+from delora_kernels.testing.op_cases import OPS
+from delora_kernels.testing.op_problems import op_problems
 from delora_kernels.testing.poison import uninitialised_is_nan
+from delora_kernels.testing.problem import Measurement, Problem, measure
 
 __all__ = [
     "METHODS",
     "OPS",
     "Measurement",
     "Method",
-    "MethodProblem",
     "Problem",
     "measure",
+    "measure_dropout_mask",
     "op_problems",
     "relative_error",
     "uninitialised_is_nan",

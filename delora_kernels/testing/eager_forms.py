@@ -14,12 +14,12 @@ from torch.nn.functional import linear
 from delora_kernels import reference
 
 
-def eager(function: str, arguments: dict[str, Any]) -> Tensor:
+def eager(function: str, **arguments: Any) -> Tensor:
     """The method in plain torch, differentiable by autograd.
 
     Args:
         function: Name of the function in `delora_kernels.reference`.
-        arguments: Its arguments; x, weight and bias may be narrower than the rest.
+        **arguments: Its arguments; x, weight and bias may be narrower than the rest.
 
     Returns:
         y, `[..., N]`, in x's dtype.

@@ -45,6 +45,7 @@ class Method:
         dropout_p: Dropout of the fused call; the reference gets the mask itself.
         fused_only: Arguments of the fused call that the reference does not have.
         takes_bias: Whether the fused call takes a bias.
+        through_x: Results that are computed from a [T, N] tensor which the fused call keeps in x's dtype.
         vector_dims: Results whose vectors differ in size by orders of magnitude → the vectors' dimension.
     """
 
@@ -55,6 +56,7 @@ class Method:
     dropout_p: float = 0.0
     fused_only: Mapping[str, Any] = field(default_factory=dict)
     takes_bias: bool = True
+    through_x: tuple[str, ...] = ()
     vector_dims: Mapping[str, int] = field(default_factory=dict)
 
     def draw(
@@ -110,7 +112,8 @@ class Method:
         """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
         inputs = self.draw(T, K, N, r, **options)
         dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
-        return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, self.vector_dims)
+        through = dict.fromkeys(self.through_x, inputs["x"].dtype)
+        return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, through, self.vector_dims)
 
     def trained(self, inputs: Inputs) -> tuple[str, ...]:
         """Names of the inputs that get gradients."""

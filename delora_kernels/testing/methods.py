@@ -64,6 +64,8 @@ def _delora_frozen_paper(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 _LORA = "lora_linear"
 _DORA = "dora_linear"
 _DELORA = "delora_linear"
+_KEPT = ("dmagnitude",)
+_SAVE_Y = {"saved": "output"}
 _CONSTANTS = ("weight_norm", "frozen_A", "frozen_B", "frozen_lam")
 
 METHODS = {
@@ -72,10 +74,10 @@ METHODS = {
         Method("lora", _LORA, _lora),
         Method("lora-dropout", _LORA, _lora, dropout_p=DROPOUT_P),
         Method("rslora", _LORA, _rslora),
-        Method("dora", _DORA, _dora),
-        Method("dora-dropout", _DORA, _dora, dropout_p=DROPOUT_P),
-        Method("dora-branch-dropout", _DORA, _dora_branch, dropout_p=DROPOUT_P),
-        Method("dora-saved-output", _DORA, _dora, fused_only={"saved": "output"}, takes_bias=False),
+        Method("dora", _DORA, _dora, through_x=_KEPT),
+        Method("dora-dropout", _DORA, _dora, dropout_p=DROPOUT_P, through_x=_KEPT),
+        Method("dora-branch-dropout", _DORA, _dora_branch, dropout_p=DROPOUT_P, through_x=_KEPT),
+        Method("dora-saved-output", _DORA, _dora, fused_only=_SAVE_Y, takes_bias=False, through_x=_KEPT),
         Method("delora", _DELORA, _delora, _CONSTANTS),
         Method("delora-dropout", _DELORA, _delora, _CONSTANTS, dropout_p=DROPOUT_P),
         Method("delora-zero-b", _DELORA, _delora_zero_b, _CONSTANTS),

@@ -1,10 +1,6 @@
-"""Every op of ops.py as random problems: the backend's op against the formula of `naive_ops`.
-
-A new op is one function in naive_ops.py and one entry in `OPS`.
-"""
+"""Random arguments for every op of ops.py, each variant that adapted_linear.py asks for."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +10,7 @@ from delora_kernels import ops
 from delora_kernels.testing import naive_ops
 from delora_kernels.testing.method import Draw
 from delora_kernels.testing.methods import DROPOUT_P
-from delora_kernels.testing.problem import Inputs, Outputs, Problem
+from delora_kernels.testing.problem import moved
 
 SCALE = 1.75
 """Factor of the rank-R term; exact in every dtype, so that it costs nobody a rounding."""
@@ -77,14 +73,14 @@ def _fold(d: OpDraw) -> Variants:
 
 def _fold_backward(d: OpDraw) -> Variants:
     for made in _fold(d):
-        frozen, rank = made["frozen_B"], d.R if made["frozen_B"] is None else 2 * d.R + 1
-        _, _, a, b = naive_ops.fold(*(value.to(d.acc().dtype) if isinstance(value, Tensor) else value
-                                      for value in made.values()))  # fmt: skip
-        given = {name: made[name] for name in ("A", "B", "lam", "weight_norm")}
-        given |= {"frozen_B": frozen if made["frozen_lam"] is None else None, "a": a, "b": b, "eps": made["eps"]}
-        yield {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, rank)} | given
-    yield {"dA_hat": None, "dB_hat": d.acc(d.N, rank)} | given
-    yield {"dA_hat": d.acc(d.R, d.K), "dB_hat": None} | given
+        wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
+        _, _, a, b = naive_ops.fold(**wide)
+        given = {name: made[name] for name in ("A", "B", "lam", "weight_norm", "eps")} | {"a": a, "b": b}
+        given["frozen_B"] = made["frozen_B"] if made["frozen_lam"] is None else None
+        grads = {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, len(b))}
+        yield grads | given
+    yield grads | given | {"dA_hat": None}
+    yield grads | given | {"dB_hat": None}
 
 
 def _row_norm(d: OpDraw) -> Variants:
@@ -110,6 +106,7 @@ def _expand(d: OpDraw) -> Variants:
 def _expand_backward(d: OpDraw) -> Variants:
     made = {"dy": d.base(d.T, d.N), "h": d.small(d.T, d.R), "B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None}
     made |= {"kept": None, "kept_is_y": False, "need_bias": True}
+    # with x and weight in place of `kept`, the op gets what the same backend's expand keeps
     yield made
     yield made | {"h": None, "need_bias": False}
     yield made | {"B_hat": None, "need_bias": False}
@@ -141,20 +138,18 @@ def _weight_grad(d: OpDraw) -> Variants:
     yield made | {"c": d.acc(d.N)} | d.dropout
 
 
-def _dropout_mask(d: OpDraw) -> Variants:
-    yield {"T": d.T, "K": d.K} | d.dropout
-
-
-OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str, ...]]] = {
+OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
     "row_norm": (_row_norm, ("norm",)),
     "project": (_project, ("h",)),
-    "expand": (_expand, ("y", "kept")),
+    "expand": (_expand, ("y", None)),
     "expand_backward": (_expand_backward, ("dv", "dB_hat", "dy_dot_u", "dy_sum")),
     "input_grad": (_input_grad, ("dx",)),
     "project_backward": (_project_backward, ("dA_hat",)),
     "weight_grad": (_weight_grad, ("dW",)),
-    "dropout_mask": (_dropout_mask, ("keep",)),
 }
-"""Op → what draws its variants, and the names of its results."""
+"""Op → what draws its variants, and its results by name; None: a tensor whose meaning is the backend's own affair.
+
+dropout_mask is random by contract: `testing.dropout` judges it.
+"""

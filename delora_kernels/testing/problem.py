@@ -1,19 +1,19 @@
-"""How far a result is from the truth, and how far it may be. The tolerance is derived from the problem, never tuned.
+"""How far a result is from the truth, and how far it may be. The limit is derived from the problem, never tuned.
 
-    limit = 2 · e + ULPS · ε · (1 + κ)
+    limit = 2 · e + ROUNDINGS · (ε / 2) · (1 + κ)
 
-    e   the error of eager PyTorch on the same inputs in the same dtypes, against the float64 oracle: a fused kernel
-        rounds in other places than eager PyTorch but has no reason to be more than twice as far off
-    ε   `torch.finfo(...).eps` of the dtype in which eager PyTorch holds this result, or in which the result itself
-        comes if that is coarser: what two correctly rounded results may differ by
-    κ   how many ε this result moves when every input moves by one ε. A sum that cancels (dλ is one) has κ ≫ 1: there e
-        is a matter of luck, and a single rounding anywhere shows κ-fold
+    e   the error of eager PyTorch in the same dtypes against the float64 oracle: a fused kernel rounds in other places
+        but has no reason to be more than twice as far off. It is the largest of a few runs whose inputs differ in
+        their last bits, because a single run may be lucky, above all where the result is one number
+    ε   `torch.finfo(...).eps` of the coarsest dtype that the result passes through: the one in which eager PyTorch
+        holds it, its own, or that of a tensor which the contract of the method rounds on the way (`Problem.through`)
+    κ   by how many ε the result moves when every input moves by one ε: where terms cancel, one rounding shows κ-fold
 
-In float64 the oracle itself rounds as the code under test does. Rounding errors are proportional to ε, so e is measured
-in float32 and scaled to float64, and it counts once more for the oracle.
+In float64 the oracle rounds as the code under test does, so it gets half as much again. Rounding errors are
+proportional to ε: there e is measured in float32 and scaled.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +23,15 @@ from torch import Tensor
 from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.poison import uninitialised_is_nan
 
-ULPS = 2
-"""Roundings of a result, in ε, that are granted on top of twice eager's error."""
+ROUNDINGS = 4
+"""The stages between an input and a result, of which each may round once more than eager PyTorch does: the factors are
+folded, then come h, y or dv, the small gradient, and the cast to the dtype of the result."""
 
-_NUDGE = 2.0**-26
+_STEP = 2.0**-26
 """Relative step of the finite difference that gives κ: the middle of float64's 52 bits."""
 
-_DIRECTIONS = 4
-"""Random directions in which the inputs are moved; κ is the largest change."""
+_NEIGHBOURS = 4
+"""Random directions in which the inputs move, by _STEP for κ and by their last bit for e; the largest effect counts."""
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Tensor]
@@ -47,6 +48,7 @@ class Problem:
         eager: The same by eager PyTorch, in the inputs' dtypes.
         oracle: The same by eager PyTorch, called with every float tensor in float64 on the CPU.
         dtypes: The dtype in which each result must come.
+        through: Results that pass through a dtype coarser than their own by contract → that dtype.
         vector_dims: For results whose vectors stand alone, the dimension of the vectors (see `relative_error`).
     """
 
@@ -56,6 +58,7 @@ class Problem:
     eager: Callable[[Inputs], Outputs]
     oracle: Callable[[Inputs], Outputs]
     dtypes: Mapping[str, torch.dtype]
+    through: Mapping[str, torch.dtype] = field(default_factory=dict)
     vector_dims: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -120,39 +123,51 @@ def _what_is_wrong(got: Tensor | None, expected: Tensor | None, dtype: torch.dty
 
 def _limits(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, float]:
     in_float64 = all(value.dtype == torch.float64 for value in problem.inputs.values() if _is_float(value))
-    if in_float64:
-        single = moved(problem.inputs, torch.float32)
-        eager = problem.eager(single)
-        eager_error = _errors(problem, eager, problem.oracle(moved(single, torch.float64, "cpu")))
-    else:
-        eager = problem.eager(problem.inputs)
-        eager_error = _errors(problem, eager, expected)
+    inputs = moved(problem.inputs, torch.float32) if in_float64 else problem.inputs
+    eager_error, eager_dtype = _eager_errors(problem, inputs)
     kappa = _kappa(problem, exact, expected)
     limits = {}
-    for what, error in eager_error.items():
-        if error == torch.inf:
-            raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
+    for what, e in eager_error.items():
+        passed = (eager_dtype[what], problem.dtypes[what], problem.through.get(what, problem.dtypes[what]))
+        rounding = max(torch.finfo(dtype).eps for dtype in passed) / 2
+        limits[what] = 2 * e + ROUNDINGS * rounding * (1 + kappa[what])
         if in_float64:
-            error, eps = 1.5 * error * _eps(torch.float64) / _eps(torch.float32), _eps(torch.float64)
-        else:
-            eps = max(_eps(eager[what].dtype), _eps(problem.dtypes[what]))
-        limits[what] = 2 * error + ULPS * eps * (1 + kappa[what])
+            limits[what] *= 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return limits
 
 
+def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, float], dict[str, torch.dtype]]:
+    """The largest error of eager PyTorch on the inputs and their neighbours, and the dtypes of its results."""
+    errors: dict[str, float] = {}
+    for neighbour in (inputs, *_neighbours(inputs)):
+        eager = problem.eager(neighbour)
+        for what, error in _errors(problem, eager, problem.oracle(moved(neighbour, torch.float64, "cpu"))).items():
+            if error == torch.inf:
+                raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
+            errors[what] = max(errors.get(what, 0.0), error)
+    return errors, {what: result.dtype for what, result in eager.items()}
+
+
 def _kappa(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, float]:
-    """The largest change of every result, in units of the relative change of the inputs."""
-    generator = torch.Generator().manual_seed(0)
+    """The largest relative change of every result over the relative change of the inputs, to first order."""
     kappa = dict.fromkeys(expected, 0.0)
-    for _ in range(_DIRECTIONS):
-        nudged = dict(exact)
-        for name, value in exact.items():
-            if _is_float(value):
-                signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-                nudged[name] = value * (1 + _NUDGE * signs)
-        for what, change in _errors(problem, problem.oracle(nudged), expected).items():
-            kappa[what] = max(kappa[what], change / _NUDGE)
+    for neighbour in _neighbours(exact, _STEP):
+        for what, change in _errors(problem, problem.oracle(neighbour), expected).items():
+            kappa[what] = max(kappa[what], change / _STEP)
     return kappa
+
+
+def _neighbours(inputs: Inputs, step: float | None = None) -> Iterator[dict[str, Any]]:
+    """The inputs with every float element moved up or down by chance, by a relative step or (None) by ε."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_NEIGHBOURS):
+        neighbour = dict(inputs)
+        for name, value in inputs.items():
+            if _is_float(value):
+                signs = torch.randint(0, 2, value.shape, generator=generator).double() * 2 - 1
+                factor = 1 + signs * (torch.finfo(value.dtype).eps if step is None else step)
+                neighbour[name] = (value * factor.to(value.device)).to(value.dtype)
+        yield neighbour
 
 
 def _errors(problem: Problem, got: Outputs, expected: Outputs) -> dict[str, float]:
@@ -174,7 +189,3 @@ def moved(inputs: Inputs, dtype: torch.dtype, device: str | None = None) -> dict
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps

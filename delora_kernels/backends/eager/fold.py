@@ -44,7 +44,7 @@ def _folded(
 def _reciprocal(norm: Tensor, eps: float) -> Tensor:
     """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no direction."""
     clamped = norm.clamp(min=eps)
-    return torch.where(clamped > 0, 1 / clamped, torch.zeros_like(norm))
+    return torch.where(clamped == 0, torch.zeros_like(norm), 1 / clamped)
 
 
 def fold_backward(
