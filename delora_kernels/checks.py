@@ -90,14 +90,14 @@ def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -
     return str(value)
 
 
-def base(function: str, x: Any, weight: Any, bias: Any, autocast: bool) -> None:
+def base(function: str, x: Any, weight: Any, bias: Any) -> None:
     """Check x [..., K], weight [N, K] and bias [N] against each other."""
     x, weight = tensor(function, "x", x), matrix(function, "weight", weight, "[N, K]")
     same_device(function, "weight", weight, x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         expected = f"[..., K] with K = {weight.shape[1]}, weight's columns"
         raise fail(ValueError, function, "x", expected, f"shape {list(x.shape)}", "weight is [N, K] as in nn.Linear")
-    if x.dtype != weight.dtype and not autocast:
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise fail(
             TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast"
         )

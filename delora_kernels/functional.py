@@ -293,7 +293,7 @@ CALLS = {"lora_linear": _lora_call, "dora_linear": _dora_call, "delora_linear": 
 def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{name} does not support torch.func transforms; use delora_kernels.reference.{name} there")
-    checks.base(name, x, weight, bias, isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type))
+    checks.base(name, x, weight, bias)
     checks.factors(name, x, weight, A, B)
 
 

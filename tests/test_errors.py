@@ -1,0 +1,174 @@
+"""Bad arguments: one clear error before anything is computed, naming the argument, what came and what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delora_kernels import backends, explain, functional, use_backend
+
+T, K, N, R = 5, 8, 6, 3
+
+
+def t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def arguments(function: str) -> dict[str, Any]:
+    """A good call."""
+    made: dict[str, Any] = {"x": t(T, K), "weight": t(N, K), "A": t(R, K), "B": t(N, R)}
+    if function == "dora_linear":
+        made["magnitude"] = t(N)
+    if function == "delora_linear":
+        made |= {"lam": t(1), "weight_norm": t(K)}
+    return made
+
+
+NAN = float("nan")
+CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("lora_linear", {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    ("lora_linear", {"x": t(T, K).long()}, TypeError, "x must be one of float16, bfloat16, float32, float64, got torch"),
+    ("lora_linear", {"x": t(T, K + 1)}, ValueError, f"x must be [..., K] with K = {K}, weight's columns, got shape"),
+    ("lora_linear", {"x": t()}, ValueError, "x must be [..., K]"),
+    ("lora_linear", {"x": t(T, K).bfloat16()}, TypeError, "x must be torch.float32, weight's dtype, got torch.bfloat16"),
+    ("lora_linear", {"x": t(T, K).to_sparse()}, TypeError, "x must be dense (torch.strided), got torch.sparse_coo"),
+    ("lora_linear", {"x": t(T, K).to("meta")}, ValueError, "x must be a tensor with data, got a meta tensor"),
+    ("lora_linear", {"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+    ("lora_linear", {"weight": t(K)}, ValueError, f"weight must be 2-D [N, K], got shape [{K}]"),
+    ("lora_linear", {"weight": t(N, K).to("meta")}, ValueError, "weight must be a tensor with data, got a meta tensor"),
+    ("lora_linear", {"weight": t(N, K).to(torch.uint8)}, TypeError, "got torch.uint8; convert it, or dequantise it first"),
+    ("lora_linear", {"weight": t(K, N)}, ValueError, "weight is [N, K] as in nn.Linear"),
+    ("lora_linear", {"bias": t(K)}, ValueError, f"bias must be [N] = [{N}], got [{K}]"),
+    ("lora_linear", {"bias": 0.0}, TypeError, "bias must be a torch.Tensor, got float"),
+    ("lora_linear", {"A": t(K, R)}, ValueError, f"A must be [r, K] = [{K}, {K}], got [{K}, {R}]"),
+    ("lora_linear", {"A": t(K)}, ValueError, "A must be 2-D [r, K]"),
+    ("lora_linear", {"A": t(0, K), "B": t(N, 0)}, ValueError, "A must be [r, K] with r ≥ 1, got [0, 8]; use the frozen"),
+    ("lora_linear", {"A": t(R, K).to("meta")}, ValueError, "A must be a tensor with data"),
+    ("lora_linear", {"A": t(R, K).to(torch.complex64)}, TypeError, "A must be one of float16"),
+    ("lora_linear", {"B": t(R, N)}, ValueError, f"B must be [N, r] = [{N}, {R}], got [{R}, {N}]; r is A's number of rows"),
+    ("lora_linear", {"B": t(N, R + 1)}, ValueError, "B must be [N, r]"),
+    ("lora_linear", {"scale": "2"}, TypeError, "scale must be a number, got str; pass a float"),
+    ("lora_linear", {"scale": t()}, TypeError, "scale must be a number, got Tensor"),
+    ("lora_linear", {"scale": True}, TypeError, "scale must be a number, got bool"),
+    ("lora_linear", {"scale": NAN}, ValueError, "scale must be finite, got nan"),
+    ("lora_linear", {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    ("lora_linear", {"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+    ("lora_linear", {"dropout_p": -0.1}, ValueError, "dropout_p must be in [0, 1), got -0.1"),
+    ("lora_linear", {"dropout_p": NAN}, ValueError, "dropout_p must be in [0, 1), got nan"),
+    ("lora_linear", {"dropout_p": None}, TypeError, "dropout_p must be a number, got NoneType"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": True}, TypeError, "seed must be an int or a 0-d int64 tensor, got bool"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": 1 << 64}, ValueError, "seed must be a 64-bit signed integer"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": t(1).long()}, TypeError, "got torch.int64 of shape [1]"),
+    ("lora_linear", {"dropout_p": 0.1, "seed": t()}, TypeError, "got torch.float32 of shape []"),
+    ("dora_linear", {"magnitude": t(K)}, ValueError, f"magnitude must be [N] = [{N}], got [{K}]"),
+    ("dora_linear", {"magnitude": t(N, 1)}, ValueError, "pass one value for each row of weight"),
+    ("dora_linear", {"magnitude": 1.0}, TypeError, "magnitude must be a torch.Tensor, got float"),
+    ("dora_linear", {"dropout": "all"}, ValueError, "dropout must be one of ('peft', 'branch'), got 'all'"),
+    ("dora_linear", {"saved": "y"}, ValueError, "saved must be one of ('private', 'output'), got 'y'"),
+    ("dora_linear", {"saved": "output", "bias": t(N)}, ValueError, "saved must be 'private' here, got 'output' with a bias"),
+    ("dora_linear", {"saved": "output", "dropout_p": 0.1}, ValueError, "got 'output' with dropout='peft'"),
+    ("delora_linear", {"lam": t(2)}, ValueError, "lam must be a number, 0-d or [1], got shape [2]"),
+    ("delora_linear", {"lam": None}, TypeError, "lam must be a number, got NoneType"),
+    ("delora_linear", {"lam": NAN}, ValueError, "lam must be finite, got nan"),
+    ("delora_linear", {"weight_norm": t(N)}, ValueError, f"weight_norm must be [K] = [{K}], got [{N}]; pass ‖W‖ of each"),
+    ("delora_linear", {"weight_norm": t(K).requires_grad_()}, ValueError, "weight_norm must be a constant, got a tensor"),
+    ("delora_linear", {"weight_norm": "auto"}, TypeError, "weight_norm must be a number, got str"),
+    ("delora_linear", {"eps": -1e-4}, ValueError, "eps must be ≥ 0, got -0.0001; 0 means no clamp"),
+    ("delora_linear", {"frozen_A": t(R, K)}, ValueError, "frozen_B must be a tensor, got None; a frozen start needs both"),
+    ("delora_linear", {"frozen_B": t(N, R)}, ValueError, "frozen_A must be a tensor, got None"),
+    ("delora_linear", {"frozen_A": t(R, N), "frozen_B": t(N, R)}, ValueError, "frozen_A must be [r, K]"),
+    ("delora_linear", {"frozen_A": t(R, K), "frozen_B": t(N, 2)}, ValueError, "r is frozen_A's number of rows"),
+    ("delora_linear", {"frozen_lam": 2.0}, ValueError, "frozen_lam must be None, got a value; it scales frozen_A"),
+    (
+        "delora_linear",
+        {"frozen_A": t(R, K).requires_grad_(), "frozen_B": t(N, R)},
+        ValueError,
+        "frozen_A must be a constant, got a tensor that requires grad; pass .detach()",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "bad", "kind", "text"), CASES, ids=[f"{c[0]}-{c[3][:40]}" for c in CASES])
+def test_bad_argument(
+    function: str, bad: dict[str, Any], kind: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: Any) -> None:
+        raise AssertionError("the call went on")
+
+    monkeypatch.setattr("delora_kernels.adapted_linear.run", computed)
+    before = torch.get_rng_state()
+    with pytest.raises(kind) as caught:
+        getattr(functional, function)(**arguments(function) | bad)
+    assert text in str(caught.value)
+    assert str(caught.value).startswith(f"{function}: ")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (2, 19, 27, 35, 45)], ids=str)
+def test_same_text_compiled(case: tuple[str, dict[str, Any], type[Exception], str]) -> None:
+    function, bad, kind, _ = case
+    call = getattr(functional, function)
+    with pytest.raises(kind) as eager:
+        call(**arguments(function) | bad)
+    torch._dynamo.reset()
+    with pytest.raises(kind) as compiled:
+        torch.compile(call, backend="eager")(**arguments(function) | bad)
+    assert str(compiled.value) == str(eager.value)
+
+
+def test_device_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked through a stand-in device: the text is what a CUDA x and a CPU adapter give."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    A = t(R, K).as_subclass(Elsewhere)
+    with pytest.raises(ValueError, match="A must be on x's device cpu, got cuda:1; move it to cpu"):
+        functional.lora_linear(t(T, K), t(N, K), A, t(N, R))
+
+
+def test_good_calls_pass() -> None:
+    """The table is about what it changes: unchanged, each call is fine."""
+    for function in functional.CALLS:
+        assert getattr(functional, function)(**arguments(function)).shape == (T, N)
+
+
+def test_use_backend() -> None:
+    with pytest.raises(ValueError, match="name must be one of 'triton', 'cuda', 'eager', got 'cpu'"), use_backend("cpu"):
+        pass
+    for name in ("triton", "cuda"):
+        reason = backends.unavailable(name)
+        assert reason is not None
+        with pytest.raises(RuntimeError, match=reason), use_backend(name):
+            pass
+    with use_backend("eager"):
+        assert backends.requested() == "eager"
+    assert backends.requested() is None
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_requested", "nonsense")
+    with pytest.raises(ValueError, match="DELORA_KERNELS_BACKEND must be one of"):
+        functional.lora_linear(**arguments("lora_linear"))
+    monkeypatch.setattr(backends, "_requested", "triton")
+    with pytest.raises(RuntimeError, match="'triton' was requested but can't take this call: this version"):
+        functional.lora_linear(**arguments("lora_linear"))
+
+
+def test_explain() -> None:
+    found = explain(functional.lora_linear, **arguments("lora_linear"))
+    assert (found.backend, found.compute_dtype, found.rank_dtype) == ("eager", torch.float32, torch.float32)
+    assert found.reasons == {name: backends.unavailable(name) for name in ("triton", "cuda")}
+    assert str(found).splitlines()[0] == (
+        "lora_linear runs on the eager backend (GEMMs in float32, low-rank branch in float32)"
+    )
+    mixed = {"x": t(T, K).bfloat16(), "weight": t(N, K).bfloat16()}
+    assert explain("lora_linear", **arguments("lora_linear") | mixed).rank_dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain("dora_linear", **arguments("dora_linear")).compute_dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="function must be one of lora_linear, dora_linear, delora_linear, got 'relu'"):
+        explain(torch.relu, t(1))
+    with pytest.raises(ValueError, match="B must be"):
+        explain("lora_linear", t(T, K), t(N, K), t(R, K), t(R, N))

