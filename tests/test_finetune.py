@@ -1,15 +1,21 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-for package in ("transformers", "peft", "tokenizers", "matplotlib", "rich", "tqdm", "gguf", "accelerate"):
-    pytest.importorskip(package)
+pytest.importorskip("accelerate")
+pytest.importorskip("gguf")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+pytest.importorskip("rich")
+pytest.importorskip("tokenizers")
+pytest.importorskip("tqdm")
+pytest.importorskip("transformers")
 
 import peft
 import tokenizers
@@ -39,19 +45,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def demo_run(tiny: Path, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+def demo_run(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, dict[str, Any]]]]:
     """Run the whole command for a few steps of 2 x 32 tokens; return its exit code and report.json, or {}."""
+    threads = torch.get_num_threads()
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
         out = tmp_path / "out"
-        fixed = ["--model", str(tiny), "--device", "cpu", "--seq-len", "32", "--batch-size", "2", "--rank", "4"]
+        fixed = [
+            "--model",
+            str(tiny),
+            "--device",
+            "cpu",
+            "--seq-len",
+            "32",
+            "--batch-size",
+            "2",
+            "--rank",
+            "4",
+            "--threads",
+            "1",
+        ]
         code = main([*fixed, "--dtype", "fp32", "--steps", "6", "--yardstick", "3", "--out", str(out), *arguments])
         if not out.exists():
             return code, {}
         assert {path.name for path in out.iterdir()} == REPORT
         return code, json.loads((out / "report.json").read_text())
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +88,8 @@ def test_eager_and_fused_learn_the_same(demo_run: Any, method: str, capsys: pyte
         abs(a - b) for a, b in zip(eager["losses"], fused["losses"], strict=True)
     )
     assert fused["heldout_loss"][1] < fused["heldout_loss"][0], "the model must learn something"
-    assert 0 < fused["kept_mib"] < eager["kept_mib"]
+    assert 0 < fused["kept_mib"] <= eager["kept_mib"]
+    assert fused["kept_mib"] < eager["kept_mib"] or method == "lora"
     assert fused["p20_ms"] <= fused["median_ms"] <= fused["p80_ms"]
     assert len(report["yardstick"]["losses"]) == 3
     assert f"fused 14 of 14 adapter layers (14 {method})" in report["fusion"]
@@ -86,20 +108,22 @@ def test_bf16_under_autocast_stays_close(demo_run: Any) -> None:
 def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_it(fused: torch.nn.Module) -> str:
         for name, parameter in fused.named_parameters():
-            if "down_proj" in name and "delora_A" in name:
-                parameter.data.neg_()
+            if "delora_lambda" in name:
+                parameter.data.mul_(1.5)
         return "broken"
 
     monkeypatch.setattr(model, "fuse", break_it)
     code, report = demo_run()
     assert code == 0
     assert report["fusion"] == "broken"
-    assert report["largest_loss_difference"] > 5 * report["yardstick"]["largest_loss_difference"]
-    assert report["largest_loss_difference"] > 1e-3
+    assert report["largest_loss_difference"] > 1e-3 > report["yardstick"]["largest_loss_difference"]
 
 
 def test_the_same_seed_gives_the_same_losses(demo_run: Any) -> None:
-    first, again, other = (demo_run("--seed", seed)[1]["runs"]["eager"]["losses"] for seed in ("3", "3", "4"))
+    first, again, other = (
+        demo_run("--seed", seed, "--steps", "2", "--yardstick", "0")[1]["runs"]["eager"]["losses"]
+        for seed in ("3", "3", "4")
+    )
     assert first == again
     assert first != other
 
@@ -154,13 +178,9 @@ def test_data_files_and_too_little_of_it(demo_run: Any, tmp_path: Path, capsys: 
     assert report["config"]["data"] == ["prose.txt"]
     short = tmp_path / "short.txt"
     short.write_text("Two words.")
-    assert main(["--model", report_model(report, tmp_path), "--data", str(short)]) == 2
-    demo_run("--data", str(short))
+    assert demo_run("--data", str(short), "--out", str(tmp_path / "other"))[0] == 2
+    assert not (tmp_path / "other").exists()
     assert "too little text" in capsys.readouterr().err
-
-
-def report_model(report: dict[str, Any], tmp_path: Path) -> str:
-    return str(tmp_path / report["model"])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +225,7 @@ def test_held_out_text_shares_nothing_with_the_training_text(tiny: Path) -> None
     sizes = [sum(map(len, part)) for part in parts]
     assert 0.05 < sizes[1] / sum(sizes) < 0.12
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    train_rows, heldout_rows = ({tuple(row) for row in text.blocks(p, tokenizer, 32).tolist()} for p in parts)
+    train_rows, heldout_rows = ({tuple(row) for row in text.blocks(p, tokenizer, 64).tolist()} for p in parts)
     assert heldout_rows
     assert not train_rows & heldout_rows
 
@@ -246,14 +266,14 @@ def test_probe_counts_each_storage_once_and_no_parameter() -> None:
 
 def test_twin_shares_the_frozen_parameters_alone(tiny: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    adapted = peft.get_peft_model(base, peft.DeloraConfig(r=2, target_modules="all-linear"))
+    adapted = peft.inject_adapter_in_model(peft.DeloraConfig(r=2, target_modules=["q_proj", "down_proj"]), base)
     copy = model.twin(adapted)
     for (name, p), q in zip(adapted.named_parameters(), copy.parameters(), strict=True):
         assert (p is q) is not p.requires_grad, name
         assert torch.equal(p, q), name
     model.nudge(copy, 2**-8, seed=0)
     for (name, p), q in zip(adapted.named_parameters(), copy.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=2**-8, atol=0.0), name
+        assert torch.allclose(q, p, rtol=1.001 * 2**-8, atol=0.0), name
         if "delora_A" in name:
             assert not torch.equal(p, q), name
 

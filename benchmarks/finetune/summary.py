@@ -82,7 +82,7 @@ def rows(result: Result) -> list[Row]:
     times = [spread_ms(result.step_ms(run)) for run in pair]
     tokens = result.config.tokens_per_step
     table = [
-        Row("step, median (ms)", tuple(_ms(p50) for _, p50, _ in times), f"{result.speedup():.2f}x faster"),
+        Row("step, median (ms)", tuple(_ms(p50) for _, p50, _ in times), _faster(result.speedup())),
         Row("step, p20 to p80 (ms)", tuple(f"{_ms(p20)} to {_ms(p80)}" for p20, _, p80 in times)),
         Row("tokens/s", tuple(f"{1e3 * tokens / p50:.0f}" for _, p50, _ in times)),
     ]
@@ -110,6 +110,11 @@ def rows(result: Result) -> list[Row]:
 def _ms(value: float) -> str:
     """A duration in ms with three digits or more."""
     return f"{value:.0f}" if value >= 100.0 else f"{value:.3g}"
+
+
+def _faster(ratio: float) -> str:
+    """A ratio of durations in words."""
+    return f"{ratio:.2f}x faster" if ratio >= 1.0 else f"{1.0 / ratio:.2f}x slower"
 
 
 def _memory(label: str, eager: float, fused: float) -> Row:

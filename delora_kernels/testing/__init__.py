@@ -11,6 +11,7 @@ package.
 
 from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.dropout import measure_dropout_mask
+from delora_kernels.testing.finite_differences import gradcheck
 from delora_kernels.testing.method import Method
 from delora_kernels.testing.methods import METHODS
 from delora_kernels.testing.op_cases import OPS
@@ -24,6 +25,7 @@ __all__ = [
     "Measurement",
     "Method",
     "Problem",
+    "gradcheck",
     "measure",
     "measure_dropout_mask",
     "op_problems",

@@ -124,6 +124,11 @@ class Method:
         """The fused call after its checks: which backend takes it, in which dtypes."""
         return functional.CALLS[self.function](**self._fused_arguments(inputs))
 
+    def forward(self, inputs: Inputs) -> Tensor:
+        """y by `delora_kernels.functional`, on the autograd graph of the inputs."""
+        y: Tensor = getattr(functional, self.function)(**self._fused_arguments(inputs))
+        return y
+
     def fused(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
         """y and the gradients by `delora_kernels.functional`.
 

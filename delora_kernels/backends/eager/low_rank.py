@@ -144,7 +144,7 @@ def _rank_gradients(
         if scaled_B is not None:
             high, low = (scaled_B, None) if scaled_B.dtype == dy.dtype else _halves(scaled_B, dy.dtype)
             dv = torch.mm(dy, high) if low is None else torch.mm(dy, low).addmm_(dy, high)
-        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(acc).contiguous()
+        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(acc, memory_format=torch.contiguous_format)
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
     dB_hat = nothing.to(acc) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
     for rows, chunk in chunks_in(rank_dtype, dy):

@@ -1,0 +1,97 @@
+"""What is installed, which devices there are, and which backends run here or why not: the head of every bug report."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from delora_kernels import backends
+from delora_kernels.version import __version__
+
+_PACKAGES = {
+    "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm"),
+    "numpy": ("numpy",),
+    "peft": ("peft",),
+    "transformers": ("transformers",),
+}
+
+
+def environment() -> dict[str, Any]:
+    """Describe where this runs; nothing is imported for it, and a CUDA device is only asked for its properties.
+
+    Returns:
+        `delora_kernels`, `python`, `platform`; the version or None of `torch`, `triton`, `numpy`, `peft`,
+        `transformers`; `cuda` {`runtime`, `driver`} or None; `devices`, each {`device`, `name`} and on a GPU
+        `capability` and `memory_gib`; `backends` name → None if it can run, else why not; `variables`, those of the
+        environment that change what runs.
+    """
+    return {
+        "delora_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
+        "cuda": _cuda(),
+        "devices": _devices(),
+        "backends": {name: backends.unavailable(name) for name in backends.NAMES},
+        "variables": {name: os.environ.get(name) for name in (backends.ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")},
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report of `environment` for people: one fact a line."""
+    cuda = report["cuda"]
+    lines = [(name, report[name] or "not installed") for name in ("delora_kernels", "python", *_PACKAGES)]
+    lines += [("platform", report["platform"])]
+    lines += [("CUDA", f"runtime {cuda['runtime']}, driver for {cuda['driver'] or 'unknown'}" if cuda else "none")]
+    for device in report["devices"]:
+        details = [device["name"]]
+        if "capability" in device:
+            details += [f"compute capability {device['capability']}", f"{device['memory_gib']} GiB"]
+        lines.append((f"device {device['device']}", ", ".join(details)))
+    lines += [(f"backend {name}", f"no: {why}" if why else "can run") for name, why in report["backends"].items()]
+    lines += [(name, value or "not set") for name, value in report["variables"].items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cuda() -> dict[str, str | None] | None:
+    """CUDA's runtime that torch was built with, and the newest CUDA version that the driver serves."""
+    if torch.version.cuda is None:
+        return None
+    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+    return {"runtime": torch.version.cuda, "driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None}
+
+
+def _devices() -> list[dict[str, Any]]:
+    cpu = {"device": "cpu", "name": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability, memory = f"{properties.major}.{properties.minor}", round(properties.total_memory / 2**30, 1)
+        gpus.append(
+            {"device": f"cuda:{index}", "name": properties.name, "capability": capability, "memory_gib": memory}
+        )
+    return [cpu, *gpus]
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, else as Python does."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
