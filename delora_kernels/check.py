@@ -31,7 +31,7 @@ DTYPES = {
     "bfloat16": ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)),
     "float16": ((torch.float16, torch.float16), (torch.float16, torch.float32)),
 }
-"""Name → the dtypes of base and adapters that are checked for it; float32 adapters on a narrower base are PEFT's way."""
+"""Name → pairs of dtypes of base and adapters; float32 adapters on a narrower base are what PEFT makes."""
 
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1))
 """T, K, N, r of every problem: odd, and a single token."""
@@ -53,6 +53,7 @@ class Row:
         backend: What ran it.
         error: The one nearest to its limit, over all sizes and variants; None where there is no number.
         limit: The largest error that passes; None where there is no number.
+        eager: The error of eager PyTorch on the same inputs; None where there is no number.
         status: `ok`, `FAIL`, or `skipped` where the requested backend does not take such calls.
         note: What is wrong, or why it was skipped.
     """
@@ -63,6 +64,7 @@ class Row:
     backend: str
     error: float | None
     limit: float | None
+    eager: float | None
     status: str
     note: str = ""
 
@@ -114,17 +116,17 @@ def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
 def run_job(job: Job) -> list[Row]:
     """The rows of one job: one for each result; an exception is a row that fails."""
     if job.why_not is not None:
-        return [Row(job.method, "", job.dtype, job.backend, None, None, "skipped", job.why_not)]
+        return [Row(job.method, "", job.dtype, job.backend, None, None, None, "skipped", job.why_not)]
     worst: dict[str, Row] = {}
     try:
         for m in job.run():
             status = "ok" if m.ok else "FAIL"
-            row = Row(job.method, m.what, job.dtype, job.backend, m.error, m.limit, status, m.note)
+            row = Row(job.method, m.what, job.dtype, job.backend, m.error, m.limit, m.eager, status, m.note)
             if m.what not in worst or row.share > worst[m.what].share:
                 worst[m.what] = row
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        worst["raised"] = Row(job.method, "raised", job.dtype, job.backend, None, None, "FAIL", note)
+        worst["raised"] = Row(job.method, "raised", job.dtype, job.backend, None, None, None, "FAIL", note)
     return list(worst.values())
 
 
@@ -143,8 +145,9 @@ def _check_op(
         raise NotImplementedError(f"{name} has no entry in delora_kernels.testing.OPS")
     else:
         for size in sizes:
-            options = {"backend": backend, "dtype": dtype, "rank_dtype": rank_dtype, "device": device, "seed": seed}
-            for problem in op_problems(name, *size, **options):
+            for problem in op_problems(
+                name, *size, backend=backend, dtype=dtype, rank_dtype=rank_dtype, device=device, seed=seed
+            ):
                 yield from measure(problem)
 
 
@@ -157,8 +160,9 @@ def _check_method(
     seed: int,
 ) -> Iterator[Measurement]:
     for size in sizes:
-        options = {"dtype": dtype, "adapter_dtype": adapter_dtype, "device": device, "seed": seed}
-        yield from measure(method.problem(*size, bias=size[0] > 1, **options))
+        bias = size[0] > 1
+        problem = method.problem(*size, dtype=dtype, adapter_dtype=adapter_dtype, device=device, seed=seed, bias=bias)
+        yield from measure(problem)
 
 
 def _check_gradients(method: Method, device: str, seed: int) -> Iterator[Measurement]:

@@ -71,7 +71,8 @@ def _cuda() -> dict[str, str | None] | None:
     """CUDA's runtime that torch was built with, and the newest CUDA version that the driver serves."""
     if torch.version.cuda is None:
         return None
-    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else 0
+    ask: Any = getattr(torch._C, "_cuda_getDriverVersion", None)  # there is no public way
+    driver = ask() if ask is not None and torch.cuda.is_available() else 0
     return {"runtime": torch.version.cuda, "driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None}
 
 

@@ -66,12 +66,16 @@ def test_merge_can_let_the_weight_go() -> None:
     assert torch.equal(linear.weight, before)
 
 
-def test_merge_ignores_autocast() -> None:
-    module, _ = make("lora", torch.float32)
+@every_kind
+def test_merge_ignores_the_callers_modes(kind: str) -> None:
+    module, _ = make(kind, torch.float32)
     adapted = oracle(module).weight
-    with torch.autocast("cpu", torch.bfloat16):
+    x = torch.randn(6, 14, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         module.merge()
     assert relative_error(module.weight, adapted) <= 1e-6
+    module(x).sum().backward()  # the weight is no inference tensor
+    assert relative_error(x.grad, adapted.sum(0).expand(6, 14)) <= 1e-5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])  # 1e30 overflows float16 only when rounded
@@ -147,10 +151,12 @@ def test_state_dict(kind: str, saved: str, into: str, assign: bool, tmp_path: An
 def test_state_dict_of_the_adapter_alone() -> None:
     (module, _), (other, _) = make("lora"), make("lora")
     adapter = {name: value for name, value in module.state_dict().items() if name in ("A", "B")}
+    weight = other.weight
     other.merge()
     other.load_state_dict({"elsewhere": torch.ones(1)}, strict=False)
     assert other.merged
     other.load_state_dict(adapter, strict=False)
+    assert other.weight is weight
     assert not other.merged
     assert torch.equal(other.A, module.A)
     other.merge(keep_weight=False)

@@ -68,7 +68,8 @@ def test_same_as_peft(cls: Any, ours: Any, method: str, theirs: Any, dtype: torc
     y.backward(grad_out)
     expected.backward(grad_out)
     for name, parameter in parameters.items():
-        size = parameter.grad.abs().max() + 1e-3  # λ's and DeLoRA's A's are 0 at the start
+        # zeros at the start are compared absolutely; λ's gradient is a sum whose terms may cancel
+        size = parameter.grad.abs().max().clamp(min=10 if name == "lam" else 1e-3)
         assert (module.get_parameter(name).grad - parameter.grad).abs().max() <= tolerance * size, name
     module.merge()
     layer.merge()

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="PATH_OR_ID", help="directory, .gguf file or hub id; without it: SmolLM2-135M-Instruct")
     add("--data", metavar="FILE", nargs="+", type=Path, default=[], help="text files; without them: pydoc's topics")
     add("--rank", type=_at_least(int, 1), default=16, help="adapter rank")
-    add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 4 minutes")
+    add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 5 minutes")
     add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
     add("--batch-size", type=_at_least(int, 1), help="sequences per step; without it: 2 on a CPU, 16 on a GPU")
     add("--lr", type=_above(0.0), default=2e-3, help="AdamW's learning rate after warm-up")
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--autocast", action=argparse.BooleanOptionalAction, help="bf16 autocast; without it: on with --dtype bf16")
     add("--device", help="cuda, cpu, ...; without it: a GPU if there is one")
     add("--threads", type=_at_least(int, 1), help="CPU threads; without it: torch's choice")
-    add("--minutes", type=_above(0.0), help="start no step after this many minutes of training")
+    add("--minutes", type=_above(0.0), help="take fewer steps if the whole run would last longer")
     add("--yardstick", type=_at_least(int, 0), default=15, metavar="STEPS", help="steps of a nudged eager run, 0: none")
     add("--out", type=Path, help="folder for the report; without it: runs/finetune-<method>-<time>")
     return parser
@@ -112,7 +112,7 @@ def _settings(args: argparse.Namespace) -> Config:
     gpu = device.startswith("cuda")
     dtype = args.dtype or ("bf16" if gpu or _fast_bf16_on_cpu() else "fp32")
     steps = args.steps or 60
-    default_minutes = None if gpu or args.steps else 4.0
+    default_minutes = None if gpu or args.steps else 5.0
     return Config(
         method=args.method,
         model=args.model,

@@ -31,7 +31,7 @@ class Config:
         autocast: run the forward pass under bf16 autocast.
         device: `cuda`, `cuda:1`, `cpu`, ...
         threads: CPU threads; None: torch's choice.
-        minutes: no new step starts after this many minutes of training; None: no limit.
+        minutes: the whole run, loading included, takes fewer steps if that keeps it within this; None: no limit.
         yardstick: steps of one more eager run, slightly nudged, that shows how far rounding alone drives losses apart.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.

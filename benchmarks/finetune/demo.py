@@ -35,6 +35,7 @@ def run(config: Config) -> bool:
         Problem: bad input.
         KeyboardInterrupt: Ctrl-C before every run had done its first step.
     """
+    began = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = model.find(config.model)
@@ -42,7 +43,7 @@ def run(config: Config) -> bool:
     with _folder(config):
         result, data = _prepare(config, source, documents)
         try:
-            _measure(result, data)
+            _measure(result, data, began)
         except KeyboardInterrupt:
             if not result.steps:
                 raise
@@ -110,16 +111,19 @@ def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
     return Data(train, heldout)
 
 
-def _measure(result: Result, data: Data) -> None:
+def _measure(result: Result, data: Data, began: float) -> None:
     """Probe memory, evaluate, train, evaluate again; everything measured lands in `result` at once."""
     config, pair = result.config, (result.eager, result.fused)
     stream = text.batches(data.train, config.batch_size, config.seed)
     first = data.train[: config.batch_size]
+    started = time.monotonic()
     for each in tqdm(pair, desc="memory probe, held-out loss", unit="model", leave=False):
         probe(each, first, config)
         each.heldout.append(evaluate(each, data.heldout, config))
+    reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
+    deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for _ in race(pair, result.nudged, stream, config):
+        for _ in race(pair, result.nudged, stream, config, deadline):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",
@@ -127,6 +131,8 @@ def _measure(result: Result, data: Data) -> None:
                 fused_ms=f"{result.fused.step_ms[-1]:.0f}",
             )
     if result.steps < config.steps:
-        result.end = f"stopped after {result.steps} of {config.steps} steps: {config.minutes:g} minutes were over"
+        result.end = (
+            f"stopped after {result.steps} of {config.steps} steps: the run was to last {config.minutes:g} minutes"
+        )
     for each in tqdm(pair, desc="held-out loss", unit="model", leave=False):
         each.heldout.append(evaluate(each, data.heldout, config))

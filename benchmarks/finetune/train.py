@@ -86,7 +86,13 @@ def probe(run: Run, batch: torch.Tensor, config: Config) -> None:
     run.kept_mib = kept_mib(run.model, lambda: loss_of(run, batch.to(config.device), config))
 
 
-def race(pair: Sequence[Run], extra: Run | None, stream: Iterator[torch.Tensor], config: Config) -> Iterator[int]:
+def race(
+    pair: Sequence[Run],
+    extra: Run | None,
+    stream: Iterator[torch.Tensor],
+    config: Config,
+    deadline: float = float("inf"),
+) -> Iterator[int]:
     """Advance every run by one step on the same batch, again and again; yield the number of steps done.
 
     Who goes first alternates, so that neither of the pair always finds the caches warm.
@@ -95,12 +101,14 @@ def race(pair: Sequence[Run], extra: Run | None, stream: Iterator[torch.Tensor],
         pair: the runs to compare.
         extra: a run that goes along, last, for the first `config.yardstick` steps.
         stream: batches `[batch_size, seq_len]`.
-        config: steps, warm-up, learning rate, time limit.
+        config: steps, warm-up, learning rate.
+        deadline: the value of `time.monotonic()` by which to be done; the first step is always taken.
     """
-    began = time.monotonic()
+    began = lasted = 0.0
     for done in range(config.steps):
-        if done and config.minutes is not None and time.monotonic() - began > 60.0 * config.minutes:
+        if done and time.monotonic() + lasted > deadline:
             return
+        began = time.monotonic()
         batch = next(stream).to(config.device)
         lr = config.lr * min(1.0, (done + 1) / (config.warmup + 1))
         runs = list(pair if done % 2 == 0 else reversed(pair))
@@ -108,4 +116,5 @@ def race(pair: Sequence[Run], extra: Run | None, stream: Iterator[torch.Tensor],
             runs.append(extra)
         for run in runs:
             step(run, batch, lr, config)
+        lasted = time.monotonic() - began
         yield done + 1

@@ -118,7 +118,6 @@ class AdapterLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         return self._adapted(x, self.dropout_p if self.training else 0.0)
 
-    @torch.no_grad()
     def merge(self, *, check_finite: bool = True, keep_weight: bool = True) -> None:
         """Put the adapter into the weight: from now on `weight` is W' and the forward pass costs one linear.
 
@@ -138,7 +137,8 @@ class AdapterLinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"{name}: the adapter is merged already; call unmerge() first")
         checks.tensor(name, "weight", self.weight)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        # as a plain tensor in its own dtype, whatever mode the caller is in
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             merged = self._merged_weight()
         if check_finite and not all(bool(chunk.isfinite().all()) for chunk in _row_chunks(merged)):
             remedy = "look for NaN, Inf or huge values in the adapter, or pass check_finite=False"

@@ -21,7 +21,7 @@ class DeLoRALinear(AdapterLinear):
 
     At the start y is the frozen linear's. `start` says how, and what the first gradients are:
 
-        "zero"           PEFT: B is 0, norms are clamped at 1e-4; exact. The first step of B is long (∝ 1/1e-4)
+        "zero"           PEFT: B is 0, norms are clamped at 1e-4. Exact; B's first gradient is thousands of times LoRA's
         "frozen_live"    the authors' code: A and B are random, copies of them are subtracted, scaled by the live λ
         "frozen_paper"   the paper: the same copies scaled by λ₀, the first λ
 
@@ -187,7 +187,7 @@ def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common
         model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
         lr: Learning rate of everything else.
         lam_lr: Learning rate of the λs.
-        **common: What both groups get, such as weight_decay.
+        **common: What both groups get, such as weight_decay (which shortens λ too).
 
     Returns:
         The group of everything else, then the λs' group; a group without parameters is left out.
@@ -195,7 +195,7 @@ def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common
     Raises:
         ValueError: the model has no λ, trainable or not: lam_lr would do nothing.
 
-    Source: the authors' training scripts; Bini et al. (arXiv:2503.18225), appendix.
+    Source: the authors' training script, `glue_delora.py` of ExplainableML/DeLoRA.
     """
     lams = {id(module.lam) for module in model.modules() if isinstance(module, DeLoRALinear)}
     named = list(model.named_parameters(remove_duplicate=False))

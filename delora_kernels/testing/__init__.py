@@ -9,8 +9,8 @@ dtypes, and the oracle in float64. `measure` runs all three and compares. Nothin
 package.
 """
 
-from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.dropout import measure_dropout_mask
+from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.finite_differences import gradcheck
 from delora_kernels.testing.method import Method
 from delora_kernels.testing.methods import METHODS

@@ -32,7 +32,7 @@ def measure_dropout_mask(
     )
     note = "" if first.shape == (T, K) and first.dtype == torch.bool else f"{first.dtype} {list(first.shape)}"
     if note:
-        return [Measurement("mask", torch.inf, 0.0, f"{note} instead of bool {[T, K]}")]
+        return [Measurement("mask", torch.inf, 0.0, note=f"{note} instead of bool {[T, K]}")]
     agreement = p**2 + (1 - p) ** 2
     frequencies = {
         "rate": _sigmas(first, 1 - p),

@@ -51,7 +51,7 @@ def _mixed_dora(
     dropout_mask: Tensor | None = None,
     dropout: str = "peft",
 ) -> Tensor:
-    """base + (c − 1) ⊙ base + c ⊙ branch + bias; with PEFT's dropout the second base sees the dropped x, in A's dtype."""
+    """base + (c − 1) ⊙ base + c ⊙ branch + bias; PEFT's dropout: the second base sees the dropped x, in A's dtype."""
     wide = A.dtype
     c = magnitude / (weight.to(wide) + scale * B @ A).norm(dim=1).detach()
     base = rescaled = linear(x, weight)

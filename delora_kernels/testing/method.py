@@ -122,7 +122,9 @@ class Method:
 
     def call(self, inputs: Inputs) -> Call:
         """The fused call after its checks: which backend takes it, in which dtypes."""
-        return functional.CALLS[self.function](**self._fused_arguments(inputs))
+        check: Any = functional.CALLS[self.function]
+        call: Call = check(**self._fused_arguments(inputs))
+        return call
 
     def forward(self, inputs: Inputs) -> Tensor:
         """y by `delora_kernels.functional`, on the autograd graph of the inputs."""
@@ -150,14 +152,17 @@ class Method:
         exact = moved(inputs, torch.float64, "cpu")
         return self._run(getattr(reference, self.function), self._reference_arguments(exact), exact, trained)
 
+    def _arguments(self, inputs: Inputs) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in _NOT_ARGUMENTS}
+
     def _fused_arguments(self, inputs: Inputs) -> dict[str, Any]:
-        arguments = {name: value for name, value in inputs.items() if name not in _NOT_ARGUMENTS} | self.fused_only
+        arguments = self._arguments(inputs) | dict(self.fused_only)
         if self.dropout_p > 0:
             arguments |= {"dropout_p": self.dropout_p, "seed": inputs["seed"]}
         return arguments
 
     def _reference_arguments(self, inputs: Inputs) -> dict[str, Any]:
-        arguments = {name: value for name, value in inputs.items() if name not in _NOT_ARGUMENTS}
+        arguments = self._arguments(inputs)
         if self.dropout_p > 0:
             arguments["dropout_mask"] = inputs["dropout_mask"].to(inputs["A"].dtype) / (1 - self.dropout_p)
         return arguments

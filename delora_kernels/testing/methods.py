@@ -1,4 +1,4 @@
-"""Every method and every convention of it. A new method is one entry here: tests, `check` and benchmarks then run it."""
+"""Every method and every convention of it. A new one is one entry here: tests, `check` and benchmarks then run it."""
 
 from typing import Any
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Results = tuple[Tensor | None, ...]
+Two = tuple[Tensor, Tensor | None]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def fold(
@@ -20,7 +22,7 @@ def fold(
     frozen_lam: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> Results:
+) -> Four:
     """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
     pairs = [(A, B, lam)]
     if frozen_A is not None and frozen_B is not None:
@@ -50,9 +52,9 @@ def fold_backward(
         frozen_A = None if frozen_B is None else A.new_ones(frozen_B.shape[1], A.shape[1])
         A_hat, B_hat, _, _ = fold(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps, A.dtype)
     dA = dB = dlam = None
-    if dA_hat is not None and A_hat is not None:
+    if dA_hat is not None:
         (dA,) = torch.autograd.grad(A_hat[:r], A, dA_hat.to(A.dtype))
-    if dB_hat is not None and B_hat is not None:
+    if dB_hat is not None:
         columns = B_hat.shape[1]  # a frozen pair with a λ₀ of its own is not differentiated
         dB, dlam = torch.autograd.grad(B_hat, (B, lam), dB_hat[:, :columns].to(B.dtype))
     return dA, dB, None if dlam is None else dlam.reshape(1)
@@ -79,7 +81,7 @@ def expand(
     keep: bool,
     dropout_p: float,
     mask: Tensor | None,
-) -> Results:
+) -> Two:
     """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ."""
     dropped = _drop(x, dropout_p, mask)
     u = _mm(dropped, weight.T) + scale * _mm(h, B_hat.T)

@@ -15,7 +15,10 @@ from delora_kernels.testing.problem import moved
 SCALE = 1.75
 """Factor of the rank-R term; exact in every dtype, so that it costs nobody a rounding."""
 
-Variants = Iterator[dict[str, Any]]
+Arguments = dict[str, Any]
+Variants = Iterator[Arguments]
+
+NO_DROPOUT: Arguments = {"dropout_p": 0.0, "seed": None}
 
 
 class OpDraw:
@@ -43,7 +46,8 @@ class OpDraw:
         self.T, self.K, self.N, self.R = T, K, N, R
         self._draw, self._device = Draw(T, K, N, R, seed), device
         self._dtype, self.rank_dtype = dtype, rank_dtype
-        self.dropout = {"dropout_p": DROPOUT_P, "seed": torch.tensor(seed, dtype=torch.int64, device=device)}
+        seed_tensor = torch.tensor(seed, dtype=torch.int64, device=device)
+        self.dropout: Arguments = {"dropout_p": DROPOUT_P, "seed": seed_tensor}
 
     def base(self, *shape: int) -> Tensor:
         """As x, weight, bias, y."""
@@ -58,12 +62,10 @@ class OpDraw:
         return self._draw.normal(*shape).to(self._device, ops.accumulate_dtype(self._dtype))
 
 
-NO_DROPOUT = {"dropout_p": 0.0, "seed": None}
-
-
 def _fold(d: OpDraw) -> Variants:
-    made = {"A": d.small(d.R, d.K), "B": d.small(d.N, d.R), "lam": d.small(1), "weight_norm": d.small(d.K).abs()}
-    made |= {"frozen_A": None, "frozen_B": None, "frozen_lam": None, "eps": 1e-4, "dtype": d.rank_dtype}
+    made: Arguments = {"A": d.small(d.R, d.K), "B": d.small(d.N, d.R), "lam": d.small(1)}
+    made |= {"weight_norm": d.small(d.K).abs(), "frozen_A": None, "frozen_B": None, "frozen_lam": None}
+    made |= {"eps": 1e-4, "dtype": d.rank_dtype}
     yield made
     start = {"frozen_A": d.small(d.R + 1, d.K), "frozen_B": d.small(d.N, d.R + 1), "eps": 0.0}
     yield made | start
@@ -75,7 +77,7 @@ def _fold_backward(d: OpDraw) -> Variants:
     for made in _fold(d):
         wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
         _, _, a, b = naive_ops.fold(**wide)
-        given = {name: made[name] for name in ("A", "B", "lam", "weight_norm", "eps")} | {"a": a, "b": b}
+        given: Arguments = {name: made[name] for name in ("A", "B", "lam", "weight_norm", "eps")} | {"a": a, "b": b}
         given["frozen_B"] = made["frozen_B"] if made["frozen_lam"] is None else None
         grads = {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, len(b))}
         yield grads | given
@@ -88,13 +90,13 @@ def _row_norm(d: OpDraw) -> Variants:
 
 
 def _project(d: OpDraw) -> Variants:
-    made = {"x": d.base(d.T, d.K), "A_hat": d.small(d.R, d.K)}
+    made: Arguments = {"x": d.base(d.T, d.K), "A_hat": d.small(d.R, d.K)}
     yield made | NO_DROPOUT
     yield made | d.dropout
 
 
 def _expand(d: OpDraw) -> Variants:
-    made = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K), "bias": None, "h": d.small(d.T, d.R)}
+    made: Arguments = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K), "bias": None, "h": d.small(d.T, d.R)}
     made |= {"B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None, "keep": False} | NO_DROPOUT
     yield made
     yield made | {"bias": d.base(d.N)}
@@ -104,21 +106,21 @@ def _expand(d: OpDraw) -> Variants:
 
 
 def _expand_backward(d: OpDraw) -> Variants:
-    made = {"dy": d.base(d.T, d.N), "h": d.small(d.T, d.R), "B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None}
-    made |= {"kept": None, "kept_is_y": False, "need_bias": True}
-    # with x and weight in place of `kept`, the op gets what the same backend's expand keeps
+    made: Arguments = {"dy": d.base(d.T, d.N), "h": d.small(d.T, d.R), "B_hat": d.small(d.N, d.R), "scale": SCALE}
+    made |= {"c": None, "kept": None, "kept_is_y": False, "need_bias": True}
     yield made
     yield made | {"h": None, "need_bias": False}
     yield made | {"B_hat": None, "need_bias": False}
     yield made | {"c": d.acc(d.N)}
     yield made | {"c": d.acc(d.N), "kept": d.base(d.T, d.N), "kept_is_y": True}
-    base = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K)}
+    base = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K)}  # `kept` is then what the backend's expand keeps
     yield made | base | {"c": d.acc(d.N)} | NO_DROPOUT
     yield made | base | {"c": d.acc(d.N)} | d.dropout
 
 
 def _input_grad(d: OpDraw) -> Variants:
-    made = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K), "dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K)}
+    made: Arguments = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K)}
+    made |= {"dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K)}
     for c in (None, d.acc(d.N)):
         yield made | {"scale": SCALE, "c": c} | NO_DROPOUT | {"two_term": False}
         yield made | {"scale": SCALE, "c": c} | d.dropout | {"two_term": False}
@@ -126,13 +128,14 @@ def _input_grad(d: OpDraw) -> Variants:
 
 
 def _project_backward(d: OpDraw) -> Variants:
-    made = {"dv": d.small(d.T, d.R), "x": d.base(d.T, d.K), "scale": SCALE}
+    made: Arguments = {"dv": d.small(d.T, d.R), "x": d.base(d.T, d.K), "scale": SCALE}
     yield made | NO_DROPOUT
+    yield made | {"dv": d.small(d.T, d.R + 2)[:, : d.R]} | NO_DROPOUT  # the trainable columns of a wider dv
     yield made | d.dropout
 
 
 def _weight_grad(d: OpDraw) -> Variants:
-    made = {"dy": d.base(d.T, d.N), "x": d.base(d.T, d.K)}
+    made: Arguments = {"dy": d.base(d.T, d.N), "x": d.base(d.T, d.K)}
     yield made | {"c": None} | NO_DROPOUT
     yield made | {"c": d.acc(d.N)} | NO_DROPOUT
     yield made | {"c": d.acc(d.N)} | d.dropout

@@ -57,7 +57,7 @@ def _run(name: str, backend: str, inputs: Inputs) -> Outputs:
     """The op itself; what was not asked for has size 0 and is left out."""
     values = dict(inputs)
     if name == "expand_backward" and "x" in inputs:
-        _, values["kept"] = ops.expand(*_expand_arguments(inputs), inputs["seed"], backend)
+        _, values["kept"] = ops.expand(*_expand_arguments(inputs, inputs["seed"]), backend)
     results = getattr(ops, name)(*(values[argument] for argument in _arguments(name)), backend)
     return {what: result for what, result in _named(name, results).items() if result.numel() > 0}
 
@@ -66,7 +66,7 @@ def _naive(name: str, inputs: Inputs) -> Outputs:
     """The formula, with the mask in the place of the seed."""
     values = dict(inputs) | {"seed": inputs.get("mask")}
     if name == "expand_backward" and "x" in inputs:
-        _, values["kept"] = naive_ops.expand(*_expand_arguments(inputs), inputs.get("mask"))
+        _, values["kept"] = naive_ops.expand(*_expand_arguments(inputs, inputs.get("mask")))
     results = getattr(naive_ops, name)(*(values[argument] for argument in _arguments(name)))
     return {what: result for what, result in _named(name, results).items() if result is not None}
 
@@ -89,10 +89,10 @@ def _dtypes(name: str, inputs: Inputs, backend: str) -> dict[str, torch.dtype]:
     return {what: result.dtype for what, result in _named(name, results).items()}
 
 
-def _expand_arguments(inputs: Inputs) -> tuple[Any, ...]:
-    """expand's arguments up to the seed, for the tensor that it keeps."""
-    names = ("x", "weight", "bias", "h", "B_hat", "scale", "c", "keep", "dropout_p")
-    return tuple((dict(inputs) | {"bias": None, "keep": True})[name] for name in names)
+def _expand_arguments(inputs: Inputs, seed: Tensor | None) -> list[Any]:
+    """expand's arguments for the tensor that it keeps."""
+    values = dict(inputs) | {"bias": None, "keep": True, "seed": seed}
+    return [values[argument] for argument in _arguments("expand")]
 
 
 def _arguments(name: str) -> list[str]:

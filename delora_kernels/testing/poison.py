@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils import deterministic
@@ -20,13 +21,14 @@ def uninitialised_is_nan() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    filled = deterministic.fill_uninitialized_memory
+    memory: Any = deterministic
+    filled = memory.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic")
         torch.use_deterministic_algorithms(True, warn_only=warn_only if enabled else True)
-        deterministic.fill_uninitialized_memory = True
+        memory.fill_uninitialized_memory = True
         try:
             yield
         finally:
-            deterministic.fill_uninitialized_memory = filled
+            memory.fill_uninitialized_memory = filled
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

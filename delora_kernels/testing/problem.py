@@ -70,12 +70,14 @@ class Measurement:
         what: Name of the result.
         error: See `relative_error`; ∞ where something other than a number is wrong.
         limit: The largest error that passes.
+        eager: The error of eager PyTorch on the same inputs; in float64 an estimate.
         note: What is wrong where it is not a number; else empty.
     """
 
     what: str
     error: float
     limit: float
+    eager: float = 0.0
     note: str = ""
 
     @property
@@ -98,7 +100,7 @@ def measure(problem: Problem) -> list[Measurement]:
     """
     exact = moved(problem.inputs, torch.float64, "cpu")
     expected = problem.oracle(exact)
-    limits = _limits(problem, exact, expected)
+    yardsticks = _yardsticks(problem, exact, expected)
     with uninitialised_is_nan():
         got = problem.run(problem.inputs)
     measurements = []
@@ -107,7 +109,8 @@ def measure(problem: Problem) -> list[Measurement]:
         error = torch.inf if note else relative_error(got[what], expected[what], problem.vector_dims.get(what))
         if not note and error == torch.inf:
             note = "NaN or Inf in places where the oracle has none, or the reverse"
-        measurements.append(Measurement(what, error, limits.get(what, 0.0), note))
+        limit, eager = yardsticks.get(what, (0.0, 0.0))
+        measurements.append(Measurement(what, error, limit, eager, note))
     return measurements
 
 
@@ -121,30 +124,31 @@ def _what_is_wrong(got: Tensor | None, expected: Tensor | None, dtype: torch.dty
     return "" if got.dtype == dtype else f"{got.dtype} instead of {dtype}"
 
 
-def _limits(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, float]:
+def _yardsticks(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, tuple[float, float]]:
+    """For every result its limit, and the error of eager PyTorch on the same inputs."""
     in_float64 = all(value.dtype == torch.float64 for value in problem.inputs.values() if _is_float(value))
     inputs = moved(problem.inputs, torch.float32) if in_float64 else problem.inputs
-    eager_error, eager_dtype = _eager_errors(problem, inputs)
+    eager_errors, eager_dtypes = _eager_errors(problem, inputs)
     kappa = _kappa(problem, exact, expected)
-    limits = {}
-    for what, e in eager_error.items():
-        passed = (eager_dtype[what], problem.dtypes[what], problem.through.get(what, problem.dtypes[what]))
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if in_float64 else 1.0
+    yardsticks = {}
+    for what, errors in eager_errors.items():
+        passed = (eager_dtypes[what], problem.dtypes[what], problem.through.get(what, problem.dtypes[what]))
         rounding = max(torch.finfo(dtype).eps for dtype in passed) / 2
-        limits[what] = 2 * e + ROUNDINGS * rounding * (1 + kappa[what])
-        if in_float64:
-            limits[what] *= 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return limits
+        limit = 2 * max(errors) + ROUNDINGS * rounding * (1 + kappa[what])
+        yardsticks[what] = (scale * limit * (1.5 if in_float64 else 1.0), scale * errors[0])
+    return yardsticks
 
 
-def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, float], dict[str, torch.dtype]]:
-    """The largest error of eager PyTorch on the inputs and their neighbours, and the dtypes of its results."""
-    errors: dict[str, float] = {}
+def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, list[float]], dict[str, torch.dtype]]:
+    """The errors of eager PyTorch on the inputs and on their neighbours, and the dtypes of its results."""
+    errors: dict[str, list[float]] = {}
     for neighbour in (inputs, *_neighbours(inputs)):
         eager = problem.eager(neighbour)
         for what, error in _errors(problem, eager, problem.oracle(moved(neighbour, torch.float64, "cpu"))).items():
             if error == torch.inf:
                 raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
-            errors[what] = max(errors.get(what, 0.0), error)
+            errors.setdefault(what, []).append(error)
     return errors, {what: result.dtype for what, result in eager.items()}
 
 

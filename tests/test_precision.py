@@ -1,0 +1,157 @@
+"""Rounding errors against float64, next to those of PEFT's eager layer on the same inputs.
+
+For the output and each gradient: max |a − b| / max |b|, ours over PEFT's; geometric mean over 200 random cases ≤ 1.02
+(DoRA's dm ≤ 1.1), worst ≤ 2. dλ is one number, which luck makes right or wrong on either side: its errors, as parts of
+‖dy‖ ‖∂y/∂λ‖, are pooled over the cases, and the ratio of their root mean squares may exceed 1.02 by no more than three
+standard errors of that ratio.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import delora_kernels as dk
+from delora_kernels import reference
+
+CASES = 200
+MODES = [
+    (torch.bfloat16, "adapters in x's dtype"),
+    (torch.bfloat16, "autocast"),
+    (torch.float16, "adapters in x's dtype"),
+    (torch.float16, "autocast"),
+]
+
+
+class RandomLayer:
+    """A PEFT layer of random shape and its input: x and the base in `dtype`; and the float64 truth about it."""
+
+    def __init__(self, method: str, dtype: torch.dtype, narrow_adapters: bool, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        T, K, N = self.integer(96, 192), self.integer(192, 384), self.integer(192, 384)
+        base = nn.Sequential(nn.Linear(K, N, bias=bool(self.integer(0, 1)))).to(dtype)
+        self.method, r = method, self.integer(4, 16)
+        if method == "delora":
+            config: Any = peft.DeloraConfig(
+                r=r, delora_lambda=self.integer(1, 15), init_weights=False, target_modules=["0"]
+            )
+        else:
+            config = peft.LoraConfig(
+                r=r, lora_alpha=self.integer(1, 32), init_lora_weights=False, use_dora=method == "dora", target_modules=["0"]
+            )  # fmt: skip
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=not narrow_adapters)
+        self.layer: Any = model.base_model.model[0]
+        with torch.no_grad():
+            for name, tensor in self.layer.named_parameters():
+                if "magnitude" in name:
+                    tensor *= 0.5 + torch.rand(tensor.shape, generator=self.generator)
+        self.x = torch.randn(T, K, generator=self.generator).to(dtype)
+        self.dy = torch.randn(T, N, generator=self.generator).to(dtype)
+
+    def integer(self, least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=self.generator))
+
+    def run(self, autocast: torch.dtype | None) -> dict[str, Tensor]:
+        """y and every gradient from the layer as it is."""
+        self.layer.zero_grad(set_to_none=True)
+        x = self.x.clone().requires_grad_()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            y = self.layer(x)
+        y.backward(self.dy)
+        grads = {name: p.grad for name, p in self.layer.named_parameters() if p.requires_grad}
+        return {"y": y.detach(), "x": x.grad} | grads
+
+    def truth(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The same in float64 from the reference, and each one's scale."""
+        leaves = {"x": self.x} | {name: p for name, p in self.layer.named_parameters() if p.requires_grad}
+        leaves = {name: p.detach().double().requires_grad_() for name, p in leaves.items()}
+        x, (A, B, *last) = leaves["x"], [p for name, p in leaves.items() if name != "x"]
+        W, bias = (None if t is None else t.double() for t in (self.layer.base_layer.weight, self.layer.base_layer.bias))
+        if self.method == "delora":
+            n = self.layer.delora_w_norm["default"].double()
+            y = reference.delora_linear(x, W, A, B, last[0], n, bias)
+        elif self.method == "dora":
+            y = reference.dora_linear(x, W, A, B, last[0], self.layer.scaling["default"], bias)
+        else:
+            y = reference.lora_linear(x, W, A, B, self.layer.scaling["default"], bias)
+        grads = torch.autograd.grad(y, list(leaves.values()), self.dy.double())
+        results = {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
+        scales = {name: float(value.abs().max()) for name, value in results.items()}
+        if self.method == "delora":
+            branch = reference.delora_linear(x, torch.zeros_like(W), A, B, last[0], n)
+            scales["delora_lambda.default"] = float(self.dy.double().norm() * branch.detach().norm() / last[0].detach())
+        return results, scales
+
+
+def errors(method: str, dtype: torch.dtype, mode: str, seed: int) -> Iterator[dict[str, tuple[float, float]]]:
+    """For each case, tensor → (our error, PEFT's)."""
+    autocast = dtype if mode == "autocast" else None
+    for case in range(CASES):
+        made = RandomLayer(method, dtype, autocast is None, seed + case)
+        truth, scales = made.truth()
+        theirs = made.run(autocast)
+        dk.accelerate(made.layer, strict=True)
+        ours = made.run(autocast)
+        yield {
+            name: tuple(float((side[name].double() - value).abs().max()) / scales[name] for side in (ours, theirs))
+            for name, value in truth.items()
+        }  # type: ignore[misc]
+
+
+def pooled_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """The ratio of root mean squares, and its standard error by the jackknife."""
+    squares = torch.tensor(pairs, dtype=torch.float64).square()
+    ratio = float((squares[:, 0].sum() / squares[:, 1].sum()).sqrt())
+    without_one = squares.sum(0) - squares
+    left_out = (without_one[:, 0] / without_one[:, 1]).sqrt()
+    return ratio, float((left_out - left_out.mean()).square().sum().mul(1 - 1 / len(pairs)).sqrt())
+
+
+def test_pooled_ratio_knows_its_spread(seed: int) -> None:
+    """Two noises of the same size: 1 lies within four standard errors; twice the size is seen to be."""
+    torch.manual_seed(seed)
+    pairs = torch.randn(CASES, 2, dtype=torch.float64).abs()
+    ratio, standard_error = pooled_ratio([(a, b) for a, b in pairs.tolist()])
+    assert abs(ratio - 1) <= 4 * standard_error <= 0.6
+    assert pooled_ratio([(2 * a, b) for a, b in pairs.tolist()])[0] == pytest.approx(2 * ratio)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), MODES, ids=str)
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_never_worse_than_peft(method: str, dtype: torch.dtype, mode: str, seed: int) -> None:
+    collected = defaultdict(list)
+    for case in errors(method, dtype, mode, seed):
+        for name, pair in case.items():
+            collected[name].append(pair)
+    assert len(collected) == (4 if method == "lora" else 5)
+    for name, pairs in collected.items():
+        assert all(math.isfinite(error) for pair in pairs for error in pair), name
+        if "lambda" in name:
+            ratio, standard_error = pooled_ratio(pairs)
+            assert ratio <= 1.02 + 3 * standard_error, name
+            continue
+        ratios = [ours / theirs for ours, theirs in pairs]
+        assert math.exp(math.fsum(map(math.log, ratios)) / CASES) <= (1.1 if "magnitude" in name else 1.02), name
+        assert max(ratios) <= 2, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_float32_adapters_without_autocast_get_float32_gradients(method: str, dtype: torch.dtype, seed: int) -> None:
+    """PEFT's default on a half-precision base: the branch runs in float32, and so accurate are dA, dB, dλ and dm."""
+    for case in range(20):
+        made = RandomLayer(method, dtype, False, seed + case)
+        truth, scales = made.truth()
+        dk.accelerate(made.layer, strict=True)
+        ours = made.run(None)
+        for name, value in truth.items():
+            error = float((ours[name].double() - value).abs().max()) / scales[name]
+            # y, dx and what DoRA keeps are rounded to dtype, twice at most
+            limit = torch.finfo(dtype).eps * 2 if name in ("y", "x") or "magnitude" in name else 2e-4
+            assert error <= limit, (name, error)
