@@ -67,10 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--device", help="cpu, cuda or cuda:<index>; default: cuda if there is one")
     check.add_argument("--backend", choices=backends.NAMES, help="default: the one that each call would take")
     check.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; default: all of them")
-    check.add_argument("--seed", type=int, default=0, help="of every input; default: 0")
+    check.add_argument("--seed", type=_seed, default=0, help="of every input; default: 0")
     check.add_argument("--json", action="store_true", help="print JSON in place of the table")
     check.add_argument("--verbose", action="store_true", help="print every result, not the tightest one of each kind")
     return parser
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 1 << 32:
+        raise ValueError
+    return int(text)
 
 
 def _why_not(device: str, backend: str | None) -> str | None:

@@ -27,7 +27,7 @@ def run(call: Call) -> Tensor:
 
 
 class _Stages(NamedTuple):
-    """What the forward pass computed: y and what DoRA keeps [T, N], h [T, R], the folded factors, their norms, DoRA's norm and c."""
+    """What the forward pass computed: y and what DoRA keeps [T, N], h [T, R], factors, norms and DoRA's c."""
 
     x: Tensor
     y: Tensor
@@ -129,15 +129,16 @@ class AdaptedLinear(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved)
         ctx.options, ctx.r = o, call.A.shape[0]
-        ctx.dtypes = Call(*(value.dtype if isinstance(value, Tensor) else None for value in call))
+        ctx.dtypes = {name: value.dtype for name, value in call._asdict().items() if isinstance(value, Tensor)}
         ctx.lam_shape = None if call.lam is None else call.lam.shape
         return s.y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need, dtypes, o, saved = Call(*ctx.needs_input_grad), ctx.dtypes, ctx.options, _Saved(*ctx.saved_tensors)
-        grad: dict[str, Tensor] = {}
+        need, o = Call(*ctx.needs_input_grad), ctx.options
+        saved: Any = _Saved(*ctx.saved_tensors)
+        grad: dict[str, Any] = {}
         dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
             dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
         )
@@ -174,6 +175,4 @@ class AdaptedLinear(torch.autograd.Function):
         if need.magnitude:
             grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
         grad["bias"] = dy_sum
-        return tuple(
-            grad[name].to(getattr(dtypes, name)) if wanted else None for name, wanted in need._asdict().items()
-        )
+        return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())

@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from delora_kernels import backends, functional, ops
 from delora_kernels.testing import (
@@ -77,13 +78,19 @@ class Row:
 
 
 class Job(NamedTuple):
-    """The rows that come together: one method, one pair of dtypes."""
+    """The rows that come together: one method, one pair of dtypes.
+
+    Args:
+        method: As in `Row`.
+        dtype: As in `Row`.
+        backend: Finds the backend that such calls take and, if it was requested but can't take them, why not.
+        run: Measures, given that backend's name.
+    """
 
     method: str
     dtype: str
-    backend: str
-    why_not: str | None
-    run: Callable[[], Iterable[Measurement]]
+    backend: Callable[[], tuple[str, str | None]]
+    run: Callable[[str], Iterable[Measurement]]
 
 
 def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
@@ -98,46 +105,48 @@ def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
     pairs = [pair for name in dtypes for pair in DTYPES[name]]
     for name in ops.NAMES:
         for dtype, adapter_dtype in pairs[:1] if name == "dropout_mask" else pairs:
-            backend, why_not = _backend(METHODS["lora"], device, dtype, adapter_dtype)
-            run = partial(_check_op, name, sizes, backend, dtype, adapter_dtype, device, seed)
+            backend = partial(_backend, METHODS["lora"], device, dtype, adapter_dtype)
+            run = partial(_check_op, name, sizes, dtype, adapter_dtype, device, seed)
             label = "bool" if name == "dropout_mask" else _label(dtype, adapter_dtype)
-            yield Job(f"op {name}", label, backend, why_not, run)
+            yield Job(f"op {name}", label, backend, run)
     for method in METHODS.values():
         for dtype, adapter_dtype in pairs:
-            backend, why_not = _backend(method, device, dtype, adapter_dtype)
+            backend = partial(_backend, method, device, dtype, adapter_dtype)
             run = partial(_check_method, method, sizes, dtype, adapter_dtype, device, seed)
-            yield Job(method.name, _label(dtype, adapter_dtype), backend, why_not, run)
+            yield Job(method.name, _label(dtype, adapter_dtype), backend, run)
             if dtype == torch.float64:
-                yield Job(method.name, "float64", backend, why_not, partial(_check_gradients, method, device, seed))
+                yield Job(method.name, "float64", backend, partial(_check_gradients, method, device, seed))
     for function in sorted(functional.CALLS.keys() - {method.function for method in METHODS.values()}):
-        yield Job(function, "", "", None, partial(_no_check, function))
+        yield Job(function, "", lambda: ("", None), partial(_no_check, function))
 
 
 def run_job(job: Job) -> list[Row]:
     """The rows of one job: one for each result; an exception is a row that fails."""
-    if job.why_not is not None:
-        return [Row(job.method, "", job.dtype, job.backend, None, None, None, "skipped", job.why_not)]
     worst: dict[str, Row] = {}
+    backend = ""
     try:
-        for m in job.run():
+        backend, why_not = job.backend()
+        if why_not is not None:
+            return [Row(job.method, "", job.dtype, backend, None, None, None, "skipped", why_not)]
+        for m in job.run(backend):
             status = "ok" if m.ok else "FAIL"
-            row = Row(job.method, m.what, job.dtype, job.backend, m.error, m.limit, m.eager, status, m.note)
+            row = Row(job.method, m.what, job.dtype, backend, m.error, m.limit, m.eager, status, m.note)
             if m.what not in worst or row.share > worst[m.what].share:
                 worst[m.what] = row
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        worst["raised"] = Row(job.method, "raised", job.dtype, job.backend, None, None, None, "FAIL", note)
+        worst["raised"] = Row(job.method, "raised", job.dtype, backend, None, None, None, "FAIL", note)
     return list(worst.values())
 
 
 def _check_op(
     name: str,
     sizes: tuple[tuple[int, int, int, int], ...],
-    backend: str,
     dtype: torch.dtype,
     rank_dtype: torch.dtype,
     device: str,
     seed: int,
+    backend: str,
 ) -> Iterator[Measurement]:
     if name == "dropout_mask":
         yield from measure_dropout_mask(61, 103, backend=backend, device=device, seed=seed)
@@ -158,6 +167,7 @@ def _check_method(
     adapter_dtype: torch.dtype,
     device: str,
     seed: int,
+    backend: str,
 ) -> Iterator[Measurement]:
     for size in sizes:
         bias = size[0] > 1
@@ -165,11 +175,14 @@ def _check_method(
         yield from measure(problem)
 
 
-def _check_gradients(method: Method, device: str, seed: int) -> Iterator[Measurement]:
-    yield Measurement("gradcheck", gradcheck(method, *GRADCHECK_SIZES, device=device, seed=seed), RTOL)
+def _check_gradients(method: Method, device: str, seed: int, backend: str) -> Iterator[Measurement]:
+    try:
+        yield Measurement("gradcheck", gradcheck(method, *GRADCHECK_SIZES, device=device, seed=seed), RTOL)
+    except GradcheckError as error:
+        yield Measurement("gradcheck", math.inf, RTOL, note=str(error).splitlines()[0])
 
 
-def _no_check(function: str) -> Iterator[Measurement]:
+def _no_check(function: str, backend: str) -> Iterator[Measurement]:
     raise NotImplementedError(f"{function} has no entry in delora_kernels.testing.METHODS")
 
 

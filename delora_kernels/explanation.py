@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from delora_kernels import backends, functional
+from delora_kernels.call import Call
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         raise ValueError(
             f"explain: function must be one of {', '.join(functional.CALLS)}, got {name!r}; pass it or its name"
         )
-    call = functional.CALLS[name](*args, **kwargs)
+    call: Call = functional.CALLS[name](*args, **kwargs)
     reasons = {other: _why_not(other, call) for other in backends.NAMES if other != call.options.backend}
     return Explanation(name, call.options.backend, reasons, call.options.compute_dtype, call.options.rank_dtype)
 
 
-def _why_not(name: str, call: Any) -> str:
+def _why_not(name: str, call: Call) -> str:
     reason = backends.reason_against(name, call)
     if reason is not None:
         return reason

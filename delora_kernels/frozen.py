@@ -1,6 +1,6 @@
 """The frozen base linear as an object: a plain dense weight today; a base that is stored otherwise extends it here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class FrozenLinear(NamedTuple):
         reason = why_not_plain(module, "base layer")
         if reason is not None:
             return reason
-        weight, bias = module.weight, module.bias
+        weight: Any = module.weight
+        bias: Any = module.bias
         reason = why_not_local(weight, "base weight") or (None if bias is None else why_not_local(bias, "base bias"))
         if reason is not None:
             return reason

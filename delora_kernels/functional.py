@@ -7,6 +7,7 @@ are cast as nn.Linear casts them and the branch runs in autocast's dtype. Output
 and torch.func transforms are refused: `delora_kernels.reference` has the same functions in plain torch for those.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -286,7 +287,7 @@ def _delora_call(
 
 backends.load("eager")
 
-CALLS = {"lora_linear": _lora_call, "dora_linear": _dora_call, "delora_linear": _delora_call}
+CALLS: dict[str, Callable[..., Call]] = {"lora_linear": _lora_call, "dora_linear": _dora_call, "delora_linear": _delora_call}
 """Public function name → what checks its arguments and turns them into a `Call`."""
 
 

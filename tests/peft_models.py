@@ -37,7 +37,9 @@ def model(method: str, seed: int, dropout_p: float = 0.0, dtype: torch.dtype = t
     """A PeftModel around Small; DoRA's magnitudes are moved away from the norms."""
     torch.manual_seed(seed)
     targets = {"target_modules": ["first", "second", "third"]}
-    made = peft.get_peft_model(Small(method != "delora").to(dtype), config(method, dropout_p=dropout_p, **targets | options))
+    made = peft.get_peft_model(
+        Small(method != "delora").to(dtype), config(method, dropout_p=dropout_p, **targets | options)
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "magnitude" in name:

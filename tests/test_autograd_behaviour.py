@@ -1,4 +1,4 @@
-"""How the fused functions behave inside PyTorch: compile, checkpointing, autocast, layouts, in-place consumers, limits."""
+"""The fused functions inside PyTorch: compile, checkpointing, autocast, layouts, in-place consumers, limits."""
 
 import itertools
 from typing import Any
@@ -34,9 +34,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def narrow(arguments: dict[str, Any], dtype: torch.dtype, factor_dtype: torch.dtype) -> dict[str, Any]:
     """The same call with x, weight and bias in `dtype` and every factor in `factor_dtype`."""
     base = ("x", "weight", "bias")
-    return {
-        k: v.to(dtype if k in base else factor_dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()
-    }
+    return {k: v.to(dtype if k in base else factor_dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -166,9 +164,7 @@ def test_layouts(variant: str, seed: int) -> None:
     """Transposed, strided and expanded tensors and gradients give the bits of their contiguous copies."""
     maker = Maker(seed)
     arguments = narrow(maker.arguments(variant, T=10), torch.float32, torch.float32)
-    strided = {
-        k: v.t().contiguous().t() if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in arguments.items()
-    }
+    strided = {k: v.t().contiguous().t() if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in arguments.items()}
     strided["x"] = torch.stack([arguments["x"], arguments["x"]], dim=-1)[..., 0]
     strided["bias"] = torch.stack([arguments["bias"], arguments["bias"]], dim=-1)[:, 0]
     for grad_out in (maker.tensor(6, 10).t(), maker.tensor(6).expand(10, 6), maker.tensor(10, 12)[:, ::2]):

@@ -28,25 +28,50 @@ def arguments(function: str) -> dict[str, Any]:
 NAN = float("nan")
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lora_linear", {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
-    ("lora_linear", {"x": t(T, K).long()}, TypeError, "x must be one of float16, bfloat16, float32, float64, got torch"),
+    (
+        "lora_linear",
+        {"x": t(T, K).long()},
+        TypeError,
+        "x must be one of float16, bfloat16, float32, float64, got torch",
+    ),
     ("lora_linear", {"x": t(T, K + 1)}, ValueError, f"x must be [..., K] with K = {K}, weight's columns, got shape"),
     ("lora_linear", {"x": t()}, ValueError, "x must be [..., K]"),
-    ("lora_linear", {"x": t(T, K).bfloat16()}, TypeError, "x must be torch.float32, weight's dtype, got torch.bfloat16"),
+    (
+        "lora_linear",
+        {"x": t(T, K).bfloat16()},
+        TypeError,
+        "x must be torch.float32, weight's dtype, got torch.bfloat16",
+    ),
     ("lora_linear", {"x": t(T, K).to_sparse()}, TypeError, "x must be dense (torch.strided), got torch.sparse_coo"),
     ("lora_linear", {"x": t(T, K).to("meta")}, ValueError, "x must be a tensor with data, got a meta tensor"),
     ("lora_linear", {"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
     ("lora_linear", {"weight": t(K)}, ValueError, f"weight must be 2-D [N, K], got shape [{K}]"),
     ("lora_linear", {"weight": t(N, K).to("meta")}, ValueError, "weight must be a tensor with data, got a meta tensor"),
-    ("lora_linear", {"weight": t(N, K).to(torch.uint8)}, TypeError, "got torch.uint8; convert it, or dequantise it first"),
+    (
+        "lora_linear",
+        {"weight": t(N, K).to(torch.uint8)},
+        TypeError,
+        "got torch.uint8; convert it, or dequantise it first",
+    ),
     ("lora_linear", {"weight": t(K, N)}, ValueError, "weight is [N, K] as in nn.Linear"),
     ("lora_linear", {"bias": t(K)}, ValueError, f"bias must be [N] = [{N}], got [{K}]"),
     ("lora_linear", {"bias": 0.0}, TypeError, "bias must be a torch.Tensor, got float"),
     ("lora_linear", {"A": t(K, R)}, ValueError, f"A must be [r, K] = [{K}, {K}], got [{K}, {R}]"),
     ("lora_linear", {"A": t(K)}, ValueError, "A must be 2-D [r, K]"),
-    ("lora_linear", {"A": t(0, K), "B": t(N, 0)}, ValueError, "A must be [r, K] with r ≥ 1, got [0, 8]; use the frozen"),
+    (
+        "lora_linear",
+        {"A": t(0, K), "B": t(N, 0)},
+        ValueError,
+        "A must be [r, K] with r ≥ 1, got [0, 8]; use the frozen",
+    ),
     ("lora_linear", {"A": t(R, K).to("meta")}, ValueError, "A must be a tensor with data"),
     ("lora_linear", {"A": t(R, K).to(torch.complex64)}, TypeError, "A must be one of float16"),
-    ("lora_linear", {"B": t(R, N)}, ValueError, f"B must be [N, r] = [{N}, {R}], got [{R}, {N}]; r is A's number of rows"),
+    (
+        "lora_linear",
+        {"B": t(R, N)},
+        ValueError,
+        f"B must be [N, r] = [{N}, {R}], got [{R}, {N}]; r is A's number of rows",
+    ),
     ("lora_linear", {"B": t(N, R + 1)}, ValueError, "B must be [N, r]"),
     ("lora_linear", {"scale": "2"}, TypeError, "scale must be a number, got str; pass a float"),
     ("lora_linear", {"scale": t()}, TypeError, "scale must be a number, got Tensor"),
@@ -67,16 +92,36 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dora_linear", {"magnitude": 1.0}, TypeError, "magnitude must be a torch.Tensor, got float"),
     ("dora_linear", {"dropout": "all"}, ValueError, "dropout must be one of ('peft', 'branch'), got 'all'"),
     ("dora_linear", {"saved": "y"}, ValueError, "saved must be one of ('private', 'output'), got 'y'"),
-    ("dora_linear", {"saved": "output", "bias": t(N)}, ValueError, "saved must be 'private' here, got 'output' with a bias"),
+    (
+        "dora_linear",
+        {"saved": "output", "bias": t(N)},
+        ValueError,
+        "saved must be 'private' here, got 'output' with a bias",
+    ),
     ("dora_linear", {"saved": "output", "dropout_p": 0.1}, ValueError, "got 'output' with dropout='peft'"),
     ("delora_linear", {"lam": t(2)}, ValueError, "lam must be a number, 0-d or [1], got shape [2]"),
     ("delora_linear", {"lam": None}, TypeError, "lam must be a number, got NoneType"),
     ("delora_linear", {"lam": NAN}, ValueError, "lam must be finite, got nan"),
-    ("delora_linear", {"weight_norm": t(N)}, ValueError, f"weight_norm must be [K] = [{K}], got [{N}]; pass ‖W‖ of each"),
-    ("delora_linear", {"weight_norm": t(K).requires_grad_()}, ValueError, "weight_norm must be a constant, got a tensor"),
+    (
+        "delora_linear",
+        {"weight_norm": t(N)},
+        ValueError,
+        f"weight_norm must be [K] = [{K}], got [{N}]; pass ‖W‖ of each",
+    ),
+    (
+        "delora_linear",
+        {"weight_norm": t(K).requires_grad_()},
+        ValueError,
+        "weight_norm must be a constant, got a tensor",
+    ),
     ("delora_linear", {"weight_norm": "auto"}, TypeError, "weight_norm must be a number, got str"),
     ("delora_linear", {"eps": -1e-4}, ValueError, "eps must be ≥ 0, got -0.0001; 0 means no clamp"),
-    ("delora_linear", {"frozen_A": t(R, K)}, ValueError, "frozen_B must be a tensor, got None; a frozen start needs both"),
+    (
+        "delora_linear",
+        {"frozen_A": t(R, K)},
+        ValueError,
+        "frozen_B must be a tensor, got None; a frozen start needs both",
+    ),
     ("delora_linear", {"frozen_B": t(N, R)}, ValueError, "frozen_A must be a tensor, got None"),
     ("delora_linear", {"frozen_A": t(R, N), "frozen_B": t(N, R)}, ValueError, "frozen_A must be [r, K]"),
     ("delora_linear", {"frozen_A": t(R, K), "frozen_B": t(N, 2)}, ValueError, "r is frozen_A's number of rows"),
@@ -136,7 +181,10 @@ def test_good_calls_pass() -> None:
 
 
 def test_use_backend() -> None:
-    with pytest.raises(ValueError, match="name must be one of 'triton', 'cuda', 'eager', got 'cpu'"), use_backend("cpu"):
+    with (
+        pytest.raises(ValueError, match="name must be one of 'triton', 'cuda', 'eager', got 'cpu'"),
+        use_backend("cpu"),
+    ):
         pass
     for name in ("triton", "cuda"):
         reason = backends.unavailable(name)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_calls import DROPOUT_P, both, leaves_of, mask_of
+from fused_calls import DROPOUT_P, TENSORS, both, leaves_of, mask_of
 from golden_cases import GoldenCase, golden_cases, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,11 +61,12 @@ def test_reference(variant: str, dropout: bool, data: st.DataObject) -> None:
 def test_gradcheck(variant: str, dropout_seed: int | None, seed: int) -> None:
     arguments = Maker(seed).arguments(variant, T=3, K=4, N=5, r=2)
     fused, _ = both(variant, arguments, dropout_seed)
-    if variant.startswith("dora"):  # the norm is detached: finite differences in W, A and B would see it move
-        leaves = leaves_of(arguments, ("x", "bias", "magnitude"))
-    else:
-        leaves = leaves_of(arguments)
-    assert torch.autograd.gradcheck(lambda *values: fused(**dict(zip(leaves, values, strict=True))), (*leaves.values(),))
+    # DoRA's norm is detached: finite differences in W, A and B would see it move
+    names = ("x", "bias", "magnitude") if variant.startswith("dora") else TENSORS
+    leaves = leaves_of(arguments, names)
+    assert torch.autograd.gradcheck(
+        lambda *values: fused(**dict(zip(leaves, values, strict=True))), (*leaves.values(),)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -142,7 +143,7 @@ def test_zero_b_of_delora(dtype: torch.dtype, seed: int) -> None:
     assert not grads["A"].any()
     assert not grads["lam"].any()
     assert all(grad.isfinite().all() for grad in grads.values())
-    # rounding: h and dy once each, the sum over 9 tokens, the result: 4 roundings of relative size eps / 2, near the worst
+    # h, dy, the sum over 9 tokens and the result are rounded: four times eps / 2, and as much again for the worst case
     assert relative_error(grads["B"].double(), dB) <= (1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps)
 
 
@@ -194,7 +195,7 @@ def test_dropout_keeps_the_mean(p: float, seed: int) -> None:
 
 
 def test_seed(seed: int) -> None:
-    """One seed, one mask, as int or tensor; None draws from torch's generator: fresh each call, repeated by its state."""
+    """One seed, one mask, as int or tensor; None draws from torch's generator, whose state repeats it."""
     maker = Maker(seed)
     x, W, A, B = maker.tensor(40, 16), maker.tensor(12, 16), maker.tensor(2, 16), maker.tensor(12, 2)
 

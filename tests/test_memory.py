@@ -1,4 +1,4 @@
-"""What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the measures themselves."""
+"""What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the measures."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""accelerate() on PEFT models: the numbers PEFT gives, PEFT's own behaviours intact, and a report that tells the truth."""
+"""accelerate() on PEFT models: PEFT's numbers, PEFT's own behaviours intact, and a report that tells the truth."""
 
 import copy
 import logging
@@ -174,7 +174,10 @@ def test_compile(method: str, x: Tensor, seed: int) -> None:
     dk.accelerate(made, strict=True)
     theirs = step(made, x)
     assert_close(
-        {k.removeprefix("_orig_mod."): v for k, v in step(torch.compile(made, backend="aot_eager", fullgraph=True), x).items()},
+        {
+            k.removeprefix("_orig_mod."): v
+            for k, v in step(torch.compile(made, backend="aot_eager", fullgraph=True), x).items()
+        },
         theirs,
     )
 
@@ -187,20 +190,28 @@ class OtherLinear(nn.Linear):
     pass
 
 
+def _first(made: Any) -> Any:
+    return made.base_model.model.first
+
+
+def _integer_weight(made: Any) -> None:
+    weight = nn.Parameter(torch.zeros(20, 12, dtype=torch.uint8), requires_grad=False)
+    _first(made).base_layer.weight = weight
+
+
 DECLINED: list[tuple[str, str, Any, str]] = [
     ("disabled", "lora", lambda m: m.base_model.disable_adapter_layers(), "its adapters are disabled"),
     ("merged", "delora", lambda m: m.merge_adapter(), "its adapter is merged"),
-    ("bias", "lora", lambda m: m.base_model.model.first.lora_bias.update(default=True), "lora_bias=True"),
-    ("hook", "dora", lambda m: m.base_model.model.first.lora_A["default"].register_forward_hook(print), "lora_A has hooks"),
-    ("base hook", "delora", lambda m: m.base_model.model.first.base_layer.register_forward_pre_hook(print), "base layer has"),
-    ("patched", "lora", lambda m: setattr(m.base_model.model.first.base_layer, "forward", print), "a forward of its own"),
-    ("subclass", "lora", lambda m: setattr(m.base_model.model.first.base_layer, "__class__", OtherLinear), "OtherLinear, not"),
-    ("dropout", "delora", lambda m: m.base_model.model.first.delora_dropout.update({"default": nn.AlphaDropout()}), "AlphaDr"),
-    ("cast", "lora", lambda m: setattr(m.base_model.model.first, "cast_input_dtype_enabled", False), "the cast of its input"),
-    ("integer", "lora", lambda m: setattr(m.base_model.model.first.base_layer, "weight", nn.Parameter(
-        torch.zeros(20, 12, dtype=torch.uint8), requires_grad=False)), "the base weight has dtype torch.uint8"),
-    ("owner", "lora", lambda m: _replace(m.base_model.model.first.lora_A, "default"), "its lora_A is a Sequential"),
-]  # fmt: skip
+    ("bias", "lora", lambda m: _first(m).lora_bias.update(default=True), "lora_bias=True"),
+    ("hook", "dora", lambda m: _first(m).lora_A["default"].register_forward_hook(print), "lora_A has hooks"),
+    ("base hook", "delora", lambda m: _first(m).base_layer.register_forward_pre_hook(print), "base layer has hooks"),
+    ("patched", "lora", lambda m: setattr(_first(m).base_layer, "forward", print), "a forward of its own"),
+    ("subclass", "lora", lambda m: setattr(_first(m).base_layer, "__class__", OtherLinear), "OtherLinear, not"),
+    ("dropout", "delora", lambda m: _first(m).delora_dropout.update({"default": nn.AlphaDropout()}), "AlphaDropout"),
+    ("cast", "lora", lambda m: setattr(_first(m), "cast_input_dtype_enabled", False), "the cast of its input"),
+    ("integer", "lora", _integer_weight, "the base weight has dtype torch.uint8"),
+    ("owner", "lora", lambda m: _replace(_first(m).lora_A, "default"), "its lora_A is a Sequential"),
+]
 
 
 @pytest.mark.parametrize(("method", "change", "reason"), [c[1:] for c in DECLINED], ids=[c[0] for c in DECLINED])
@@ -248,7 +259,9 @@ def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCapture
         "an accelerated layer runs PEFT's own forward: it has 2 active adapters"
     ]
     handle = made.base_model.model.third.lora_B["default"].register_forward_hook(lambda *_: torch.zeros(2, 5, 9))
-    assert torch.equal(made.base_model.model.third(torch.ones(2, 5, 14)), plain.base_model.model.third.base_layer(torch.ones(2, 5, 14)))
+    assert torch.equal(
+        made.base_model.model.third(torch.ones(2, 5, 14)), plain.base_model.model.third.base_layer(torch.ones(2, 5, 14))
+    )
     handle.remove()
 
 

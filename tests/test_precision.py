@@ -42,9 +42,8 @@ class RandomLayer:
                 r=r, delora_lambda=self.integer(1, 15), init_weights=False, target_modules=["0"]
             )
         else:
-            config = peft.LoraConfig(
-                r=r, lora_alpha=self.integer(1, 32), init_lora_weights=False, use_dora=method == "dora", target_modules=["0"]
-            )  # fmt: skip
+            options = {"lora_alpha": self.integer(1, 32), "use_dora": method == "dora", "target_modules": ["0"]}
+            config = peft.LoraConfig(r=r, init_lora_weights=False, **options)
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=not narrow_adapters)
         self.layer: Any = model.base_model.model[0]
         with torch.no_grad():
@@ -72,7 +71,9 @@ class RandomLayer:
         leaves = {"x": self.x} | {name: p for name, p in self.layer.named_parameters() if p.requires_grad}
         leaves = {name: p.detach().double().requires_grad_() for name, p in leaves.items()}
         x, (A, B, *last) = leaves["x"], [p for name, p in leaves.items() if name != "x"]
-        W, bias = (None if t is None else t.double() for t in (self.layer.base_layer.weight, self.layer.base_layer.bias))
+        W, bias = (
+            None if t is None else t.double() for t in (self.layer.base_layer.weight, self.layer.base_layer.bias)
+        )
         if self.method == "delora":
             n = self.layer.delora_w_norm["default"].double()
             y = reference.delora_linear(x, W, A, B, last[0], n, bias)

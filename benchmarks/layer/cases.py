@@ -60,12 +60,12 @@ class Case:
         fused = copy.deepcopy(self.layer, memo=shared)
         dk.accelerate(fused, strict=True)
         layers = {"frozen": self.layer.base_layer, "peft": self.layer, "dk": fused}
-        return {impl: self._in_autocast(lambda layer=layer: layer(self.x)) for impl, layer in layers.items()}
+        return {impl: self._in_autocast(layer) for impl, layer in layers.items()}
 
-    def _in_autocast(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _in_autocast(self, layer: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                return forward()
+                return layer(self.x)
 
         return run
 

@@ -72,7 +72,7 @@ def allocations(run: Pass) -> Allocations:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += max(0, event.nbytes())

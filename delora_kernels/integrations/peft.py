@@ -44,7 +44,7 @@ class FusedDeloraLinear(DeloraLinear):
         return _forward(self, super().forward, x, args, kwargs)
 
 
-_FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+_FUSED_CLASSES: dict[type, type] = {
     LoraLinear: FusedLoraLinear,
     DeloraLinear: FusedDeloraLinear,
 }
@@ -197,7 +197,9 @@ def _lora_plan(layer: Any, name: str, base: FrozenLinear) -> Fused | str:
             return reason
     tensors = {role: owner.weight for role, owner in owners.items()}
     dropout_p = _dropout_p(layer.lora_dropout[name])
-    reason = dropout_p if isinstance(dropout_p, str) else _why_not_tensors(base, tensors)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    reason = _why_not_tensors(base, tensors)
     if reason is not None:
         return reason
     options = {"scale": layer.scaling[name], "bias": base.bias, "dropout_p": dropout_p}
@@ -211,7 +213,9 @@ def _delora_plan(layer: Any, name: str, base: FrozenLinear) -> Fused | str:
     roles = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     tensors = {role: getattr(layer, role)[name] for role in roles}
     dropout_p = _dropout_p(layer.delora_dropout[name])
-    reason = dropout_p if isinstance(dropout_p, str) else _why_not_tensors(base, tensors)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    reason = _why_not_tensors(base, tensors)
     if reason is not None:
         return reason
     if layer.r[name] != tensors["delora_A"].shape[0]:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from delora_kernels.testing.method import Method
 from delora_kernels.testing.problem import Inputs
@@ -44,7 +45,10 @@ def gradcheck(
         return method.forward(moved)
 
     leaves = tuple(inputs[name].clone().requires_grad_() for name in names)
-    torch.autograd.gradcheck(forward, leaves, rtol=RTOL, atol=ATOL)
+    try:
+        torch.autograd.gradcheck(forward, leaves, rtol=RTOL, atol=ATOL)
+    except GradcheckError as error:
+        raise GradcheckError(f"{str(error).splitlines()[0]} (inputs: {', '.join(names)})\n{error}") from None
 
     generator = torch.Generator().manual_seed(seed)
     steps = [_STEP * torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]

@@ -175,7 +175,7 @@ class Method:
         trained: Collection[str] | None,
     ) -> Outputs:
         names = [name for name in self.trained(inputs) if trained is None or name in trained]
-        leaves = {name: arguments[name].detach().clone().requires_grad_() for name in names}
+        leaves = {name: arguments[name].detach().requires_grad_() for name in names}
         y = function(**arguments | leaves)
         grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad_out"]) if names else ()
         return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}

@@ -17,15 +17,12 @@ def uninitialised_is_nan() -> Iterator[None]:
     of PyTorch's deterministic mode: process-wide, on every device and thread, backward passes included. Operations
     without a deterministic form run as usual.
     """
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
     memory: Any = deterministic
-    filled = memory.fill_uninitialized_memory
+    filled, enabled = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=warn_only if enabled else True)
+        torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
         memory.fill_uninitialized_memory = True
         try:
             yield

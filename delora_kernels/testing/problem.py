@@ -93,7 +93,8 @@ def measure(problem: Problem) -> list[Measurement]:
         problem: What to run.
 
     Returns:
-        One measurement for each result of the oracle, and one for each result that should not be there.
+        One measurement for each result of the oracle, one for each result that should not be there, and one for each
+        input that was written to.
 
     Raises:
         ValueError: eager PyTorch itself overflows on these inputs, so there is nothing to compare with.
@@ -101,9 +102,11 @@ def measure(problem: Problem) -> list[Measurement]:
     exact = moved(problem.inputs, torch.float64, "cpu")
     expected = problem.oracle(exact)
     yardsticks = _yardsticks(problem, exact, expected)
+    before = {name: value.clone() for name, value in problem.inputs.items() if isinstance(value, Tensor)}
     with uninitialised_is_nan():
         got = problem.run(problem.inputs)
-    measurements = []
+    written = [name for name, value in before.items() if not torch.equal(value, problem.inputs[name])]
+    measurements = [Measurement(name, torch.inf, 0.0, note="an input, and it was written to") for name in written]
     for what in expected | got:
         note = _what_is_wrong(got.get(what), expected.get(what), problem.dtypes.get(what))
         error = torch.inf if note else relative_error(got[what], expected[what], problem.vector_dims.get(what))

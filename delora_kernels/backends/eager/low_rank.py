@@ -134,7 +134,7 @@ def expand_backward(
 def _rank_gradients(
     dy: Tensor, h: Tensor | None, B_hat: Tensor | None, scale: float, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor; dy is read in the factors' dtype."""
+    """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor."""
     acc = accumulate_dtype(dy.dtype)
     scaled_B = B_hat if c is None or B_hat is None else B_hat * c[:, None]
     rank_dtype = next((small.dtype for small in (h, B_hat) if small is not None), dy.dtype)
@@ -144,7 +144,9 @@ def _rank_gradients(
         if scaled_B is not None:
             high, low = (scaled_B, None) if scaled_B.dtype == dy.dtype else _halves(scaled_B, dy.dtype)
             dv = torch.mm(dy, high) if low is None else torch.mm(dy, low).addmm_(dy, high)
-        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(acc, memory_format=torch.contiguous_format)
+        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(
+            acc, memory_format=torch.contiguous_format
+        )
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
     dB_hat = nothing.to(acc) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
     for rows, chunk in chunks_in(rank_dtype, dy):
