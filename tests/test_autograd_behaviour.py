@@ -47,7 +47,7 @@ def test_bitwise_repeat(variant: str, seed: int) -> None:
         assert_equal(gradients(fused, leaves, grad_out), gradients(fused, leaves, grad_out))
 
 
-@pytest.mark.parametrize(("dtype", "factor_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize(("dtype", "factor_dtype"), list(itertools.product(DTYPES, (*DTYPES, torch.float64))), ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dtypes(variant: str, dtype: torch.dtype, factor_dtype: torch.dtype, seed: int) -> None:
     """y has weight's dtype, each gradient that of its tensor, and rounding is all that differs from float64."""

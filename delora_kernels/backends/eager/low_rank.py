@@ -144,9 +144,10 @@ def _rank_gradients(
         if scaled_B is not None:
             high, low = (scaled_B, None) if scaled_B.dtype == dy.dtype else _halves(scaled_B, dy.dtype)
             dv = torch.mm(dy, high) if low is None else torch.mm(dy, low).addmm_(dy, high)
-        return dv, nothing.to(acc) if h is None else _product(h.t(), dy, scale).t().to(
-            acc, memory_format=torch.contiguous_format
-        )
+        if h is None:
+            return dv, nothing.to(acc)
+        dB_hat = dy.new_empty((dy.shape[1], h.shape[1]), dtype=acc)
+        return dv, dB_hat.copy_(_product(h.t(), dy, scale).t())
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
     dB_hat = nothing.to(acc) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
     for rows, chunk in chunks_in(rank_dtype, dy):
