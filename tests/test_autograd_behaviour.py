@@ -67,8 +67,10 @@ def test_dtypes(variant: str, dtype: torch.dtype, factor_dtype: torch.dtype, see
             if name == "lam"
             else value.abs().max()  # one number: what it is the sum of
         )
-        # at most eight roundings follow one another, each of size eps / 2, and their errors add up at worst
-        assert (ours[name].double() - value).abs().max() <= 4 * eps * scale, name
+        # at most eight roundings follow one another, each of size eps / 2, and their errors add up at worst; float32
+        # sums of up to 40 products are rounded as often again
+        roundings = 8 if eps > torch.finfo(torch.float32).eps else 48
+        assert (ours[name].double() - value).abs().max() <= roundings * eps / 2 * scale, name
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
