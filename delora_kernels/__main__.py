@@ -74,22 +74,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 1 << 32:
-        raise ValueError
+    if not (text.isdecimal() and int(text) < 1 << 32):
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2³² − 1, got {text!r}")
     return int(text)
 
 
 def _why_not(device: str, backend: str | None) -> str | None:
     """Why nothing can be checked on this device with this backend, or None."""
-    try:
-        asked = torch.device(device)
-        backend = backend or backends.requested()
-    except (RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    if asked.type not in ("cpu", "cuda"):
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         return f"--device must be cpu, cuda or cuda:<index>, got {device!r}"
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         return f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
+    try:
+        backend = backend or backends.requested()
+    except ValueError as error:
+        return str(error)
     reason = None if backend is None else backends.unavailable(backend)
     return None if reason is None else f"the backend {backend!r} can't run: {reason}"
 

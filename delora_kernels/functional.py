@@ -287,7 +287,11 @@ def _delora_call(
 
 backends.load("eager")
 
-CALLS: dict[str, Callable[..., Call]] = {"lora_linear": _lora_call, "dora_linear": _dora_call, "delora_linear": _delora_call}
+CALLS: dict[str, Callable[..., Call]] = {
+    "lora_linear": _lora_call,
+    "dora_linear": _dora_call,
+    "delora_linear": _delora_call,
+}
 """Public function name → what checks its arguments and turns them into a `Call`."""
 
 

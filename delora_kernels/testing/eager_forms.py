@@ -2,7 +2,8 @@
 
 Where all tensors share a dtype this is the reference in that dtype. With wider adapters on a narrower base it is what
 PEFT's layers do: the frozen GEMM in the base's dtype, the branch on a wide copy of x in the adapters' dtype, and one
-rounding of their sum.
+rounding of their sum. Roundings that PEFT adds to these (DeLoRA's branch before the sum, DoRA's bias taken off the base
+and put back) are left out: the yardstick is not made longer by them.
 """
 
 from typing import Any

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from delora_kernels.testing.method import Draw, Method
 
-ALPHA = 3.0
-"""LoRA's alpha: the scale is ALPHA / r, for rsLoRA ALPHA / √r."""
+ALPHA = 2.5
+"""LoRA's alpha: the scale is ALPHA / r, for rsLoRA ALPHA / √r; not 1 for any rank, where it could be forgotten."""
 
 DROPOUT_P = 0.2
 """1 / (1 − p) = 1.25 is exact in every float dtype, so the mask costs eager PyTorch no rounding."""

@@ -1,0 +1,403 @@
+"""`python -m delora_kernels` and its check: what they print, their exit status, and that broken kernels do not pass."""
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import delora_kernels
+from delora_kernels import backends, check, functional, ops
+from delora_kernels.__main__ import main
+from delora_kernels.backends import eager
+from delora_kernels.backends.eager import low_rank
+from delora_kernels.environment import as_text, environment
+from delora_kernels.testing import METHODS
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != backends.ENVIRONMENT_VARIABLE}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=300)
+
+
+def test_environment_from_the_shell() -> None:
+    done = python("-m", "delora_kernels")
+    assert done.returncode == 0, done.stderr
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["delora_kernels"] == delora_kernels.__version__
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["torch"] == torch.__version__
+    backends_shown = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("backend ")]
+    assert [name for name, _ in backends_shown] == list(backends.NAMES)
+    assert ["eager", "can run"] in backends_shown
+    assert all(verdict == "can run" or len(verdict) > 10 for _, verdict in backends_shown)
+
+
+def test_environment_imports_nothing() -> None:
+    code = (
+        "import sys, torch, delora_kernels.environment as e; print(torch.cuda.is_initialized());"
+        "before = set(sys.modules); e.as_text(e.environment()); new = set(sys.modules) - before;"
+        "print([name for name in new if name in ('peft', 'transformers', 'triton', 'numpy')])"
+    )
+    assert python("-c", code).stdout.split() == ["False", "[]"]
+
+
+def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "no such backend")
+    report = json.loads(json.dumps(environment()))
+    assert report["variables"][backends.ENVIRONMENT_VARIABLE] == "no such backend"
+    assert report["devices"][0]["device"] == "cpu"
+    assert report["backends"]["eager"] is None
+    report |= {
+        "peft": None,
+        "cuda": {"runtime": "13.0", "driver": None},
+        "devices": [{"device": "cuda:0", "name": "GPU", "capability": "9.0", "memory_gib": 139.8}],
+        "backends": {"triton": "triton is not installed", "eager": None},
+    }
+    text = as_text(report).splitlines()
+    for fact in (
+        "peft not installed",
+        "CUDA runtime 13.0, driver for unknown",
+        "device cuda:0 GPU, compute capability 9.0, 139.8 GiB",
+        "backend triton no: triton is not installed",
+        "backend eager can run",
+    ):
+        assert fact in [" ".join(line.split()) for line in text]
+    starts = {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in text}
+    assert len(starts) == 1, "the facts are aligned"
+
+
+def test_cuda_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="GPU", major=9, minor=0, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
+    report = environment()
+    assert report["cuda"] == {"runtime": "12.8", "driver": "13.1"}
+    gpu = {"name": "GPU", "capability": "9.0", "memory_gib": 140.0}
+    assert report["devices"][1:] == [{"device": f"cuda:{index}"} | gpu for index in (0, 1)]
+
+
+def test_check_from_the_shell() -> None:
+    done = python("-m", "delora_kernels", "check", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    first, header, *rows, summary = done.stdout.splitlines()
+    assert first == "device cpu, seed 0"
+    assert header.split() == ["method", "what", "dtype", "backend", "error", "limit", "ok"]
+    assert all(row.endswith("  ok") and len(row) <= 120 for row in rows)
+    shown = {row.split("  ")[0] for row in rows}
+    assert shown == {f"op {name}" for name in ops.NAMES} | set(METHODS)
+    for name in METHODS:
+        dtypes = {row.split()[2] for row in rows if row.startswith(f"{name} ")}
+        mixed = {"bfloat16+float32", "float16+float32"}
+        assert dtypes == {"float64", "float32", "bfloat16", "float16"} | mixed
+        assert sum(row.split()[:2] == [name, "gradcheck"] for row in rows) == 1
+    results, seconds = (int(summary.split()[0]), float(summary.split(" in ")[1].split()[0]))
+    assert summary.endswith("all within their limits")
+    assert results > 500
+    assert seconds < 60
+
+
+def test_check_as_json(capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    assert main(["check", "--json", "--dtype", "float32", "--dtype", "bfloat16", "--seed", str(seed)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["environment"] == json.loads(json.dumps(environment()))
+    assert (report["ok"], report["seed"]) == (True, seed)
+    assert {row["method"] for row in report["rows"]} == {f"op {name}" for name in ops.NAMES} | set(METHODS)
+    assert {row["dtype"] for row in report["rows"]} == {"float32", "bfloat16", "bfloat16+float32", "bool"}
+    assert {row["what"] for row in report["rows"] if row["method"] == "dora"} == {
+        *("y", "dx", "dweight", "dbias", "dA", "dB", "dmagnitude"),
+    }
+    for row in report["rows"]:
+        assert set(row) == {"method", "what", "dtype", "backend", "error", "limit", "eager", "status", "note"}
+        assert 0 <= row["error"] <= row["limit"] or row["what"] == "repeat"
+        assert (row["status"], row["backend"], row["note"]) == ("ok", "eager", "")
+
+
+def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
+    monkeypatch.setattr(check.functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
+    monkeypatch.setattr(ops, "NAMES", ())
+    assert main(["check", "--dtype", "float32", "--verbose"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:-1]] == [
+        ["lora", what] for what in ("y", "dx", "dweight", "dA", "dB", "dbias")
+    ]
+    assert main(["check", "--dtype", "float32"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_progress_bar_is_for_terminals_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "METHODS", {})
+    monkeypatch.setattr(check.functional, "CALLS", {})
+    monkeypatch.setattr(ops, "NAMES", ("dropout_mask",))
+    monkeypatch.setattr(check, "_backend", lambda *_: ("eager", None))
+    monkeypatch.setitem(METHODS, "lora", METHODS["lora"])
+    monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
+    assert main(["check", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["check", "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert "1/2 lora float32" in err
+    assert err.endswith("\r\x1b[K"), "wiped at the end"
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:<index>, got 'tpu'"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["--backend", "cuda"], "the backend 'cuda' can't run: no card"),
+    ],
+)
+def test_unavailable(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda name: "no card" if name == "cuda" else None)
+    assert main(["check", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"python -m delora_kernels check: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "cublas"], ["--dtype", "int8"], ["--seed", "-1"], ["--fast"]])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", *arguments])
+    assert exit_.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_bad_environment_variable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_requested", "cublas")
+    assert main(["check"]) == 2
+    assert "DELORA_KERNELS_BACKEND must be one of" in capsys.readouterr().err
+
+
+def fake_backend(monkeypatch: pytest.MonkeyPatch, supports: Any) -> None:
+    """Make `cuda` a backend that runs the eager functions but takes only what `supports` does not refuse."""
+    module = ModuleType("fake")
+    module.__dict__.update(vars(eager) | {"supports": supports})
+    monkeypatch.setitem(backends._MODULES, "cuda", "fake")
+    monkeypatch.setitem(backends._loaded, "cuda", module)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+
+
+def test_what_a_requested_backend_does_not_take_is_skipped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_backend(monkeypatch, lambda call: "no float16" if call.x.dtype == torch.float16 else None)
+    monkeypatch.setattr(check, "SIZES", check.SIZES[:1])
+    assert main(["check", "--backend", "cuda", "--dtype", "float32", "--dtype", "float16", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["backend"] for row in rows} == {"cuda"}
+    assert {row["status"] for row in rows if row["dtype"].startswith("float16")} == {"skipped"}
+    assert {row["note"] for row in rows if row["dtype"].startswith("float16")} == {"no float16"}
+    assert {row["status"] for row in rows if not row["dtype"].startswith("float16")} == {"ok"}
+    assert main(["check", "--backend", "cuda", "--dtype", "float16"]) == 2
+    assert "nothing to check: no float16" in capsys.readouterr().err
+
+
+def part(index: int, change: Any) -> Any:
+    """A breakage that changes one of an op's results."""
+
+    def broken(right: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        results = list(right(*arguments))
+        results[index] = change(results[index], *arguments)
+        return tuple(results)
+
+    return broken
+
+
+def zero_last_row(result: Tensor, *_: Any) -> Tensor:
+    result = result.clone()
+    if result.numel():
+        result[-1] = 0
+    return result
+
+
+def never_written(result: Tensor, *_: Any) -> Tensor:
+    y = torch.empty_like(result)
+    y[:-1] = result[:-1]
+    return y
+
+
+def raises(*_: Any) -> None:
+    raise RuntimeError("no such\nkernel")
+
+
+BREAKAGES = {
+    # name: (op, what takes (right op, *arguments), rows that must fail)
+    "branch lost in dx": (
+        "input_grad",
+        lambda right, dy, weight, dv, A_hat, scale, *rest: right(dy, weight, 0 * dv, A_hat, scale, *rest),
+        {"op input_grad": "dx", "lora": "dx", "delora-zero-b": None},
+    ),
+    "scale forgotten in dA": (
+        "project_backward",
+        lambda right, dv, x, scale, *rest: right(dv, x, 1.0, *rest),
+        {"op project_backward": "dA_hat", "lora": "dA", "dora": "dA", "delora": None},
+    ),
+    "1 / (1 - p) forgotten": (
+        "project",
+        lambda right, x, A_hat, p, seed: right(x, A_hat, p, seed) * (1 - p),
+        {"op project": "h", "lora-dropout": "y", "lora": None},
+    ),
+    "branch rounded to bfloat16": (
+        "project",
+        lambda right, x, A_hat, p, seed: right(x.bfloat16(), A_hat.bfloat16(), p, seed).to(A_hat.dtype),
+        {"op project": "h", "lora": "y", "delora": "y", "delora-zero-b": "dB"},
+    ),
+    "factors' last row lost": (
+        "project",
+        lambda right, x, A_hat, p, seed: zero_last_row(right(x, A_hat, p, seed).t()).t(),
+        {"op project": "h", "lora": "dB", "delora-frozen-live": "dlam"},
+    ),
+    "bias scaled by c": (
+        "expand",
+        lambda right, x, weight, bias, h, B, scale, c, *rest: right(
+            x, weight, bias if c is None or bias is None else bias * c, h, B, scale, c, *rest
+        ),
+        {"op expand": "y", "dora": "y", "lora": None},
+    ),
+    "last token never written": (
+        "expand",
+        part(0, never_written),
+        {"op expand": "y", "lora": "y", "dora": "y", "delora": "y"},
+    ),
+    "dB without c": (
+        "expand_backward",
+        part(1, lambda dB, dy, h, B, scale, c, *_: dB if c is None or h is None else dB / c[:, None]),
+        {"op expand_backward": "dB_hat", "dora": "dB", "lora": None},
+    ),
+    "kept tensor mistaken for u": (
+        "expand_backward",
+        lambda right, dy, h, B, scale, c, kept, kept_is_y, need_bias: right(
+            dy, h, B, scale, c, kept, kept is not None, need_bias
+        ),
+        {"op expand_backward": "dy_dot_u", "dora": "dmagnitude", "lora": None, "dora-saved-output": None},
+    ),
+    "norm of W alone": (
+        "row_norm",
+        lambda right, weight, A_hat, B_hat, scale: weight.norm(dim=1),
+        {"op row_norm": "norm", "dora": "y", "lora": None},
+    ),
+    "dW without c": (
+        "weight_grad",
+        lambda right, dy, x, c, p, seed: right(dy, x, None, p, seed),
+        {"op weight_grad": "dW", "dora": "dweight", "lora": None},
+    ),
+    "norms not clamped": (
+        "fold",
+        lambda right, *arguments: right(*arguments[:7], 0.0, arguments[8]),
+        {"op fold": "A_hat", "delora-clamped": "y", "delora": None},
+    ),
+    "start not negated": (
+        "fold",
+        part(1, lambda B_hat, A, *_: torch.cat([B_hat[:, : len(A)], -B_hat[:, len(A) :]], dim=1)),
+        {"op fold": "B_hat", "delora-frozen-live": "y", "delora-frozen-paper": "dx", "delora": None},
+    ),
+    "norms in the wrong dtype": (
+        "fold",
+        part(2, lambda a, *_: a.double()),
+        {"op fold": "a"},
+    ),
+    "norm taken as constant": (
+        "fold_backward",
+        part(0, lambda dA, dA_hat, dB_hat, A, B, lam, n, F, a, *_: dA if dA_hat is None else dA_hat * n / a[: len(A), None]),
+        {"op fold_backward": "dA", "delora": "dA", "lora": None},
+    ),
+    "start left out of dlam": (
+        "fold_backward",
+        lambda right, dA_hat, dB_hat, A, B, lam, n, frozen_B, *rest: right(dA_hat, dB_hat, A, B, lam, n, None, *rest),
+        {"op fold_backward": "dlam", "delora-frozen-live": "dlam", "delora-frozen-paper": None},
+    ),
+    "mask of another seed in backward": (
+        "project_backward",
+        lambda right, dv, x, scale, p, seed: right(dv, x, scale, p, None if seed is None else seed + 1),
+        {"op project_backward": "dA_hat", "lora-dropout": "dA", "delora-dropout": "dA", "lora": None},
+    ),
+    "every element kept": (
+        "dropout_mask",
+        lambda right, T, K, p, seed: torch.ones(T, K, dtype=torch.bool),
+        {"op dropout_mask": "rate", "op project": "h", "lora-dropout": "y", "lora": None},
+    ),
+    "raises": ("row_norm", raises, {"op row_norm": "raised", "dora": "raised", "lora": None}),
+    "writes into x": (
+        "project",
+        lambda right, x, *rest: (right(x, *rest), x.zero_())[0],
+        {"op project": "x", "delora": "x"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_broken_op_fails(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    op, broken, failing = BREAKAGES[name]
+    right = getattr(eager, op)
+    monkeypatch.setattr(eager, op, lambda *arguments: broken(right, *arguments))
+    monkeypatch.setattr(check, "SIZES", check.SIZES[:1])
+    assert main(["check", "--dtype", "float32", "--device", "cpu", "--seed", str(seed)]) == 1
+    *rows, summary = capsys.readouterr().out.splitlines()
+    failed = {(row.split("  ")[0], row[22:].split()[0]) for row in rows if "  FAIL" in row}
+    for method, what in failing.items():
+        if what is None:
+            assert method not in {method for method, _ in failed}
+        else:
+            assert (method, what) in failed
+            assert method in summary.split("FAILED: ")[1].split(", ")
+
+
+def test_precision_lost_in_mixed_dtypes_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 adapters on a bfloat16 base must keep float32's precision in the adapters' gradients."""
+    right = eager.project_backward
+    monkeypatch.setattr(eager, "project_backward", lambda dv, x, *rest: right(dv.bfloat16(), x, *rest))
+    assert main(["check", "--dtype", "bfloat16", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    failed = {(row["method"], row["what"], row["dtype"]) for row in rows if row["status"] == "FAIL"}
+    mixed = {(name, "dA", "bfloat16+float32") for name in METHODS if name != "delora-zero-b"}
+    assert mixed | {("op project_backward", "dA_hat", "bfloat16+float32")} == failed
+
+
+def test_wrong_gradient_in_float64_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = low_rank.input_grad
+    monkeypatch.setattr(eager, "input_grad", lambda *arguments: right(*arguments) * (1 + 1e-5))
+    assert main(["check", "--dtype", "float64", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    failed = [row for row in rows if row["status"] == "FAIL"]
+    assert {row["method"] for row in failed if row["what"] == "gradcheck"} == set(METHODS)
+    assert {row["method"] for row in failed if row["what"] == "dx"} == {*METHODS, "op input_grad"}
+    note = next(row["note"] for row in failed if row["what"] == "gradcheck")
+    assert "with respect to input 0" in note
+    assert "(inputs: x, weight" in note
+
+
+def test_op_or_function_without_a_check_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
+    monkeypatch.setattr(ops, "NAMES", ("project", "reflect"))
+    assert main(["check", "--dtype", "float32"]) == 1
+    *rows, summary = capsys.readouterr().out.splitlines()
+    assert any(
+        row.startswith("op reflect ") and "reflect has no entry in delora_kernels.testing.OPS" in row for row in rows
+    )
+    assert any(row.startswith("dora_linear ") and "no entry in delora_kernels.testing.METHODS" in row for row in rows)
+    assert summary.endswith("3 FAILED: op reflect, delora_linear, dora_linear")

@@ -1,0 +1,115 @@
+"""The package's surface: what importing costs, what is public, and that the layers only look down."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import delora_kernels as dk
+from delora_kernels import functional, reference
+
+PACKAGE = Path(dk.__file__).parent
+
+PUBLIC = {
+    "delora_kernels": [
+        "__version__",
+        "accelerate",
+        "explain",
+        "functional",
+        "nn",
+        "reference",
+        "restore",
+        "use_backend",
+    ],
+    "delora_kernels.nn": ["AdapterLinear", "DeLoRALinear", "DoRALinear", "LoRALinear", "lambda_parameter_groups"],
+}
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    return done.stdout.strip()
+
+
+def test_import_touches_neither_cuda_nor_optional_packages() -> None:
+    loaded = run(
+        "import sys, delora_kernels, torch; assert not torch.cuda.is_initialized();"
+        "print([name for name in ('triton', 'peft', 'transformers', 'rich', 'matplotlib') if name in sys.modules])"
+    )
+    assert loaded == run(
+        "import sys, torch;"
+        "print([name for name in ('triton', 'peft', 'transformers', 'rich', 'matplotlib') if name in sys.modules])"
+    )
+
+
+def test_without_peft_accelerate_says_what_to_install() -> None:
+    text = run(
+        "import sys; sys.modules['peft'] = None\n"
+        "import delora_kernels as dk\n"
+        "try: dk.accelerate\n"
+        "except ImportError as error: print(error)"
+    )
+    assert text.startswith("delora_kernels.accelerate needs PEFT: pip install 'delora-kernels[peft]'")
+
+
+def test_public_names() -> None:
+    import importlib
+
+    for module, names in PUBLIC.items():
+        assert sorted(importlib.import_module(module).__all__) == sorted(names)
+    with pytest.raises(AttributeError, match="has no attribute 'speed_up'"):
+        _ = dk.speed_up
+
+
+def test_functions_have_the_references_names_and_arguments() -> None:
+    """delora_kernels.reference: the same signature with dropout_mask in the place of dropout_p, seed (and saved)."""
+    for name in functional.CALLS:
+        ours = inspect.signature(getattr(functional, name)).parameters
+        theirs = inspect.signature(getattr(reference, name)).parameters
+        assert [p for p in ours if p not in ("dropout_p", "seed", "saved")] == [
+            p for p in theirs if p != "dropout_mask"
+        ]
+        assert all(ours[p].default == theirs[p].default for p in theirs if p in ours)
+
+
+LAYERS = [
+    ("reference", {"reference"}),
+    ("ops", {"backends"}),
+    ("backends", {"backends", "call", "ops"}),
+    ("adapted_linear", {"ops", "call", "frozen"}),
+    ("frozen", {"checks"}),
+    ("checks", set()),
+    ("call", set()),
+    ("functional", {"adapted_linear", "backends", "call", "checks"}),
+    ("nn", {"nn", "functional", "frozen", "checks", "ops", "call", "reference", "backends"}),
+]
+
+
+@pytest.mark.parametrize(("layer", "allowed"), LAYERS, ids=[layer for layer, _ in LAYERS])
+def test_layers_look_down_only(layer: str, allowed: set[str]) -> None:
+    files = [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else list((PACKAGE / layer).rglob("*.py"))
+    assert files
+    imported = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("delora_kernels"):
+                names = [node.module] if node.module != "delora_kernels" else [f"x.{a.name}" for a in node.names]
+                imported |= {str(name).split(".")[1] for name in names}
+    assert imported <= allowed
+
+
+def test_environment_variable_is_read(tmp_path: Path) -> None:
+    code = "import delora_kernels.backends as b; print(b.requested())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        env=os.environ | {"DELORA_KERNELS_BACKEND": "eager"},
+        check=True,
+    )
+    assert done.stdout.strip() == "eager"
