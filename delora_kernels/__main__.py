@@ -5,8 +5,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -104,7 +104,7 @@ def _run(device: str, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     if not options.json:
         print(f"device {device}, seed {options.seed}\n{_HEADER}", flush=True)
-    with nullcontext() if options.backend is None else backends.use_backend(options.backend):
+    with _one_thread(), nullcontext() if options.backend is None else backends.use_backend(options.backend):
         todo = list(jobs(device, options.dtype or list(DTYPES), options.seed))
         for done, job in enumerate(todo):
             _progress(done, len(todo), f"{job.method} {job.dtype}")
@@ -115,6 +115,17 @@ def _run(device: str, options: argparse.Namespace) -> list[Row]:
                 shown = new if options.verbose else _worth_showing(new)
                 print("\n".join(_line(row) for row in shown), flush=True)
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the CPU's work on one thread: the problems are tiny, and on a busy machine threads would wait for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _progress(done: int = 0, total: int = 0, what: str = "") -> None:

@@ -1,6 +1,7 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ import transformers
 from benchmarks.finetune import demo, model, text, train
 from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
+from benchmarks.finetune.plots import running_mean
 from benchmarks.finetune.probe import MIB, kept_mib
+from benchmarks.finetune.summary import Result, largest
 from benchmarks.machine import machine_info
 
 REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
@@ -289,6 +292,21 @@ def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(train.race(("a", "b"), "extra", stream, config)) == [1, 2, 3]  # type: ignore[arg-type]
     assert [run for run, _ in order] == ["a", "b", "extra", "b", "a", "extra", "a", "b"]
     assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
+
+
+def test_summary_of_hand_made_numbers(tiny: Path) -> None:
+    eager, fused = (
+        train.Run(name, transformers.AutoModelForCausalLM.from_pretrained(tiny)) for name in ("eager", "fused")
+    )
+    eager.step_ms, fused.step_ms = [10.0, 30.0, 8.0, 99.0], [5.0, 10.0, 8.0]  # interrupted in the fourth step
+    eager.losses, fused.losses = [3.0, 2.0, 1.0, 9.0], [3.0, 2.5, 0.75]
+    config: Any = None
+    result = Result(config, "tiny", {}, "", eager, fused)
+    assert result.steps == 3
+    assert result.speedup() == 2.0, "the median of 2, 3 and 1"
+    assert result.differences(fused) == [0.0, 0.5, 0.25]
+    assert math.isnan(largest([0.0, math.nan, 1.0]))
+    assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
 
 
 def test_machine_info_names_the_machine() -> None:

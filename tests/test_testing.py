@@ -26,6 +26,7 @@ from delora_kernels.testing import (
 )
 from delora_kernels.testing import naive_ops as naive
 from delora_kernels.testing.eager_forms import eager as eager_form
+from delora_kernels.testing.methods import ALPHA
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN, INF = math.nan, math.inf
@@ -105,7 +106,7 @@ def product(dtype: torch.dtype = F32, run: Any = None, seed: int = 0, **changes:
     def right(tensors: Any) -> dict[str, Tensor]:
         return {"y": tensors["x"] @ tensors["W"]}
 
-    values = {"run": run or right, "eager": right, "oracle": right, "dtypes": {"y": dtype}} | changes
+    values: dict[str, Any] = {"run": run or right, "eager": right, "oracle": right, "dtypes": {"y": dtype}} | changes
     return Problem("product", inputs, **values)
 
 
@@ -235,7 +236,7 @@ def test_oracle_uses_the_mask_of_the_fused_call(seed: int) -> None:
         method = METHODS[name]
         problem = method.problem(16, 16, 8, 2, dtype=F64, seed=seed)
         assert all(m.ok for m in measure(problem))
-        problem.inputs["dropout_mask"][3, 5] ^= True  # type: ignore[index]
+        problem.inputs["dropout_mask"][3, 5] ^= True
         assert {"y", "dx", "dA"} <= {m.what for m in measure(problem) if not m.ok}
 
 
@@ -247,7 +248,7 @@ def test_mixed_eager_form_is_what_peft_computes(name: str, seed: int) -> None:
     if name == "delora":
         config = peft.DeloraConfig(r=r, target_modules=["0"])
     else:
-        config = peft.LoraConfig(r=r, lora_alpha=3, use_dora=name == "dora", target_modules=["0"])
+        config = peft.LoraConfig(r=r, lora_alpha=ALPHA, use_dora=name == "dora", target_modules=["0"])
     base = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=BF16))
     layer: Any = peft.get_peft_model(base, config).base_model.model[0]
     with torch.no_grad():

@@ -1,30 +1,30 @@
 """The two plots: losses over the steps, and bars of time and memory."""
 
-from statistics import median
+from statistics import fmean, median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.finetune.summary import Result, spread_ms
+from benchmarks.finetune.summary import Result, number, spread_ms
 
 EAGER, FUSED, NUDGED = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
+WINDOW = 8
 
 
 def loss(result: Result) -> Figure:
     """Training loss of both runs over the steps, and below it how far they are apart."""
-    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    figure = Figure(figsize=(7.0, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     steps = range(1, result.steps + 1)
-    upper.plot(steps, result.losses(result.eager), color=EAGER, linewidth=4.0, label="PEFT eager")
-    upper.plot(steps, result.losses(result.fused), color=FUSED, linewidth=1.5, label="accelerated")
-    for run, colour, size in ((result.eager, EAGER, 11.0), (result.fused, FUSED, 6.0)):
-        at = (0, result.steps)[: len(run.heldout)]
-        upper.plot(at, run.heldout[: len(at)], "D", color=colour, markersize=size, markeredgecolor="white")
-    upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out, before and after")
-    upper.set_ylabel("loss (nats per token)")
-    upper.set_title(f"{result.config.method} r={result.config.rank}, {result.model}", loc="left")
-    upper.legend(frameon=False)
+    for run, colour, width, size in ((result.eager, EAGER, 5.0, 11.0), (result.fused, FUSED, 1.8, 6.0)):
+        values = result.losses(run)
+        upper.plot(steps, values, color=colour, linewidth=0.3 * width, alpha=0.35)
+        upper.plot(steps, running_mean(values, WINDOW), color=colour, linewidth=width, label=run.name)
+        held_out = dict(zip((0, result.steps), run.heldout, strict=False))
+        upper.plot(*zip(*held_out.items(), strict=True), "D", color=colour, markersize=size, markeredgecolor="white")
+    upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out text")
+    upper.set_ylabel(f"loss (nats per token)\nfaint: each step; bold: mean of {WINDOW}", linespacing=1.5)
     lower.plot(steps, result.differences(result.fused), color=FUSED, label="accelerated")
     if result.nudged is not None and result.nudged.losses:
         drift = result.differences(result.nudged)
@@ -33,10 +33,22 @@ def loss(result: Result) -> Figure:
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.set_ylabel("|loss − eager's loss|")
     lower.set_xlabel("step")
-    lower.legend(frameon=False)
     for axes in (upper, lower):
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
         _plain(axes)
+    figure.suptitle(_title(result), x=0.02, ha="left")
     return figure
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of each value and up to `window - 1` before it."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _title(result: Result) -> str:
+    """Method, model and device."""
+    device = result.machine["device"] if result.machine["device"] != "cpu" else result.machine["cpu"]
+    return f"{result.config.method} r={result.config.rank}, {result.model}, {device}"
 
 
 def bars(result: Result) -> Figure:
@@ -51,8 +63,7 @@ def bars(result: Result) -> Figure:
     _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
     for axes, (title, values) in zip(panels[1:], memory.items(), strict=True):
         _two_bars(axes, title, values)
-    device = result.machine["device"] if result.machine["device"] != "cpu" else result.machine["cpu"]
-    figure.suptitle(f"{result.config.method} r={result.config.rank}, {result.model}, {device}", x=0.02, ha="left")
+    figure.suptitle(_title(result), x=0.02, ha="left")
     return figure
 
 
@@ -63,7 +74,7 @@ def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[flo
     )
     for bar, value, ink in zip(drawn, values, ("black", "white"), strict=True):
         middle = bar.get_x() + bar.get_width() / 2
-        axes.text(middle, 0.04 * max(values), f"{value:.4g}", ha="center", color=ink, weight="bold")
+        axes.text(middle, 0.04 * max(values), number(value), ha="center", color=ink, weight="bold")
     axes.set_title(title, fontsize=10)
     _plain(axes)
 

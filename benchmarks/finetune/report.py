@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from benchmarks.finetune import plots
-from benchmarks.finetune.summary import Result, precision, rows, spread_ms
+from benchmarks.finetune.summary import Result, largest, precision, rows, spread_ms
 from benchmarks.finetune.train import Run
 
 FILES = ("report.md", "report.json", "loss.png", "bars.png")
@@ -31,13 +31,13 @@ def as_json(result: Result) -> dict[str, Any]:
         "end": result.end,
         "steps": result.steps,
         "speedup": result.speedup(),
-        "largest_loss_difference": max(result.differences(result.fused)),
+        "largest_loss_difference": largest(result.differences(result.fused)),
         "runs": runs,
     }
     if result.nudged is not None and result.nudged.losses:
         record["yardstick"] = {
             "losses": result.nudged.losses,
-            "largest_loss_difference": max(result.differences(result.nudged)),
+            "largest_loss_difference": largest(result.differences(result.nudged)),
         }
     return record
 

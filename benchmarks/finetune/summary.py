@@ -82,8 +82,8 @@ def rows(result: Result) -> list[Row]:
     times = [spread_ms(result.step_ms(run)) for run in pair]
     tokens = result.config.tokens_per_step
     table = [
-        Row("step, median (ms)", tuple(_ms(p50) for _, p50, _ in times), _faster(result.speedup())),
-        Row("step, p20 to p80 (ms)", tuple(f"{_ms(p20)} to {_ms(p80)}" for p20, _, p80 in times)),
+        Row("step, median (ms)", tuple(number(p50) for _, p50, _ in times), _faster(result.speedup())),
+        Row("step, p20 to p80 (ms)", tuple(f"{number(p20)} to {number(p80)}" for p20, _, p80 in times)),
         Row("tokens/s", tuple(f"{1e3 * tokens / p50:.0f}" for _, p50, _ in times)),
     ]
     if eager.peak_mib and fused.peak_mib:
@@ -99,16 +99,21 @@ def rows(result: Result) -> list[Row]:
         if len(eager.heldout) > index and len(fused.heldout) > index:
             table.append(Row(f"held-out loss {when}", tuple(f"{run.heldout[index]:.4f}" for run in pair)))
     apart = result.differences(fused)
-    table.append(Row("largest loss difference", ("", f"{max(apart):.2g}"), f"over {len(apart)} steps"))
+    table.append(Row("largest loss difference", ("", f"{largest(apart):.2g}"), f"over {len(apart)} steps"))
     if result.nudged is not None and result.nudged.losses:
         drift = result.differences(result.nudged)
-        cells = ("", f"{max(apart[: len(drift)]):.2g}")
-        table.append(Row(f"  in the first {len(drift)} steps", cells, f"nudged eager {max(drift):.2g}"))
+        cells = ("", f"{largest(apart[: len(drift)]):.2g}")
+        table.append(Row(f"  in the first {len(drift)} steps", cells, f"nudged: {largest(drift):.2g}"))
     return table
 
 
-def _ms(value: float) -> str:
-    """A duration in ms with three digits or more."""
+def largest(values: Sequence[float]) -> float:
+    """The largest value; NaN if one is NaN, which `max` may hide."""
+    return float(np.max(values))
+
+
+def number(value: float) -> str:
+    """A duration or a size with three digits or more."""
     return f"{value:.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
@@ -119,8 +124,8 @@ def _faster(ratio: float) -> str:
 
 def _memory(label: str, eager: float, fused: float) -> Row:
     """One line about memory, with how much less it is."""
-    less = f"{100.0 * (1.0 - fused / eager):.0f} % less" if eager else ""
-    return Row(label, tuple(f"{mib:.3g}" if mib < 100.0 else f"{mib:.0f}" for mib in (eager, fused)), less)
+    less = 100.0 * (1.0 - fused / eager) if eager else 0.0
+    return Row(label, (number(eager), number(fused)), f"{abs(less):.0f} % {'less' if less >= 0.0 else 'more'}")
 
 
 def printed(result: Result) -> Table:
@@ -130,10 +135,14 @@ def printed(result: Result) -> Table:
         title=f"{config.method} r={config.rank} on {result.model}: {result.steps} steps each, "
         f"alternating, {config.batch_size} x {config.seq_len} tokens, {precision(config)}",
         title_justify="left",
+        caption="nudged: eager once more, its adapters changed at the start by at most one rounding error"
+        if result.nudged is not None and result.nudged.losses
+        else None,
+        caption_justify="left",
     )
     table.add_column("", no_wrap=True)
     for name in ("PEFT eager", "accelerated", ""):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=bool(name))
     for row in rows(result):
         table.add_row(row.label, *row.cells, row.remark)
     return table

@@ -37,7 +37,7 @@ def _delora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 def _delora_zero_b(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
     """PEFT's start: B = 0, so that every norm of B is clamped."""
-    return _delora(draw, base) | {"B": 0 * base["B"]}
+    return _delora(draw, base) | {"B": 0 * base["B"], "lam": _small_lam(draw)}
 
 
 def _delora_clamped(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
@@ -45,7 +45,12 @@ def _delora_clamped(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
     A, B = base["A"].clone(), base["B"].clone()
     A[0] *= 4e-5 / A[0].norm()
     B[:, -1] *= 4e-5 / B[:, -1].norm()
-    return _delora(draw, base) | {"A": A, "B": B}
+    return _delora(draw, base) | {"A": A, "B": B, "lam": _small_lam(draw)}
+
+
+def _small_lam(draw: Draw) -> Tensor:
+    """λ [1] with which the gradients of clamped factors, 10⁴ times as large as others, fit float16."""
+    return 0.05 * (1 + 0.1 * draw.normal(1))
 
 
 def _delora_frozen_live(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
