@@ -42,6 +42,10 @@ class _Stages(NamedTuple):
 
 
 def _forward(call: Call, keep: bool) -> _Stages:
+    device = call.x.device.type
+    if torch.is_autocast_enabled(device):  # the options hold every dtype
+        with torch.autocast(device, enabled=False):
+            return _forward(call, keep)
     o = call.options
     x = call.x.to(o.compute_dtype)
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)

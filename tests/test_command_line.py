@@ -125,7 +125,7 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], seed: int) -> None:
 
 def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(check.functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
+    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
     monkeypatch.setattr(ops, "NAMES", ())
     assert main(["check", "--dtype", "float32", "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -139,12 +139,9 @@ def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], mo
 def test_progress_bar_is_for_terminals_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "METHODS", {})
-    monkeypatch.setattr(check.functional, "CALLS", {})
-    monkeypatch.setattr(ops, "NAMES", ("dropout_mask",))
-    monkeypatch.setattr(check, "_backend", lambda *_: ("eager", None))
-    monkeypatch.setitem(METHODS, "lora", METHODS["lora"])
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
+    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
+    monkeypatch.setattr(ops, "NAMES", ("dropout_mask",))
     assert main(["check", "--dtype", "float32"]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

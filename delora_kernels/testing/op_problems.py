@@ -85,7 +85,7 @@ def _eager(name: str, widest: torch.dtype, inputs: Inputs) -> Outputs:
 def _dtypes(name: str, inputs: Inputs, backend: str) -> dict[str, torch.dtype]:
     """The dtypes that the op's fake, the contract, promises."""
     values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    results = getattr(ops, name)(*(values[argument] for argument in _arguments(name)), backend)
+    results = _registered(name)(*(values[argument] for argument in _arguments(name)), backend)
     return {what: result.dtype for what, result in _named(name, results).items()}
 
 
@@ -96,7 +96,11 @@ def _expand_arguments(inputs: Inputs, seed: Tensor | None) -> list[Any]:
 
 
 def _arguments(name: str) -> list[str]:
-    return [argument.name for argument in getattr(ops, name)._schema.arguments if argument.name != "backend"]
+    return [argument.name for argument in _registered(name)._schema.arguments if argument.name != "backend"]
+
+
+def _registered(name: str) -> Any:
+    return getattr(getattr(torch.ops, ops.NAMESPACE), name).default
 
 
 def _named(name: str, results: Any) -> dict[str, Any]:

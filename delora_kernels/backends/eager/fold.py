@@ -43,8 +43,9 @@ def _folded(
 
 def _reciprocal(norm: Tensor, eps: float) -> Tensor:
     """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no direction."""
-    clamped = norm.clamp(min=eps)
-    return torch.where(clamped == 0, torch.zeros_like(norm), 1 / clamped)
+    if eps > 0:
+        return norm.clamp(min=eps).reciprocal_()
+    return torch.where(norm == 0, torch.zeros_like(norm), norm.reciprocal())
 
 
 def fold_backward(
@@ -79,5 +80,5 @@ def _normalise_backward(grad: Tensor, factor: Tensor, norm: Tensor, eps: float, 
     """
     inverse = _reciprocal(norm, eps)
     along = (grad * factor).sum(dim).mul_(inverse)
-    remaining = (along * inverse * inverse * (norm >= eps)).unsqueeze(dim)
-    return (grad * inverse.unsqueeze(dim)).addcmul_(factor, remaining, value=-1), along
+    remaining = (along * inverse).mul_(inverse).mul_(norm >= eps)
+    return (grad * inverse.unsqueeze(dim)).addcmul_(factor, remaining.unsqueeze(dim), value=-1), along
