@@ -146,14 +146,6 @@ class AdaptedLinear(torch.autograd.Function):
         dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
             dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
         )
-        if need.x:
-            weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
-            grad["x"] = ops.input_grad(
-                dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
-            )
-        if need.weight:
-            u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
-            grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
         dA_hat = None
         if need.A:
             dA_hat = ops.project_backward(dv[:, : ctx.r], saved.x, o.scale, o.dropout_p, saved.seed, o.backend)
@@ -179,4 +171,13 @@ class AdaptedLinear(torch.autograd.Function):
         if need.magnitude:
             grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
         grad["bias"] = dy_sum
+        del dA_hat, dB_hat  # the token-sized gradients come last, when what the small ones took is free again
+        if need.x:
+            weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
+            grad["x"] = ops.input_grad(
+                dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
+            )
+        if need.weight:
+            u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
+            grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
         return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())

@@ -70,13 +70,13 @@ class Case:
         return run
 
     def passes(self) -> dict[str, Callable[[], None]]:
-        """impl → forward and backward pass, dx included, from fresh gradients."""
+        """impl → forward and backward pass, dx included; the gradients are let go at the end."""
 
         def both_ways(forward: Callable[[], Tensor]) -> Callable[[], None]:
             def run() -> None:
+                forward().backward(self.dy)
                 for tensor in (self.x, *self.layer.parameters()):
                     tensor.grad = None
-                forward().backward(self.dy)
 
             return run
 
