@@ -5,8 +5,8 @@ An op is one stage of the equation in docs/math.md, on 2-D tensors, with no auto
 R total rank, r trainable rank. `acc` is float64 for float64 tensors and float32 for everything else.
 
 Every op is registered as torch.ops.delora_kernels.<name>; the functions here call it, straight to the backend's kernel
-where nothing stands in between. The last argument of every op names the backend that runs it, so that a backward pass runs on the backend of
-its forward pass, also after `use_backend` has been left and also inside a compiled graph.
+where nothing stands in between. The last argument of every op names the backend that runs it, so that a backward pass
+runs on the backend of its forward pass, also after `use_backend` has been left and also inside a compiled graph.
 """
 
 from collections.abc import Callable
