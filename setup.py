@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'"(.+?)"', (ROOT / "delora_kernels/version.py").read_text(encoding="utf-8"))[1]
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "delora_kernels/version.py").read_text(encoding="utf-8"))[1]
 
 PEFT = ["peft>=0.18", "transformers>=4.56"]
 BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich", "tqdm"]
