@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import tokenizers
 import transformers
 
 from benchmarks.finetune import demo, model, text, train
+from benchmarks.finetune.__main__ import wait_politely_if_busy
 from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
 from benchmarks.finetune.plots import running_mean
 from benchmarks.finetune.probe import MIB, kept_mib
-from benchmarks.finetune.summary import Result, largest
+from benchmarks.finetune.summary import Result, largest, speed
 from benchmarks.machine import machine_info
 
 REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
@@ -307,6 +309,38 @@ def test_summary_of_hand_made_numbers(tiny: Path) -> None:
     assert result.differences(fused) == [0.0, 0.5, 0.25]
     assert math.isnan(largest([0.0, math.nan, 1.0]))
     assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "words"),
+    [([10.0] * 4, "too few steps"), ([10.0] * 9, "1.25x faster"), ([6.0] * 9, "1.33x slower")],
+)
+def test_speed_in_words(tiny: Path, step_ms: list[float], words: str) -> None:
+    eager, fused = (
+        train.Run(name, transformers.AutoModelForCausalLM.from_pretrained(tiny)) for name in ("eager", "fused")
+    )
+    eager.step_ms, fused.step_ms = step_ms, [8.0] * len(step_ms)
+    config: Any = None
+    result = Result(config, "tiny", {}, "", eager, fused)
+    assert speed(result) == words
+    if len(step_ms) > 4:
+        eager.step_ms = [10.0] * 6 + [20.0] * 3
+        assert speed(result) == "machine too busy"
+
+
+@pytest.mark.parametrize(("load", "policy"), [(0.0, None), (64.0, "PASSIVE")])
+def test_threads_sleep_while_they_wait_on_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch, load: float, policy: str | None
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    wait_politely_if_busy()
+    chosen = os.environ.pop("OMP_WAIT_POLICY", None)
+    assert chosen == policy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    wait_politely_if_busy()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_machine_info_names_the_machine() -> None:

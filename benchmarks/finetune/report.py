@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from benchmarks.finetune import plots
-from benchmarks.finetune.summary import Result, largest, precision, rows, spread_ms
+from benchmarks.finetune.summary import ENOUGH_STEPS, STEADY, Result, largest, precision, rows, spread_ms
 from benchmarks.finetune.train import Run
 
 FILES = ("report.md", "report.json", "loss.png", "bars.png")
@@ -87,7 +87,8 @@ def _explanations(result: Result) -> list[str]:
     """What the table's lines mean."""
     lines = [
         "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the steps "
-        "of eager ms / accelerated ms.",
+        f"of eager ms / accelerated ms; none is told for fewer than {ENOUGH_STEPS} steps, or if p80 is above {STEADY} p20: "
+        "then something else kept the machine busy.",
         "* Kept for backward: what autograd keeps between the forward and the backward pass of one step, "
         "parameters and buffers left out, each storage counted once.",
         "* The held-out text shares no paragraph with the training text.",

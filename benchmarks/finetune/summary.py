@@ -11,6 +11,8 @@ from benchmarks.finetune.config import Config
 from benchmarks.finetune.train import Run
 
 TAIL = 5
+ENOUGH_STEPS = 5  # fewer say nothing about speed
+STEADY = 1.5  # p80 / p20 above this: something else used the machine
 
 
 @dataclass
@@ -82,7 +84,7 @@ def rows(result: Result) -> list[Row]:
     times = [spread_ms(result.step_ms(run)) for run in pair]
     tokens = result.config.tokens_per_step
     table = [
-        Row("step, median (ms)", tuple(number(p50) for _, p50, _ in times), _faster(result.speedup())),
+        Row("step, median (ms)", tuple(number(p50) for _, p50, _ in times), speed(result)),
         Row("step, p20 to p80 (ms)", tuple(f"{number(p20)} to {number(p80)}" for p20, _, p80 in times)),
         Row("tokens/s", tuple(f"{1e3 * tokens / p50:.0f}" for _, p50, _ in times)),
     ]
@@ -117,8 +119,14 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
-def _faster(ratio: float) -> str:
-    """A ratio of durations in words."""
+def speed(result: Result) -> str:
+    """The speed-up in words, or why there is none to be told."""
+    if result.steps < ENOUGH_STEPS:
+        return "too few steps"
+    times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
+    if any(p80 > STEADY * p20 for p20, _, p80 in times):
+        return "machine too busy"
+    ratio = result.speedup()
     return f"{ratio:.2f}x faster" if ratio >= 1.0 else f"{1.0 / ratio:.2f}x slower"
 
 

@@ -17,6 +17,7 @@ def fold(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both pairs normalised in float32, then stacked and cast once; the frozen start with the sign of its subtraction."""
     a, b = _norms(A, B)
     A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
     if frozen_A is not None and frozen_B is not None:
@@ -60,6 +61,7 @@ def fold_backward(
     b: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dÂ → dA and dB̂ → dB, dλ; λ divides nothing, so λ = 0 is a value like any other."""
     r = A.shape[0]
     dA, dB, dlam = A.new_empty(0), B.new_empty(0), b.new_empty(0)
     if dA_hat is not None:

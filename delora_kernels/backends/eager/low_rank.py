@@ -15,6 +15,7 @@ from delora_kernels.ops import accumulate_dtype
 
 
 def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
+    """The direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time: no cancellation, no BA."""
     acc = accumulate_dtype(weight.dtype)
     A, B = A_hat.to(acc), B_hat.to(acc)
     norm = weight.new_empty(weight.shape[0], dtype=acc)
@@ -25,6 +26,7 @@ def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tens
 
 
 def project(x: Tensor, A_hat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows."""
     if x.dtype == A_hat.dtype and seed is None:
         return torch.mm(x, A_hat.t())
     h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
@@ -50,6 +52,7 @@ def expand(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """The frozen GEMM, the rank-R term on top; DoRA scales both in float32 chunks, and what it keeps is x Wᵀ."""
     nothing = x.new_empty(0)
     if c is None:
         y = linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -117,6 +120,7 @@ def expand_backward(
     kept_is_y: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two thin GEMMs on dy, and for DoRA its products with what was kept, summed in float32."""
     acc = accumulate_dtype(dy.dtype)
     dv, dB_hat = _rank_gradients(dy, h, B_hat, scale, c)
     dy_dot_u = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
@@ -169,6 +173,7 @@ def input_grad(
     seed: Tensor | None,
     two_term: bool,
 ) -> Tensor:
+    """The frozen GEMM on dy, the rank-R term on top, masked first where elements dropped."""
     if seed is None:
         return _add_rank_term(_scaled_gemm(dy, weight, c), dv, A_hat, scale)
     K, scale = weight.shape[1], scale / (1 - dropout_p)
@@ -201,6 +206,7 @@ def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """One GEMM, or one for each chunk of rows, summed in float32."""
     acc = accumulate_dtype(dv.dtype)
     if x.dtype == dv.dtype and seed is None:
         return _product(dv.t(), x, scale).to(acc)
@@ -211,6 +217,7 @@ def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, seed
 
 
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """One GEMM; two for PEFT's two-term DoRA."""
     dW = torch.mm(dy.t(), x)
     if c is None:
         return dW
@@ -220,4 +227,5 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed:
 
 
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """The whole mask at once; the other ops make theirs a chunk at a time."""
     return keep_mask(slice(0, T), K, dropout_p, seed)
