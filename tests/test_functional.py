@@ -91,7 +91,7 @@ def test_dora_saved_output(seed: int) -> None:
 
 def test_chunks_cover_every_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors larger than one chunk: the last, shorter chunk counts too."""
-    monkeypatch.setattr("delora_kernels.backends.eager.chunks.CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("delora_kernels.backends.eager.chunks.CPU_ELEMENTS", 40)
     maker = Maker(seed)
     for variant in VARIANTS:
         arguments = maker.arguments(variant, T=23, K=11, N=13)

@@ -1,24 +1,29 @@
-"""Row chunks that stay in cache: how plain torch sees a big tensor in a wider dtype without a copy of it."""
+"""Row chunks: how plain torch sees a big tensor in a wider dtype without a copy of it."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 17
-"""Elements of one chunk: 512 KiB in float32, small enough for a core's cache."""
+CPU_ELEMENTS = 1 << 17
+"""Elements of one chunk on a CPU: 512 KiB in float32, small enough for a core's cache."""
+
+DEVICE_ELEMENTS = 1 << 22
+"""Elements of one chunk on other devices: 16 MiB in float32, enough to keep one busy for longer than a launch takes."""
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut `rows` rows of `columns` elements into chunks."""
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(matrix: Tensor) -> Iterator[slice]:
+    """Slices that cut the rows of `matrix` into chunks."""
+    rows, columns = matrix.shape
+    elements = CPU_ELEMENTS if matrix.device.type == "cpu" else DEVICE_ELEMENTS
+    step = max(1, elements // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def chunks_in(dtype: torch.dtype, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Row chunks of `matrix` in `dtype`: views where that is its dtype, else one scratch chunk, refilled each time."""
     scratch = None
-    for rows in row_chunks(*matrix.shape):
+    for rows in row_chunks(matrix):
         chunk = matrix[rows]
         if matrix.dtype != dtype:
             scratch = torch.empty(chunk.shape, dtype=dtype, device=matrix.device) if scratch is None else scratch

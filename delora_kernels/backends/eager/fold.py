@@ -17,7 +17,7 @@ def fold(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both pairs normalised in float32, then stacked and cast once; the frozen start with the sign of its subtraction."""
+    """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign it is given."""
     a, b = _norms(A, B)
     A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
     if frozen_A is not None and frozen_B is not None:

@@ -105,7 +105,7 @@ def _halves(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     dropped = torch.empty_like(x)
-    for rows in row_chunks(*x.shape):
+    for rows in row_chunks(x):
         torch.div(_dropped(x[rows], rows, dropout_p, seed), 1 - dropout_p, out=dropped[rows])
     return dropped
 
@@ -179,7 +179,7 @@ def input_grad(
     K, scale = weight.shape[1], scale / (1 - dropout_p)
     if two_term and c is not None:
         dropped = _add_rank_term(_scaled_gemm(dy, weight, (c - 1) / (1 - dropout_p)), dv, A_hat, scale)
-        for rows in row_chunks(*dropped.shape):
+        for rows in row_chunks(dropped):
             dropped[rows] *= keep_mask(rows, K, dropout_p, seed)
         return dropped.addmm_(dy, weight)
     dx = _scaled_gemm(dy, weight, c)
