@@ -3,8 +3,9 @@
     Â, B̂ = fold(A, B, ...)            h = drop(x) Âᵀ
     u = x Wᵀ + scale · h B̂ᵀ           y = c ⊙ u + bias
 
-Kept: x (the caller's own tensor, shared with sibling layers), h [T, R], Â and B̂ where they are not A and B themselves,
-vectors, and for DoRA one [T, N] tensor (or y itself on request); of these only what the wanted gradients need.
+Kept: x (the caller's own tensor, shared with sibling layers; under autocast its cast copy, one a layer), h [T, R],
+Â and B̂ where they are not A and B themselves, vectors, and for DoRA one [T, N] tensor (or y itself on request); of these
+only what the wanted gradients need.
 Derivations: docs/math.md.
 """
 
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from delora_kernels import ops
 from delora_kernels.call import Call
@@ -135,49 +135,83 @@ class AdaptedLinear(torch.autograd.Function):
         ctx.options, ctx.r = o, call.A.shape[0]
         ctx.dtypes = {name: value.dtype for name, value in call._asdict().items() if isinstance(value, Tensor)}
         ctx.lam_shape = None if call.lam is None else call.lam.shape
+        ctx.factors = (call.A, call.B, call.magnitude, call.lam)
         return s.y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need, o = Call(*ctx.needs_input_grad), ctx.options
-        saved: Any = _Saved(*ctx.saved_tensors)
-        grad: dict[str, Any] = {}
-        dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
-            dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _gradients(ctx, dy, _Saved(*saved))
+        if not torch.is_grad_enabled():
+            return grads
+        return _refuse_second_derivatives(ctx.options.method, grads, (dy, *saved, *ctx.factors))
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """The gradients as they are; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, method: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.method = method
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.method} has no second derivative: its gradients can't be differentiated again; "
+            f"use delora_kernels.reference.{ctx.method} there, or restore() the model"
         )
-        dA_hat = None
-        if need.A:
-            dA_hat = ops.project_backward(dv[:, : ctx.r], saved.x, o.scale, o.dropout_p, saved.seed, o.backend)
-        if saved.lam is None:
-            grad |= {"A": dA_hat, "B": dB_hat}
-        else:
-            dA, dB, dlam = ops.fold_backward(
-                dA_hat,
-                dB_hat if saved.h is not None else None,
-                saved.A,
-                saved.B,
-                saved.lam,
-                saved.weight_norm,
-                saved.frozen_B,
-                saved.a,
-                saved.b,
-                o.eps,
-                o.backend,
-            )
-            grad |= {"A": dA, "B": dB}
-            if need.lam:
-                grad["lam"] = dlam.reshape(ctx.lam_shape)
-        if need.magnitude:
-            grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
-        grad["bias"] = dy_sum
-        del dA_hat, dB_hat  # the token-sized gradients come last, when what the small ones took is free again
-        if need.x:
-            weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
-            grad["x"] = ops.input_grad(
-                dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
-            )
-        if need.weight:
-            u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
-            grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
-        return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())
+
+
+def _refuse_second_derivatives(
+    method: str, grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Tie the gradients to all they were computed from, by a node that raises, wherever differentiation enters."""
+    wanted = [grad for grad in grads if grad is not None]
+    tied = iter(_SecondDerivative.apply(method, len(wanted), *wanted, *(t for t in depends_on if t is not None)))
+    return tuple(None if grad is None else next(tied) for grad in grads)
+
+
+def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
+    """The gradient of every input of the Function that wants one, in its dtype."""
+    need, o = Call(*ctx.needs_input_grad), ctx.options
+    grad: dict[str, Any] = {}
+    dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
+        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
+    )
+    dA_hat = None
+    if need.A:
+        dA_hat = ops.project_backward(dv.narrow(1, 0, ctx.r), saved.x, o.scale, o.dropout_p, saved.seed, o.backend)
+    if saved.lam is None:
+        grad |= {"A": dA_hat, "B": dB_hat}
+    else:
+        dA, dB, dlam = ops.fold_backward(
+            dA_hat,
+            dB_hat if saved.h is not None else None,
+            saved.A,
+            saved.B,
+            saved.lam,
+            saved.weight_norm,
+            saved.frozen_B,
+            saved.a,
+            saved.b,
+            o.eps,
+            o.backend,
+        )
+        grad |= {"A": dA, "B": dB}
+        if need.lam:
+            grad["lam"] = dlam.reshape(ctx.lam_shape)
+    if need.magnitude:
+        grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
+    grad["bias"] = dy_sum
+    del dA_hat, dB_hat  # the token-sized gradients come last, when what the small ones took is free again
+    if need.x:
+        weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
+        grad["x"] = ops.input_grad(
+            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
+        )
+    if need.weight:
+        u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
+        grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
+    return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())

@@ -97,7 +97,8 @@ def base(function: str, x: Any, weight: Any, bias: Any) -> None:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         expected = f"[..., K] with K = {weight.shape[1]}, weight's columns"
         raise fail(ValueError, function, "x", expected, f"shape {list(x.shape)}", "weight is [N, K] as in nn.Linear")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not autocast:
         raise fail(
             TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast"
         )

@@ -50,6 +50,8 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         raise ValueError(
             f"explain: function must be one of {', '.join(functional.CALLS)}, got {name!r}; pass it or its name"
         )
+    if kwargs.get("seed") is None:
+        kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
     call: Call = functional.CALLS[name](*args, **kwargs)
     reasons = {other: _why_not(other, call) for other in backends.NAMES if other != call.options.backend}
     return Explanation(name, call.options.backend, reasons, call.options.compute_dtype, call.options.rank_dtype)

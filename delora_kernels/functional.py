@@ -7,11 +7,12 @@ are cast as nn.Linear casts them and the branch runs in autocast's dtype. Output
 and torch.func transforms are refused: `delora_kernels.reference` has the same functions in plain torch for those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from delora_kernels import adapted_linear, backends, checks
 from delora_kernels.call import Call, Options
@@ -295,9 +296,23 @@ CALLS: dict[str, Callable[..., Call]] = {
 """Public function name → what checks its arguments and turns them into a `Call`."""
 
 
+def active_transform(tensors: Iterable[Any]) -> str | None:
+    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        duals = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+        if any(dual.tangent is not None for dual in duals):
+            return "forward-mode differentiation"
+    return None
+
+
 def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{name} does not support torch.func transforms; use delora_kernels.reference.{name} there")
+    transform = active_transform((x, weight, bias, A, B))
+    if transform is not None:
+        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.reference.{name} there")
     checks.base(name, x, weight, bias)
     checks.factors(name, x, weight, A, B)
 

@@ -28,6 +28,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether a compiler, tracer, dispatch mode, tensor subclass or autograd must see the call."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+    )
+
+
 def _register(schema: str, fake: Callable[..., Outputs]) -> Any:
     name = schema.split("(", 1)[0]
     _library.define(schema)
@@ -51,10 +62,7 @@ def _register(schema: str, fake: Callable[..., Outputs]) -> Any:
             return op.default(*args)
 
     def call(*args: Any) -> Any:
-        # the dispatcher is for those who watch it: compilers, dispatch modes, and callers that want gradients
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return op.default(*args)
-        return run(*args)
+        return op.default(*args) if _watched(args) else run(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, refuse_autograd, "Autograd")
@@ -79,7 +87,7 @@ def _fold_fake(
 ) -> Outputs:
     R = A.shape[0] + (0 if frozen_A is None else frozen_A.shape[0])
     A_hat = A.new_empty((R, A.shape[1]), dtype=dtype)
-    return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A, R), _acc(B, R)
+    return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A_hat, R), _acc(A_hat, R)
 
 
 fold = _register(
@@ -96,7 +104,7 @@ fold = _register(
 def _fold_backward_fake(dA_hat: Tensor | None, dB_hat: Tensor | None, A: Tensor, B: Tensor, *_: Any) -> Outputs:
     dA = A.new_empty(0 if dA_hat is None else A.shape)
     dB = B.new_empty(0 if dB_hat is None else B.shape)
-    return dA, dB, _acc(B, 0 if dB_hat is None else 1)
+    return dA, dB, _acc(B, 0) if dB_hat is None else dB_hat.new_empty(1)
 
 
 fold_backward = _register(

@@ -246,12 +246,38 @@ def test_saved_output_refuses_consumers_that_write_in_place(seed: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_second_derivatives_are_refused(variant: str, seed: int) -> None:
+    """Whichever way they are asked for; a gradient with create_graph=True that nobody differentiates is fine."""
     arguments = Maker(seed).arguments(variant)
+    leaves, fused = leaves_of(arguments), both(variant, arguments, None)[0]
+    y = fused(**leaves)
+    plain = torch.autograd.grad(y.square().sum(), list(leaves.values()), retain_graph=True)
+    again = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    for name, grad in zip(leaves, again, strict=True):
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            grad.sum().backward(retain_graph=True)
+        if name != "bias":
+            with pytest.raises(RuntimeError, match="has no second derivative"):
+                torch.autograd.grad(grad.square().sum(), leaves["A"], retain_graph=True)
+    for second in (torch.autograd.functional.hvp, lambda f, x, v: torch.autograd.functional.hessian(f, x)):
+        for name in ("x", "A"):
+            with pytest.raises(RuntimeError, match="has no second derivative"):
+                second(
+                    lambda t, n=name: fused(**{n: t}).square().sum(), arguments[name], torch.ones_like(arguments[name])
+                )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batched_gradients(variant: str, seed: int) -> None:
+    maker = Maker(seed)
+    arguments = maker.arguments(variant)
     leaves = leaves_of(arguments)
-    y = both(variant, arguments, None)[0](**leaves)
-    (dA,) = torch.autograd.grad(y.square().sum(), leaves["A"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dA.sum().backward()
+    y, many = both(variant, arguments, None)[0](**leaves), maker.tensor(3, 5, 6)
+    batched = torch.autograd.grad(y, list(leaves.values()), many, is_grads_batched=True, retain_graph=True)
+    for index, grad_out in enumerate(many):
+        one = torch.autograd.grad(y, list(leaves.values()), grad_out, retain_graph=True)
+        for ours, theirs in zip(batched, one, strict=True):
+            torch.testing.assert_close(ours[index], theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -262,6 +288,11 @@ def test_torch_func_is_refused(variant: str, seed: int) -> None:
         torch.func.grad(lambda A: fused(A=A).sum())(arguments["A"])
     with pytest.raises(RuntimeError, match="torch.func"):
         torch.func.vmap(lambda x: fused(x=x))(arguments["x"])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(arguments["x"], arguments["x"])
+        with pytest.raises(RuntimeError, match="does not support forward-mode differentiation"):
+            fused(x=dual)
+        assert fused().shape == (5, 6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

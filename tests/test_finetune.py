@@ -257,11 +257,12 @@ def test_spread_is_even() -> None:
     assert text.spread(rows, 20) is rows
 
 
-def test_probe_counts_each_storage_once_and_no_parameter() -> None:
+def test_probe_counts_each_living_storage_once_and_no_parameter() -> None:
     linear = torch.nn.Linear(8, 4, bias=False)
     x = torch.randn(5, 8)
 
     def forward() -> torch.Tensor:
+        linear(torch.randn(100, 8)).square().detach()  # keeps nothing: its graph is gone
         y = linear(x[:3])  # keeps x: a view, so its whole storage, 5 * 8 floats; and the weight, a parameter
         return (y * y).sum()  # keeps y twice: 3 * 4 floats
 

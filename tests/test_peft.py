@@ -210,6 +210,14 @@ DECLINED: list[tuple[str, str, Any, str]] = [
     ("dropout", "delora", lambda m: _first(m).delora_dropout.update({"default": nn.AlphaDropout()}), "AlphaDropout"),
     ("cast", "lora", lambda m: setattr(_first(m), "cast_input_dtype_enabled", False), "the cast of its input"),
     ("integer", "lora", _integer_weight, "the base weight has dtype torch.uint8"),
+    ("tensor scale", "lora", lambda m: _first(m).scaling.update(default=torch.tensor(2.0)), "its scaling is a Tensor"),
+    ("identity hook", "delora", lambda m: _first(m).delora_dropout["default"].register_forward_hook(print), "Identity"),
+    (
+        "factor bias",
+        "lora",
+        lambda m: setattr(_first(m), "lora_A", nn.ModuleDict({"default": nn.Linear(12, 3)})),
+        "a bias",
+    ),
     ("owner", "lora", lambda m: _replace(_first(m).lora_A, "default"), "its lora_A is a Sequential"),
 ]
 
@@ -263,6 +271,51 @@ def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCapture
         made.base_model.model.third(torch.ones(2, 5, 14)), plain.base_model.model.third.base_layer(torch.ones(2, 5, 14))
     )
     handle.remove()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transforms_run_pefts_forward(method: str, x: Tensor, seed: int) -> None:
+    """torch.func and forward-mode derivatives of an accelerated model are PEFT's."""
+    made = model(method, seed, dtype=torch.float64)
+    point, direction = x.double()[0], torch.ones(5, 12, dtype=torch.float64)
+    transforms = [
+        lambda f: torch.func.grad(lambda z: f(z).sum())(point),
+        lambda f: torch.func.vmap(f)(point),
+        lambda f: torch.func.jvp(f, (point,), (direction,))[1],
+        lambda f: (
+            torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(point, direction))).tangent
+        ),
+    ]
+    with torch.autograd.forward_ad.dual_level():
+        theirs = transforms[-1](made)
+    theirs = [transform(made) for transform in transforms[:-1]] + [theirs]
+    dk.accelerate(made, strict=True)
+    ours = [transform(made) for transform in transforms[:-1]]
+    with torch.autograd.forward_ad.dual_level():
+        ours.append(transforms[-1](made))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_wrapped_forwards_survive_restore(x: Tensor, seed: int) -> None:
+    made = model("lora", seed)
+    dk.accelerate(made)
+    expected = made(x)
+    layer = made.base_model.model.first
+    bound = layer.forward
+    layer.forward = lambda *args, **kwargs: bound(*args, **kwargs)
+    dk.restore(made)
+    torch.testing.assert_close(made(x), expected)
+
+
+def test_dora_dropout_follows_the_layers_mode(x: Tensor, seed: int) -> None:
+    """Dropout modules left in training in a layer in eval: PEFT's DoRA drops nothing then, its LoRA does."""
+    for method, drops in (("dora", False), ("lora", True), ("delora", True)):
+        made = model(method, seed, dropout_p=0.5)
+        dk.accelerate(made.eval(), strict=True)
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+        assert torch.equal(made(x), made(x)) is not drops
 
 
 def test_not_a_peft_model() -> None:

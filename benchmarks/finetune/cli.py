@@ -37,26 +37,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.finetune",
         description="Fine-tune a small language model with PEFT adapters, eager and accelerated side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=None,
     )
     add = parser.add_argument
-    add("--method", choices=METHODS, default="delora", help="adapter method")
+    add("--method", choices=METHODS, default="delora", help="adapter method [%(default)s]")
     add("--model", metavar="PATH_OR_ID", help="directory, .gguf file or hub id; without it: SmolLM2-135M-Instruct")
     add("--data", metavar="FILE", nargs="+", type=Path, default=[], help="text files; without them: pydoc's topics")
-    add("--rank", type=_at_least(int, 1), default=16, help="adapter rank")
+    add("--rank", type=_at_least(int, 1), default=16, help="adapter rank [%(default)s]")
     add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 5 minutes")
     add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
     add("--batch-size", type=_at_least(int, 1), help="sequences per step; without it: 2 on a CPU, 16 on a GPU")
-    add("--lr", type=_above(0.0), default=2e-3, help="AdamW's learning rate after warm-up")
-    add("--delora-lambda", type=_above(0.0), default=1.0, help="DeLoRA's initial bound (PEFT's 15 suits wider models)")
-    add("--seed", type=_at_least(int, 0), default=0, help="seeds the adapters and the order of the batches")
+    add("--lr", type=_above(0.0), default=2e-3, help="AdamW's learning rate after warm-up [%(default)s]")
+    add(
+        "--delora-lambda",
+        type=_above(0.0),
+        default=1.0,
+        help="DeLoRA's initial bound (PEFT's 15 suits wider models) [%(default)s]",
+    )
+    add(
+        "--seed",
+        type=_at_least(int, 0),
+        default=0,
+        help="seeds the adapters and the order of the batches [%(default)s]",
+    )
     add("--dtype", choices=("bf16", "fp32"), help="frozen base; without it: bf16 where the device computes it fast")
     add("--autocast", action=argparse.BooleanOptionalAction, help="bf16 autocast; without it: on with --dtype bf16")
     add("--device", help="cuda, cpu, ...; without it: a GPU if there is one")
     add("--threads", type=_at_least(int, 1), help="CPU threads; without it: torch's choice")
     add("--minutes", type=_above(0.0), help="take fewer steps if the whole run would last longer")
-    add("--yardstick", type=_at_least(int, 0), default=15, metavar="STEPS", help="steps of a nudged eager run, 0: none")
+    add(
+        "--yardstick",
+        type=_at_least(int, 0),
+        default=15,
+        metavar="STEPS",
+        help="steps of a nudged eager run, 0: none [%(default)s]",
+    )
     add("--out", type=Path, help="folder for the report; without it: runs/finetune-<method>-<time>")
     return parser
 

@@ -87,8 +87,8 @@ def _explanations(result: Result) -> list[str]:
     """What the table's lines mean."""
     lines = [
         "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the steps "
-        f"of eager ms / accelerated ms; none is told for fewer than {ENOUGH_STEPS} steps, or if p80 is above {STEADY} p20: "
-        "then something else kept the machine busy.",
+        f"of eager ms / accelerated ms; it is not told for fewer than {ENOUGH_STEPS} steps, or if p80 is above "
+        f"{STEADY} p20: then something else kept the machine busy.",
         "* Kept for backward: what autograd keeps between the forward and the backward pass of one step, "
         "parameters and buffers left out, each storage counted once.",
         "* The held-out text shares no paragraph with the training text.",

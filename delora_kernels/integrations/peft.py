@@ -8,10 +8,13 @@ own them, and whatever is not provably a plain LoRA, DoRA or DeLoRA linear runs 
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora import dora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -34,14 +37,14 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA or DoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _forward(self, super().forward, x, args, kwargs)
+        return _forward(self, LoraLinear.forward, x, args, kwargs)
 
 
 class FusedDeloraLinear(DeloraLinear):
     """PEFT's DeLoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _forward(self, super().forward, x, args, kwargs)
+        return _forward(self, DeloraLinear.forward, x, args, kwargs)
 
 
 _FUSED_CLASSES: dict[type, type] = {
@@ -127,7 +130,7 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
         plan = reason
     if plan not in _STATES and not torch.compiler.is_compiling():
         _log_once(plan)
-    return peft_forward(x, *args, **kwargs)
+    return peft_forward(layer, x, *args, **kwargs)
 
 
 _logged: set[str] = set()
@@ -145,6 +148,9 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
         return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}"
+    transform = functional.active_transform(chain((x,), layer.parameters()))
+    if transform is not None:
+        return f"{transform} are under way"
     weight = layer.get_base_layer().weight
     if x.device != weight.device:
         return "its input is on another device"
@@ -156,7 +162,7 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
 def _plan(layer: Any) -> Fused | str:
     """What computes the layer's output from its input x, or the reason why it must be PEFT's own forward."""
     if type(layer) not in _FUSED_CLASSES and type(layer) not in _PEFT_CLASSES:
-        return f"{_method(layer)} layers are not fused"
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__qualname__} layers are not fused"
     if "forward" in layer.__dict__:
         return "it has a forward of its own"
     if layer.disable_adapters:
@@ -187,10 +193,14 @@ def _lora_plan(layer: Any, name: str, base: FrozenLinear) -> Fused | str:
     for role, owner in owners.items():
         if type(owner) is not nn.Linear:
             return f"its {role} is a {type(owner).__name__}"
+        if owner.bias is not None:
+            return f"its {role} has a bias"
     if variant is not None:
         owners["magnitude"] = layer.lora_magnitude_vector[name]
         if type(owners["magnitude"]) is not DoraLinearLayer:
             return f"its magnitude is a {type(owners['magnitude']).__name__}"
+        if dora.ENABLE_DORA_CACHING and not layer.training:
+            return "PEFT's cache of DoRA norms is on"
     for role, owner in owners.items():
         reason = why_not_plain(owner, role)
         if reason is not None:
@@ -202,7 +212,12 @@ def _lora_plan(layer: Any, name: str, base: FrozenLinear) -> Fused | str:
     reason = _why_not_tensors(base, tensors)
     if reason is not None:
         return reason
-    options = {"scale": layer.scaling[name], "bias": base.bias, "dropout_p": dropout_p}
+    scale = layer.scaling[name]
+    if not isinstance(scale, Real):
+        return f"its scaling is a {type(scale).__name__}"
+    if variant is not None and not layer.training:
+        dropout_p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
+    options: dict[str, Any] = {"scale": float(scale), "bias": base.bias, "dropout_p": dropout_p}
     A, B = tensors["lora_A"], tensors["lora_B"]
     if variant is None:
         return partial(functional.lora_linear, weight=base.weight, A=A, B=B, **options)
@@ -229,12 +244,12 @@ def _delora_plan(layer: Any, name: str, base: FrozenLinear) -> Fused | str:
     return fused
 
 
-def _dropout_p(dropout: nn.Module) -> float | str:
+def _dropout_p(dropout: Any) -> float | str:
     """The probability that `dropout` drops with now, or why it can't be said."""
+    if type(dropout) not in (nn.Identity, nn.Dropout) or why_not_plain(dropout, "dropout") is not None:
+        return f"its dropout is a {type(dropout).__name__} that can't be fused"
     if type(dropout) is nn.Identity:
         return 0.0
-    if type(dropout) is not nn.Dropout or why_not_plain(dropout, "dropout") is not None:
-        return f"its dropout is a {type(dropout).__name__} that can't be fused"
     if dropout.p >= 1:
         return "its dropout drops everything"
     return dropout.p if dropout.training else 0.0

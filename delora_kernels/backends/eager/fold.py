@@ -18,10 +18,11 @@ def fold(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign it is given."""
-    a, b = _norms(A, B)
+    acc = accumulate_dtype(dtype)
+    a, b = _norms(A, B, acc)
     A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
     if frozen_A is not None and frozen_B is not None:
-        a0, b0 = _norms(frozen_A, frozen_B)
+        a0, b0 = _norms(frozen_A, frozen_B, acc)
         A0_hat, B0_hat = _folded(
             frozen_A, frozen_B, a0, b0, lam if frozen_lam is None else frozen_lam, weight_norm, eps
         )
@@ -30,8 +31,7 @@ def fold(
     return A_hat.to(dtype), B_hat.to(dtype), a, b
 
 
-def _norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    acc = accumulate_dtype(A.dtype)
+def _norms(A: Tensor, B: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(A.to(acc), dim=1), torch.linalg.vector_norm(B.to(acc), dim=0)
 
 
@@ -65,9 +65,9 @@ def fold_backward(
     r = A.shape[0]
     dA, dB, dlam = A.new_empty(0), B.new_empty(0), b.new_empty(0)
     if dA_hat is not None:
-        dA, _ = _normalise_backward(dA_hat * weight_norm, A, a[:r], eps, dim=1)
+        dA, _ = _normalise_backward(dA_hat * weight_norm, A, a.narrow(0, 0, r), eps, dim=1)
     if dB_hat is not None:
-        dB, along = _normalise_backward(dB_hat[:, :r], B, b[:r], eps, dim=0)
+        dB, along = _normalise_backward(dB_hat.narrow(1, 0, r), B, b.narrow(0, 0, r), eps, dim=0)
         dB *= lam.to(b.dtype) / r
         dlam = along.sum() / r
         if frozen_B is not None:
