@@ -1,4 +1,4 @@
-"""Fused low-rank adapters for PyTorch: LoRA, DoRA and DeLoRA at the speed and in the memory of the frozen model.
+"""Fused low-rank adapters for PyTorch: LoRA, DoRA and DeLoRA in less time and memory than eager layers.
 
 import delora_kernels as dk
 
@@ -26,5 +26,7 @@ def __getattr__(name: str) -> Any:
     try:
         from delora_kernels.integrations import peft
     except ImportError as error:
-        raise ImportError(f"delora_kernels.{name} needs PEFT: pip install 'delora-kernels[peft]' ({error})") from error
+        raise ImportError(
+            f"delora_kernels.{name} needs PEFT: pip install 'peft>=0.18' 'transformers>=4.56' ({error})"
+        ) from error
     return getattr(peft, name)

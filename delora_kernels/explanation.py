@@ -48,7 +48,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
     if name not in functional.CALLS:
         raise ValueError(
-            f"explain: function must be one of {', '.join(functional.CALLS)}, got {name!r}; pass it or its name"
+            f"explain: function must be one of {', '.join(functional.CALLS)}, got {name!r}; pass one or its name"
         )
     if kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator

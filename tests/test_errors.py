@@ -191,6 +191,8 @@ def test_use_backend() -> None:
         assert reason is not None
         with pytest.raises(RuntimeError, match=reason), use_backend(name):
             pass
+    with pytest.raises(ValueError, match="name must be one of"):
+        use_backend("nope")  # at once, not only where the block begins
     with use_backend("eager"):
         assert backends.requested() == "eager"
     assert backends.requested() is None

@@ -57,7 +57,7 @@ def tables(record: dict[str, Any]) -> str:
     rows = record["rows"]
     times = [row for row in rows if row["median_ms"] is not None]
     memory = [row for row in rows if row["peak_mib"] is not None]
-    lines = _title("Time, forward + backward, ms (over PEFT)", times, record["machine"])
+    lines = _title("Milliseconds, forward + backward; in brackets the part of PEFT's time", times, record["machine"])
     lines += ["| precision | method | frozen linear | PEFT | delora-kernels |", "| --- | --- | ---: | ---: | ---: |"]
     for precision in PRECISIONS:
         for method in METHODS:
@@ -65,8 +65,8 @@ def tables(record: dict[str, Any]) -> str:
             ratio = ours["median_ms"] / peft["median_ms"]
             cells = f"{frozen['median_ms']:.1f} | {peft['median_ms']:.1f} | {ours['median_ms']:.1f} (**{ratio:.2f}**)"
             lines.append(f"| {PRECISIONS[precision]} | {NAMES[method]} | {cells} |")
-    lines += ["", *_title("Memory, MiB, PEFT → delora-kernels", memory, record["machine"])]
-    lines += ["| method | kept for backward | allocated in all | peak |", "| --- | ---: | ---: | ---: |"]
+    lines += ["", *_title("MiB, PEFT → delora-kernels; bf16 base, fp32 adapters, autocast", memory, record["machine"])]
+    lines += ["| method | kept for backward | allocated, summed | peak |", "| --- | ---: | ---: | ---: |"]
     for method in METHODS:
         peft, ours = (_find(memory, method, "bf16-autocast", impl) for impl in ("peft", "dk"))
         weights = [f"{peft[key]:.1f} → {ours[key]:.1f}" for key in ("saved_mib", "allocated_mib", "peak_mib")]
@@ -77,7 +77,7 @@ def tables(record: dict[str, Any]) -> str:
 def _title(text: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
     shape = ", ".join(f"{letter}={rows[0][letter]}" for letter in "TKNr")
     versions = f"torch {machine['torch']}, PEFT {machine['peft']}, commit {machine['commit']}"
-    return [f"{text}; {shape}; {machine['cpu']}, {machine['threads']} threads, {versions}", ""]
+    return [f"*{text}. {shape}. {machine['cpu']}, {machine['threads']} threads, {versions}.*", ""]
 
 
 def _find(rows: list[dict[str, Any]], method: str, precision: str, impl: str) -> dict[str, Any]:
@@ -85,4 +85,7 @@ def _find(rows: list[dict[str, Any]], method: str, precision: str, impl: str) ->
 
 
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    record = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if "rows" not in record:
+        sys.exit(f'{sys.argv[1]} is not a record of layers: make one with make bench ARGS="--record FILE"')
+    print(tables(record))

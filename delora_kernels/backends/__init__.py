@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -78,9 +78,8 @@ def choose(call: "Call") -> str:
     raise RuntimeError(f"{call.method}: no backend takes this call")
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every call made inside the block on one backend, its backward pass too (process-wide, not per thread).
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """A context in which every call runs on one backend, its backward pass too (process-wide, not per thread).
 
     Args:
         name: "eager", "triton" or "cuda". A call that the backend can't take raises instead of falling back.
@@ -89,10 +88,14 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is no backend.
         RuntimeError: the backend can't run on this machine; the text says why.
     """
-    _known(name, "use_backend: name")
-    reason = unavailable(name)
+    reason = unavailable(_known(name, "use_backend: name"))
     if reason is not None:
         raise RuntimeError(f"use_backend({name!r}): {reason}. `python -m delora_kernels` lists what runs here.")
+    return _using(name)
+
+
+@contextmanager
+def _using(name: str) -> Iterator[None]:
     global _requested
     previous, _requested = _requested, name
     try:
