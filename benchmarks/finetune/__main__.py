@@ -11,7 +11,7 @@ def wait_politely_if_busy() -> None:
     takes up to 20 times as long. Must run before torch is imported. What the user has set stays.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5 * (os.cpu_count() or 1):
+    if load > (os.cpu_count() or 1):  # what has just ended still counts: an idle machine must not pay for it
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
