@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CPU_ELEMENTS = 1 << 18
-"""Elements of one chunk on a CPU: 1 MiB in float32, small enough for a core's cache."""
+CPU_ELEMENTS = 1 << 17
+"""Elements of one chunk on a CPU: 512 KiB in float32, small enough for a core's cache."""
 
 DEVICE_ELEMENTS = 1 << 22
 """Elements of one chunk on other devices: 16 MiB in float32, enough to keep one busy for longer than a launch takes."""
