@@ -68,8 +68,8 @@ def _forward(call: Call, keep: bool) -> _Stages:
     if call.magnitude is not None:
         norm = ops.row_norm(weight, A_hat, B_hat, o.scale, o.backend)
         c = _divide(call.magnitude.to(norm.dtype), norm)
-    h = ops.project(x, A_hat, o.dropout_p, call.seed, o.backend)
-    u_dropout = (o.dropout_p, call.seed) if o.two_term else (0.0, None)
+    h = ops.project(x, A_hat, o.ranks, o.dropout_p, call.seed, o.backend)
+    u_dropout = (o.dropout_p[0], call.seed) if o.two_term else (0.0, None)
     y, kept = ops.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep, *u_dropout, o.backend)
     return _Stages(x, y, kept, h, A_hat, B_hat, a, b, norm, c)
 
@@ -182,7 +182,8 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
     )
     dA_hat = None
     if need.A:
-        dA_hat = ops.project_backward(dv.narrow(1, 0, ctx.r), saved.x, o.scale, o.dropout_p, saved.seed, o.backend)
+        trained = dv.narrow(1, 0, ctx.r)
+        dA_hat = ops.project_backward(trained, saved.x, o.scale, o.ranks, o.dropout_p, saved.seed, o.backend)
     if saved.lam is None:
         grad |= {"A": dA_hat, "B": dB_hat}
     else:
@@ -209,9 +210,9 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
     if need.x:
         weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
         grad["x"] = ops.input_grad(
-            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.dropout_p, saved.seed, o.two_term, o.backend
+            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.ranks, o.dropout_p, saved.seed, o.two_term, o.backend
         )
     if need.weight:
-        u_dropout = (o.dropout_p, saved.seed) if o.two_term else (0.0, None)
+        u_dropout = (o.dropout_p[0], saved.seed) if o.two_term else (0.0, None)
         grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
     return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())

@@ -13,7 +13,8 @@ class Options(NamedTuple):
         method: Name of the public function, for messages.
         scale: Factor of the rank-R term (LoRA's s); 1 for DeLoRA.
         eps: Lower clamp of DeLoRA's norms; 0 for none.
-        dropout_p: Probability of dropping an element of the low-rank branch's input, in [0, 1).
+        ranks: Widths of the adapters stacked in A and B, each with a dropout mask of its own; () for one.
+        dropout_p: For each mask, the probability of dropping an element of the low-rank branch's input, in [0, 1).
         two_term: PEFT's DoRA with dropout: the column scale acts on a frozen GEMM of the dropped input.
         save_output: DoRA keeps its output for backward in place of a private tensor.
         compute_dtype: Dtype of x, W and y inside the call; autocast's dtype under autocast.
@@ -24,7 +25,8 @@ class Options(NamedTuple):
     method: str
     scale: float
     eps: float
-    dropout_p: float
+    ranks: tuple[int, ...]
+    dropout_p: tuple[float, ...]
     two_term: bool
     save_output: bool
     compute_dtype: torch.dtype
@@ -44,7 +46,7 @@ class Call(NamedTuple):
         lam: 0-d or [1] for DeLoRA, else None.
         weight_norm: [K] or 0-d for DeLoRA, else None; a constant.
         frozen_A, frozen_B, frozen_lam: DeLoRA's frozen start, constants; frozen_lam None: scaled by the live lam.
-        seed: 0-d int64 on x's device if dropout_p > 0, else None.
+        seed: int64 on x's device if an element may drop, 0-d or one for each of ranks, else None.
     """
 
     x: Tensor

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from delora_kernels import backends, functional, ops
+from delora_kernels import backends, calls, ops
 from delora_kernels.testing import (
     METHODS,
     OPS,
@@ -116,7 +116,7 @@ def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
             yield Job(method.name, _label(dtype, adapter_dtype), backend, run)
             if dtype == torch.float64:
                 yield Job(method.name, "float64", backend, partial(_check_gradients, method, device, seed))
-    for function in sorted(functional.CALLS.keys() - {method.function for method in METHODS.values()}):
+    for function in sorted(calls.CALLS.keys() - {method.function for method in METHODS.values()}):
         yield Job(function, "", lambda: ("", None), partial(_no_check, function))
 
 

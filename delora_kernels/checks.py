@@ -83,6 +83,28 @@ def probability(function: str, value: Any) -> float:
     return float(value)
 
 
+def ranks(function: str, value: Any, A: Tensor) -> tuple[int, ...]:
+    """The widths of the adapters stacked in A `[r, K]`, or () for one adapter."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(type(r) is int for r in value):
+        raise fail(TypeError, function, "ranks", "a list of ints, or None", repr(value), "pass the adapters' ranks")
+    if not value or min(value) < 1 or sum(value) != A.shape[0]:
+        expected = f"positive and sum to A's {A.shape[0]} rows"
+        raise fail(ValueError, function, "ranks", expected, list(value), "pass the rank of each stacked adapter")
+    return tuple(value)
+
+
+def probabilities(function: str, value: Any, ranks: tuple[int, ...]) -> tuple[float, ...]:
+    """The dropout probability of each stacked adapter; one number counts for all of them."""
+    if not isinstance(value, list | tuple):
+        return (probability(function, value),) * max(1, len(ranks))
+    if len(value) != len(ranks):
+        expected = f"{len(ranks)} numbers, one for each of ranks" if ranks else "one number where ranks is None"
+        raise fail(ValueError, function, "dropout_p", expected, f"{len(value)} numbers", "pass both, or one number")
+    return tuple(probability(function, p) for p in value)
+
+
 def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> str:
     """Check a named option."""
     if value not in choices:
@@ -108,13 +130,22 @@ def base(function: str, x: Any, weight: Any, bias: Any) -> None:
         same_device(function, "bias", bias, x)
 
 
-def factors(function: str, x: Tensor, weight: Tensor, A: Any, B: Any, names: tuple[str, str] = ("A", "B")) -> None:
-    """Check a low-rank pair: A [r, K] and B [N, r] with r ≥ 1."""
+def pair(
+    function: str, A: Any, B: Any, names: tuple[str, str] = ("A", "B"), K: int | None = None, N: int | None = None
+) -> None:
+    """Check a low-rank pair: A [r, K] and B [N, r] with r ≥ 1; K and N as given, or any."""
     A, B = matrix(function, names[0], A, "[r, K]"), matrix(function, names[1], B, "[N, r]")
     if A.shape[0] == 0:
         raise fail(ValueError, function, names[0], "[r, K] with r ≥ 1", list(A.shape), "use the frozen linear alone")
-    shape(function, names[0], A, (A.shape[0], weight.shape[1]), "[r, K]", "K is weight's number of columns")
-    shape(function, names[1], B, (weight.shape[0], A.shape[0]), "[N, r]", f"r is {names[0]}'s number of rows")
+    if K is not None:
+        shape(function, names[0], A, (A.shape[0], K), "[r, K]", "K is weight's number of columns")
+    rows = B.shape[0] if N is None else N
+    shape(function, names[1], B, (rows, A.shape[0]), "[N, r]", f"r is {names[0]}'s number of rows")
+
+
+def factors(function: str, x: Tensor, weight: Tensor, A: Any, B: Any, names: tuple[str, str] = ("A", "B")) -> None:
+    """Check a low-rank pair against x and weight."""
+    pair(function, A, B, names, K=weight.shape[1], N=weight.shape[0])
     for name, value in zip(names, (A, B), strict=True):
         same_device(function, name, value, x)
 
@@ -132,18 +163,23 @@ def scalar_tensor(function: str, argument: str, value: Any, x: Tensor) -> Tensor
     return value
 
 
-def seed(function: str, value: Any, x: Tensor) -> Tensor:
-    """The dropout seed as a 0-d int64 tensor on x's device; None draws it from torch's generator of that device."""
+def seed(function: str, value: Any, x: Tensor, masks: int = 0) -> Tensor:
+    """The dropout seed as an int64 tensor on x's device, 0-d or `[masks]`; None draws from torch's generator there.
+
+    One seed for several masks makes seed, seed + 1, ... of it.
+    """
+    shape = (masks,) if masks else ()
     if value is None:
-        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+        return torch.randint(-(1 << 63), (1 << 63) - 1, shape, dtype=torch.int64, device=x.device)
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             got = f"{value.dtype} of shape {list(value.shape)}"
             raise fail(TypeError, function, "seed", "an int or a 0-d int64 tensor", got, "pass torch.tensor(seed)")
         same_device(function, "seed", value, x)
-        return value
-    if isinstance(value, bool) or not isinstance(value, int):
+    elif isinstance(value, bool) or not isinstance(value, int):
         raise fail(TypeError, function, "seed", "an int or a 0-d int64 tensor", type(value).__name__, "pass an int")
-    if not -(1 << 63) <= value < 1 << 63:
+    elif not -(1 << 63) <= value < 1 << 63:
         raise fail(ValueError, function, "seed", "a 64-bit signed integer", value, "reduce it modulo 2⁶³")
-    return torch.full((), value, dtype=torch.int64, device=x.device)
+    else:
+        value = torch.full((), value, dtype=torch.int64, device=x.device)
+    return value + torch.arange(masks, device=x.device) if masks else value

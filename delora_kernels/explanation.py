@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from delora_kernels import backends, functional
+from delora_kernels import backends, calls
 from delora_kernels.call import Call
 
 
@@ -46,13 +46,13 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         RuntimeError: a backend was requested that can't take the call.
     """
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
-    if name not in functional.CALLS:
+    if name not in calls.CALLS:
         raise ValueError(
-            f"explain: function must be one of {', '.join(functional.CALLS)}, got {name!r}; pass one or its name"
+            f"explain: function must be one of {', '.join(calls.CALLS)}, got {name!r}; pass one or its name"
         )
     if kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
-    call: Call = functional.CALLS[name](*args, **kwargs)
+    call: Call = calls.CALLS[name](*args, **kwargs)
     reasons = {other: _why_not(other, call) for other in backends.NAMES if other != call.options.backend}
     return Explanation(name, call.options.backend, reasons, call.options.compute_dtype, call.options.rank_dtype)
 

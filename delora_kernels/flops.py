@@ -44,9 +44,8 @@ def _expand_backward(dy: Any, h: Any, B_hat: Any, *_: Any, **__: Any) -> int:
     return sum(_gemm(dy[0], dy[1], small[1]) for small in (h, B_hat) if small is not None)
 
 
-def _input_grad(
-    dy: Any, weight: Any, dv: Any, A_hat: Any, scale: Any, c: Any, p: Any, seed: Any, two_term: Any, *_: Any, **__: Any
-) -> int:
+def _input_grad(dy: Any, weight: Any, dv: Any, *others: Any, **__: Any) -> int:
+    *_, two_term, _backend = others
     frozen = _gemm(dy[0], dy[1], weight[1]) * (2 if two_term else 1)
     return frozen + _gemm(dy[0], dv[1], weight[1])
 

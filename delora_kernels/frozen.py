@@ -53,9 +53,32 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
     """Why calling `module` may do more than its class says (hooks, a patched forward), or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"the {name} has hooks"
-    if "forward" in module.__dict__:
+    if has_other_forward(module):
         return f"the {name} has a forward of its own"
     return None
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether calling `module` runs something else than its class's forward.
+
+    A hook of Hugging Face accelerate that only moves inputs to where the weights are already (`device_map` without
+    offloading) is not something else: callers compare devices themselves.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None or is_own_forward(module, forward):
+        return False
+    hook: Any = module.__dict__.get("_hf_hook")
+    only_aligns = (
+        (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
+        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and not (hook.offload or hook.place_submodules or hook.no_grad)
+    )
+    return not (only_aligns and is_own_forward(module, module.__dict__.get("_old_forward")))
+
+
+def is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is the bound forward of `module`'s own class."""
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
 def why_not_local(tensor: Tensor, name: str) -> str | None:

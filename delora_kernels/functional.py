@@ -7,15 +7,14 @@ are cast as nn.Linear casts them and the branch runs in autocast's dtype. Output
 and torch.func transforms are refused: `delora_kernels.reference` has the same functions in plain torch for those.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from delora_kernels import adapted_linear, backends, checks
-from delora_kernels.call import Call, Options
+from delora_kernels import adapted_linear, backends
+from delora_kernels.call import Call
+from delora_kernels.calls import delora_call, dora_call, factors_call, lora_call
+from delora_kernels.fold import Fold
 
 
 def lora_linear(
@@ -26,14 +25,15 @@ def lora_linear(
     scale: float = 1.0,
     bias: Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
+    ranks: Sequence[int] | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """A frozen linear with a low-rank update.
 
         y = x Wᵀ + scale · drop(x) Aᵀ Bᵀ + bias
 
-    rsLoRA is scale = alpha / √r.
+    rsLoRA is scale = alpha / √r. Several adapters are one of their summed rank, A and B stacked.
 
     Args:
         x: Input, `[..., K]`.
@@ -42,8 +42,11 @@ def lora_linear(
         B: `[N, r]`.
         scale: Factor s of the update, usually alpha / r.
         bias: `[N]` or None.
-        dropout_p: Probability of dropping an element of the branch's input, in [0, 1).
-        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask; None draws from torch's generator.
+        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own dropout mask; None: one.
+        dropout_p: Probability of dropping an element of the branch's input, in [0, 1); one for each of `ranks`, or one
+            for all.
+        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask (seed + i that of adapter i); None draws
+            from torch's generator.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -54,7 +57,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq. 3.
     """
-    return _run(_lora_call(x, weight, A, B, scale, bias, dropout_p=dropout_p, seed=seed), x)
+    return _run(lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed), x)
 
 
 def dora_linear(
@@ -102,7 +105,7 @@ def dora_linear(
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and section 4.3.
     """
-    call = _dora_call(
+    call = dora_call(
         x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout, saved=saved
     )
     return _run(call, x)
@@ -156,7 +159,7 @@ def delora_linear(
 
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-9.
     """
-    call = _delora_call(
+    call = delora_call(
         x,
         weight,
         A,
@@ -174,202 +177,36 @@ def delora_linear(
     return _run(call, x)
 
 
-def _lora_call(
-    x: Any, weight: Any, A: Any, B: Any, scale: Any = 1.0, bias: Any = None, *, dropout_p: Any = 0.0, seed: Any = None
-) -> Call:
-    name = "lora_linear"
-    _check(name, x, weight, bias, A, B)
-    return _call(name, x, weight, bias, A, B, scale=checks.number(name, "scale", scale), dropout_p=dropout_p, seed=seed)
+def delora_factors(
+    A: Tensor, B: Tensor, lam: Tensor | float, weight_norm: Tensor | float, *, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """DeLoRA's normalised update as a plain low-rank pair, which `lora_linear` takes with scale 1.
 
+        Â = diag(1/‖A_i‖) A diag(n),   B̂ = B diag(λ / (r ‖B_i‖)),   ΔW = B̂ Â
 
-def _dora_call(
-    x: Any,
-    weight: Any,
-    A: Any,
-    B: Any,
-    magnitude: Any,
-    scale: Any = 1.0,
-    bias: Any = None,
-    *,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-    dropout: Any = "peft",
-    saved: Any = "private",
-) -> Call:
-    name = "dora_linear"
-    _check(name, x, weight, bias, A, B)
-    magnitude = checks.tensor(name, "magnitude", magnitude)
-    checks.shape(name, "magnitude", magnitude, (weight.shape[0],), "[N]", "pass one value for each row of weight")
-    checks.same_device(name, "magnitude", magnitude, x)
-    two_term = checks.option(name, "dropout", dropout, ("peft", "branch")) == "peft"
-    save_output = checks.option(name, "saved", saved, ("private", "output")) == "output"
-    two_term = two_term and checks.probability(name, dropout_p) > 0
-    if save_output and (bias is not None or two_term):
-        got = "a bias" if bias is not None else "dropout='peft' with dropout_p > 0"
-        raise checks.fail(
-            ValueError, name, "saved", "'private' here", f"'output' with {got}", "y does not hold c ⊙ u then"
-        )
-    return _call(
-        name,
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        magnitude=magnitude,
-        scale=checks.number(name, "scale", scale),
-        dropout_p=dropout_p,
-        seed=seed,
-        two_term=two_term,
-        save_output=save_output,
-    )
+    Args:
+        A: `[r, K]`.
+        B: `[N, r]`.
+        lam: λ; a number, or a 0-d or `[1]` tensor.
+        weight_norm: n, a constant: `[K]`, or a number or 0-d tensor.
+        eps: Lower clamp of the norms, which then get no gradient (PEFT: 1e-4); 0: no clamp, and a factor of length 0
+            contributes nothing.
 
+    Returns:
+        Â `[r, K]` and B̂ `[N, r]`, in the wider dtype of A and B, computed in float32 or wider; differentiable once.
 
-def _delora_call(
-    x: Any,
-    weight: Any,
-    A: Any,
-    B: Any,
-    lam: Any,
-    weight_norm: Any,
-    bias: Any = None,
-    *,
-    frozen_A: Any = None,
-    frozen_B: Any = None,
-    frozen_lam: Any = None,
-    eps: Any = 1e-4,
-    dropout_p: Any = 0.0,
-    seed: Any = None,
-) -> Call:
-    name = "delora_linear"
-    _check(name, x, weight, bias, A, B)
-    lam = checks.scalar_tensor(name, "lam", lam, x)
-    if isinstance(weight_norm, Tensor) and weight_norm.dim() > 0:
-        weight_norm = checks.tensor(name, "weight_norm", weight_norm)
-        remedy = "pass ‖W‖ of each input column, or one number"
-        checks.shape(name, "weight_norm", weight_norm, (weight.shape[1],), "[K]", remedy)
-        checks.same_device(name, "weight_norm", weight_norm, x)
-    else:
-        weight_norm = checks.scalar_tensor(name, "weight_norm", weight_norm, x)
-    checks.constant(name, "weight_norm", weight_norm)
-    if (frozen_A is None) != (frozen_B is None):
-        missing = "frozen_A" if frozen_A is None else "frozen_B"
-        raise checks.fail(
-            ValueError, name, missing, "a tensor", "None", "a frozen start needs both frozen_A and frozen_B"
-        )
-    if frozen_A is not None:
-        checks.factors(name, x, weight, frozen_A, frozen_B, ("frozen_A", "frozen_B"))
-        checks.constant(name, "frozen_A", frozen_A)
-        checks.constant(name, "frozen_B", frozen_B)
-    if frozen_lam is not None:
-        if frozen_A is None:
-            raise checks.fail(
-                ValueError, name, "frozen_lam", "None", "a value", "it scales frozen_A and frozen_B: pass them"
-            )
-        frozen_lam = checks.scalar_tensor(name, "frozen_lam", frozen_lam, x)
-        checks.constant(name, "frozen_lam", frozen_lam)
-    return _call(
-        name,
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        lam=lam,
-        weight_norm=weight_norm,
-        frozen_A=frozen_A,
-        frozen_B=frozen_B,
-        frozen_lam=frozen_lam,
-        eps=checks.not_negative(name, "eps", eps),
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-
-backends.load("eager")
-
-CALLS: dict[str, Callable[..., Call]] = {
-    "lora_linear": _lora_call,
-    "dora_linear": _dora_call,
-    "delora_linear": _delora_call,
-}
-"""Public function name → what checks its arguments and turns them into a `Call`."""
-
-
-def active_transform(tensors: Iterable[Any]) -> str | None:
-    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms"
-    if forward_ad._current_level >= 0:
-        duals = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-        if any(dual.tangent is not None for dual in duals):
-            return "forward-mode differentiation"
-    return None
-
-
-def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
-    transform = active_transform((x, weight, bias, A, B))
-    if transform is not None:
-        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.reference.{name} there")
-    checks.base(name, x, weight, bias)
-    checks.factors(name, x, weight, A, B)
-
-
-def _call(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    *,
-    dropout_p: Any,
-    seed: Any,
-    scale: float = 1.0,
-    magnitude: Tensor | None = None,
-    lam: Tensor | None = None,
-    weight_norm: Tensor | None = None,
-    frozen_A: Tensor | None = None,
-    frozen_B: Tensor | None = None,
-    frozen_lam: Tensor | None = None,
-    eps: float = 0.0,
-    two_term: bool = False,
-    save_output: bool = False,
-) -> Call:
-    dropout_p = checks.probability(name, dropout_p)
-    compute_dtype = rank_dtype = _compute_dtype(x)
-    if compute_dtype == x.dtype == weight.dtype and not _autocast(x):
-        rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
-    seed = checks.seed(name, seed, x) if dropout_p > 0 else None
-    options = Options(name, scale, eps, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
-    call = Call(
-        x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0),
-        weight,
-        bias,
-        A,
-        B,
-        magnitude,
-        lam,
-        weight_norm,
-        frozen_A,
-        frozen_B,
-        frozen_lam,
-        seed,
-        options,
-    )
-    return call._replace(options=options._replace(backend=backends.choose(call)))
-
-
-def _autocast(x: Tensor) -> bool:
-    # autocast leaves float64 alone
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-8.
+    """
+    lam, weight_norm, eps = factors_call(A, B, lam, weight_norm, eps)
+    A_hat, B_hat = Fold.apply(A, B, lam, weight_norm, eps, backends.requested() or "eager")
+    return A_hat, B_hat
 
 
 def _run(call: Call, x: Tensor) -> Tensor:
     return adapted_linear.run(call).view(*x.shape[:-1], call.weight.shape[0])
+
+
+backends.load("eager")

@@ -125,10 +125,14 @@ row_norm = _register(
 """DoRA's norm: ‖W_o + scale · B̂_o Â‖₂ of every row o → [N] (acc); the N×K sum is never materialised whole."""
 
 project = _register(
-    "project(Tensor x, Tensor A_hat, float dropout_p, Tensor? seed, str backend) -> Tensor",
-    lambda x, A_hat, dropout_p, seed: A_hat.new_empty((x.shape[0], A_hat.shape[0])),
+    "project(Tensor x, Tensor A_hat, int[] ranks, float[] dropout_p, Tensor? seed, str backend) -> Tensor",
+    lambda x, A_hat, ranks, dropout_p, seed: A_hat.new_empty((x.shape[0], A_hat.shape[0])),
 )
-"""h = drop(x) Âᵀ → [T, R] in Â's dtype; reads x once."""
+"""h = drop(x) Âᵀ → [T, R] in Â's dtype; reads x once.
+
+`ranks` divides Â's rows among stacked adapters, each with its own mask, probability and seed (int64 [masks]);
+empty: one mask for all, and `seed` is 0-d.
+"""
 
 expand = _register(
     "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, bool keep,"
@@ -161,20 +165,23 @@ expand_backward = _register(
 """
 
 input_grad = _register(
-    "input_grad(Tensor dy, Tensor weight, Tensor dv, Tensor A_hat, float scale, Tensor? c, float dropout_p,"
-    " Tensor? seed, bool two_term, str backend) -> Tensor",
-    lambda dy, weight, dv, A_hat, scale, c, dropout_p, seed, two_term: dy.new_empty((dy.shape[0], weight.shape[1])),
+    "input_grad(Tensor dy, Tensor weight, Tensor dv, Tensor A_hat, float scale, Tensor? c, int[] ranks,"
+    " float[] dropout_p, Tensor? seed, bool two_term, str backend) -> Tensor",
+    lambda dy, weight, dv, A_hat, scale, c, ranks, dropout_p, seed, two_term: dy.new_empty(
+        (dy.shape[0], weight.shape[1])
+    ),
 )
-"""dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer.
+"""dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer; masks as in project.
 
 `two_term`: dx = dy W + drop((dy ⊙ (c − 1)) W + scale · dv Â), the gradient of PEFT's DoRA with dropout.
 """
 
 project_backward = _register(
-    "project_backward(Tensor dv, Tensor x, float scale, float dropout_p, Tensor? seed, str backend) -> Tensor",
-    lambda dv, x, scale, dropout_p, seed: _acc(dv, dv.shape[1], x.shape[1]),
+    "project_backward(Tensor dv, Tensor x, float scale, int[] ranks, float[] dropout_p, Tensor? seed, str backend)"
+    " -> Tensor",
+    lambda dv, x, scale, ranks, dropout_p, seed: _acc(dv, dv.shape[1], x.shape[1]),
 )
-"""dÂ = scale · dvᵀ drop(x) → [R, K] (acc); reads x once."""
+"""dÂ = scale · dvᵀ drop(x) → [R, K] (acc); reads x once; masks as in project."""
 
 weight_grad = _register(
     "weight_grad(Tensor dy, Tensor x, Tensor? c, float dropout_p, Tensor? seed, str backend) -> Tensor",

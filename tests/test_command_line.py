@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import delora_kernels
-from delora_kernels import backends, check, functional, ops
+from delora_kernels import backends, calls, check, ops
 from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
 from delora_kernels.backends.eager import low_rank
@@ -125,7 +125,7 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], seed: int) -> None:
 
 def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
+    monkeypatch.setattr(calls, "CALLS", {"lora_linear": calls.CALLS["lora_linear"]})
     monkeypatch.setattr(ops, "NAMES", ())
     assert main(["check", "--dtype", "float32", "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,7 +140,7 @@ def test_progress_bar_is_for_terminals_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
+    monkeypatch.setattr(calls, "CALLS", {"lora_linear": calls.CALLS["lora_linear"]})
     monkeypatch.setattr(ops, "NAMES", ("dropout_mask",))
     assert main(["check", "--dtype", "float32"]) == 0
     assert capsys.readouterr().err == ""

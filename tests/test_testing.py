@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from delora_kernels import functional, ops, reference
+from delora_kernels import calls, ops, reference
 from delora_kernels.backends import eager, load
 from delora_kernels.testing import (
     METHODS,
@@ -188,7 +188,7 @@ def test_measure_refuses_inputs_that_overflow() -> None:
 
 def test_every_op_and_function_is_covered() -> None:
     assert {*OPS, "dropout_mask"} == set(ops.NAMES)
-    assert {method.function for method in METHODS.values()} == set(functional.CALLS)
+    assert {method.function for method in METHODS.values()} == set(calls.CALLS)
     assert all(name == method.name for name, method in METHODS.items())
     for name in OPS:
         arguments = [argument.name for argument in getattr(torch.ops.delora_kernels, name).default._schema.arguments]

@@ -6,6 +6,8 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.0968
 (section 4.1). rsLoRA is the same map with s = alpha / √r: Kalajdzievski (arXiv:2312.03732).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,12 @@ def lora_linear(
     scale: float = 1.0,
     bias: Tensor | None = None,
     *,
+    ranks: Sequence[int] | None = None,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear with a low-rank update.
 
-        y = x Wᵀ + s · (x ⊙ mask) Aᵀ Bᵀ + bias
+        y = x Wᵀ + s · Σⱼ (x ⊙ maskⱼ) Aⱼᵀ Bⱼᵀ + bias
 
     Args:
         x: `[..., K]`, any float dtype, which all tensors share.
@@ -31,15 +34,21 @@ def lora_linear(
         B: `[N, r]`.
         scale: s: alpha / r for LoRA, alpha / √r for rsLoRA.
         bias: `[N]` or None.
-        dropout_mask: `[T, K]` with entries 0 or 1 / (1 − p), on the input of the low-rank branch; None: no dropout.
+        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own mask; None: one adapter.
+        dropout_mask: `[T, K]`, with `ranks` one for each adapter `[len(ranks), T, K]`; entries 0 or 1 / (1 − p), on the
+            input of the low-rank branch; None: no dropout.
 
     Returns:
         y, `[..., N]`.
 
     Source: arXiv:2106.09685, equation 3.
     """
-    dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
-    y = x @ weight.T + scale * (dropped @ A.T) @ B.T
+    y = x @ weight.T
+    widths = [A.shape[0]] if ranks is None else list(ranks)
+    masks = [None] * len(widths) if dropout_mask is None else dropout_mask.reshape(len(widths), *x.shape)
+    for A_j, B_j, mask in zip(A.split(widths), B.split(widths, dim=1), masks, strict=True):
+        dropped = x if mask is None else x * mask
+        y = y + scale * (dropped @ A_j.T) @ B_j.T
     return y if bias is None else y + bias
 
 

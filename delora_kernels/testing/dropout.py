@@ -1,5 +1,7 @@
 """What a dropout mask owes: the right rate, independent elements, independent seeds, the same bits every time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,14 @@ from delora_kernels.testing.problem import Measurement
 
 SIGMAS = 6.0
 """Limit of every frequency, in standard deviations: a right mask fails once in 5·10⁸ times."""
+
+
+def dropout_masks(T: int, K: int, dropout_p: float | Sequence[float], seed: Tensor, backend: str) -> Tensor:
+    """The elements that a backend keeps: bool `[T, K]` for a 0-d seed, `[S, T, K]` for the seeds `[S]` of S masks."""
+    probabilities = [dropout_p] if isinstance(dropout_p, float) else dropout_p
+    seeds = seed.reshape(-1)
+    kept = [ops.dropout_mask(T, K, p, one, backend) for p, one in zip(probabilities, seeds, strict=True)]
+    return torch.stack(kept).reshape(*seed.shape, T, K)
 
 
 def measure_dropout_mask(

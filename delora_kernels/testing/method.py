@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels import functional, ops, reference
+from delora_kernels import calls, functional, reference
 from delora_kernels.call import Call
+from delora_kernels.testing.dropout import dropout_masks
 from delora_kernels.testing.eager_forms import eager
 from delora_kernels.testing.problem import Inputs, Outputs, Problem, moved
 
@@ -42,7 +43,7 @@ class Method:
         function: Name of the function in `delora_kernels.functional` and `delora_kernels.reference`.
         arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or in place of them.
         constants: Arguments that get no gradient.
-        dropout_p: Dropout of the fused call; the reference gets the mask itself.
+        dropout_p: Dropout of the fused call, of several stacked adapters each its own; the reference gets the masks.
         fused_only: Arguments of the fused call that the reference does not have.
         takes_bias: Whether the fused call takes a bias.
         through_x: Results that are computed from a [T, N] tensor which the fused call keeps in x's dtype.
@@ -53,7 +54,7 @@ class Method:
     function: str
     arguments: Callable[[Draw, dict[str, Tensor]], dict[str, Any]]
     constants: tuple[str, ...] = ()
-    dropout_p: float = 0.0
+    dropout_p: float | tuple[float, ...] = 0.0
     fused_only: Mapping[str, Any] = field(default_factory=dict)
     takes_bias: bool = True
     through_x: tuple[str, ...] = ()
@@ -87,7 +88,7 @@ class Method:
 
         Returns:
             The function's arguments by name, `grad_out` `[T, N]`, and for dropout `seed` and `dropout_mask` (bool
-            `[T, K]`, the elements that the backend of this call keeps).
+            `[T, K]` or one for each stacked adapter, the elements that the backend of this call keeps).
 
         Raises:
             RuntimeError: the requested backend can't take the call.
@@ -102,10 +103,10 @@ class Method:
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 inputs[name] = value.to(device, dtype if name in _BASE else adapter_dtype or dtype)
-        if self.dropout_p > 0:
+        if self.dropout_p:
             inputs["seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
-            backend = self.call(inputs).options.backend
-            inputs["dropout_mask"] = ops.dropout_mask(T, K, self.dropout_p, inputs["seed"], backend)
+            call: Any = self.call(inputs)
+            inputs["dropout_mask"] = dropout_masks(T, K, call.options.dropout_p, call.seed, call.options.backend)
         return inputs
 
     def problem(self, T: int, K: int, N: int, r: int, **options: Any) -> Problem:
@@ -122,7 +123,7 @@ class Method:
 
     def call(self, inputs: Inputs) -> Call:
         """The fused call after its checks: which backend takes it, in which dtypes."""
-        check: Any = functional.CALLS[self.function]
+        check: Any = calls.CALLS[self.function]
         call: Call = check(**self._fused_arguments(inputs))
         return call
 
@@ -157,15 +158,20 @@ class Method:
 
     def _fused_arguments(self, inputs: Inputs) -> dict[str, Any]:
         arguments = self._arguments(inputs) | dict(self.fused_only)
-        if self.dropout_p > 0:
-            arguments |= {"dropout_p": self.dropout_p, "seed": inputs["seed"]}
+        if self.dropout_p:
+            arguments |= {"dropout_p": self._dropout_p(inputs), "seed": inputs["seed"]}
         return arguments
 
     def _reference_arguments(self, inputs: Inputs) -> dict[str, Any]:
         arguments = self._arguments(inputs)
-        if self.dropout_p > 0:
-            arguments["dropout_mask"] = inputs["dropout_mask"].to(inputs["A"].dtype) / (1 - self.dropout_p)
+        if self.dropout_p:
+            kept = inputs["dropout_mask"].to(inputs["A"].dtype)
+            p = kept.new_tensor(self._dropout_p(inputs))
+            arguments["dropout_mask"] = kept / (1 - p.reshape(*p.shape, 1, 1))
         return arguments
+
+    def _dropout_p(self, inputs: Inputs) -> float | tuple[float, ...]:
+        return self.dropout_p if isinstance(self.dropout_p, float) else self.dropout_p[: len(inputs["ranks"])]
 
     def _run(
         self,

@@ -12,9 +12,21 @@ ALPHA = 2.5
 DROPOUT_P = 0.2
 """1 / (1 − p) = 1.25 is exact in every float dtype, so the mask costs eager PyTorch no rounding."""
 
+STACKED_P = (DROPOUT_P, 0.5)
+"""Of two stacked adapters; as exact."""
+
+
+def stacked_ranks(r: int) -> tuple[int, ...]:
+    """Two unequal adapters of summed rank r, where r allows."""
+    return (r - r // 3, r // 3) if r >= 3 else (1,) * r
+
 
 def _lora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
     return {"scale": ALPHA / draw.r}
+
+
+def _lora_stacked(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
+    return _lora(draw, base) | {"ranks": stacked_ranks(draw.r)}
 
 
 def _rslora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
@@ -78,6 +90,7 @@ METHODS = {
     for method in (
         Method("lora", _LORA, _lora),
         Method("lora-dropout", _LORA, _lora, dropout_p=DROPOUT_P),
+        Method("lora-stacked-dropout", _LORA, _lora_stacked, dropout_p=STACKED_P),
         Method("rslora", _LORA, _rslora),
         Method("dora", _DORA, _dora, through_x=_KEPT),
         Method("dora-dropout", _DORA, _dora, dropout_p=DROPOUT_P, through_x=_KEPT),

@@ -65,9 +65,12 @@ def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tens
     return (weight + scale * _mm(B_hat, A_hat)).norm(dim=1)
 
 
-def project(x: Tensor, A_hat: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
-    """drop(x) Âᵀ."""
-    return _mm(_drop(x, dropout_p, mask), A_hat.T)
+def project(x: Tensor, A_hat: Tensor, ranks: list[int], dropout_p: list[float], mask: Tensor | None) -> Tensor:
+    """drop(x) Âᵀ, with `ranks` each block of Â's rows by its own mask of [len(ranks), T, K]."""
+    if ranks and mask is not None:
+        blocks = zip(A_hat.split(ranks), dropout_p, mask, strict=True)
+        return torch.cat([_mm(x * m / (1 - p), A.T) for A, p, m in blocks], dim=1)
+    return _mm(_drop(x, dropout_p[0], mask), A_hat.T)
 
 
 def expand(
@@ -115,7 +118,8 @@ def input_grad(
     A_hat: Tensor,
     scale: float,
     c: Tensor | None,
-    dropout_p: float,
+    ranks: list[int],
+    dropout_p: list[float],
     mask: Tensor | None,
     two_term: bool,
 ) -> Tensor:
@@ -123,13 +127,21 @@ def input_grad(
     du = dy if c is None else c * dy
     branch = scale * _mm(dv, A_hat)
     if two_term:
-        return _mm(dy, weight) + _drop(_mm(du - dy, weight) + branch, dropout_p, mask)
-    return _mm(du, weight) + _drop(branch, dropout_p, mask)
+        return _mm(dy, weight) + _drop(_mm(du - dy, weight) + branch, dropout_p[0], mask)
+    if ranks and mask is not None:
+        blocks = zip(dv.split(ranks, dim=1), A_hat.split(ranks), dropout_p, mask, strict=True)
+        return _mm(du, weight) + sum(scale * _mm(v, A) * m / (1 - p) for v, A, p, m in blocks)
+    return _mm(du, weight) + _drop(branch, dropout_p[0], mask)
 
 
-def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, mask: Tensor | None) -> Tensor:
-    """dÂ = scale · dvᵀ drop(x)."""
-    return scale * _mm(dv.T, _drop(x, dropout_p, mask))
+def project_backward(
+    dv: Tensor, x: Tensor, scale: float, ranks: list[int], dropout_p: list[float], mask: Tensor | None
+) -> Tensor:
+    """dÂ = scale · dvᵀ drop(x), with `ranks` block by block."""
+    if ranks and mask is not None:
+        blocks = zip(dv.split(ranks, dim=1), dropout_p, mask, strict=True)
+        return torch.cat([scale * _mm(v.T, x * m / (1 - p)) for v, p, m in blocks])
+    return scale * _mm(dv.T, _drop(x, dropout_p[0], mask))
 
 
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask: Tensor | None) -> Tensor:

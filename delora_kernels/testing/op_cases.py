@@ -9,7 +9,7 @@ from torch import Tensor
 from delora_kernels import ops
 from delora_kernels.testing import naive_ops
 from delora_kernels.testing.method import Draw
-from delora_kernels.testing.methods import DROPOUT_P
+from delora_kernels.testing.methods import DROPOUT_P, STACKED_P, stacked_ranks
 from delora_kernels.testing.problem import moved
 
 SCALE = 1.75
@@ -19,6 +19,7 @@ Arguments = dict[str, Any]
 Variants = Iterator[Arguments]
 
 NO_DROPOUT: Arguments = {"dropout_p": 0.0, "seed": None}
+NO_MASKS: Arguments = {"ranks": [], "dropout_p": [0.0], "seed": None}
 
 
 class OpDraw:
@@ -48,6 +49,10 @@ class OpDraw:
         self._dtype, self.rank_dtype = dtype, rank_dtype
         seed_tensor = torch.tensor(seed, dtype=torch.int64, device=device)
         self.dropout: Arguments = {"dropout_p": DROPOUT_P, "seed": seed_tensor}
+        ranks = stacked_ranks(R)
+        seeds, probabilities = seed_tensor + torch.arange(len(ranks), device=device), list(STACKED_P[: len(ranks)])
+        self.one_mask: Arguments = {"ranks": [], "dropout_p": [DROPOUT_P], "seed": seed_tensor}
+        self.masks: Arguments = {"ranks": list(ranks), "dropout_p": probabilities, "seed": seeds}
 
     def base(self, *shape: int) -> Tensor:
         """As x, weight, bias, y."""
@@ -91,8 +96,8 @@ def _row_norm(d: OpDraw) -> Variants:
 
 def _project(d: OpDraw) -> Variants:
     made: Arguments = {"x": d.base(d.T, d.K), "A_hat": d.small(d.R, d.K)}
-    yield made | NO_DROPOUT
-    yield made | d.dropout
+    for masks in (NO_MASKS, d.one_mask, d.masks):
+        yield made | masks
 
 
 def _expand(d: OpDraw) -> Variants:
@@ -120,18 +125,18 @@ def _expand_backward(d: OpDraw) -> Variants:
 
 def _input_grad(d: OpDraw) -> Variants:
     made: Arguments = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K)}
-    made |= {"dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K)}
+    made |= {"dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K), "scale": SCALE}
     for c in (None, d.acc(d.N)):
-        yield made | {"scale": SCALE, "c": c} | NO_DROPOUT | {"two_term": False}
-        yield made | {"scale": SCALE, "c": c} | d.dropout | {"two_term": False}
-    yield made | {"scale": SCALE, "c": d.acc(d.N)} | d.dropout | {"two_term": True}
+        for masks in (NO_MASKS, d.one_mask, d.masks):
+            yield made | {"c": c, "two_term": False} | masks
+    yield made | {"c": d.acc(d.N), "two_term": True} | d.one_mask
 
 
 def _project_backward(d: OpDraw) -> Variants:
     made: Arguments = {"dv": d.small(d.T, d.R), "x": d.base(d.T, d.K), "scale": SCALE}
-    yield made | NO_DROPOUT
-    yield made | {"dv": d.small(d.T, d.R + 2)[:, : d.R]} | NO_DROPOUT  # the trainable columns of a wider dv
-    yield made | d.dropout
+    for masks in (NO_MASKS, d.one_mask, d.masks):
+        yield made | masks
+    yield made | {"dv": d.small(d.T, d.R + 2)[:, : d.R]} | NO_MASKS  # the trainable columns of a wider dv
 
 
 def _weight_grad(d: OpDraw) -> Variants:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from delora_kernels import ops
 from delora_kernels.testing import naive_ops
+from delora_kernels.testing.dropout import dropout_masks
 from delora_kernels.testing.op_cases import OPS, OpDraw
 from delora_kernels.testing.problem import Inputs, Outputs, Problem
 
@@ -47,7 +48,7 @@ def op_problems(
     for inputs in draw(OpDraw(T, K, N, R, dtype, rank_dtype or dtype, device, seed)):
         if inputs.get("seed") is not None:
             width = inputs["x"].shape[1] if "x" in inputs else inputs["weight"].shape[1]
-            inputs["mask"] = ops.dropout_mask(T, width, inputs["dropout_p"], inputs["seed"], backend)
+            inputs["mask"] = dropout_masks(T, width, inputs["dropout_p"], inputs["seed"], backend)
         eager = partial(_eager, name, torch.promote_types(dtype, rank_dtype or dtype))
         dtypes = _dtypes(name, inputs, backend)
         yield Problem(name, inputs, partial(_run, name, backend), eager, partial(_naive, name), dtypes)

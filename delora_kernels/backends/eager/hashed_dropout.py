@@ -5,6 +5,10 @@ ops. One hash decides four neighbouring elements with 16 bits each, so p is met 
 tensor: no device is ever synchronised, and a CUDA graph that draws a new seed draws a new mask.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,6 +32,29 @@ def keep_mask(rows: slice, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     threshold = round(dropout_p * (1 << 16)) - (1 << 15)
     fields = bits.view(torch.int16).view(rows.stop - rows.start, groups * _DECISIONS)[:, :K]
     return fields >= threshold
+
+
+class MaskGroup(NamedTuple):
+    """Columns of a rank-space tensor that share one mask; seed None: nothing drops there."""
+
+    columns: slice
+    dropout_p: float
+    seed: Tensor | None
+
+    def drop(self, chunk: Tensor, rows: slice) -> Tensor:
+        """Rows of a [T, K] tensor with the dropped elements zeroed, not yet divided by 1 − p."""
+        return chunk if self.seed is None else chunk * keep_mask(rows, chunk.shape[1], self.dropout_p, self.seed)
+
+
+def mask_groups(R: int, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> list[MaskGroup]:
+    """How the R columns of a rank-space tensor are divided among masks; arguments as in the op `project`."""
+    if seed is None or not ranks:
+        return [MaskGroup(slice(0, R), dropout_p[0], seed)]
+    ends = list(accumulate(ranks))
+    return [
+        MaskGroup(slice(end - rank, end), p, one if p > 0 else None)
+        for end, rank, p, one in zip(ends, ranks, dropout_p, seed.unbind(), strict=True)
+    ]
 
 
 def _splitmix64(index: Tensor, seed: Tensor) -> Tensor:

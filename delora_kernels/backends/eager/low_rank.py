@@ -5,12 +5,14 @@ written. Wherever a tensor must be seen in a wider dtype (DoRA's column scale, f
 are taken in chunks that stay in cache: a float32 copy of x, y, dy or W never exists.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
-from delora_kernels.backends.eager.hashed_dropout import keep_mask
+from delora_kernels.backends.eager.hashed_dropout import keep_mask, mask_groups
 from delora_kernels.ops import accumulate_dtype
 
 
@@ -25,19 +27,18 @@ def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tens
     return norm
 
 
-def project(x: Tensor, A_hat: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows."""
+def project(x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> Tensor:
+    """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows and mask."""
     if x.dtype == A_hat.dtype and seed is None:
         return torch.mm(x, A_hat.t())
     h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
+    groups = mask_groups(A_hat.shape[0], ranks, dropout_p, seed)
     for rows, chunk in chunks_in(A_hat.dtype, x):
-        torch.mm(_dropped(chunk, rows, dropout_p, seed), A_hat.t(), out=h[rows])
-    return h.div_(1 - dropout_p)
-
-
-def _dropped(chunk: Tensor, rows: slice, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Rows of x with the dropped elements zeroed, not yet divided by 1 − p."""
-    return chunk if seed is None else chunk * keep_mask(rows, chunk.shape[1], dropout_p, seed)
+        for group in groups:
+            torch.mm(group.drop(chunk, rows), A_hat[group.columns].t(), out=h[rows, group.columns])
+    for group in groups:
+        h[:, group.columns].div_(1 - group.dropout_p)
+    return h
 
 
 def expand(
@@ -106,7 +107,7 @@ def _halves(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _drop(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     dropped = torch.empty_like(x)
     for rows in row_chunks(x):
-        torch.div(_dropped(x[rows], rows, dropout_p, seed), 1 - dropout_p, out=dropped[rows])
+        torch.div(x[rows] * keep_mask(rows, x.shape[1], dropout_p, seed), 1 - dropout_p, out=dropped[rows])
     return dropped
 
 
@@ -169,22 +170,27 @@ def input_grad(
     A_hat: Tensor,
     scale: float,
     c: Tensor | None,
-    dropout_p: float,
+    ranks: Sequence[int],
+    dropout_p: Sequence[float],
     seed: Tensor | None,
     two_term: bool,
 ) -> Tensor:
     """The frozen GEMM on dy, the rank-R term on top, masked first where elements dropped."""
     if seed is None:
         return _add_rank_term(_scaled_gemm(dy, weight, c), dv, A_hat, scale)
-    K, scale = weight.shape[1], scale / (1 - dropout_p)
     if two_term and c is not None:
-        dropped = _add_rank_term(_scaled_gemm(dy, weight, (c - 1) / (1 - dropout_p)), dv, A_hat, scale)
+        p = dropout_p[0]
+        dropped = _add_rank_term(_scaled_gemm(dy, weight, (c - 1) / (1 - p)), dv, A_hat, scale / (1 - p))
         for rows in row_chunks(dropped):
-            dropped[rows] *= keep_mask(rows, K, dropout_p, seed)
+            dropped[rows] *= keep_mask(rows, weight.shape[1], p, seed)
         return dropped.addmm_(dy, weight)
     dx = _scaled_gemm(dy, weight, c)
-    for rows, chunk in chunks_in(dv.dtype, dx):
-        dx[rows] = torch.mm(dv[rows], A_hat).mul_(scale).mul_(keep_mask(rows, K, dropout_p, seed)).add_(chunk)
+    groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
+    for rows, total in chunks_in(dv.dtype, dx):
+        for group in groups:
+            branch = torch.mm(dv[rows, group.columns], A_hat[group.columns]).mul_(scale / (1 - group.dropout_p))
+            total = group.drop(branch, rows).add_(total)
+        dx[rows] = total
     return dx
 
 
@@ -205,15 +211,21 @@ def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
     return scaled
 
 
-def project_backward(dv: Tensor, x: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """One GEMM, or one for each chunk of rows, summed in float32."""
+def project_backward(
+    dv: Tensor, x: Tensor, scale: float, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None
+) -> Tensor:
+    """One GEMM, or one for each chunk of rows and mask, summed in float32."""
     acc = accumulate_dtype(dv.dtype)
     if x.dtype == dv.dtype and seed is None:
         return _product(dv.t(), x, scale).to(acc)
     dA_hat = dv.new_zeros((dv.shape[1], x.shape[1]), dtype=acc)
+    groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
     for rows, chunk in chunks_in(acc, x):
-        dA_hat.addmm_(dv[rows].to(acc).t(), _dropped(chunk, rows, dropout_p, seed))
-    return dA_hat.mul_(scale / (1 - dropout_p))
+        for group in groups:
+            dA_hat[group.columns].addmm_(dv[rows, group.columns].to(acc).t(), group.drop(chunk, rows))
+    for group in groups:
+        dA_hat[group.columns].mul_(scale / (1 - group.dropout_p))
+    return dA_hat
 
 
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -1,0 +1,234 @@
+"""What checks the arguments of each public function and turns them into a `Call`: dtypes, seed and backend settled."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from delora_kernels import backends, checks
+from delora_kernels.call import Call, Options
+
+
+def lora_call(
+    x: Any,
+    weight: Any,
+    A: Any,
+    B: Any,
+    scale: Any = 1.0,
+    bias: Any = None,
+    *,
+    ranks: Any = None,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+) -> Call:
+    """The call that `functional.lora_linear` makes."""
+    name = "lora_linear"
+    _check(name, x, weight, bias, A, B)
+    scale = checks.number(name, "scale", scale)
+    ranks = checks.ranks(name, ranks, A)
+    return _call(name, x, weight, bias, A, B, scale=scale, ranks=ranks, dropout_p=dropout_p, seed=seed)
+
+
+def dora_call(
+    x: Any,
+    weight: Any,
+    A: Any,
+    B: Any,
+    magnitude: Any,
+    scale: Any = 1.0,
+    bias: Any = None,
+    *,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    dropout: Any = "peft",
+    saved: Any = "private",
+) -> Call:
+    """The call that `functional.dora_linear` makes."""
+    name = "dora_linear"
+    _check(name, x, weight, bias, A, B)
+    magnitude = checks.tensor(name, "magnitude", magnitude)
+    checks.shape(name, "magnitude", magnitude, (weight.shape[0],), "[N]", "pass one value for each row of weight")
+    checks.same_device(name, "magnitude", magnitude, x)
+    two_term = checks.option(name, "dropout", dropout, ("peft", "branch")) == "peft"
+    save_output = checks.option(name, "saved", saved, ("private", "output")) == "output"
+    two_term = two_term and checks.probability(name, dropout_p) > 0
+    if save_output and (bias is not None or two_term):
+        got = "a bias" if bias is not None else "dropout='peft' with dropout_p > 0"
+        raise checks.fail(
+            ValueError, name, "saved", "'private' here", f"'output' with {got}", "y does not hold c ⊙ u then"
+        )
+    return _call(
+        name,
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        magnitude=magnitude,
+        scale=checks.number(name, "scale", scale),
+        dropout_p=dropout_p,
+        seed=seed,
+        two_term=two_term,
+        save_output=save_output,
+    )
+
+
+def delora_call(
+    x: Any,
+    weight: Any,
+    A: Any,
+    B: Any,
+    lam: Any,
+    weight_norm: Any,
+    bias: Any = None,
+    *,
+    frozen_A: Any = None,
+    frozen_B: Any = None,
+    frozen_lam: Any = None,
+    eps: Any = 1e-4,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+) -> Call:
+    """The call that `functional.delora_linear` makes."""
+    name = "delora_linear"
+    _check(name, x, weight, bias, A, B)
+    lam, weight_norm, eps = _delora_constants(name, A, lam, weight_norm, eps)
+    if (frozen_A is None) != (frozen_B is None):
+        missing = "frozen_A" if frozen_A is None else "frozen_B"
+        raise checks.fail(
+            ValueError, name, missing, "a tensor", "None", "a frozen start needs both frozen_A and frozen_B"
+        )
+    if frozen_A is not None:
+        checks.factors(name, x, weight, frozen_A, frozen_B, ("frozen_A", "frozen_B"))
+        checks.constant(name, "frozen_A", frozen_A)
+        checks.constant(name, "frozen_B", frozen_B)
+    if frozen_lam is not None:
+        if frozen_A is None:
+            raise checks.fail(
+                ValueError, name, "frozen_lam", "None", "a value", "it scales frozen_A and frozen_B: pass them"
+            )
+        frozen_lam = checks.scalar_tensor(name, "frozen_lam", frozen_lam, x)
+        checks.constant(name, "frozen_lam", frozen_lam)
+    return _call(
+        name,
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        lam=lam,
+        weight_norm=weight_norm,
+        frozen_A=frozen_A,
+        frozen_B=frozen_B,
+        frozen_lam=frozen_lam,
+        eps=eps,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+
+
+def factors_call(A: Any, B: Any, lam: Any, weight_norm: Any, eps: Any) -> tuple[Tensor, Tensor, float]:
+    """λ, n and eps as `functional.delora_factors` passes them on, all of its arguments checked."""
+    name = "delora_factors"
+    checks.pair(name, A, B)
+    checks.same_device(name, "B", B, A)
+    return _delora_constants(name, A, lam, weight_norm, eps)
+
+
+def _delora_constants(name: str, A: Tensor, lam: Any, weight_norm: Any, eps: Any) -> tuple[Tensor, Tensor, float]:
+    lam = checks.scalar_tensor(name, "lam", lam, A)
+    if isinstance(weight_norm, Tensor) and weight_norm.dim() > 0:
+        weight_norm = checks.tensor(name, "weight_norm", weight_norm)
+        remedy = "pass ‖W‖ of each input column, or one number"
+        checks.shape(name, "weight_norm", weight_norm, (A.shape[1],), "[K]", remedy)
+        checks.same_device(name, "weight_norm", weight_norm, A)
+    else:
+        weight_norm = checks.scalar_tensor(name, "weight_norm", weight_norm, A)
+    checks.constant(name, "weight_norm", weight_norm)
+    return lam, weight_norm, checks.not_negative(name, "eps", eps)
+
+
+def active_transform(tensors: Iterable[Any]) -> str | None:
+    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        duals = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+        if any(dual.tangent is not None for dual in duals):
+            return "forward-mode differentiation"
+    return None
+
+
+def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
+    transform = active_transform((x, weight, bias, A, B))
+    if transform is not None:
+        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.reference.{name} there")
+    checks.base(name, x, weight, bias)
+    checks.factors(name, x, weight, A, B)
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout_p: Any,
+    seed: Any,
+    ranks: tuple[int, ...] = (),
+    scale: float = 1.0,
+    magnitude: Tensor | None = None,
+    lam: Tensor | None = None,
+    weight_norm: Tensor | None = None,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    frozen_lam: Tensor | None = None,
+    eps: float = 0.0,
+    two_term: bool = False,
+    save_output: bool = False,
+) -> Call:
+    dropout_p = checks.probabilities(name, dropout_p, ranks)
+    compute_dtype = rank_dtype = _compute_dtype(x)
+    if compute_dtype == x.dtype == weight.dtype and not _autocast(x):
+        rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
+    seed = checks.seed(name, seed, x, len(ranks)) if any(dropout_p) else None
+    options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
+    call = Call(
+        x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0),
+        weight,
+        bias,
+        A,
+        B,
+        magnitude,
+        lam,
+        weight_norm,
+        frozen_A,
+        frozen_B,
+        frozen_lam,
+        seed,
+        options,
+    )
+    return call._replace(options=options._replace(backend=backends.choose(call)))
+
+
+def _autocast(x: Tensor) -> bool:
+    # autocast leaves float64 alone
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    "lora_linear": lora_call,
+    "dora_linear": dora_call,
+    "delora_linear": delora_call,
+}
+"""Public function name → what checks its arguments and turns them into a `Call`."""

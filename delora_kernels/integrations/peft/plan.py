@@ -1,0 +1,174 @@
+"""What computes a PEFT layer as it stands now: a fused function of its tensors, or why PEFT's own forward must."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora import dora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from delora_kernels import functional
+from delora_kernels.frozen import FrozenLinear, has_other_forward, why_not_local, why_not_plain
+
+Fused = Callable[[Tensor], Tensor]
+
+ON_PURPOSE = ("its adapters are disabled", "its adapter is merged", "it has no active adapter")
+"""Reasons that a user brings about on purpose: nothing to log."""
+
+
+class _Adapter(NamedTuple):
+    """One active adapter of a layer: its tensors by role, the factor of its update, its dropout now."""
+
+    tensors: Mapping[str, Tensor]
+    scale: float
+    dropout_p: float
+
+
+def plan_of(layer: Any) -> Fused | str:
+    """What computes the layer's output from its input x, or the reason why it must be PEFT's own forward.
+
+    Args:
+        layer: A LoRA or DeLoRA linear of PEFT, fused or not.
+    """
+    if has_other_forward(layer):
+        return "it has a forward of its own"
+    if layer.disable_adapters:
+        return ON_PURPOSE[0]
+    if layer.merged:
+        return ON_PURPOSE[1]
+    is_delora = isinstance(layer, DeloraLinear)
+    names = [name for name in layer.active_adapters if name in (layer.delora_A if is_delora else layer.lora_A)]
+    if not names:
+        return ON_PURPOSE[2]
+    base = FrozenLinear.of(layer.base_layer)
+    if isinstance(base, str):
+        return base
+    adapters: list[_Adapter] = []
+    for name in names:
+        adapter = _delora_adapter(layer, name) if is_delora else _lora_adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        reason = _why_not_tensors(base, adapter.tensors)
+        if reason is not None:
+            return reason
+        adapters.append(adapter)
+    return _delora_plan(adapters, base) if is_delora else _lora_plan(adapters, base)
+
+
+def class_name(kind: type) -> str:
+    """A layer's class as messages name it."""
+    return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
+
+
+def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"its LoRA variant {type(variant).__name__} is not fused"
+    if layer.lora_bias.get(name):
+        return "lora_bias=True"
+    if not layer.cast_input_dtype_enabled:
+        return "the cast of its input is disabled"
+    owners = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
+    for role, owner in owners.items():
+        if type(owner) is not nn.Linear:
+            return f"its {role} is a {type(owner).__name__}"
+        if owner.bias is not None:
+            return f"its {role} has a bias"
+    if variant is not None:
+        owners["magnitude"] = layer.lora_magnitude_vector[name]
+        if type(owners["magnitude"]) is not DoraLinearLayer:
+            return f"its magnitude is a {type(owners['magnitude']).__name__}"
+        if dora.ENABLE_DORA_CACHING and not layer.training:
+            return "PEFT's cache of DoRA norms is on"
+    for role, owner in owners.items():
+        reason = why_not_plain(owner, role)
+        if reason is not None:
+            return reason
+    dropout_p = _dropout_p(layer.lora_dropout[name])
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if variant is not None and not layer.training:
+        dropout_p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
+    scale = layer.scaling[name]
+    if not isinstance(scale, Real):
+        return f"its scaling is a {type(scale).__name__}"
+    return _Adapter({role: owner.weight for role, owner in owners.items()}, float(scale), dropout_p)
+
+
+def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
+    roles = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
+    tensors = {role: getattr(layer, role)[name] for role in roles}
+    dropout_p = _dropout_p(layer.delora_dropout[name])
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if layer.r[name] != tensors["delora_A"].shape[0]:
+        return "its rank is not that of delora_A"
+    return _Adapter(tensors, 1.0, dropout_p)
+
+
+def _lora_plan(adapters: list[_Adapter], base: FrozenLinear) -> Fused | str:
+    if len(adapters) > 1:
+        if any("magnitude" in adapter.tensors for adapter in adapters):
+            return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
+        return partial(_stacked, lambda A, B: (A, B), adapters, base)
+    tensors, scale, dropout_p = adapters[0]
+    arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
+    arguments |= {"scale": scale, "bias": base.bias, "dropout_p": dropout_p}
+    if "magnitude" in tensors:
+        return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
+    return partial(functional.lora_linear, **arguments)
+
+
+def _delora_plan(adapters: list[_Adapter], base: FrozenLinear) -> Fused:
+    def fused(x: Tensor) -> Tensor:
+        if len(adapters) > 1:
+            y = _stacked(functional.delora_factors, adapters, base, x)
+        else:
+            (A, B, lam, weight_norm), dropout_p = adapters[0].tensors.values(), adapters[0].dropout_p
+            y = functional.delora_linear(x, base.weight, A, B, lam, weight_norm, base.bias, dropout_p=dropout_p)
+        return y.to(x.dtype)  # as PEFT's DeLoRA, unlike its LoRA, does under autocast
+
+    return fused
+
+
+def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: FrozenLinear, x: Tensor) -> Tensor:
+    """Several adapters as one of their summed rank, each with its own mask; x is read once."""
+    A, B = zip(*(factors(*adapter.tensors.values()) for adapter in adapters), strict=True)
+    scales = [adapter.scale for adapter in adapters]
+    scale = max(scales, key=abs)
+    return functional.lora_linear(
+        x,
+        base.weight,
+        torch.cat(A),
+        torch.cat([b if s == scale else b * (s / scale) for b, s in zip(B, scales, strict=True)], dim=1),
+        scale,
+        base.bias,
+        dropout_p=[adapter.dropout_p for adapter in adapters],
+        ranks=[a.shape[0] for a in A],
+    )
+
+
+def _dropout_p(dropout: Any) -> float | str:
+    """The probability that `dropout` drops with now, or why it can't be said."""
+    if type(dropout) not in (nn.Identity, nn.Dropout) or why_not_plain(dropout, "dropout") is not None:
+        return f"its dropout is a {type(dropout).__name__} that can't be fused"
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if dropout.p >= 1:
+        return "its dropout drops everything"
+    return dropout.p if dropout.training else 0.0
+
+
+def _why_not_tensors(base: FrozenLinear, tensors: Mapping[str, Tensor]) -> str | None:
+    for role, tensor in tensors.items():
+        reason = why_not_local(tensor, role)
+        if reason is not None:
+            return reason
+        if tensor.device != base.weight.device:
+            return f"its {role} is on another device than its base"
+    return None
