@@ -21,8 +21,10 @@ from delora_kernels.frozen import FrozenLinear
 
 def run(call: Call) -> Tensor:
     """The output [T, N] of `call`, differentiable once where a tensor of it requires grad."""
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in call):
-        return AdaptedLinear.apply(*call)
+    if torch.is_grad_enabled():
+        for value in call:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return AdaptedLinear.apply(*call)
     return _forward(call, keep=False).y
 
 
@@ -47,13 +49,14 @@ def _forward(call: Call, keep: bool) -> _Stages:
         with torch.autocast(device, enabled=False):
             return _forward(call, keep)
     o = call.options
-    x = call.x.to(o.compute_dtype)
+    x = _cast(call.x, o.compute_dtype)
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
+    stages = ops.stages(o.backend, call[:-1])
     a = b = norm = c = None
     if call.lam is None:
-        A_hat, B_hat = call.A.to(o.rank_dtype), call.B.to(o.rank_dtype)
+        A_hat, B_hat = _cast(call.A, o.rank_dtype), _cast(call.B, o.rank_dtype)
     else:
-        A_hat, B_hat, a, b = ops.fold(
+        A_hat, B_hat, a, b = stages.fold(
             call.A,
             call.B,
             call.lam,
@@ -63,14 +66,13 @@ def _forward(call: Call, keep: bool) -> _Stages:
             call.frozen_lam,
             o.eps,
             o.rank_dtype,
-            o.backend,
         )
     if call.magnitude is not None:
-        norm = ops.row_norm(weight, A_hat, B_hat, o.scale, o.backend)
+        norm = stages.row_norm(weight, A_hat, B_hat, o.scale)
         c = _divide(call.magnitude.to(norm.dtype), norm)
-    h = ops.project(x, A_hat, o.ranks, o.dropout_p, call.seed, o.backend)
+    h = stages.project(x, A_hat, o.ranks, o.dropout_p, call.seed)
     u_dropout = (o.dropout_p[0], call.seed) if o.two_term else (0.0, None)
-    y, kept = ops.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep, *u_dropout, o.backend)
+    y, kept = stages.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep, *u_dropout)
     return _Stages(x, y, kept, h, A_hat, B_hat, a, b, norm, c)
 
 
@@ -133,7 +135,10 @@ class AdaptedLinear(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved)
         ctx.options, ctx.r = o, call.A.shape[0]
-        ctx.dtypes = {name: value.dtype for name, value in call._asdict().items() if isinstance(value, Tensor)}
+        ctx.wanted = [
+            (name, value.dtype if wanted else None)
+            for name, value, wanted in zip(Call._fields, inputs, ctx.needs_input_grad, strict=True)
+        ]
         ctx.lam_shape = None if call.lam is None else call.lam.shape
         ctx.factors = (call.A, call.B, call.magnitude, call.lam)
         return s.y
@@ -175,19 +180,23 @@ def _refuse_second_derivatives(
 
 def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
     """The gradient of every input of the Function that wants one, in its dtype."""
+    if torch.is_autocast_enabled(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(ctx, dy, saved)
     need, o = Call(*ctx.needs_input_grad), ctx.options
+    stages = ops.stages(o.backend, (dy, *saved))
     grad: dict[str, Any] = {}
-    dv, dB_hat, dy_dot_u, dy_sum = ops.expand_backward(
-        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias), o.backend
+    dv, dB_hat, dy_dot_u, dy_sum = stages.expand_backward(
+        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias)
     )
     dA_hat = None
     if need.A:
-        trained = dv.narrow(1, 0, ctx.r)
-        dA_hat = ops.project_backward(trained, saved.x, o.scale, o.ranks, o.dropout_p, saved.seed, o.backend)
+        trained = dv if dv.shape[1] == ctx.r else dv.narrow(1, 0, ctx.r)
+        dA_hat = stages.project_backward(trained, saved.x, o.scale, o.ranks, o.dropout_p, saved.seed)
     if saved.lam is None:
         grad |= {"A": dA_hat, "B": dB_hat}
     else:
-        dA, dB, dlam = ops.fold_backward(
+        dA, dB, dlam = stages.fold_backward(
             dA_hat,
             dB_hat if saved.h is not None else None,
             saved.A,
@@ -198,7 +207,6 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
             saved.a,
             saved.b,
             o.eps,
-            o.backend,
         )
         grad |= {"A": dA, "B": dB}
         if need.lam:
@@ -209,10 +217,15 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
     del dA_hat, dB_hat  # the token-sized gradients come last, when what the small ones took is free again
     if need.x:
         weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
-        grad["x"] = ops.input_grad(
-            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.ranks, o.dropout_p, saved.seed, o.two_term, o.backend
+        grad["x"] = stages.input_grad(
+            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.ranks, o.dropout_p, saved.seed, o.two_term
         )
     if need.weight:
         u_dropout = (o.dropout_p[0], saved.seed) if o.two_term else (0.0, None)
-        grad["weight"] = ops.weight_grad(dy, saved.x, saved.c, *u_dropout, o.backend)
-    return tuple(grad[name].to(ctx.dtypes[name]) if wanted else None for name, wanted in need._asdict().items())
+        grad["weight"] = stages.weight_grad(dy, saved.x, saved.c, *u_dropout)
+    return tuple(None if dtype is None else _cast(grad[name], dtype) for name, dtype in ctx.wanted)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), without the cost of a call that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -167,8 +167,9 @@ def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
     transform = active_transform((x, weight, bias, A, B))
     if transform is not None:
         raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.reference.{name} there")
-    checks.base(name, x, weight, bias)
-    checks.factors(name, x, weight, A, B)
+    if not checks.plainly_right(x, weight, bias, A, B):
+        checks.base(name, x, weight, bias)
+        checks.factors(name, x, weight, A, B)
 
 
 def _call(
@@ -194,13 +195,17 @@ def _call(
     save_output: bool = False,
 ) -> Call:
     dropout_p = checks.probabilities(name, dropout_p, ranks)
-    compute_dtype = rank_dtype = _compute_dtype(x)
-    if compute_dtype == x.dtype == weight.dtype and not _autocast(x):
-        rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
+        compute_dtype = rank_dtype = torch.get_autocast_dtype(device)
+    else:
+        compute_dtype = rank_dtype = x.dtype
+        if not A.dtype == B.dtype == x.dtype == weight.dtype:
+            rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
     seed = checks.seed(name, seed, x, len(ranks)) if any(dropout_p) else None
     options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
     call = Call(
-        x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0),
+        x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0),
         weight,
         bias,
         A,
@@ -214,16 +219,7 @@ def _call(
         seed,
         options,
     )
-    return call._replace(options=options._replace(backend=backends.choose(call)))
-
-
-def _autocast(x: Tensor) -> bool:
-    # autocast leaves float64 alone
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
+    return Call(*call[:-1], options=Options(*options[:-1], backend=backends.choose(call)))
 
 
 CALLS: dict[str, Callable[..., Call]] = {

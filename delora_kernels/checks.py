@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = set(FLOATS)
 
 
 def fail(kind: type[Exception], function: str, argument: str, expected: str, got: object, remedy: str) -> Exception:
@@ -110,6 +111,39 @@ def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -
     if value not in choices:
         raise fail(ValueError, function, argument, f"one of {choices}", repr(value), "pick one of them")
     return str(value)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plainly_right(x: Any, weight: Any, bias: Any, A: Any, B: Any) -> bool:
+    """Whether `base` and `factors` would find nothing, found the short way; False: ask them."""
+    if not (type(x) in _PLAIN and type(weight) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN):
+        return False
+    dtype, device, layout = x.dtype, x.device, torch.strided
+    N, K = weight.shape if weight.dim() == 2 else (-1, -1)
+    r = A.shape[0] if A.dim() == 2 else 0
+    return (
+        dtype == weight.dtype
+        and {dtype, A.dtype, B.dtype} <= _FLOATS
+        and x.dim() > 0
+        and r > 0
+        and x.shape[-1] == K == A.shape[1]
+        and B.shape == (N, r)
+        and device == weight.device == A.device == B.device
+        and device.type != "meta"
+        and layout == x.layout == weight.layout == A.layout == B.layout
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN
+                and bias.dtype in _FLOATS
+                and bias.shape == (N,)
+                and bias.device == device
+                and bias.layout == layout
+            )
+        )
+    )
 
 
 def base(function: str, x: Any, weight: Any, bias: Any) -> None:

@@ -4,8 +4,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+from torch.utils.module_tracker import ModuleTracker
 
 from delora_kernels.checks import FLOATS
+
+_HOOKS_OF_ALL_MODULES: tuple[Any, ...] = (
+    all_modules._global_forward_hooks,
+    all_modules._global_forward_pre_hooks,
+    all_modules._global_backward_hooks,
+    all_modules._global_backward_pre_hooks,
+)
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class FrozenLinear(NamedTuple):
@@ -30,11 +42,10 @@ class FrozenLinear(NamedTuple):
         is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if kind is not nn.Linear and not is_conv1d:
             return f"the base layer is {kind.__module__}.{kind.__qualname__}, not nn.Linear or Transformers' Conv1D"
-        reason = why_not_plain(module, "base layer")
+        reason = why_not_plain(module, "base layer") or _why_not_any_module()
         if reason is not None:
             return reason
-        weight: Any = module.weight
-        bias: Any = module.bias
+        weight, bias = parameter(module, "weight"), parameter(module, "bias")
         reason = why_not_local(weight, "base weight") or (None if bias is None else why_not_local(bias, "base bias"))
         if reason is not None:
             return reason
@@ -42,11 +53,17 @@ class FrozenLinear(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`: itself where that is its dtype, else a copy that nobody keeps."""
-        return self.weight.to(dtype)
+        return self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The frozen output x Wᵀ + bias, [..., K] → [..., N]."""
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """`module`'s attribute `name`: from its parameters, or where a wrapper has put something else in their place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def why_not_plain(module: nn.Module, name: str) -> str | None:
@@ -55,6 +72,15 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
         return f"the {name} has hooks"
     if has_other_forward(module):
         return f"the {name} has a forward of its own"
+    return None
+
+
+def _why_not_any_module() -> str | None:
+    """Why calling any module may do more than its class says: hooks for all, but those that only count FLOPs."""
+    for hooks in _HOOKS_OF_ALL_MODULES:
+        for hook in hooks.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                return "hooks are registered for all modules"
     return None
 
 
@@ -83,7 +109,7 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
 
 def why_not_local(tensor: Tensor, name: str) -> str | None:
     """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in _PLAIN:
         return f"the {name} is a {type(tensor).__name__}"
     if tensor.dtype not in FLOATS:
         return f"the {name} has dtype {tensor.dtype}"
@@ -91,4 +117,8 @@ def why_not_local(tensor: Tensor, name: str) -> str | None:
         return f"the {name} is on the meta device"
     if tensor.numel() == 0:
         return f"the {name} is empty (sharded away, or a layer without features)"
+    # FSDP1 leaves views of memory that it has freed, never parameters; a transform's tensors can't be asked
+    is_view = type(tensor) is Tensor and not torch.compiler.is_compiling()
+    if is_view and not torch._C._are_functorch_transforms_active() and tensor.untyped_storage().size() == 0:
+        return f"the {name} has no memory now (sharded away)"
     return None

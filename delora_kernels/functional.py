@@ -206,7 +206,8 @@ def delora_factors(
 
 
 def _run(call: Call, x: Tensor) -> Tensor:
-    return adapted_linear.run(call).view(*x.shape[:-1], call.weight.shape[0])
+    y = adapted_linear.run(call)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 backends.load("eager")

@@ -4,12 +4,13 @@ An op is one stage of the equation in docs/math.md, on 2-D tensors, with no auto
 `adapted_linear.py` decides which stages run in which order. Letters: T tokens, K in-features, N out-features,
 R total rank, r trainable rank. `acc` is float64 for float64 tensors and float32 for everything else.
 
-Every op is registered as torch.ops.delora_kernels.<name>; the functions here call it, straight to the backend's kernel
-where nothing stands in between. The last argument of every op names the backend that runs it, so that a backward pass
-runs on the backend of its forward pass, also after `use_backend` has been left and also inside a compiled graph.
+Every op is registered as torch.ops.delora_kernels.<name>, and is a function of this module; `stages` gives the kernels
+straight where nothing stands in between. The last argument of every op names the backend that runs it, so that a
+backward pass runs on the backend of its forward pass, also after `use_backend` has been left and in a compiled graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from delora_kernels import backends
 
 NAMESPACE = "delora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_OPS: dict[str, Any] = {}
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -28,15 +30,37 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, tracer, dispatch mode, tensor subclass or autograd must see the call."""
-    return (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
+    """The ops of one backend, each without its last argument: its kernels themselves, or where a compiler, tracer,
+    dispatch mode or tensor subclass must see the calls, the registered ops.
+
+    Autograd does not see the kernels: this is for the inside of an autograd Function, with autocast off.
+    """
+    if (
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
-    )
+    ):
+        return _registered[backend]
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return _registered[backend]
+    return backends.load(backend)
+
+
+class _Registered:
+    """The registered ops with the name of a backend as their last argument."""
+
+    def __init__(self, backend: str) -> None:
+        for name, op in _OPS.items():
+            setattr(self, name, partial(_call, op, backend))
+
+
+def _call(op: Any, backend: str, *args: Any) -> Any:
+    return op(*args, backend)
 
 
 def _register(schema: str, fake: Callable[..., Outputs]) -> Any:
@@ -61,13 +85,11 @@ def _register(schema: str, fake: Callable[..., Outputs]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.default(*args)
 
-    def call(*args: Any) -> Any:
-        return op.default(*args) if _watched(args) else run(*args)
-
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, refuse_autograd, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*args[:-1]))
-    return call
+    _OPS[name] = op.default
+    return op.default
 
 
 def _acc(like: Tensor, *shape: Any) -> Tensor:
@@ -198,16 +220,7 @@ dropout_mask = _register(
 )
 """The elements of a [T, K] input that dropout keeps, as the other ops decide them from the same seed."""
 
-NAMES = (
-    "fold",
-    "fold_backward",
-    "row_norm",
-    "project",
-    "expand",
-    "expand_backward",
-    "input_grad",
-    "project_backward",
-    "weight_grad",
-    "dropout_mask",
-)
+NAMES = tuple(_OPS)
 """Every op of the contract."""
+
+_registered = {backend: _Registered(backend) for backend in backends.NAMES}

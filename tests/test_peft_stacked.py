@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from delora_kernels import functional as F
 from delora_kernels import ops, reference
+from delora_kernels.backends import eager
 
 RANKS = (3, 1, 5)
 NAMES = ("default", "second", "extra")
@@ -92,18 +93,17 @@ def test_scales_and_switching(x: Tensor, seed: int) -> None:
 
 
 class _Recorder:
-    """The masks that the calls inside it draw: seeds of F.lora_linear's calls, by layer."""
+    """The seeds of the masks that calls draw."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seeds: list[Tensor] = []
-        real = ops.project
+        real = eager.project
 
-        def project(x: Tensor, A_hat: Tensor, ranks: Any, dropout_p: Any, seed: Any, backend: str) -> Tensor:
+        def project(x: Tensor, A_hat: Tensor, ranks: Any, dropout_p: Any, seed: Any) -> Tensor:
             self.seeds.append(seed)
-            result: Tensor = real(x, A_hat, ranks, dropout_p, seed, backend)
-            return result
+            return real(x, A_hat, ranks, dropout_p, seed)
 
-        monkeypatch.setattr(ops, "project", project)
+        monkeypatch.setattr(eager, "project", project)
 
 
 @pytest.mark.parametrize("method", ["lora", "delora"])

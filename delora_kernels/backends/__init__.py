@@ -70,8 +70,8 @@ def choose(call: "Call") -> str:
                 f"Use use_backend('eager'), or leave the choice open."
             )
         return name
-    for name in NAMES:
-        reason = reason_against(name, call)
+    for name in _MODULES:
+        reason = load(name).supports(call)
         if reason is None:
             return name
         _log_once(name, reason)

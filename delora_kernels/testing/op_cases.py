@@ -75,7 +75,9 @@ def _fold(d: OpDraw) -> Variants:
     start = {"frozen_A": d.small(d.R + 1, d.K), "frozen_B": d.small(d.N, d.R + 1), "eps": 0.0}
     yield made | start
     yield made | start | {"frozen_lam": d.small(), "lam": d.small(), "weight_norm": d.small().abs()}
-    yield made | {"eps": d.K**0.5}  # some of A's rows and B's columns are clamped
+    norms = made["A"].double().norm(dim=1)
+    between = float(norms.min() + norms.max()) / 2 if d.R > 1 else 2 * float(norms)
+    yield made | {"eps": between}  # some of A's rows are clamped, and of B's columns
 
 
 def _fold_backward(d: OpDraw) -> Variants:

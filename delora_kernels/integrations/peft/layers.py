@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from delora_kernels.calls import active_transform
-from delora_kernels.frozen import is_own_forward
+from delora_kernels.frozen import is_own_forward, parameter
 from delora_kernels.integrations.peft.plan import ON_PURPOSE, plan_of
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
     transform = active_transform(chain((x,), layer.parameters()))
     if transform is not None:
         return f"{transform} are under way"
-    weight = layer.get_base_layer().weight
+    weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:
         return "its input is on another device"
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
