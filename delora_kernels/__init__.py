@@ -3,9 +3,11 @@
 import delora_kernels as dk
 
 dk.accelerate(peft_model)                     # swap PEFT's eager adapter layers for fused ones, in place
+dk.export_lora(peft_model, "folder")          # a DeLoRA adapter as a standard LoRA adapter
 y = dk.functional.lora_linear(x, W, A, B)     # the same as functions; delora_kernels.nn has them as modules
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from delora_kernels import functional, nn, reference
@@ -14,19 +16,39 @@ from delora_kernels.explanation import explain
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from delora_kernels.integrations.export import export_lora
     from delora_kernels.integrations.peft import accelerate, restore
+    from delora_kernels.integrations.transformers import AccelerateCallback
 
-__all__ = ["__version__", "accelerate", "explain", "functional", "nn", "reference", "restore", "use_backend"]
+__all__ = [
+    "AccelerateCallback",
+    "__version__",
+    "accelerate",
+    "explain",
+    "export_lora",
+    "functional",
+    "nn",
+    "reference",
+    "restore",
+    "use_backend",
+]
+
+_LAZY = {
+    "accelerate": "peft",
+    "restore": "peft",
+    "export_lora": "export",
+    "AccelerateCallback": "transformers",
+}
+"""Names that import PEFT, and the module of delora_kernels.integrations that has them."""
 
 
 def __getattr__(name: str) -> Any:
-    """accelerate and restore, loaded on first use: they import PEFT."""
-    if name not in ("accelerate", "restore"):
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from delora_kernels.integrations import peft
+        module = importlib.import_module(f"delora_kernels.integrations.{_LAZY[name]}")
     except ImportError as error:
         raise ImportError(
-            f"delora_kernels.{name} needs PEFT: pip install 'peft>=0.18' 'transformers>=4.56' ({error})"
+            f"delora_kernels.{name} needs PEFT and Transformers: pip install 'peft>=0.18' 'transformers>=4.56' ({error})"
         ) from error
-    return getattr(peft, name)
+    return getattr(module, name)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -165,5 +166,16 @@ def _plain(row: Row) -> dict[str, Any]:
     }
 
 
+def _run_as_program() -> int:
+    """main(), quiet when the reader of its output goes away, as `| head -1` does."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it exits
+        return 141  # 128 + SIGPIPE, what a shell reports of any program that is stopped this way
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run_as_program())

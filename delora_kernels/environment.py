@@ -2,37 +2,33 @@
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from delora_kernels import backends
+from delora_kernels.integrations import supported
 from delora_kernels.version import __version__
 
-_PACKAGES = {
-    "torch": ("torch",),
-    "triton": ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm"),
-    "numpy": ("numpy",),
-    "peft": ("peft",),
-    "transformers": ("transformers",),
-}
+_SUPPORTED = ("python", "torch", "triton", "peft", "transformers")
 
 
 def environment() -> dict[str, Any]:
     """Describe where this runs; nothing is imported for it, and a CUDA device is only asked for its properties.
 
     Returns:
-        `delora_kernels`, `python`, `platform`; the version or None of `torch`, `triton`, `numpy`, `peft`,
-        `transformers`; `cuda` {`runtime`, `driver`} or None; `devices`, each {`device`, `name`} and on a GPU
-        `capability` and `memory_gib`; `backends` name → None if it can run, else why not; `variables`, those of the
-        environment that change what runs.
+        `delora_kernels`, `python`, `platform`; the version or None of `torch`, `triton`, `peft`, `transformers`,
+        `numpy`; `support`, where each version lies in the supported range; `cuda` {`runtime`, `driver`} or None;
+        `devices`, each {`device`, `name`} and on a GPU `capability` and `memory_gib`; `backends` name → None if it can
+        run, else why not; `variables`, those of the environment that change what runs.
     """
+    versions = {name: supported.installed(name) for name in _SUPPORTED} | {"torch": torch.__version__}
     return {
         "delora_kernels": __version__,
-        "python": platform.python_version(),
+        **versions,
+        "numpy": supported.version_of("numpy"),
+        "support": {name: supported.status(name, version) for name, version in versions.items()},
         "platform": platform.platform(),
-        **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
         "cuda": _cuda(),
         "devices": _devices(),
         "backends": {name: backends.unavailable(name) for name in backends.NAMES},
@@ -43,8 +39,9 @@ def environment() -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> str:
     """The report of `environment` for people: one fact a line."""
     cuda = report["cuda"]
-    lines = [(name, report[name] or "not installed") for name in ("delora_kernels", "python", *_PACKAGES)]
-    lines += [("platform", report["platform"])]
+    lines = [("delora_kernels", report["delora_kernels"])]
+    lines += [(name, supported.describe(name, report[name])) for name in _SUPPORTED]
+    lines += [("numpy", report["numpy"] or "not installed"), ("platform", report["platform"])]
     lines += [("CUDA", f"runtime {cuda['runtime']}, driver for {cuda['driver'] or 'unknown'}" if cuda else "none")]
     for device in report["devices"]:
         details = [device["name"]]
@@ -52,19 +49,16 @@ def as_text(report: dict[str, Any]) -> str:
             details += [f"compute capability {device['capability']}", f"{device['memory_gib']} GiB"]
         lines.append((f"device {device['device']}", ", ".join(details)))
     lines += [(f"backend {name}", f"no: {why}" if why else "can run") for name, why in report["backends"].items()]
-    lines += [(name, value or "not set") for name, value in report["variables"].items()]
+    lines += [(name, _setting(name, value)) for name, value in report["variables"].items()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-def _version(distributions: tuple[str, ...]) -> str | None:
-    """The version of the first of these distributions that is installed."""
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def _setting(name: str, value: str | None) -> str:
+    """A variable of the environment; a backend that does not exist is named as such."""
+    if name == backends.ENVIRONMENT_VARIABLE and value and value not in backends.NAMES:
+        return f"{value}: no such backend, every call will raise; must be one of {', '.join(backends.NAMES)}"
+    return value or "not set"
 
 
 def _cuda() -> dict[str, str | None] | None:

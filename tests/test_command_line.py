@@ -17,6 +17,7 @@ from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
 from delora_kernels.backends.eager import low_rank
 from delora_kernels.environment import as_text, environment
+from delora_kernels.integrations import supported
 from delora_kernels.testing import METHODS
 
 
@@ -30,8 +31,8 @@ def test_environment_from_the_shell() -> None:
     assert done.returncode == 0, done.stderr
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["delora_kernels"] == delora_kernels.__version__
-    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert facts["torch"] == torch.__version__
+    assert facts["python"] == supported.describe("python", ".".join(map(str, sys.version_info[:3])))
+    assert facts["torch"] == supported.describe("torch", torch.__version__)
     backends_shown = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("backend ")]
     assert [name for name, _ in backends_shown] == list(backends.NAMES)
     assert ["eager", "can run"] in backends_shown
@@ -51,10 +52,13 @@ def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "no such backend")
     report = json.loads(json.dumps(environment()))
     assert report["variables"][backends.ENVIRONMENT_VARIABLE] == "no such backend"
+    assert set(report["support"]) == set(supported.TABLE)
+    assert all(report["support"][name] == supported.status(name, report[name]) for name in supported.TABLE)
     assert report["devices"][0]["device"] == "cpu"
     assert report["backends"]["eager"] is None
     report |= {
         "peft": None,
+        "transformers": "4.55.4",
         "cuda": {"runtime": "13.0", "driver": None},
         "devices": [{"device": "cuda:0", "name": "GPU", "capability": "9.0", "memory_gib": 139.8}],
         "backends": {"triton": "triton is not installed", "eager": None},
@@ -62,10 +66,13 @@ def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
     text = as_text(report).splitlines()
     for fact in (
         "peft not installed",
+        "transformers 4.55.4 (older than the supported 4.56)",
         "CUDA runtime 13.0, driver for unknown",
         "device cuda:0 GPU, compute capability 9.0, 139.8 GiB",
         "backend triton no: triton is not installed",
         "backend eager can run",
+        "DELORA_KERNELS_BACKEND no such backend: no such backend, every call will raise; must be one of "
+        "triton, cuda, eager",
     ):
         assert fact in [" ".join(line.split()) for line in text]
     starts = {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in text}
@@ -121,6 +128,18 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], seed: int) -> None:
         assert set(row) == {"method", "what", "dtype", "backend", "error", "limit", "eager", "status", "note"}
         assert 0 <= row["error"] <= row["limit"] or row["what"] == "repeat"
         assert (row["status"], row["backend"], row["note"]) == ("ok", "eager", "")
+
+
+@pytest.mark.parametrize("arguments", [["--verbose"], ["--json"]])
+def test_reader_that_goes_away(arguments: list[str]) -> None:
+    """`python -m delora_kernels check | head -1`: no traceback, and the status that a shell gives for SIGPIPE."""
+    command = [sys.executable, "-m", "delora_kernels", "check", "--device", "cpu", "--dtype", "float32", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=300) == 141
 
 
 def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,17 +270,17 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "1 / (1 - p) forgotten": (
         "project",
-        lambda right, x, A_hat, p, seed: right(x, A_hat, p, seed) * (1 - p),
+        lambda right, x, A_hat, ranks, p, seed: right(x, A_hat, ranks, p, seed) * (1 - p[0]),
         {"op project": "h", "lora-dropout": "y", "lora": None},
     ),
     "branch rounded to bfloat16": (
         "project",
-        lambda right, x, A_hat, p, seed: right(x.bfloat16(), A_hat.bfloat16(), p, seed).to(A_hat.dtype),
+        lambda right, x, A_hat, *rest: right(x.bfloat16(), A_hat.bfloat16(), *rest).to(A_hat.dtype),
         {"op project": "h", "lora": "y", "delora": "y", "delora-zero-b": "dB"},
     ),
     "factors' last row lost": (
         "project",
-        lambda right, x, A_hat, p, seed: zero_last_row(right(x, A_hat, p, seed).t()).t(),
+        lambda right, *rest: zero_last_row(right(*rest).t()).t(),
         {"op project": "h", "lora": "dB", "delora-frozen-live": "dlam"},
     ),
     "bias scaled by c": (
@@ -325,8 +344,13 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "mask of another seed in backward": (
         "project_backward",
-        lambda right, dv, x, scale, p, seed: right(dv, x, scale, p, None if seed is None else seed + 1),
+        lambda right, dv, x, scale, ranks, p, seed: right(dv, x, scale, ranks, p, None if seed is None else seed + 1),
         {"op project_backward": "dA_hat", "lora-dropout": "dA", "delora-dropout": "dA", "lora": None},
+    ),
+    "one mask for stacked adapters": (
+        "input_grad",
+        lambda right, *a: right(*a[:6], [], a[7], a[8] if a[8] is None else a[8].reshape(-1)[0], a[9]),
+        {"op input_grad": "dx", "lora-stacked-dropout": "dx", "lora-dropout": None},
     ),
     "every element kept": (
         "dropout_mask",

@@ -16,9 +16,11 @@ PACKAGE = Path(dk.__file__).parent
 
 PUBLIC = {
     "delora_kernels": [
+        "AccelerateCallback",
         "__version__",
         "accelerate",
         "explain",
+        "export_lora",
         "functional",
         "nn",
         "reference",
@@ -53,7 +55,7 @@ def test_without_peft_accelerate_says_what_to_install() -> None:
         "try: dk.accelerate\n"
         "except ImportError as error: print(error)"
     )
-    assert text.startswith("delora_kernels.accelerate needs PEFT: pip install 'peft>=0.18'")
+    assert text.startswith("delora_kernels.accelerate needs PEFT and Transformers: pip install 'peft>=0.18'")
 
 
 def test_public_names() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from delora_kernels import functional
 from delora_kernels.frozen import FrozenLinear, has_other_forward, parameter, why_not_local, why_not_plain
+from delora_kernels.integrations import supported
 
 Fused = Callable[[Tensor], Tensor]
 
@@ -75,6 +76,9 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"its LoRA variant {type(variant).__name__} is not fused"
+    reason = supported.why_not("lora" if variant is None else "dora")
+    if reason is not None:
+        return reason
     if layer.lora_bias.get(name):
         return "lora_bias=True"
     if not layer.cast_input_dtype_enabled:
@@ -107,6 +111,9 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
 
 
 def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
+    reason = supported.why_not("delora")
+    if reason is not None:
+        return reason
     parts = layer._modules
     tensors = {role: parameter(parts[role], name) for role in ("delora_A", "delora_B", "delora_lambda")}
     tensors["delora_w_norm"] = parts["delora_w_norm"]._buffers[name]

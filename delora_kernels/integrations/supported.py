@@ -1,0 +1,148 @@
+"""The versions of other software that this library is made for, and whether the installed PEFT may be fused.
+
+The table is the only place with these ranges; README, docs/versions.md and setup.py are tested against it.
+"""
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import NamedTuple
+
+from packaging.version import InvalidVersion, Version
+
+TESTED = "tested"
+NEWER = "newer than tested"
+OLDER = "older than supported"
+PRE_RELEASE = "an untested pre-release"
+MISSING = "missing"
+
+
+class Supported(NamedTuple):
+    """The supported range of one piece of software.
+
+    Args:
+        name: As people write it.
+        oldest: The oldest version that is supported; what setup.py asks for.
+        newest: The newest version that the tests ran with; "3.13" stands for every 3.13.x.
+        distributions: The names under which package indexes have it; none for Python itself.
+    """
+
+    name: str
+    oldest: str
+    newest: str
+    distributions: tuple[str, ...] = ()
+
+
+TABLE: Mapping[str, Supported] = {
+    "python": Supported("Python", "3.10", "3.13"),
+    "torch": Supported("PyTorch", "2.7", "2.15", ("torch",)),
+    "triton": Supported(
+        "Triton", "3.3", "3.9", ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm")
+    ),
+    "peft": Supported("PEFT", "0.18", "0.21.2", ("peft",)),
+    "transformers": Supported("Transformers", "4.56", "5.23", ("transformers",)),
+}
+
+METHODS = ("lora", "dora", "delora")
+"""What `why_not` answers for: the kinds of PEFT layers that can be fused; rsLoRA is a "lora"."""
+
+
+def installed(name: str) -> str | None:
+    """The installed version of the software `name`, a key of TABLE, or None; nothing is imported for it."""
+    return platform.python_version() if name == "python" else version_of(*TABLE[name].distributions)
+
+
+def version_of(*distributions: str) -> str | None:
+    """The version of the first of these distributions that is installed, or None."""
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def status(name: str, version: str | None) -> str:
+    """Where a version lies: TESTED, NEWER, OLDER, PRE_RELEASE or MISSING.
+
+    Every release from the oldest supported to the newest tested one counts as tested.
+
+    Args:
+        name: A key of TABLE.
+        version: As `installed` gives it; a local part such as "+cpu" is left out of account.
+    """
+    if version is None:
+        return MISSING
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return PRE_RELEASE
+    newest = Version(TABLE[name].newest)
+    if found < Version(TABLE[name].oldest):
+        return OLDER
+    if found.release[: len(newest.release)] > newest.release:
+        return NEWER
+    return PRE_RELEASE if found.is_prerelease else TESTED
+
+
+def describe(name: str, version: str | None) -> str:
+    """The version and where it lies, as a report shows it: "0.25.0 (newer than the tested 0.21.2)"."""
+    state = status(name, version)
+    return "not installed" if state == MISSING else f"{version} ({_in_words(name, state)})"
+
+
+def _in_words(name: str, state: str) -> str:
+    bounds = {
+        NEWER: f"newer than the tested {TABLE[name].newest}",
+        OLDER: f"older than the supported {TABLE[name].oldest}",
+    }
+    return bounds.get(state, state)
+
+
+def as_markdown() -> str:
+    """The table as README.md and docs/versions.md show it."""
+    rows = [f"| {row.name} | {row.oldest} | {row.newest} |" for row in TABLE.values()]
+    return "\n".join(["| | oldest supported | newest tested |", "| --- | --- | --- |", *rows])
+
+
+_reasons: dict[str, str | None] = {}
+
+
+def why_not(method: str) -> str | None:
+    """Why layers of this kind of the installed PEFT must run PEFT's own forward, or None: they can be fused.
+
+    A tested version of PEFT can. Another one is checked, once for each process: what its layers' forward reads, and
+    their numbers (`layer_check`). After the first call the answer is a look-up, which torch.compile can trace.
+
+    Args:
+        method: One of METHODS.
+    """
+    if not _reasons:
+        _reasons.update(dict.fromkeys(METHODS))  # the check itself runs fused layers
+        _reasons.update(_checked(installed("peft")))
+    return _reasons[method]
+
+
+def _checked(version: str | None) -> Mapping[str, str | None]:
+    state = status("peft", version)
+    if state == TESTED:
+        return dict.fromkeys(METHODS)
+    peft = f"PEFT {version or ''} is {_in_words('peft', state)}".replace("  ", " ")
+    if state in (MISSING, OLDER):
+        return dict.fromkeys(METHODS, peft)
+    names = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
+    reasons = {method: _difference(method) for method in METHODS}
+    return {
+        method: None if reason is None else f"{peft} and its {names[method]} layer differs: {reason}"
+        for method, reason in reasons.items()
+    }
+
+
+def _difference(method: str) -> str | None:
+    """How the installed PEFT's layer differs from what is fused, or None; whatever goes wrong is a difference."""
+    try:
+        from delora_kernels.integrations.layer_check import difference
+
+        return difference(method)
+    except Exception as error:
+        return f"checking it raised {type(error).__name__}: {error}"
