@@ -49,6 +49,6 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"delora_kernels.integrations.{_LAZY[name]}")
     except ImportError as error:
         raise ImportError(
-            f"delora_kernels.{name} needs PEFT and Transformers: pip install 'peft>=0.18' 'transformers>=4.56' ({error})"
+            f"delora_kernels.{name} needs PEFT and Transformers: pip install 'delora-kernels[peft]' ({error})"
         ) from error
     return getattr(module, name)

@@ -107,18 +107,22 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
-def why_not_local(tensor: Tensor, name: str) -> str | None:
+class NotLocal(str):
+    """The reason of a tensor that is not whole and plain now; later it may be."""
+
+
+def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
     """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
     if type(tensor) not in _PLAIN:
-        return f"the {name} is a {type(tensor).__name__}"
+        return NotLocal(f"the {name} is a {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
-        return f"the {name} has dtype {tensor.dtype}"
+        return NotLocal(f"the {name} has dtype {tensor.dtype}")
     if tensor.is_meta:
-        return f"the {name} is on the meta device"
+        return NotLocal(f"the {name} is on the meta device")
     if tensor.numel() == 0:
-        return f"the {name} is empty (sharded away, or a layer without features)"
+        return NotLocal(f"the {name} is empty (sharded away, or a layer without features)")
     # FSDP1 leaves views of memory that it has freed, never parameters; a transform's tensors can't be asked
     is_view = type(tensor) is Tensor and not torch.compiler.is_compiling()
     if is_view and not torch._C._are_functorch_transforms_active() and tensor.untyped_storage().size() == 0:
-        return f"the {name} has no memory now (sharded away)"
+        return NotLocal(f"the {name} has no memory now (sharded away)")
     return None

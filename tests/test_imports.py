@@ -55,7 +55,7 @@ def test_without_peft_accelerate_says_what_to_install() -> None:
         "try: dk.accelerate\n"
         "except ImportError as error: print(error)"
     )
-    assert text.startswith("delora_kernels.accelerate needs PEFT and Transformers: pip install 'peft>=0.18'")
+    assert text.startswith("delora_kernels.accelerate needs PEFT and Transformers: pip install 'delora-kernels[peft]'")
 
 
 def test_public_names() -> None:

@@ -147,5 +147,5 @@ def test_reference_imports_nothing_of_the_rest() -> None:
     nodes = [node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
-    others = {name for name in imported - {"torch", "collections.abc"} if not name.startswith("delora_kernels.reference.")}
+    others = {n for n in imported - {"torch", "collections.abc"} if not n.startswith("delora_kernels.reference.")}
     assert others == set()

@@ -143,7 +143,7 @@ def _model(method: str, dropout_p: float, adapters: int) -> nn.Module:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             parameter.requires_grad_()
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def _step(layer: nn.Module) -> dict[str, Tensor]:
@@ -154,4 +154,4 @@ def _step(layer: nn.Module) -> dict[str, Tensor]:
     y = layer(x)
     y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))
     grads = {f"the gradient of {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    return {"its output": y.detach(), "the gradient of its input": x.grad} | grads  # type: ignore[dict-item]
+    return {"its output": y.detach(), "the gradient of its input": x.grad} | grads

@@ -12,11 +12,13 @@ class LayerReport:
         name: Qualified module name.
         method: "lora", "dora", "delora", or the layer's class where the library does not know it.
         reason: Why the layer runs its own forward as things stand, or None: it is fused.
+        deferred: Whether only a call can tell; `reason` says why.
     """
 
     name: str
     method: str
     reason: str | None
+    deferred: bool = False
 
     @property
     def fused(self) -> bool:
@@ -38,13 +40,19 @@ class Report:
     @property
     def declined(self) -> tuple[LayerReport, ...]:
         """The layers that run their own forward, each with its reason."""
-        return tuple(layer for layer in self.layers if not layer.fused)
+        return tuple(layer for layer in self.layers if not layer.fused and not layer.deferred)
+
+    @property
+    def deferred(self) -> tuple[LayerReport, ...]:
+        """The layers of which each call decides anew, with the reason."""
+        return tuple(layer for layer in self.layers if layer.deferred)
 
     def __str__(self) -> str:
         methods = ", ".join(f"{count} {method}" for method, count in Counter(x.method for x in self.fused).items())
         lines = [f"fused {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")]
-        for reason, count in Counter(layer.reason for layer in self.declined).most_common():
-            names = [layer.name for layer in self.declined if layer.reason == reason]
-            shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
-            lines.append(f"  not fused, {count}: {reason}: {shown}")
+        for title, layers in (("not fused", self.declined), ("decided at each call", self.deferred)):
+            for reason, count in Counter(layer.reason for layer in layers).most_common():
+                names = [layer.name for layer in layers if layer.reason == reason]
+                shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
+                lines.append(f"  {title}, {count}: {reason}: {shown}")
         return "\n".join(lines)

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora import dora
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -13,13 +14,19 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from delora_kernels import functional
-from delora_kernels.frozen import FrozenLinear, has_other_forward, parameter, why_not_local, why_not_plain
+from delora_kernels.frozen import FrozenLinear, NotLocal, has_other_forward, parameter, why_not_local, why_not_plain
 from delora_kernels.integrations import supported
 
 Fused = Callable[[Tensor], Tensor]
 
 ON_PURPOSE = ("its adapters are disabled", "its adapter is merged", "it has no active adapter")
 """Reasons that a user brings about on purpose: nothing to log."""
+
+
+_LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"), nn.ModuleDict)
+_DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
+_DELORA_DICTS |= {"delora_w_norm": BufferDict, "delora_dropout": nn.ModuleDict}
+"""Where PEFT keeps the parts of a layer's adapters; a wrapper in the place of one may do more."""
 
 
 class _Adapter(NamedTuple):
@@ -47,6 +54,9 @@ def plan_of(layer: Any) -> Fused | str:
         return ON_PURPOSE[1]
     parts = layer._modules
     is_delora = isinstance(layer, DeloraLinear)
+    for role, kind in (_DELORA_DICTS if is_delora else _LORA_DICTS).items():
+        if type(parts[role]) is not kind:
+            return f"its {role} is kept in a {type(parts[role]).__name__}"
     known = parts["delora_A" if is_delora else "lora_A"]
     names = [name for name in layer.active_adapters if name in known]
     if not names:
@@ -62,6 +72,8 @@ def plan_of(layer: Any) -> Fused | str:
         reason = _why_not_tensors(base, adapter.tensors)
         if reason is not None:
             return reason
+        if is_delora and layer.r[name] != adapter.tensors["delora_A"].shape[0]:
+            return "its rank is not that of delora_A"
         adapters.append(adapter)
     return _delora_plan(adapters, base) if is_delora else _lora_plan(adapters, base)
 
@@ -120,8 +132,6 @@ def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
     dropout_p = _dropout_p(parts["delora_dropout"]._modules[name])
     if isinstance(dropout_p, str):
         return dropout_p
-    if layer.r[name] != tensors["delora_A"].shape[0]:
-        return "its rank is not that of delora_A"
     return _Adapter(tensors, 1.0, dropout_p)
 
 
@@ -183,6 +193,8 @@ def _why_not_tensors(base: FrozenLinear, tensors: Mapping[str, Tensor]) -> str |
         reason = why_not_local(tensor, role)
         if reason is not None:
             return reason
+        if tensor.dim() != (2 if role.endswith(("_A", "_B")) else 1):
+            return NotLocal(f"its {role} is {tensor.dim()}-dimensional (sharded away)")
         if tensor.device != base.weight.device:
             return f"its {role} is on another device than its base"
     return None

@@ -9,6 +9,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from delora_kernels.frozen import NotLocal
 from delora_kernels.integrations.peft.layers import fused_class, peft_class, swap_class
 from delora_kernels.integrations.peft.plan import class_name, plan_of
 from delora_kernels.integrations.report import LayerReport, Report
@@ -22,7 +23,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
 
     Args:
         model: Any module that holds PEFT adapter layers: a PeftModel, a bare model with injected adapters, one layer.
-        strict: Raise, before anything is changed, unless every adapter layer can be fused.
+        strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers that FSDP has sharded
+            already can't be judged, and do not raise: every rank must decide alike.
 
     Returns:
         The report: each adapter layer, fused or with the reason why it runs PEFT's own forward.
@@ -73,7 +75,13 @@ def _describe(name: str, layer: Any) -> LayerReport:
     if fused_class(kind) is kind is peft_class(kind):
         return LayerReport(name, _method(layer), f"{class_name(kind)} layers are not fused")
     plan = plan_of(layer)
+    managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
+    if isinstance(plan, NotLocal) and managed:
+        return LayerReport(name, _method(layer), _SHARDED, deferred=True)
     return LayerReport(name, _method(layer), plan if isinstance(plan, str) else None)
+
+
+_SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"
 
 
 def _method(layer: Any) -> str:
@@ -81,5 +89,5 @@ def _method(layer: Any) -> str:
         return "delora"
     if not isinstance(layer, LoraLinear):
         return class_name(type(layer))
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = [name for name in layer.active_adapters if name in layer.lora_A.keys()]  # noqa: SIM118, it may be wrapped
     return "dora" if any(isinstance(layer.lora_variant.get(name), DoraLinearVariant) for name in names) else "lora"

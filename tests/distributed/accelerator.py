@@ -1,0 +1,42 @@
+"""Hugging Face accelerate's Accelerator, which wraps the model, shares out the batches and runs backward."""
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import delora_kernels as dk
+from distributed.blocks import (
+    assert_close,
+    batch,
+    blocks,
+    fused_calls,
+    gradients,
+    half,
+    optimizer_step,
+    parameters,
+    single_process,
+)
+
+
+def train(rank: int, method: str, seed: int, before: bool) -> int:
+    """The number of fused calls of a pass, accelerated before or after prepare(); the numbers are checked here."""
+    from accelerate import Accelerator
+
+    y, grads, stepped = single_process(method, seed)
+    made = blocks(method, seed)
+    if before:
+        dk.accelerate(made, strict=True)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    wrapped, loader = accelerator.prepare(made, DataLoader(TensorDataset(batch(seed)), batch_size=2))
+    if not before:
+        dk.accelerate(wrapped, strict=True)
+    with fused_calls() as calls:
+        for (x,) in loader:
+            assert torch.equal(x, half(batch(seed), rank))
+            out = wrapped(x)
+            assert_close({"y": out.detach()}, {"y": half(y, rank)})
+            accelerator.backward(out.square().mean())
+    assert_close(gradients(wrapped), grads)
+    optimizer_step(wrapped)
+    assert_close(parameters(wrapped), stepped)
+    return len(calls)

@@ -1,0 +1,158 @@
+"""torch.compile of accelerated models: one graph, no more recompilations than PEFT's layers, every change is seen."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft_models import config, model, step
+from test_peft import assert_close
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+pytest.importorskip("transformers")
+
+from tiny_llama import llama, tokens
+
+import delora_kernels as dk
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A torch.compile backend that keeps the graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        self.seen.append(graph)
+        return graph.forward
+
+    def fused(self) -> list[bool]:
+        """For each graph: whether it calls an op of this library."""
+        found = []
+        for graph in self.seen:
+            modules = [one for one in graph.modules() if isinstance(one, torch.fx.GraphModule)]
+            found.append(any("delora_kernels" in str(node.target) for one in modules for node in one.graph.nodes))
+        return found
+
+
+def inputs(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def named(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile's wrapper puts before the parameters' names."""
+    return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
+
+
+def graph_breaks(made: Any, batch: Tensor) -> tuple[int, Tensor]:
+    """How often a compiled run of `made` leaves its graph, and its loss."""
+    torch._dynamo.reset()
+    counters.clear()
+    loss: Tensor = torch.compile(made, backend="eager")(input_ids=batch, labels=batch).loss
+    return sum(counters["graph_break"].values()), loss
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_llama_is_one_graph(method: str, training: bool, seed: int) -> None:
+    """No graph break, with dropout in training, also where PEFT's own DoRA has some; the masks are eager mode's."""
+    batch = tokens(seed, 2, 9)
+    made = llama(method, seed, dropout_p=0.1, blocks=1).train(training)
+    dk.accelerate(made, strict=True)
+    torch.manual_seed(seed)
+    expected = made(input_ids=batch, labels=batch).loss
+    torch.manual_seed(seed)
+    count, loss = graph_breaks(made, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert count == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_dynamic_lengths(method: str, seed: int) -> None:
+    """Three odd lengths compile one graph."""
+    counter, made = CompileCounterWithBackend("aot_eager"), model(method, seed, dtype=torch.float64)
+    frames = []
+    dk.accelerate(made, strict=True)
+    compiled = torch.compile(made, backend=counter, dynamic=True, fullgraph=True)
+    for length in (5, 9, 13):
+        x = inputs(seed, 2, length, 12)
+        assert_close(named(step(compiled, x)), step(made, x))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] == frames[2]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_inductor(seed: int) -> None:
+    layer = model("dora", seed, dtype=torch.float64).base_model.model.first
+    dk.accelerate(layer, strict=True)
+    x = inputs(seed, 3, 12)
+    assert_close(named(step(torch.compile(layer, fullgraph=True), x)), step(layer, x))
+
+
+@pytest.mark.parametrize("method", ["lora", "delora"])
+def test_two_active_adapters(method: str, seed: int) -> None:
+    """Fused together or PEFT's own forward: PEFT's numbers, and no graph break."""
+    made, eager = (model(method, seed, dtype=torch.float64) for _ in range(2))
+    for one in (made, eager):
+        torch.manual_seed(seed + 1)
+        one.add_adapter("second", config(method, r=2, target_modules=["first", "third"]))
+        one.base_model.set_adapter(["default", "second"])
+    dk.accelerate(made)
+    x = inputs(seed, 3, 12)
+    assert_close(named(step(torch.compile(made, backend="aot_eager", fullgraph=True), x)), step(eager, x))
+
+
+@pytest.mark.parametrize("method", ["lora", "delora"])
+def test_changes_after_compiling(method: str, seed: int) -> None:
+    """Adapters switched, disabled, rescaled or merged after torch.compile has run are seen; switching back is free."""
+    made, eager = (model(method, seed, dtype=torch.float64) for _ in range(2))
+    for one in (made, eager):
+        torch.manual_seed(seed + 1)
+        one.add_adapter("other", config(method, r=2, target_modules=["first", "second", "third"]))
+    dk.accelerate(made, strict=True)
+    counter = CompileCounterWithBackend("eager")
+    compiled, x = torch.compile(made, backend=counter), inputs(seed, 3, 12)
+    frames = []
+    for name in ("default", "other", "default", "other"):
+        for one in (made, eager):
+            one.set_adapter(name)
+        assert_close(named(step(compiled, x)), step(eager, x))
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[2] == frames[3]
+    with made.disable_adapter(), eager.disable_adapter():
+        torch.testing.assert_close(compiled(x), eager(x))
+    if method != "delora":
+        for one in (made, eager):
+            one.base_model.model.first.set_scale("other", 0.3)
+        assert_close(named(step(compiled, x)), step(eager, x))
+    for one in (made, eager):
+        one.merge_adapter()
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "wrapped"), [("lora", False), ("delora", True)])
+def test_accelerated_after_compiling(method: str, wrapped: bool, seed: int) -> None:
+    """accelerate() and restore() after torch.compile has run are seen by the next call."""
+    made, graphs = model(method, seed, dtype=torch.float64), Graphs()
+    compiled, x = torch.compile(made, backend=graphs), inputs(seed, 3, 12)
+    theirs = step(made, x)
+    assert_close(named(step(compiled, x)), theirs)
+    assert graphs.fused() == [False]
+    dk.accelerate(compiled if wrapped else made, strict=True)
+    assert_close(named(step(compiled, x)), theirs)
+    assert graphs.fused() == [False, True]
+    dk.restore(compiled if wrapped else made)
+    assert_close(named(step(compiled, x)), theirs)
+    assert graphs.fused()[2:] in ([], [False])  # none: the first graph still fits

@@ -1,0 +1,83 @@
+"""Every script of examples/ in its small form: it ends well, soon, and its numbers are right."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUMBER = r"(\d+\.\d+(?:e[-+]\d+)?)"
+
+FINDS: dict[str, list[tuple[str, float, float]]] = {
+    "peft_trainer": [
+        (rf"loss of the first fifth of the steps {NUMBER}", 5.0, 6.0),  # ln 256 = 5.5 at the start
+        (rf", of the last {NUMBER}", 3.0, 5.0),
+        (r"delora-kernels: fused (\d+) of 14 adapter layers \(14 delora\)", 14, 14),
+    ],
+    "plain_linear": [
+        (rf"before adapting: loss {NUMBER}", 0.2, 5.0),
+        (rf"adapter parameters trained: loss {NUMBER}", 0.0, 0.05),
+        (rf"merged, largest relative difference: {NUMBER}", 0.0, 1e-5),
+        (r"unmerged, the same bits: (1|True)", 1, 1),
+    ],
+    "merge_and_export": [
+        (rf"adapter off, relative difference: {NUMBER}", 0.1, 10.0),
+        (rf"exported and loaded, relative difference: {NUMBER}", 0.0, 1e-5),
+        (rf"merged, relative difference: {NUMBER}", 0.0, 1e-5),
+        (r"exported: a LORA adapter of rank (\d+)", 8, 8),
+    ],
+    "check_in_ci": [(r"(\d+) results on ", 50, 1000), (r"nearest to its limit: .+: (\d+)% of it\nok", 1, 100)],
+    "read_the_report": [
+        (r"strict=True, but not every adapter layer can be fused: fused (\d) of 4", 2, 2),
+        (r"\nfused (\d) of 4 adapter layers \(3 lora\)", 3, 3),
+        (rf"the result is the same: largest difference {NUMBER}", 0.0, 1e-5),
+        (r"restored (\d) layers", 3, 3),
+    ],
+}
+"""For each script: patterns whose first group must be found once and lie in a range."""
+
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def number(text: str) -> float:
+    return float(text == "True") if text in ("True", "False") else float(text)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_runs(name: str, tmp_path: Path) -> None:
+    """It prints nothing of a traceback, finds no network, and says the numbers of FINDS."""
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"],
+        cwd=tmp_path,
+        env=os.environ | offline | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    for pattern, low, high in FINDS.get(name, []):
+        found = re.findall(pattern, done.stdout)
+        assert len(found) == 1, (pattern, done.stdout)
+        assert low <= number(found[0]) <= high, (pattern, found)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_is_short_and_says_what_it_shows(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(text)) or "")
+    assert f"({name}.py)" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_find_has_its_script() -> None:
+    assert set(FINDS) <= set(SCRIPTS)
