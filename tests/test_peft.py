@@ -339,7 +339,7 @@ def test_bare_layer_and_isinstance(x: Tensor, seed: int) -> None:
     delora = model("delora", seed)
     dk.accelerate(delora)
     assert isinstance(delora.base_model.model.first, DeloraLinear)
-    assert repr(delora.base_model.model.first).startswith("delora.FusedDeloraLinear(")
+    assert repr(delora.base_model.model.first).startswith("delora.DeloraLinear(\n  fused by delora_kernels\n")
 
 
 def test_zero_rows_of_a_dora_base(seed: int) -> None:

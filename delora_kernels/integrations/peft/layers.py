@@ -27,12 +27,20 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, LoraLinear.forward, x, args, kwargs)
 
+    def _get_name(self) -> str:
+        return peft_class(type(self)).__name__  # PEFT's layer status reads the type off the repr
+
+    def extra_repr(self) -> str:
+        return "fused by delora_kernels"
+
 
 class FusedDeloraLinear(DeloraLinear):
     """PEFT's DeLoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, DeloraLinear.forward, x, args, kwargs)
+
+    _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
 
 _FUSED: dict[type, type] = {LoraLinear: FusedLoraLinear, DeloraLinear: FusedDeloraLinear}
@@ -91,6 +99,8 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
         return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}"
+    if x.dim() < 2 and getattr(layer, "lora_variant", None):
+        return "its input is one token without a dimension for it"  # to which PEFT's DoRA adds one
     transform = active_transform(chain((x,), layer.parameters()))
     if transform is not None:
         return f"{transform} are under way"

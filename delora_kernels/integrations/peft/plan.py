@@ -105,7 +105,7 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
         owners["magnitude"] = parts["lora_magnitude_vector"]._modules[name]
         if type(owners["magnitude"]) is not DoraLinearLayer:
             return f"its magnitude is a {type(owners['magnitude']).__name__}"
-        if dora.ENABLE_DORA_CACHING and not layer.training:
+        if getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training:  # PEFT ≥ 0.19
             return "PEFT's cache of DoRA norms is on"
     for role, owner in owners.items():
         reason = why_not_plain(owner, role)

@@ -38,7 +38,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     if not layers:
         raise ValueError(
             f"accelerate: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
-            "wrap it with peft.get_peft_model first"
+            "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
         )
     report = Report(tuple(_describe(name, layer) for name, layer in layers))
     if strict and report.declined:
