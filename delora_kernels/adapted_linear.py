@@ -51,7 +51,7 @@ def _forward(call: Call, keep: bool) -> _Stages:
     o = call.options
     x = _cast(call.x, o.compute_dtype)
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
-    stages = ops.stages(o.backend, call[:-1])
+    stages = ops.stages(o.backend, call.tensors)
     a = b = norm = c = None
     if call.lam is None:
         A_hat, B_hat = _cast(call.A, o.rank_dtype), _cast(call.B, o.rank_dtype)
@@ -194,7 +194,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
         trained = dv if dv.shape[1] == ctx.r else dv.narrow(1, 0, ctx.r)
         dA_hat = stages.project_backward(trained, saved.x, o.scale, o.ranks, o.dropout_p, saved.seed)
     if saved.lam is None:
-        grad |= {"A": dA_hat, "B": dB_hat}
+        grad.update(A=dA_hat, B=dB_hat)
     else:
         dA, dB, dlam = stages.fold_backward(
             dA_hat,
@@ -208,7 +208,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
             saved.b,
             o.eps,
         )
-        grad |= {"A": dA, "B": dB}
+        grad.update(A=dA, B=dB)
         if need.lam:
             grad["lam"] = dlam.reshape(ctx.lam_shape)
     if need.magnitude:

@@ -64,6 +64,11 @@ class Call(NamedTuple):
     options: Options
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything but the options."""
+        return tuple(self)[:-1]  # type: ignore[return-value]
+
+    @property
     def method(self) -> str:
         """Name of the public function that was called."""
         return self.options.method

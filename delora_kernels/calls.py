@@ -203,8 +203,8 @@ def _call(
         if not A.dtype == B.dtype == x.dtype == weight.dtype:
             rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
     seed = checks.seed(name, seed, x, len(ranks)) if any(dropout_p) else None
-    options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, compute_dtype, rank_dtype, backend="")
-    call = Call(
+    settled = (name, scale, eps, ranks, dropout_p, two_term, save_output, compute_dtype, rank_dtype)
+    tensors = (
         x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0),
         weight,
         bias,
@@ -217,9 +217,9 @@ def _call(
         frozen_B,
         frozen_lam,
         seed,
-        options,
     )
-    return Call(*call[:-1], options=Options(*options[:-1], backend=backends.choose(call)))
+    backend = backends.choose(Call(*tensors, Options(*settled, backend="")))
+    return Call(*tensors, Options(*settled, backend))
 
 
 CALLS: dict[str, Callable[..., Call]] = {

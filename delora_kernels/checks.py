@@ -1,6 +1,6 @@
 """What the public functions accept, and the one format of every error: argument, expectation, what came, what to do.
 
-Every check runs before anything is allocated or drawn.
+Every check runs before anything is allocated or drawn. Kinds are tuples, not unions: torch.compile of 2.7 traces those.
 """
 
 import math
@@ -60,7 +60,7 @@ def constant(function: str, argument: str, value: Tensor) -> None:
 
 def number(function: str, argument: str, value: Any) -> float:
     """Check a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise fail(TypeError, function, argument, "a number", type(value).__name__, "pass a float")
     if not -math.inf < value < math.inf:  # math.isfinite does not trace
         raise fail(ValueError, function, argument, "finite", value, "pass a finite float")
@@ -77,7 +77,7 @@ def not_negative(function: str, argument: str, value: Any) -> float:
 
 def probability(function: str, value: Any) -> float:
     """Check a dropout probability, in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise fail(TypeError, function, "dropout_p", "a number", type(value).__name__, "pass a float in [0, 1)")
     if not 0.0 <= value < 1.0:  # NaN fails too
         raise fail(ValueError, function, "dropout_p", "in [0, 1)", value, "pass the probability of dropping an element")
@@ -88,7 +88,7 @@ def ranks(function: str, value: Any, A: Tensor) -> tuple[int, ...]:
     """The widths of the adapters stacked in A `[r, K]`, or () for one adapter."""
     if value is None:
         return ()
-    if not isinstance(value, list | tuple) or not all(type(r) is int for r in value):
+    if not isinstance(value, (list, tuple)) or not all(type(r) is int for r in value):
         raise fail(TypeError, function, "ranks", "a list of ints, or None", repr(value), "pass the adapters' ranks")
     if not value or min(value) < 1 or sum(value) != A.shape[0]:
         expected = f"positive and sum to A's {A.shape[0]} rows"
@@ -98,7 +98,7 @@ def ranks(function: str, value: Any, A: Tensor) -> tuple[int, ...]:
 
 def probabilities(function: str, value: Any, ranks: tuple[int, ...]) -> tuple[float, ...]:
     """The dropout probability of each stacked adapter; one number counts for all of them."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         return (probability(function, value),) * max(1, len(ranks))
     if len(value) != len(ranks):
         expected = f"{len(ranks)} numbers, one for each of ranks" if ranks else "one number where ranks is None"

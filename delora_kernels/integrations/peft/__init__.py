@@ -10,5 +10,8 @@ own them, and whatever is not provably a plain LoRA, DoRA or DeLoRA linear runs 
 """
 
 from delora_kernels.integrations.peft.swap import accelerate, restore
+from delora_kernels.integrations.supported import why_not
 
 __all__ = ["accelerate", "restore"]
+
+why_not("lora")  # an untested PEFT is checked now, not in the middle of what torch.compile traces

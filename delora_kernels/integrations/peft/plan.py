@@ -46,6 +46,10 @@ def plan_of(layer: Any) -> Fused | str:
     Args:
         layer: A LoRA or DeLoRA linear of PEFT, fused or not.
     """
+    is_delora = isinstance(layer, DeloraLinear)
+    reason = supported.why_not("delora" if is_delora else "lora")
+    if reason is not None:
+        return reason
     if has_other_forward(layer):
         return "it has a forward of its own"
     if layer._disable_adapters:
@@ -53,7 +57,6 @@ def plan_of(layer: Any) -> Fused | str:
     if layer.merged_adapters:
         return ON_PURPOSE[1]
     parts = layer._modules
-    is_delora = isinstance(layer, DeloraLinear)
     for role, kind in (_DELORA_DICTS if is_delora else _LORA_DICTS).items():
         if type(parts[role]) is not kind:
             return f"its {role} is kept in a {type(parts[role]).__name__}"
@@ -88,9 +91,6 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"its LoRA variant {type(variant).__name__} is not fused"
-    reason = supported.why_not("lora" if variant is None else "dora")
-    if reason is not None:
-        return reason
     if layer.lora_bias.get(name):
         return "lora_bias=True"
     if not layer.cast_input_dtype_enabled:
@@ -102,6 +102,9 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
         if parameter(owner, "bias") is not None:
             return f"its {role} has a bias"
     if variant is not None:
+        reason = supported.why_not("dora")
+        if reason is not None:
+            return reason
         owners["magnitude"] = parts["lora_magnitude_vector"]._modules[name]
         if type(owners["magnitude"]) is not DoraLinearLayer:
             return f"its magnitude is a {type(owners['magnitude']).__name__}"
@@ -123,9 +126,6 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
 
 
 def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
-    reason = supported.why_not("delora")
-    if reason is not None:
-        return reason
     parts = layer._modules
     tensors = {role: parameter(parts[role], name) for role in ("delora_A", "delora_B", "delora_lambda")}
     tensors["delora_w_norm"] = parts["delora_w_norm"]._buffers[name]
@@ -142,7 +142,7 @@ def _lora_plan(adapters: list[_Adapter], base: FrozenLinear) -> Fused | str:
         return partial(_stacked, lambda A, B: (A, B), adapters, base)
     tensors, scale, dropout_p = adapters[0]
     arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
-    arguments |= {"scale": scale, "bias": base.bias, "dropout_p": dropout_p}
+    arguments.update(scale=scale, bias=base.bias, dropout_p=dropout_p)
     if "magnitude" in tensors:
         return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
     return partial(functional.lora_linear, **arguments)

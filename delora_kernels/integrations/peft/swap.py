@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.frozen import NotLocal
+from delora_kernels.integrations import supported
 from delora_kernels.integrations.peft.layers import fused_class, peft_class, swap_class
 from delora_kernels.integrations.peft.plan import class_name, plan_of
 from delora_kernels.integrations.report import LayerReport, Report
@@ -89,5 +90,7 @@ def _method(layer: Any) -> str:
         return "delora"
     if not isinstance(layer, LoraLinear):
         return class_name(type(layer))
+    if supported.why_not("lora") is not None:  # an untested PEFT, whose layer may lack what tells them apart
+        return "lora"
     names = [name for name in layer.active_adapters if name in layer.lora_A.keys()]  # noqa: SIM118, it may be wrapped
     return "dora" if any(isinstance(layer.lora_variant.get(name), DoraLinearVariant) for name in names) else "lora"

@@ -1,0 +1,132 @@
+"""The sdist and the wheel: what they hold, their metadata, and that the wheel works where the repository is not."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+import delora_kernels
+from delora_kernels.integrations import supported
+
+pytest.importorskip("build")
+
+ROOT = Path(__file__).parents[1]
+VERSION = delora_kernels.__version__
+IN_SDIST = ("delora_kernels", "tests", "benchmarks", "docs", "csrc", "examples")
+NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", ".*")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist and the wheel made from it, of a copy of the repository, without a network."""
+    folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"
+    source.mkdir()
+    for name in IN_SDIST:
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, source / name, ignore=NOT_SOURCE)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, source / file.name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SetuptoolsDeprecationWarning" not in done.stdout + done.stderr
+    (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def metadata(built: tuple[Path, Path]) -> Message:
+    """The wheel's METADATA."""
+    with zipfile.ZipFile(built[1]) as archive:
+        text = archive.read(f"delora_kernels-{VERSION}.dist-info/METADATA").decode()
+    return email.message_from_string(text)
+
+
+def _files(*folders: str) -> set[str]:
+    """The repository's files under these folders."""
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    names = {path.relative_to(ROOT).as_posix() for path in paths}
+    return {name for name in names if "__pycache__" not in name and "/." not in name and ".egg-info" not in name}
+
+
+def test_names(built: tuple[Path, Path]) -> None:
+    assert [path.name for path in built] == [
+        f"delora_kernels-{VERSION}.tar.gz",
+        f"delora_kernels-{VERSION}-py3-none-any.whl",
+    ]
+
+
+def test_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as archive:
+        names = set(archive.namelist())
+    info = f"delora_kernels-{VERSION}.dist-info"
+    assert {name for name in names if not name.startswith(f"{info}/")} == _files("delora_kernels")
+    assert "delora_kernels/py.typed" in names
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names
+
+
+def test_sdist_holds_what_tests_and_documents_need(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert _files(*IN_SDIST) <= names
+    files = {"LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"}
+    assert files | {"setup.py", "constraints.txt", "constraints-oldest.txt"} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
+
+
+def test_metadata(metadata: Message) -> None:
+    assert metadata["Name"] == "delora-kernels"
+    assert metadata["Version"] == VERSION
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
+    assert metadata["Requires-Python"] == f">={supported.TABLE['python'].oldest}"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()  # type: ignore[union-attr]
+    assert {"LoRA", "DoRA", "DeLoRA", "PEFT"} <= set(metadata["Keywords"].split(","))
+    assert metadata.get_all("Provides-Extra") == ["peft", "trl", "bench", "test", "dev"]
+    classifiers = metadata.get_all("Classifier") or []
+    assert "Typing :: Typed" in classifiers
+    assert [name for name in classifiers if name.startswith("Operating System")] == [
+        "Operating System :: POSIX :: Linux"
+    ]
+    assert not [name for name in classifiers if name.startswith("License")], "the license expression says it"
+
+
+def test_requirements_are_the_supported_ranges(metadata: Message) -> None:
+    requirements = metadata.get_all("Requires-Dist") or []
+    always = [requirement for requirement in requirements if "extra" not in requirement]
+    assert sorted(always) == ["numpy", "packaging", f"torch>={supported.TABLE['torch'].oldest}"]
+    of_peft = sorted(name.partition(";")[0] for name in requirements if name.endswith('extra == "peft"'))
+    assert of_peft == [f"{name}>={supported.TABLE[name].oldest}" for name in ("peft", "transformers")]
+
+
+def test_wheel_works_outside_the_repository(built: tuple[Path, Path], tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(built[1])]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name != "DELORA_KERNELS_BACKEND"}
+    environment["PYTHONPATH"] = str(target)
+    code = (
+        "import torch, delora_kernels as dk; from importlib.metadata import version\n"
+        "print(dk.__file__, version('delora-kernels'), dk.accelerate.__module__)\n"
+        "x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)\n"
+        "print(dk.functional.lora_linear(x, W, A, B).tolist())"
+    )
+    for arguments, expected in (
+        (["-c", code], [f"{target}/delora_kernels/__init__.py {VERSION} ", "[[6.0, 6.0, 6.0, 6.0]"]),
+        (["-m", "delora_kernels", "check", "--device", "cpu", "--dtype", "float32"], ["all within their limits"]),
+    ):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert all(text in done.stdout for text in expected), done.stdout

@@ -1,0 +1,216 @@
+"""Supported versions: the table, where a version lies in it, and the check of a PEFT that no test has run with."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor
+
+from delora_kernels.integrations import layer_check, supported
+
+ROOT = Path(__file__).parents[1]
+PEFT_NEWEST = supported.TABLE["peft"].newest
+
+
+@pytest.fixture
+def no_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """why_not() as in a fresh process; what this one knew is put back."""
+    known = dict(supported._reasons)
+    supported._reasons.clear()
+    yield
+    supported._reasons.clear()
+    supported._reasons.update(known)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "expected"),
+    [
+        ("peft", None, supported.MISSING),
+        ("peft", "0.17.1", supported.OLDER),
+        ("peft", "0.18.0.dev0", supported.OLDER),
+        ("peft", "0.18.0", supported.TESTED),
+        ("peft", "0.20.1.dev0", supported.PRE_RELEASE),
+        ("peft", "0.21.2", supported.TESTED),
+        ("peft", "0.21.3.dev0", supported.NEWER),
+        ("peft", "0.21.10", supported.NEWER),
+        ("peft", "1.0", supported.NEWER),
+        ("torch", "2.6.0+cu124", supported.OLDER),
+        ("torch", "2.7.0+cu126", supported.TESTED),
+        ("torch", "2.13.0+cpu", supported.TESTED),
+        ("torch", "2.15.9", supported.TESTED),
+        ("torch", "2.16.0", supported.NEWER),
+        ("torch", "2.10.0a0+git1234", supported.PRE_RELEASE),
+        ("torch", "my build", supported.PRE_RELEASE),
+        ("python", "3.9.20", supported.OLDER),
+        ("python", "3.13.7", supported.TESTED),
+        ("transformers", "5.24.0", supported.NEWER),
+    ],
+)
+def test_status(name: str, version: str | None, expected: str) -> None:
+    assert supported.status(name, version) == expected
+
+
+def test_describe() -> None:
+    assert supported.describe("peft", None) == "not installed"
+    assert supported.describe("peft", "0.25.0") == f"0.25.0 (newer than the tested {PEFT_NEWEST})"
+    assert supported.describe("torch", "2.5.1") == "2.5.1 (older than the supported 2.7)"
+    assert supported.describe("torch", "2.13.0+cpu") == "2.13.0+cpu (tested)"
+
+
+def test_installed() -> None:
+    assert supported.installed("peft") == peft.__version__
+    assert supported.installed("torch") == torch.__version__.partition("+")[0] or "+" in torch.__version__
+    assert supported.version_of("no-such-package", "peft") == peft.__version__
+    assert supported.version_of("no-such-package") is None
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/versions.md"])
+def test_documents_show_the_table(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    missing = [line for line in supported.as_markdown().splitlines() if line not in text]
+    assert not missing, f"{document} lacks rows of supported.as_markdown()"
+
+
+def test_files_agree_with_the_table() -> None:
+    """The lower bounds of setup.py, its classifiers, and the pins of the two constraints files."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert re.search(r'python_requires=">=([\d.]+)"', setup)[1] == supported.TABLE["python"].oldest  # type: ignore[index]
+    for name in ("torch", "peft", "transformers"):
+        assert set(re.findall(rf'"{name}>=([\d.]+)"', setup)) == {supported.TABLE[name].oldest}
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", setup)]
+    bounds = (supported.TABLE["python"].oldest, supported.TABLE["python"].newest)
+    assert (f"3.{minors[0]}", f"3.{minors[-1]}") == bounds
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    for name in ("torch", "triton", "peft", "transformers"):
+        oldest, pinned = (_pin(file, name) for file in ("constraints-oldest.txt", "constraints.txt"))
+        assert oldest == f"{supported.TABLE[name].oldest}.0"
+        assert supported.status(name, pinned) == supported.TESTED
+    assert _pin("constraints.txt", "peft") == PEFT_NEWEST
+
+
+def _pin(file: str, name: str) -> str:
+    return re.search(rf"^{name}==([^;\s]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)[1]  # type: ignore[index]
+
+
+def test_a_tested_peft_is_not_checked(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+    monkeypatch.setattr(layer_check, "difference", lambda method: pytest.fail("checked"))
+    monkeypatch.setattr(supported, "installed", lambda name: PEFT_NEWEST)
+    assert [supported.why_not(method) for method in supported.METHODS] == [None] * 3
+
+
+def test_an_older_peft_is_declined(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+    monkeypatch.setattr(supported, "installed", lambda name: "0.17.1")
+    assert supported.why_not("dora") == "PEFT 0.17.1 is older than the supported 0.18"
+
+
+def test_an_unknown_peft_is_checked_once(
+    monkeypatch: pytest.MonkeyPatch, no_answers: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The installed PEFT, under another version: it passes, silently, and leaves the random numbers alone."""
+    monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
+    before = torch.get_rng_state()
+    with caplog.at_level(logging.DEBUG), torch.no_grad(), torch.device("meta"):
+        assert [supported.why_not(method) for method in supported.METHODS] == [None] * 3
+    assert caplog.records == []
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(layer_check, "difference", lambda method: pytest.fail("checked again"))
+    assert supported.why_not("lora") is None
+
+
+def _scaled(right: Any, factor: float) -> Any:
+    return lambda self, x, *args, **kwargs: factor * right(self, x, *args, **kwargs)
+
+
+def _new_option(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    y: Tensor = self.base_layer(x)
+    return y + self.lora_gate if self.lora_gate else y
+
+
+class _Backward(torch.autograd.Function):
+    """The identity whose gradient is doubled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 2 * dy
+
+
+def _wrong_gradient(right: Any) -> Any:
+    doubled = _Backward.apply
+    return lambda self, x, *args, **kwargs: right(self, doubled(x), *args, **kwargs)
+
+
+CHANGES: dict[str, tuple[type, str, Any, dict[str, str | None]]] = {
+    "a new option": (
+        LoraLinear,
+        "forward",
+        lambda right: _new_option,
+        {"lora": "Linear.forward reads lora_gate, as in no tested version", "dora": "lora_gate", "delora": None},
+    ),
+    "another number": (
+        LoraLinear,
+        "forward",
+        lambda right: _scaled(right, 1.0001),
+        {"lora": "its output is off by 1e-04 of its maximum", "dora": "its output is off by", "delora": None},
+    ),
+    "another gradient": (
+        DeloraLinear,
+        "forward",
+        _wrong_gradient,
+        {"lora": None, "dora": None, "delora": "the gradient of its input is off by 5e-01 of its maximum"},
+    ),
+    "another norm": (
+        DoraLinearLayer,
+        "get_weight_norm",
+        lambda right: lambda self, weight, *args, **kwargs: weight.norm(dim=1),
+        {"lora": None, "dora": "its output is off by", "delora": None},
+    ),
+    "a renamed method": (
+        DoraLinearLayer,
+        "get_weight_norm",
+        None,
+        {"lora": None, "dora": "has no attribute 'get_weight_norm'", "delora": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+    owner, attribute, change, expected = CHANGES[name]
+    right = getattr(owner, attribute)
+    if change is None:
+        monkeypatch.delattr(owner, attribute)
+    else:
+        monkeypatch.setattr(owner, attribute, change(right))
+    monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
+    titles = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
+    for method, reason in expected.items():
+        answer = supported.why_not(method)
+        if reason is None:
+            assert answer is None, method
+        else:
+            assert answer is not None, method
+            start = f"PEFT 0.99.0 is newer than the tested {PEFT_NEWEST} and its {titles[method]} layer differs: "
+            assert answer.startswith(start)
+            assert reason in answer
+
+
+def test_reads_sees_nested_and_wrapped_code() -> None:
+    def inner(self: Any) -> Any:
+        return [item.nested for item in self.first]
+
+    def outer(self: Any) -> Any:
+        return inner(self).second
+
+    assert layer_check.reads(outer) == layer_check.reads(property(outer)) == {"first", "nested", "second"}
