@@ -9,11 +9,10 @@ import torch
 import transformers
 from peft_models import config, model, step
 from test_peft import assert_close
+from tiny_llama import llama, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-
-from tiny_llama import llama, tokens
 
 import delora_kernels as dk
 

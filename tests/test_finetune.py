@@ -1,8 +1,6 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
 import json
-import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,8 @@ import tokenizers
 import transformers
 
 from benchmarks.finetune import demo, model, text, train
-from benchmarks.finetune.__main__ import wait_politely_if_busy
 from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
-from benchmarks.finetune.plots import running_mean
-from benchmarks.finetune.probe import MIB, kept_mib
-from benchmarks.finetune.summary import Result, largest, speed
-from benchmarks.machine import machine_info
 
 REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
 
@@ -56,21 +49,10 @@ def demo_run(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, di
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
         out = tmp_path / "out"
-        fixed = [
-            "--model",
-            str(tiny),
-            "--device",
-            "cpu",
-            "--seq-len",
-            "32",
-            "--batch-size",
-            "2",
-            "--rank",
-            "4",
-            "--threads",
-            "1",
-        ]
-        code = main([*fixed, "--dtype", "fp32", "--steps", "6", "--yardstick", "3", "--out", str(out), *arguments])
+        options = {"model": tiny, "device": "cpu", "seq-len": 32, "batch-size": 2, "rank": 4, "threads": 1}
+        options |= {"dtype": "fp32", "steps": 6, "yardstick": 3, "out": out}
+        fixed = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        code = main([*fixed, *arguments])
         if not out.exists():
             return code, {}
         assert {path.name for path in out.iterdir()} == REPORT
@@ -122,6 +104,68 @@ def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch:
     assert code == 0
     assert report["fusion"] == "broken"
     assert report["largest_loss_difference"] > 1e-3 > report["yardstick"]["largest_loss_difference"]
+
+
+def test_parts_of_a_step_sum_to_the_whole_batch(demo_run: Any) -> None:
+    _, parts = demo_run("--accumulation", "3", "--checkpointing")
+    _, whole = demo_run("--batch-size", "6", "--yardstick", "0")
+    for run in ("eager", "fused"):
+        assert parts["runs"][run]["losses"] == pytest.approx(whole["runs"][run]["losses"], abs=1e-5)
+        assert 3 * parts["runs"][run]["kept_mib"] < 0.7 * whole["runs"][run]["kept_mib"], "checkpointing keeps less"
+
+
+def test_a_power_of_two_as_scale_changes_no_loss(demo_run: Any) -> None:
+    _, plain = demo_run("--accumulation", "2", "--steps", "3", "--yardstick", "0")
+    _, scaled = demo_run("--accumulation", "2", "--steps", "3", "--yardstick", "0", "--scaler")
+    for run in ("eager", "fused"):
+        assert scaled["runs"][run]["losses"] == plain["runs"][run]["losses"]
+        assert scaled["runs"][run]["skipped_steps"] == 0
+
+
+def test_fp16_autocast_with_a_scaler(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "autocast_dtype", "fp16")
+    _, report = demo_run("--scaler", "--autocast", "--accumulation", "2", "--method", "lora", "--yardstick", "0")
+    assert report["largest_loss_difference"] < 0.002
+    eager, fused = report["runs"]["eager"], report["runs"]["fused"]
+    assert eager["skipped_steps"] == fused["skipped_steps"]
+    assert fused["heldout_loss"][1] < fused["heldout_loss"][0]
+
+
+def test_the_verdict_is_reported(demo_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = demo_run("--accumulation", "2", "--yardstick", "6")
+    verdict, eager = report["verdict"], report["runs"]["eager"]["losses"]
+    for curve, name in ((report["yardstick"], "reordered"), (report["runs"]["fused"], "fused")):
+        apart = [abs(a - b) for a, b in zip(eager, curve["losses"], strict=True)]
+        assert verdict[name] == pytest.approx(
+            {"mean": sum(apart) / 6, "worst_window": sum(apart) / 6, "largest": max(apart)}
+        )
+        assert 0 < max(apart) < 1e-3
+    assert code == (0 if verdict["passed"] else 1)
+    for words in ("reordered: ", "two eager runs with different reduction order", "2 x 2 x 32"):
+        assert words in capsys.readouterr().out.replace("\n", " ") + (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_slightly_wrong_fusion_fails(demo_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def scale_lambda(fused: torch.nn.Module) -> str:
+        for name, parameter in fused.named_parameters():
+            if "delora_lambda" in name:
+                parameter.data.mul_(1.01)
+        return "broken"
+
+    monkeypatch.setattr(model, "fuse", scale_lambda)
+    code, report = demo_run("--accumulation", "2")
+    assert code == 1
+    assert report["verdict"]["passed"] is False
+    assert "FAILED   accelerated losses leave" in capsys.readouterr().out
+
+
+def test_no_times_and_a_note(demo_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = demo_run("--steps", "2", "--no-times", "--note", "shared machine")
+    assert report["config"]["note"] == "shared machine"
+    words = json.dumps({**report, "config": {}}) + capsys.readouterr().out.split("held-out loss before")[0]
+    for word in ("_ms", "speedup", "tokens_per_s", "tokens/s", "median", "faster"):
+        assert word not in words
+    assert "| note | shared machine |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_losses(demo_run: Any) -> None:
@@ -197,6 +241,7 @@ def test_data_files_and_too_little_of_it(demo_run: Any, tmp_path: Path, capsys: 
         (["--model", str(Path(__file__).parent)], "want a config.json or exactly one .gguf file"),
         (["--data", "no_such.txt"], "no such text file: no_such.txt"),
         (["--device", "nonsense"], "cannot use device 'nonsense'"),
+        (["--accumulation", "2", "--batch-size", "1"], "two gradients have one sum in either order"),
     ],
 )
 def test_bad_input_gives_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,41 +280,6 @@ def test_held_out_text_shares_nothing_with_the_training_text(tiny: Path) -> None
     assert not train_rows & heldout_rows
 
 
-def test_split_keeps_a_repeated_paragraph_once() -> None:
-    paragraphs = [f"paragraph {i}" for i in range(10)]
-    train_texts, heldout = text.split(["\n\n".join(paragraphs), "paragraph  9\n\nonly here"])
-    assert train_texts == ["\n\n".join(paragraphs[:9]), "only here"]
-    assert heldout == ["paragraph 9"]
-
-
-def test_batches_visit_every_row_once_per_epoch() -> None:
-    rows = torch.arange(10).view(10, 1)
-    stream, again = (text.batches(rows, 4, seed=1) for _ in range(2))
-    seen = torch.cat([next(stream) for _ in range(5)]).flatten().tolist()
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
-    assert torch.equal(next(again).flatten(), torch.tensor(seen[:4]))
-
-
-def test_spread_is_even() -> None:
-    rows = torch.arange(9).view(9, 1)
-    assert text.spread(rows, 3).flatten().tolist() == [0, 4, 8]
-    assert text.spread(rows, 20) is rows
-
-
-def test_probe_counts_each_living_storage_once_and_no_parameter() -> None:
-    linear = torch.nn.Linear(8, 4, bias=False)
-    x = torch.randn(5, 8)
-
-    def forward() -> torch.Tensor:
-        linear(torch.randn(100, 8)).square().detach()  # keeps nothing: its graph is gone
-        y = linear(x[:3])  # keeps x: a view, so its whole storage, 5 * 8 floats; and the weight, a parameter
-        return (y * y).sum()  # keeps y twice: 3 * 4 floats
-
-    assert kept_mib(linear, forward) * MIB == 4 * (5 * 8 + 3 * 4)
-    assert linear.weight.grad is None
-
-
 def test_twin_shares_the_frozen_parameters_alone(tiny: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     adapted = peft.inject_adapter_in_model(peft.DeloraConfig(r=2, target_modules=["q_proj", "down_proj"]), base)
@@ -282,73 +292,3 @@ def test_twin_shares_the_frozen_parameters_alone(tiny: Path) -> None:
         assert torch.allclose(q, p, rtol=1.001 * 2**-8, atol=0.0), name
         if "delora_A" in name:
             assert not torch.equal(p, q), name
-
-
-def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[tuple[str, float]] = []
-    monkeypatch.setattr(train, "step", lambda run, batch, lr, config: order.append((run, lr)))
-    config = Config(
-        *("lora", None, ()),
-        *(1, 3, 2, 1, 1.0, 1, 1.0, 0, "fp32", False, "cpu", None, None, 2, 1, Path("out")),
-    )
-    stream = iter([torch.zeros(1, 2, dtype=torch.int64)] * 3)
-    assert list(train.race(("a", "b"), "extra", stream, config)) == [1, 2, 3]  # type: ignore[arg-type]
-    assert [run for run, _ in order] == ["a", "b", "extra", "b", "a", "extra", "a", "b"]
-    assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
-
-
-def test_summary_of_hand_made_numbers(tiny: Path) -> None:
-    eager, fused = (
-        train.Run(name, transformers.AutoModelForCausalLM.from_pretrained(tiny)) for name in ("eager", "fused")
-    )
-    eager.step_ms, fused.step_ms = [10.0, 30.0, 8.0, 99.0], [5.0, 10.0, 8.0]  # interrupted in the fourth step
-    eager.losses, fused.losses = [3.0, 2.0, 1.0, 9.0], [3.0, 2.5, 0.75]
-    config: Any = None
-    result = Result(config, "tiny", {}, "", eager, fused)
-    assert result.steps == 3
-    assert result.speedup() == 2.0, "the median of 2, 3 and 1"
-    assert result.differences(fused) == [0.0, 0.5, 0.25]
-    assert math.isnan(largest([0.0, math.nan, 1.0]))
-    assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
-
-
-@pytest.mark.parametrize(
-    ("step_ms", "words"),
-    [([10.0] * 4, "too few steps"), ([10.0] * 9, "1.25x faster"), ([6.0] * 9, "1.33x slower")],
-)
-def test_speed_in_words(tiny: Path, step_ms: list[float], words: str) -> None:
-    eager, fused = (
-        train.Run(name, transformers.AutoModelForCausalLM.from_pretrained(tiny)) for name in ("eager", "fused")
-    )
-    eager.step_ms, fused.step_ms = step_ms, [8.0] * len(step_ms)
-    config: Any = None
-    result = Result(config, "tiny", {}, "", eager, fused)
-    assert speed(result) == words
-    if len(step_ms) > 4:
-        eager.step_ms = [10.0] * 6 + [20.0] * 3
-        assert speed(result) == "machine too busy"
-
-
-@pytest.mark.parametrize(("load", "policy"), [(0.0, None), (64.0, "PASSIVE")])
-def test_threads_sleep_while_they_wait_on_a_busy_machine(
-    monkeypatch: pytest.MonkeyPatch, load: float, policy: str | None
-) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    wait_politely_if_busy()
-    chosen = os.environ.pop("OMP_WAIT_POLICY", None)
-    assert chosen == policy
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    wait_politely_if_busy()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-def test_machine_info_names_the_machine() -> None:
-    info = machine_info("cpu")
-    assert info["device"] == "cpu"
-    assert info["torch"] == torch.__version__
-    assert info["peft"] == peft.__version__
-    assert info["threads"] == torch.get_num_threads()
-    assert info["cpu"]
-    assert None not in (info["python"], info["transformers"], info["numpy"])

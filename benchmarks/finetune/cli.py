@@ -11,19 +11,27 @@ from typing import TypeVar
 from benchmarks.finetune.config import METHODS, Config, Problem
 
 NEEDED = ("torch", "transformers", "peft", "gguf", "accelerate", "matplotlib", "rich", "tqdm", "delora_kernels")
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 Number = TypeVar("Number", int, float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and return its exit code: 0, 2 (bad input, told in one line) or 130 (Ctrl-C, report written)."""
+    """Run the demo and return its exit code.
+
+    0: done; 1: done, and the verdict is that the losses differ too much; 2: bad input, told in one line; 130: Ctrl-C,
+    report written.
+    """
     args = _parser().parse_args(argv)
     try:
         _check_packages()
         config = _settings(args)
         from benchmarks.finetune.demo import run
 
-        return 0 if run(config) else INTERRUPTED
+        result = run(config)
+        if result.interrupted:
+            return INTERRUPTED
+        verdict = result.verdict()
+        return FAILED if verdict is not None and not verdict.passed else 0
     except Problem as problem:
         print(f"finetune: {problem}", file=sys.stderr)
         return USAGE_ERROR
@@ -46,7 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=_at_least(int, 1), default=16, help="adapter rank [%(default)s]")
     add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 5 minutes")
     add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
-    add("--batch-size", type=_at_least(int, 1), help="sequences per step; without it: 2 on a CPU, 16 on a GPU")
+    add("--batch-size", type=_at_least(int, 1), help="sequences per forward pass; without it: 2 on a CPU, 16 on a GPU")
+    add(
+        "--accumulation",
+        type=_at_least(int, 1),
+        default=1,
+        metavar="N",
+        help="forward and backward passes whose gradients one step sums [%(default)s]",
+    )
+    add("--checkpointing", action="store_true", default=False, help="recompute activations in the backward pass")
     add("--lr", type=_above(0.0), default=2e-3, help="AdamW's learning rate after warm-up [%(default)s]")
     add(
         "--delora-lambda",
@@ -62,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("bf16", "fp32"), help="frozen base; without it: bf16 where the device computes it fast")
     add("--autocast", action=argparse.BooleanOptionalAction, help="bf16 autocast; without it: on with --dtype bf16")
+    add(
+        "--scaler",
+        action="store_true",
+        default=False,
+        help="scale the loss with torch.amp.GradScaler; on a GPU autocast is then fp16, and on",
+    )
     add("--device", help="cuda, cpu, ...; without it: a GPU if there is one")
     add("--threads", type=_at_least(int, 1), help="CPU threads; without it: torch's choice")
     add("--minutes", type=_above(0.0), help="take fewer steps if the whole run would last longer")
@@ -70,8 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(int, 0),
         default=15,
         metavar="STEPS",
-        help="steps of a nudged eager run, 0: none [%(default)s]",
+        help="steps of an eager run that is nudged at its start, or with --accumulation sums in another order; "
+        "0: none [%(default)s]",
     )
+    add("--no-times", dest="times", action="store_false", default=True, help="report no durations: a busy machine")
+    add("--note", metavar="TEXT", help="kept in the report")
     add("--out", type=Path, help="folder for the report; without it: runs/finetune-<method>-<time>")
     return parser
 
@@ -125,6 +150,12 @@ def _settings(args: argparse.Namespace) -> Config:
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
     gpu = device.startswith("cuda")
+    batch_size = args.batch_size or (16 if gpu else 2)
+    if args.yardstick and args.accumulation == 2 and batch_size == 1:
+        raise Problem(
+            "two gradients have one sum in either order, so --accumulation 2 with --batch-size 1 has no yardstick: "
+            "give --batch-size 2, --accumulation 3 or --yardstick 0"
+        )
     dtype = args.dtype or ("bf16" if gpu or _fast_bf16_on_cpu() else "fp32")
     steps = args.steps or 60
     default_minutes = None if gpu or args.steps else 5.0
@@ -135,19 +166,24 @@ def _settings(args: argparse.Namespace) -> Config:
         rank=args.rank,
         steps=steps,
         seq_len=args.seq_len or (512 if gpu else 256),
-        batch_size=args.batch_size or (16 if gpu else 2),
+        batch_size=batch_size,
         lr=args.lr,
         warmup=min(5, steps // 4),
         delora_lambda=args.delora_lambda,
         seed=args.seed,
         dtype=dtype,
-        autocast=dtype == "bf16" if args.autocast is None else args.autocast,
+        autocast=dtype == "bf16" or (gpu and args.scaler) if args.autocast is None else args.autocast,
         device=device,
         threads=args.threads,
         minutes=args.minutes or default_minutes,
         yardstick=min(args.yardstick, steps),
         heldout_blocks=64 if gpu else 16,
         out=args.out or Path("runs") / f"finetune-{args.method}-{time.strftime('%Y%m%d-%H%M%S')}",
+        checkpointing=args.checkpointing,
+        accumulation=args.accumulation,
+        scaler=args.scaler,
+        times=args.times,
+        note=args.note,
     )
 
 

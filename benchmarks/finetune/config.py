@@ -22,7 +22,7 @@ class Config:
         rank: adapter rank r.
         steps: optimiser steps of each run.
         seq_len: tokens per sequence.
-        batch_size: sequences per step.
+        batch_size: sequences per forward pass.
         lr: AdamW's learning rate, constant after `warmup` steps.
         warmup: steps over which the learning rate rises from 0.
         delora_lambda: DeLoRA's initial bound λ.
@@ -32,9 +32,15 @@ class Config:
         device: `cuda`, `cuda:1`, `cpu`, ...
         threads: CPU threads; None: torch's choice.
         minutes: the whole run, loading included, takes fewer steps if that keeps it within this; None: no limit.
-        yardstick: steps of one more eager run, slightly nudged, that shows how far rounding alone drives losses apart.
+        yardstick: steps of one more eager run that shows how far rounding alone drives losses apart: summed in another
+            order where `accumulation` > 1, else slightly nudged at its start.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.
+        checkpointing: recompute each block's activations in the backward pass (Transformers', non-reentrant).
+        accumulation: forward and backward passes whose gradients one step sums.
+        scaler: scale the loss with `torch.amp.GradScaler`.
+        times: report how long steps take.
+        note: what the record says about itself.
     """
 
     method: str
@@ -56,11 +62,31 @@ class Config:
     yardstick: int
     heldout_blocks: int
     out: Path
+    checkpointing: bool = False
+    accumulation: int = 1
+    scaler: bool = False
+    times: bool = True
+    note: str | None = None
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step sees."""
-        return self.batch_size * self.seq_len
+        return self.sequences_per_step * self.seq_len
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimiser step sees."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the yardstick sums in another order; else it starts nudged."""
+        return self.accumulation > 1
+
+    @property
+    def autocast_dtype(self) -> str:
+        """`fp16` for a scaled loss on a GPU, where people use it; else `bf16`, which a CPU computes faster."""
+        return "fp16" if self.scaler and self.device.startswith("cuda") else "bf16"
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values; files by their names alone."""

@@ -25,11 +25,11 @@ class Data:
     heldout: torch.Tensor
 
 
-def run(config: Config) -> bool:
+def run(config: Config) -> Result:
     """Run the whole demo and write its report.
 
     Returns:
-        Whether it ran to its end; False if Ctrl-C cut it short, with the report of what was measured until then.
+        What was measured; with `interrupted` set if Ctrl-C cut the run short.
 
     Raises:
         Problem: bad input.
@@ -51,11 +51,14 @@ def run(config: Config) -> bool:
             result.end = f"interrupted after {result.steps} of {config.steps} steps"
         _say("")
         Console().print(printed(result))
+        verdict = result.verdict()
+        if verdict is not None:
+            _say(verdict.words())
         if result.end:
             _say(f"{result.end}: the report holds what was measured until then")
         write(result)
         _say(f"report   {', '.join(FILES)} in {config.out}")
-    return not result.interrupted
+    return result
 
 
 def _say(line: str) -> None:
@@ -83,15 +86,23 @@ def _prepare(config: Config, source: model.Source, documents: list[str]) -> tupl
     base, tokenizer = model.load(source, config)
     _say(f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s")
     data = _tokens(config, tokenizer, documents)
-    eager = Run("PEFT eager", model.adapt(base, config))
-    fused = Run("accelerated", model.twin(eager.model))
+    adapted = model.adapt(base, config)
+    eager = Run("PEFT eager", adapted, scaler=_scaler(config))
+    fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
-    nudged = None
+    yardstick = None
     if config.yardstick:
-        nudged = Run("PEFT eager, nudged", model.twin(eager.model))
-        model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
-    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, nudged), data
+        name = "eager, summed in another order" if config.reordered else "eager, nudged at the start"
+        yardstick = Run(name, model.twin(adapted), scaler=_scaler(config))
+        if not config.reordered:
+            model.nudge(yardstick.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
+    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardstick), data
+
+
+def _scaler(config: Config) -> torch.amp.GradScaler:
+    """A new scaler, disabled unless the config wants one."""
+    return torch.amp.GradScaler(torch.device(config.device).type, enabled=config.scaler)
 
 
 def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
@@ -114,7 +125,7 @@ def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
 def _measure(result: Result, data: Data, began: float) -> None:
     """Probe memory, evaluate, train, evaluate again; everything measured lands in `result` at once."""
     config, pair = result.config, (result.eager, result.fused)
-    stream = text.batches(data.train, config.batch_size, config.seed)
+    stream = text.batches(data.train, config.sequences_per_step, config.seed)
     first = data.train[: config.batch_size]
     started = time.monotonic()
     for each in tqdm(pair, desc="memory probe, held-out loss", unit="model", leave=False):
@@ -123,7 +134,7 @@ def _measure(result: Result, data: Data, began: float) -> None:
     reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
     deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for _ in race(pair, result.nudged, stream, config, deadline):
+        for _ in race(pair, result.yardstick, stream, config, deadline):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",

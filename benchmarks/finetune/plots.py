@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.finetune.summary import Result, number, spread_ms
+from benchmarks.finetune.verdict import WINDOW
 
-EAGER, FUSED, NUDGED = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
-WINDOW = 8
+EAGER, FUSED, YARDSTICK = "#E69F00", "#0072B2", "#777777"  # Okabe and Ito's colours: told apart by everyone
+SMOOTH = 8
 
 
 def loss(result: Result) -> Figure:
@@ -20,24 +21,36 @@ def loss(result: Result) -> Figure:
     for run, colour, width, size in ((result.eager, EAGER, 5.0, 11.0), (result.fused, FUSED, 1.8, 6.0)):
         values = result.losses(run)
         upper.plot(steps, values, color=colour, linewidth=0.3 * width, alpha=0.35)
-        upper.plot(steps, running_mean(values, WINDOW), color=colour, linewidth=width, label=run.name)
+        upper.plot(steps, running_mean(values, SMOOTH), color=colour, linewidth=width, label=run.name)
         held_out = dict(zip((0, result.steps), run.heldout, strict=False))
         upper.plot(*zip(*held_out.items(), strict=True), "D", color=colour, markersize=size, markeredgecolor="white")
     upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out text")
-    upper.set_ylabel(f"loss (nats per token)\nfaint: each step; bold: mean of {WINDOW}", linespacing=1.5)
-    lower.plot(steps, result.differences(result.fused), color=FUSED, label="accelerated")
-    if result.nudged is not None and result.nudged.losses:
-        drift = result.differences(result.nudged)
-        lower.plot(range(1, len(drift) + 1), drift, color=NUDGED, linestyle="--", label="eager, nudged at the start")
+    upper.set_ylabel(f"loss (nats per token)\nfaint: each step; bold: mean of {SMOOTH}", linespacing=1.5)
+    _differences(lower, result)
     lower.set_ylim(bottom=0.0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lower.set_ylabel("|loss − eager's loss|")
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
         _plain(axes)
     figure.suptitle(_title(result), x=0.02, ha="left")
     return figure
+
+
+def _differences(axes: Axes, result: Result) -> None:
+    """How far the accelerated run and the yardstick are from eager; bold: the means that the verdict compares."""
+    long = result.verdict() is not None and result.steps > WINDOW
+    for run, colour, style in ((result.fused, FUSED, "-"), (result.yardstick, YARDSTICK, "--")):
+        if run is None or not run.losses:
+            continue
+        apart = result.differences(run)
+        steps = range(1, len(apart) + 1)
+        if long:
+            axes.plot(steps, apart, color=colour, linewidth=0.5, alpha=0.5)
+            axes.plot(steps[WINDOW - 1 :], running_mean(apart, WINDOW)[WINDOW - 1 :], color=colour, label=run.name)
+        else:
+            axes.plot(steps, apart, color=colour, linestyle=style, label=run.name)
+    axes.set_ylabel("|loss − eager's loss|" + f"\nbold: mean of {WINDOW}" * long, linespacing=1.5)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
@@ -52,16 +65,18 @@ def _title(result: Result) -> str:
 
 
 def bars(result: Result) -> Figure:
-    """Median step time with its p20 to p80 range, and memory, of both runs side by side."""
+    """Median step time with its p20 to p80 range, if times are wanted, and memory, of both runs side by side."""
     memory = {"kept for backward (MiB)": [run.kept_mib or 0.0 for run in (result.eager, result.fused)]}
     if result.eager.peak_mib and result.fused.peak_mib:
         memory["peak of a step above resident (MiB)"] = [median(run.peak_mib) for run in (result.eager, result.fused)]
-    figure = Figure(figsize=(3.2 * (1 + len(memory)), 3.6), layout="constrained")
-    panels = figure.subplots(1, 1 + len(memory), squeeze=False)[0]
-    times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
-    low_high = [[p50 - p20 for p20, p50, _ in times], [p80 - p50 for _, p50, p80 in times]]
-    _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
-    for axes, (title, values) in zip(panels[1:], memory.items(), strict=True):
+    timed = result.config.times
+    figure = Figure(figsize=(3.2 * (timed + len(memory)), 3.6), layout="constrained")
+    panels = figure.subplots(1, timed + len(memory), squeeze=False)[0]
+    if timed:
+        times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
+        low_high = [[p50 - p20 for p20, p50, _ in times], [p80 - p50 for _, p50, p80 in times]]
+        _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
+    for axes, (title, values) in zip(panels[timed:], memory.items(), strict=True):
         _two_bars(axes, title, values)
     figure.suptitle(_title(result), x=0.02, ha="left")
     return figure

@@ -1,11 +1,13 @@
 """The report: report.md for people, report.json for programs, two plots."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.finetune import plots
-from benchmarks.finetune.summary import ENOUGH_STEPS, STEADY, Result, largest, precision, rows, spread_ms
+from benchmarks.finetune.summary import ENOUGH_STEPS, STEADY, Result, largest, precision, rows, spread_ms, tokens
 from benchmarks.finetune.train import Run
+from benchmarks.finetune.verdict import FACTOR, WINDOW
 
 FILES = ("report.md", "report.json", "loss.png", "bars.png")
 
@@ -30,33 +32,40 @@ def as_json(result: Result) -> dict[str, Any]:
         "complete": result.end is None,
         "end": result.end,
         "steps": result.steps,
-        "speedup": result.speedup(),
         "largest_loss_difference": largest(result.differences(result.fused)),
         "runs": runs,
     }
-    if result.nudged is not None and result.nudged.losses:
+    if result.config.times:
+        record["speedup"] = result.speedup()
+    if result.yardstick is not None and result.yardstick.losses:
         record["yardstick"] = {
-            "losses": result.nudged.losses,
-            "largest_loss_difference": largest(result.differences(result.nudged)),
+            "name": result.yardstick.name,
+            "losses": result.yardstick.losses,
+            "largest_loss_difference": largest(result.differences(result.yardstick)),
         }
+    verdict = result.verdict()
+    if verdict is not None:
+        limits = {"factor": FACTOR, "window": WINDOW}
+        record["verdict"] = {"passed": verdict.passed, "words": verdict.words(), **limits, **asdict(verdict)}
     return record
 
 
 def _run(result: Result, run: Run) -> dict[str, Any]:
     """One run's numbers."""
-    p20, p50, p80 = spread_ms(result.step_ms(run))
-    return {
+    numbers: dict[str, Any] = {
         "name": run.name,
-        "median_ms": p50,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "tokens_per_s": 1e3 * result.config.tokens_per_step / p50,
         "kept_mib": run.kept_mib,
         "peak_mib": run.peak_mib[: result.steps],
         "heldout_loss": run.heldout,
         "losses": result.losses(run),
-        "step_ms": result.step_ms(run),
     }
+    if result.config.scaler:
+        numbers["skipped_steps"] = run.skipped
+    if result.config.times:
+        p20, p50, p80 = spread_ms(result.step_ms(run))
+        numbers |= {"median_ms": p50, "p20_ms": p20, "p80_ms": p80}
+        numbers |= {"tokens_per_s": 1e3 * result.config.tokens_per_step / p50, "step_ms": result.step_ms(run)}
+    return numbers
 
 
 def markdown(result: Result) -> str:
@@ -66,12 +75,15 @@ def markdown(result: Result) -> str:
         f"# Fine-tuning {result.model} with {config.method}, rank {config.rank}",
         "",
         f"{result.steps} steps each of PEFT as it comes and of the same model after `delora_kernels.accelerate()`, "
-        f"{config.batch_size} x {config.seq_len} tokens per step, {precision(config)}. "
+        f"{tokens(config)} per step, {precision(config)}. "
         "Both start from the same weights, see the same batches and take their steps in turn.",
         "",
     ]
     if result.end:
         lines += [f"**{result.end[0].upper()}{result.end[1:]}.** What follows was measured until then.", ""]
+    verdict = result.verdict()
+    if verdict is not None:
+        lines += [f"**{verdict.words()}.**", ""]
     lines += ["| | PEFT eager | accelerated | |", "|---|---:|---:|---:|"]
     lines += [f"| {row.label.strip()} | {' | '.join(row.cells)} | {row.remark} |" for row in rows(result)]
     lines += ["", *_explanations(result), "", "![training loss](loss.png)", "", "![step time and memory](bars.png)", ""]
@@ -85,15 +97,28 @@ def markdown(result: Result) -> str:
 
 def _explanations(result: Result) -> list[str]:
     """What the table's lines mean."""
-    lines = [
-        "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the steps "
-        f"of eager ms / accelerated ms; it is not told for fewer than {ENOUGH_STEPS} steps, or if p80 is above "
-        f"{STEADY} p20: then something else kept the machine busy.",
-        "* Kept for backward: what autograd keeps between the forward and the backward pass of one step, "
+    lines = []
+    if result.config.times:
+        lines.append(
+            "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the "
+            f"steps of eager ms / accelerated ms; it is not told for fewer than {ENOUGH_STEPS} steps, or if p80 is "
+            f"above {STEADY} p20: then something else kept the machine busy."
+        )
+    lines += [
+        "* Kept for backward: what autograd keeps between one forward pass and its backward pass, "
         "parameters and buffers left out, each storage counted once.",
         "* The held-out text shares no paragraph with the training text.",
     ]
-    if result.nudged is not None and result.nudged.losses:
+    if result.yardstick is None or not result.yardstick.losses:
+        return lines
+    if result.config.reordered:
+        lines.append(
+            "* Reordered: PEFT eager once more, the sequences of each step dealt to its parts anew and in reverse: "
+            "the same gradient, summed in another order, is one sample of what rounding does. Passed: |accelerated "
+            f"loss − eager's| is at most {FACTOR:g} times |reordered loss − eager's|, in its mean over all steps and "
+            f"in its largest mean over {WINDOW} steps in a row."
+        )
+    else:
         lines.append(
             "* Eager, nudged: PEFT eager once more, its adapter matrices changed at the start by at most one rounding "
             f"error of {result.config.dtype}. How far that drives its losses from the eager run's is the yardstick for "

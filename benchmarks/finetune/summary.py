@@ -1,7 +1,7 @@
 """What was measured, condensed: the numbers and the rows of the table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import mean, median
 
 import numpy as np
@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.train import Run
+from benchmarks.finetune.verdict import WINDOW, Verdict, judge
 
 TAIL = 5
 ENOUGH_STEPS = 5  # fewer say nothing about speed
@@ -26,7 +27,7 @@ class Result:
         fusion: what `accelerate()` reported.
         eager: PEFT as it comes.
         fused: the same model, accelerated.
-        nudged: PEFT again from a start changed by one rounding error; None if not wanted.
+        yardstick: PEFT again, its sums in another order or its start changed by one rounding error; None: not wanted.
         end: why the run ended early; None if it did not.
         interrupted: whether that was Ctrl-C.
     """
@@ -37,7 +38,7 @@ class Result:
     fusion: str
     eager: Run
     fused: Run
-    nudged: Run | None = None
+    yardstick: Run | None = None
     end: str | None = None
     interrupted: bool = False
 
@@ -57,6 +58,12 @@ class Result:
     def differences(self, run: Run) -> list[float]:
         """|loss of `run` − loss of the eager run| at each step that both have finished."""
         return [abs(a - b) for a, b in zip(run.losses, self.losses(self.eager), strict=False)]
+
+    def verdict(self) -> Verdict | None:
+        """Whether the accelerated run is as close to eager as eager reordered is; None without a reordered run."""
+        if self.yardstick is None or not self.yardstick.losses or not self.config.reordered:
+            return None
+        return judge(self.differences(self.fused), self.differences(self.yardstick))
 
     def speedup(self) -> float:
         """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a step."""
@@ -80,20 +87,36 @@ def spread_ms(values: Sequence[float]) -> tuple[float, float, float]:
 
 def rows(result: Result) -> list[Row]:
     """The table: time, memory, losses."""
-    eager, fused = pair = result.eager, result.fused
-    times = [spread_ms(result.step_ms(run)) for run in pair]
-    tokens = result.config.tokens_per_step
-    table = [
+    return [*(_times(result) if result.config.times else []), *_sizes(result), *_losses(result)]
+
+
+def _times(result: Result) -> list[Row]:
+    """The lines about time."""
+    times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
+    per_step = result.config.tokens_per_step
+    return [
         Row("step, median (ms)", tuple(number(p50) for _, p50, _ in times), speed(result)),
         Row("step, p20 to p80 (ms)", tuple(f"{number(p20)} to {number(p80)}" for p20, _, p80 in times)),
-        Row("tokens/s", tuple(f"{1e3 * tokens / p50:.0f}" for _, p50, _ in times)),
+        Row("tokens/s", tuple(f"{1e3 * per_step / p50:.0f}" for _, p50, _ in times)),
     ]
+
+
+def _sizes(result: Result) -> list[Row]:
+    """The lines about memory."""
+    eager, fused = result.eager, result.fused
+    table = []
     if eager.peak_mib and fused.peak_mib:
-        table.append(_memory("peak above resident (MiB)", *(median(run.peak_mib) for run in pair)))
+        table.append(_memory("peak above resident (MiB)", median(eager.peak_mib), median(fused.peak_mib)))
     if eager.kept_mib is not None and fused.kept_mib is not None:
         table.append(_memory("kept for backward (MiB)", eager.kept_mib, fused.kept_mib))
+    return table
+
+
+def _losses(result: Result) -> list[Row]:
+    """The lines about the losses."""
+    eager, fused = pair = result.eager, result.fused
     tail = min(TAIL, result.steps)
-    table += [
+    table = [
         Row("train loss, first step", tuple(f"{run.losses[0]:.4f}" for run in pair)),
         Row(f"train loss, mean of last {tail}", tuple(f"{mean(result.losses(run)[-tail:]):.4f}" for run in pair)),
     ]
@@ -102,8 +125,14 @@ def rows(result: Result) -> list[Row]:
             table.append(Row(f"held-out loss {when}", tuple(f"{run.heldout[index]:.4f}" for run in pair)))
     apart = result.differences(fused)
     table.append(Row("largest loss difference", ("", f"{largest(apart):.2g}"), f"over {len(apart)} steps"))
-    if result.nudged is not None and result.nudged.losses:
-        drift = result.differences(result.nudged)
+    verdict = result.verdict()
+    if verdict is not None:
+        names = ("mean loss difference", f"  worst {WINDOW} steps", "  worst step")
+        pairs = zip(astuple(verdict.fused), astuple(verdict.reordered), strict=True)
+        for name, (one, other) in zip(names, pairs, strict=True):
+            table.append(Row(name, ("", f"{one:.2g}"), f"reordered: {other:.2g}"))
+    elif result.yardstick is not None and result.yardstick.losses:
+        drift = result.differences(result.yardstick)
         cells = ("", f"{largest(apart[: len(drift)]):.2g}")
         table.append(Row(f"  in the first {len(drift)} steps", cells, f"nudged: {largest(drift):.2g}"))
     return table
@@ -141,11 +170,9 @@ def printed(result: Result) -> Table:
     config = result.config
     table = Table(
         title=f"{config.method} r={config.rank} on {result.model}: {result.steps} steps each, "
-        f"alternating, {config.batch_size} x {config.seq_len} tokens, {precision(config)}",
+        f"alternating, {tokens(config)}, {precision(config)}",
         title_justify="left",
-        caption="nudged: eager once more, its adapters changed at the start by at most one rounding error"
-        if result.nudged is not None and result.nudged.losses
-        else None,
+        caption=_caption(result),
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
@@ -158,4 +185,21 @@ def printed(result: Result) -> Table:
 
 def precision(config: Config) -> str:
     """The arithmetic in a few words."""
-    return f"{config.dtype} base, fp32 adapters, {'bf16 autocast' if config.autocast else 'no autocast'}"
+    words = [f"{config.dtype} base, fp32 adapters"]
+    words.append(f"{config.autocast_dtype} autocast" if config.autocast else "no autocast")
+    return ", ".join(words + ["GradScaler"] * config.scaler + ["checkpointing"] * config.checkpointing)
+
+
+def tokens(config: Config) -> str:
+    """What one step sees."""
+    parts = f"{config.accumulation} x " if config.accumulation > 1 else ""
+    return f"{parts}{config.batch_size} x {config.seq_len} tokens"
+
+
+def _caption(result: Result) -> str | None:
+    """What the table calls the yardstick."""
+    if result.yardstick is None or not result.yardstick.losses:
+        return None
+    if result.config.reordered:
+        return "reordered: eager once more, the sequences of each step dealt to its parts in another order"
+    return "nudged: eager once more, its adapters changed at the start by at most one rounding error"

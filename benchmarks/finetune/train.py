@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import nn
 
 from benchmarks.finetune.config import Config
+from benchmarks.finetune.model import DTYPES
 from benchmarks.finetune.probe import MIB, kept_mib
 
 
@@ -23,6 +25,8 @@ class Run:
         peak_mib: memory of each step above what was allocated before it, in MiB; empty on a CPU.
         kept_mib: what one forward pass keeps for backward, in MiB.
         heldout: held-out loss before and after training.
+        scaler: scales the loss; a disabled one leaves everything as it is.
+        skipped: steps that the scaler skipped because a gradient overflowed.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Run:
     peak_mib: list[float] = field(default_factory=list)
     kept_mib: float | None = None
     heldout: list[float] = field(default_factory=list)
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -40,14 +46,22 @@ class Run:
 
 def loss_of(run: Run, batch: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean next-token loss of `batch` `[sequences, tokens]` int64."""
-    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.autocast):
+    dtype = DTYPES[config.autocast_dtype]
+    with torch.autocast(torch.device(config.device).type, dtype, enabled=config.autocast):
         loss: torch.Tensor = run.model(input_ids=batch, labels=batch, use_cache=False).loss
     return loss
 
 
 def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
-    """One optimiser step: forward, backward, clip the gradient norm to 1, update; records loss, ms and peak MiB."""
-    gpu = batch.is_cuda
+    """One optimiser step: forward, backward, clip the gradient norm to 1, update; records loss, ms and peak MiB.
+
+    Args:
+        run: what to train.
+        batch: `[sequences_per_step, seq_len]`; each `batch_size` rows of it go forward and backward by themselves.
+        lr: the learning rate.
+        config: `batch_size`, autocast.
+    """
+    gpu, scale = batch.is_cuda, run.scaler.get_scale()
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -56,15 +70,21 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
         torch.cuda.reset_peak_memory_stats(batch.device)
         resident = torch.cuda.memory_allocated(batch.device)
     start = time.perf_counter()
-    loss = loss_of(run, batch, config)
-    loss.backward()
+    losses = []
+    for part in batch.split(config.batch_size):
+        loss = loss_of(run, part, config)
+        run.scaler.scale(loss / config.accumulation).backward()
+        losses.append(loss.detach())
+    run.scaler.unscale_(run.optimizer)
     torch.nn.utils.clip_grad_norm_(run.trained, 1.0)
-    run.optimizer.step()
-    value = loss.item()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    value = fmean(loss.item() for loss in losses)
     if gpu:
         torch.cuda.synchronize(batch.device)
     elapsed = time.perf_counter() - start
     run.losses.append(value)
+    run.skipped += run.scaler.get_scale() < scale
     run.step_ms.append(1e3 * elapsed)
     if gpu:
         run.peak_mib.append((torch.cuda.max_memory_allocated(batch.device) - resident) / MIB)
@@ -86,6 +106,21 @@ def probe(run: Run, batch: torch.Tensor, config: Config) -> None:
     run.kept_mib = kept_mib(run.model, lambda: loss_of(run, batch.to(config.device), config))
 
 
+def reordered(batch: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The same rows, dealt to the parts of a step anew and backwards: the same gradient, summed in another order.
+
+    Going backwards alone would not do: two parts have one sum, whichever comes first.
+
+    Args:
+        batch: `[sequences_per_step, seq_len]`.
+        batch_size: rows of one part.
+
+    Returns:
+        `[sequences_per_step, seq_len]`, a part holding rows of different parts of `batch`.
+    """
+    return batch.view(-1, batch_size, batch.shape[-1]).transpose(0, 1).flatten(0, 1).flip(0)
+
+
 def race(
     pair: Sequence[Run],
     extra: Run | None,
@@ -99,8 +134,8 @@ def race(
 
     Args:
         pair: the runs to compare.
-        extra: a run that goes along, last, for the first `config.yardstick` steps.
-        stream: batches `[batch_size, seq_len]`.
+        extra: a run that goes along, last, for the first `config.yardstick` steps; `reordered` if the config says so.
+        stream: batches `[sequences_per_step, seq_len]`.
         config: steps, warm-up, learning rate.
         deadline: the value of `time.monotonic()` by which to be done; the first step is always taken.
     """
@@ -111,10 +146,9 @@ def race(
         began = time.monotonic()
         batch = next(stream).to(config.device)
         lr = config.lr * min(1.0, (done + 1) / (config.warmup + 1))
-        runs = list(pair if done % 2 == 0 else reversed(pair))
-        if extra is not None and done < config.yardstick:
-            runs.append(extra)
-        for run in runs:
+        for run in pair if done % 2 == 0 else reversed(pair):
             step(run, batch, lr, config)
+        if extra is not None and done < config.yardstick:
+            step(extra, reordered(batch, config.batch_size) if config.reordered else batch, lr, config)
         lasted = time.monotonic() - began
         yield done + 1
