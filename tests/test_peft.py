@@ -98,6 +98,8 @@ def test_dropout(method: str, x: Tensor, seed: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_behaviours(method: str, x: Tensor, seed: int, tmp_path: Path) -> None:
     """Disabling, merging, unmerging, adding, switching, deleting, saving, loading: PEFT's results."""
+    if method == "dora" and peft.__version__ < "0.21":
+        pytest.skip("PEFT before 0.21 can't unmerge DoRA from a Conv1D")
     made, plain = model(method, seed), model(method, seed)
     dk.accelerate(made, strict=True)
 

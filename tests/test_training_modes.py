@@ -113,7 +113,9 @@ def test_nested_autocast(method: str, contexts: list[torch.dtype | None], around
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_checkpointing_with_dropout(method: str, reentrant: bool, autocast: bool, seed: int) -> None:
     """The masks that backward draws again are forward's: the bits of the run without checkpoints of the same seed."""
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
+    if autocast and transformers.__version__ < "5":
+        pytest.skip("models of Transformers 4 round elsewhere in a checkpoint under autocast, adapted or not")
     from tiny_llama import llama, tokens
 
     results, batch = [], tokens(seed, 2, 9)
