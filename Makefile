@@ -1,5 +1,7 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
 # make lint   ruff and mypy            make bench  time and weigh one layer against PEFT on this CPU
+# make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
+# make codegen           compile every Triton kernel for GPUs that are not here: spills, shared memory
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
@@ -19,10 +21,16 @@ PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_mod
 	tests/test_export*.py tests/test_trainers.py tests/test_supported.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: test test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: test test-interpreter codegen test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
+
+test-interpreter: .venv/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/triton $(ARGS)
+
+codegen: .venv/installed
+	$(PY) -m benchmarks.codegen $(ARGS)
 
 test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)

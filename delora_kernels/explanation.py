@@ -58,7 +58,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
 
 
 def _why_not(name: str, call: Call) -> str:
-    reason = backends.reason_against(name, call)
+    reason = backends.reason_against(name, call) or backends.ON_REQUEST.get(name)
     if reason is not None:
         return reason
     chosen = call.options.backend

@@ -3,7 +3,9 @@
 A backend is a module with one function for each op of `ops.py` and `supports(call)`, which returns None or why not.
 """
 
+import functools
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ NAMES = ("triton", "cuda", "eager")
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_BACKEND"
 
-_MODULES = {"eager": "delora_kernels.backends.eager"}
+_MODULES = {"triton": "delora_kernels.backends.triton", "eager": "delora_kernels.backends.eager"}
+ON_REQUEST = {"triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
+"""Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
 _logged: set[tuple[str, str]] = set()
 
@@ -38,11 +42,16 @@ def load(name: str) -> ModuleType:
     return _loaded[name]
 
 
+@functools.cache
 def unavailable(name: str) -> str | None:
     """Why the backend `name` can't run on this machine at all, or None if it can."""
-    if name in _MODULES:
-        return None
-    return f"this version of delora_kernels has no {name} kernels"
+    if name not in _MODULES:
+        return f"this version of delora_kernels has no {name} kernels"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU (with TRITON_INTERPRET=1 its kernels run on CPU tensors, slowly, on request)"
+    return None
 
 
 def reason_against(name: str, call: "Call") -> str | None:
@@ -71,7 +80,7 @@ def choose(call: "Call") -> str:
             )
         return name
     for name in _MODULES:
-        reason = load(name).supports(call)
+        reason = reason_against(name, call) or ON_REQUEST.get(name)
         if reason is None:
             return name
         _log_once(name, reason)

@@ -80,8 +80,13 @@ def mixed_precision(rank: int, method: str, seed: int, units: str) -> int:
     # six layers one after another, whose weights, inputs and outputs are rounded: 18 roundings of half an eps
     eps = 18 / 2 * torch.finfo(torch.bfloat16).eps
     assert (ours["y"] - half(y, rank)).norm() <= eps * y.norm()
-    for name, grad in gradients(plain).items():
-        assert (gradients(made)[name] - grad).norm() <= 2 * eps * grad.norm(), name  # backward passes them again
+    got, exact = gradients(made), gradients(plain)
+    for kind in ("lora_A", "lora_B", "magnitude", "delora_A", "delora_B", "delora_lambda"):
+        # all of a kind as one vector: a single gradient may be small because its terms cancel
+        names = [name for name in exact if kind in name]
+        error = sum((got[name] - exact[name]).square().sum() for name in names)
+        size = sum(exact[name].square().sum() for name in names)
+        assert error <= (2 * eps) ** 2 * size, kind  # backward passes the layers again
     return len(calls)
 
 

@@ -1,0 +1,62 @@
+"""Dropout masks as tensors, and inputs with them applied, for what runs on a library GEMM (PEFT's two-term DoRA)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora_kernels.backends.triton.device import keep_tile
+from delora_kernels.backends.triton.launch import guard, rows
+
+_BT, _BC = 32, 128
+
+
+@triton.jit
+def mask_kernel(SEED, MASK, T, K, threshold, BT: tl.constexpr, BC: tl.constexpr):
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    c0 = tl.program_id(0) * BC
+    c = c0 + tl.arange(0, BC)
+    keep = keep_tile(SEED, t, c0, K, threshold, BT, BC)
+    tl.store(MASK + t[:, None] * K + c[None, :], keep, (t[:, None] < T) & (c[None, :] < K))
+
+
+@triton.jit
+def drop_kernel(X, SEED, DROPPED, REST, T, K, stride_x, threshold, inverse, BT: tl.constexpr, BC: tl.constexpr):
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    c0 = tl.program_id(0) * BC
+    c = c0 + tl.arange(0, BC)
+    inside = (t[:, None] < T) & (c[None, :] < K)
+    x = tl.load(X + t[:, None] * stride_x + c[None, :], inside, 0.0).to(tl.float32)
+    dropped = tl.where(keep_tile(SEED, t, c0, K, threshold, BT, BC), x * inverse, 0.0)
+    at = t[:, None] * K + c[None, :]
+    tl.store(DROPPED + at, dropped.to(DROPPED.dtype.element_ty), inside)
+    tl.store(REST + at, (x - dropped).to(REST.dtype.element_ty), inside)
+
+
+def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """The elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
+    mask = seed.new_empty((T, K), dtype=torch.bool)
+    if T * K:
+        with guard(seed):
+            mask_kernel[_grid(T, K)](seed, mask, T, K, _threshold(dropout_p), BT=_BT, BC=_BC)
+    return mask
+
+
+def drop(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """drop(x) and x − drop(x), [T, K] each, from one read of x."""
+    x, (T, K) = rows(x), x.shape
+    dropped, rest = x.new_empty((T, K)), x.new_empty((T, K))
+    if T * K:
+        with guard(x):
+            drop_kernel[_grid(T, K)](
+                x, seed, dropped, rest, T, K, x.stride(0), _threshold(dropout_p), 1 / (1 - dropout_p), BT=_BT, BC=_BC
+            )
+    return dropped, rest
+
+
+def _grid(T: int, K: int) -> tuple[int, int]:
+    return triton.cdiv(K, _BC), triton.cdiv(T, _BT)
+
+
+def _threshold(dropout_p: float) -> int:
+    return round(dropout_p * (1 << 16)) - (1 << 15)

@@ -1,0 +1,44 @@
+"""What every launch shares: the device guard, how operands meet in a dot, sizes that kernels are compiled for.
+
+Kernels get pointers, int64-safe strides and constexpr tile sizes from `tables.py`; nothing is tuned at run time.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+"""Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when this was imported)."""
+
+PLAIN, SPLIT_SMALL, SPLIT_BOTH, WIDE = 0, 1, 2, 3
+"""How two operands meet in a dot: as they are; the small one as three bfloat16 parts; both as two; both in float32."""
+
+
+def guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The context in which Triton launches on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if its last dimension is contiguous, else one copy."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+def meeting(big: torch.dtype, small: torch.dtype, split_big: bool = False) -> int:
+    """How a token-sized operand and a small one are multiplied, so that nothing is lost that eager PyTorch keeps."""
+    if big == small:
+        return PLAIN
+    if big == torch.bfloat16 and small == torch.float32:
+        return SPLIT_BOTH if split_big else SPLIT_SMALL
+    return WIDE
+
+
+def precision(dtype: torch.dtype, how: int) -> str:
+    """`input_precision` of a dot: three tf32 products stand in for float32 where the operands were mixed."""
+    if how == WIDE:
+        return "tf32x3"
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,95 @@
+"""The rank-R term on a library GEMM's output, in one pass over it: expand and dx in the form that updates in place.
+
+    out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h S)) + extra + bias
+
+Each part is there or not; `out` may be `base` itself. The sum is made in float32 and rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup
+from delora_kernels.backends.triton.device import keep_tile, mixed_dot
+from delora_kernels.backends.triton.launch import INTERPRETED, SPLIT_BOTH, WIDE, guard, meeting, precision, rows
+from delora_kernels.backends.triton.tables import rank_tile, tiles
+
+
+@triton.jit
+def rank_update_kernel(
+    BASE, H, S, COLUMN, EXTRA, BIAS, SEED, OUT, T, C, R,
+    stride_base, stride_h, stride_sr, stride_sc, stride_extra, scale, threshold,
+    WITH_COLUMN: tl.constexpr, WITH_EXTRA: tl.constexpr, WITH_BIAS: tl.constexpr,
+    MASK_TERM: tl.constexpr, MASK_BASE: tl.constexpr,
+    HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    c0 = tl.program_id(0) * BC
+    c = c0 + tl.arange(0, BC)
+    inside = (t[:, None] < T) & (c[None, :] < C)
+    acc = tl.zeros((BT, BC), tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        h = tl.load(H + t[:, None] * stride_h + r[None, :], (t[:, None] < T) & (r[None, :] < R), 0.0)
+        small = S + r[:, None].to(tl.int64) * stride_sr + c[None, :].to(tl.int64) * stride_sc
+        s = tl.load(small, (r[:, None] < R) & (c[None, :] < C), 0.0)
+        acc = mixed_dot(h, s, acc, HOW, PRECISION, INTERPRETED)
+    acc = acc * scale
+    base = tl.load(BASE + t[:, None] * stride_base + c[None, :], inside, 0.0).to(tl.float32)
+    if MASK_TERM:
+        keep = keep_tile(SEED, t, c0, C, threshold, BT, BC)
+        acc = tl.where(keep, acc, 0.0)
+        if MASK_BASE:
+            base = tl.where(keep, base, 0.0)
+    acc += base
+    if WITH_COLUMN:
+        acc *= tl.load(COLUMN + c, c < C, 0.0)[None, :]
+    if WITH_EXTRA:
+        acc += tl.load(EXTRA + t[:, None] * stride_extra + c[None, :], inside, 0.0).to(tl.float32)
+    if WITH_BIAS:
+        acc += tl.load(BIAS + c, c < C, 0.0).to(tl.float32)[None, :]
+    tl.store(OUT + t[:, None] * C + c[None, :], acc.to(OUT.dtype.element_ty), inside)
+
+
+def rank_update(
+    base: Tensor, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
+    extra: Tensor | None = None, bias: Tensor | None = None, group: MaskGroup | None = None, mask_base: bool = False,
+) -> Tensor:  # fmt: skip
+    """Write the formula above to `out`, which may be `base`, and return it.
+
+    Args:
+        base: [T, C], last dimension contiguous.
+        h: [T, R].
+        small: S, [R, C], any strides.
+        scale: Factor of the term; 1 / (1 − p) of a mask is the caller's.
+        out: [T, C], contiguous.
+        column: c [C] float32, or None.
+        extra: [T, C] or None.
+        bias: [C] or None.
+        group: The mask of the term, or None.
+        mask_base: Whether it masks base too.
+    """
+    (T, C), R = base.shape, h.shape[1]
+    if T * C == 0:
+        return out
+    h, extra = rows(h), None if extra is None else rows(extra)
+    BR = rank_tile("rank_update", R)
+    tile = tiles("rank_update", BR)
+    how = meeting(h.dtype, small.dtype)
+    if h.dtype == small.dtype == torch.float32 and base.dtype != torch.float32:
+        how = SPLIT_BOTH if base.dtype == torch.bfloat16 else WIDE  # as accurate as float32, on fast units
+    seed = None if group is None else group.seed
+    p = 0.0 if group is None else group.dropout_p
+    with guard(base):
+        rank_update_kernel[(triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens))](
+            base, h, small, column, extra, bias, seed, out, T, C, R,
+            base.stride(0), h.stride(0), *small.stride(), 0 if extra is None else extra.stride(0), scale,
+            round(p * (1 << 16)) - (1 << 15),
+            WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None, WITH_BIAS=bias is not None,
+            MASK_TERM=seed is not None, MASK_BASE=mask_base,
+            HOW=how, PRECISION=precision(base.dtype, how), INTERPRETED=INTERPRETED,
+            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,23 @@
+"""Which calls the Triton backend takes."""
+
+import torch
+
+from delora_kernels.backends.triton.launch import INTERPRETED
+from delora_kernels.call import Call
+
+LARGEST_RANK = 512
+
+
+def supports(call: Call) -> str | None:
+    """Why Triton can't take `call`, or None."""
+    device, o = call.x.device, call.options
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"its tensors are on {device.type}"
+    if torch.float64 in (o.compute_dtype, o.rank_dtype):
+        return "float64 has no fast units"
+    rank = call.A.shape[0] + (0 if call.frozen_A is None else call.frozen_A.shape[0])
+    if rank > LARGEST_RANK:
+        return f"rank {rank} is above {LARGEST_RANK}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than sm_80"
+    return None

@@ -1,0 +1,112 @@
+"""Triton's kernels in its interpreter, on CPU tensors: every op and method against its formula, forward and backward.
+
+Run by `make test-interpreter`: TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
+
+import delora_kernels as dk
+from delora_kernels import explain, ops, use_backend
+from delora_kernels import functional as F
+from delora_kernels.backends import eager
+from delora_kernels.backends.triton import tables
+from delora_kernels.backends.triton.times_small import times_small
+from delora_kernels.backends.triton.token_sums import token_sums
+from delora_kernels.testing import METHODS, OPS, measure
+from delora_kernels.testing.op_problems import op_problems
+
+DTYPES = {
+    "float32": (torch.float32, None),
+    "float16": (torch.float16, None),
+    "bfloat16": (torch.bfloat16, None),
+    "bfloat16+float32": (torch.bfloat16, torch.float32),
+    "float16+float32": (torch.float16, torch.float32),
+}
+SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20))
+RANDOM_SIZES = 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_op(name: str, dtype: str, seed: int) -> None:
+    narrow, wide = DTYPES[dtype]
+    for T, K, N, R in SIZES if dtype in ("float32", "bfloat16+float32") else SIZES[:1]:
+        for problem in op_problems(name, T, K, N, R, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
+            assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_method(method: str, dtype: str, seed: int) -> None:
+    """y and every gradient by the autograd Function on this backend."""
+    narrow, wide = DTYPES[dtype]
+    with use_backend("triton"):
+        problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
+        assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("name", ["project", "expand", "expand_backward", "input_grad", "project_backward", "row_norm"])
+def test_random_sizes(name: str, seed: int) -> None:
+    """Fifty odd shapes in float32, to 1e-5 of the largest element."""
+    sizes = torch.randint(1, 90, (RANDOM_SIZES, 4), generator=torch.Generator().manual_seed(seed)).tolist()
+    for T, K, N, R in sizes:
+        problem = next(op_problems(name, T, K, N, min(R, 40), backend="triton", seed=seed))
+        expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
+        for what, got in problem.run(problem.inputs).items():
+            error = (got.double() - expected[what]).abs().max() / expected[what].abs().max()
+            assert error <= 1e-5, (what, (T, K, N, R), error)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 4), (5, 1), (33, 130)])
+def test_masks_have_the_bits_of_the_eager_backend(shape: tuple[int, int], seed: int) -> None:
+    one = torch.tensor(seed)
+    for p in (0.1, 0.5, 0.93):
+        assert torch.equal(ops.dropout_mask(*shape, p, one, "triton"), eager.dropout_mask(*shape, p, one))
+
+
+def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums split among programs, rows apart in memory, more ranks than one turn takes; the same bits every time."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 700, generator=generator)[:, 100:430]
+    small, h = torch.randn(330, 150, generator=generator), torch.randn(150, 40, generator=generator).t()
+    for target in (1, 1000):
+        monkeypatch.setattr(tables, "SPLIT_TARGET", target)
+        torch.testing.assert_close(times_small(x, small, torch.float32), x @ small, rtol=1e-4, atol=1e-3)
+        sums = token_sums(x, h, 0.5, sums=True, y=x)
+        for got, expected in zip(sums, (0.5 * x.t() @ h, x.sum(0), x.square().sum(0)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+        assert all(torch.equal(a, b) for a, b in zip(sums, token_sums(x, h, 0.5, sums=True, y=x), strict=True))
+
+
+def test_no_tokens() -> None:
+    tensors = {"x": torch.zeros(0, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(2, 6), "B": torch.zeros(5, 2)}
+    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+    with use_backend("triton"):
+        y = F.lora_linear(**leaves)
+        y.sum().backward()
+    assert y.shape == (0, 5)
+    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
+
+
+def test_what_it_does_not_take() -> None:
+    """A reason for each call that it can't take: shown by explain, raised on request."""
+    big = {"x": torch.zeros(2, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(600, 6), "B": torch.zeros(5, 600)}
+    double = {name: value[:2].double() if name == "A" else value.double() for name, value in big.items()}
+    double["B"] = double["B"][:, :2]
+    for arguments, reason in ((big, "rank 600 is above 512"), (double, "float64 has no fast units")):
+        assert explain(dk.functional.lora_linear, **arguments).reasons["triton"] == reason
+        with use_backend("triton"), pytest.raises(RuntimeError, match=reason):
+            F.lora_linear(**arguments)
+    fits = big | {"A": big["A"][:2], "B": big["B"][:, :2]}
+    assert explain("lora_linear", **fits).backend == "eager"
