@@ -150,7 +150,7 @@ class AdaptedLinear(torch.autograd.Function):
             grads = _gradients(ctx, dy, _Saved(*saved))
         if not torch.is_grad_enabled():
             return grads
-        return _refuse_second_derivatives(ctx.options.method, grads, (dy, *saved, *ctx.factors))
+        return refuse_second_derivatives(ctx.options.method, grads, (dy, *saved, *ctx.factors))
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -169,7 +169,7 @@ class _SecondDerivative(torch.autograd.Function):
         )
 
 
-def _refuse_second_derivatives(
+def refuse_second_derivatives(
     method: str, grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Tie the gradients to all they were computed from, by a node that raises, wherever differentiation enters."""

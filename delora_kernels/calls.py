@@ -47,7 +47,7 @@ def dora_call(
 ) -> Call:
     """The call that `functional.dora_linear` makes."""
     name = "dora_linear"
-    _check(name, x, weight, bias, A, B)
+    _check(name, x, weight, bias, A, B, magnitude)
     magnitude = checks.tensor(name, "magnitude", magnitude)
     checks.shape(name, "magnitude", magnitude, (weight.shape[0],), "[N]", "pass one value for each row of weight")
     checks.same_device(name, "magnitude", magnitude, x)
@@ -93,7 +93,7 @@ def delora_call(
 ) -> Call:
     """The call that `functional.delora_linear` makes."""
     name = "delora_linear"
-    _check(name, x, weight, bias, A, B)
+    _check(name, x, weight, bias, A, B, lam, weight_norm, frozen_A, frozen_B, frozen_lam)
     lam, weight_norm, eps = _delora_constants(name, A, lam, weight_norm, eps)
     if (frozen_A is None) != (frozen_B is None):
         missing = "frozen_A" if frozen_A is None else "frozen_B"
@@ -132,6 +132,7 @@ def delora_call(
 def factors_call(A: Any, B: Any, lam: Any, weight_norm: Any, eps: Any) -> tuple[Tensor, Tensor, float]:
     """λ, n and eps as `functional.delora_factors` passes them on, all of its arguments checked."""
     name = "delora_factors"
+    _refuse_transforms(name, (A, B, lam, weight_norm), "reference.delora_weight")
     checks.pair(name, A, B)
     checks.same_device(name, "B", B, A)
     return _delora_constants(name, A, lam, weight_norm, eps)
@@ -163,10 +164,14 @@ def active_transform(tensors: Iterable[Any]) -> str | None:
     return None
 
 
-def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any) -> None:
-    transform = active_transform((x, weight, bias, A, B))
+def _refuse_transforms(name: str, tensors: Iterable[Any], instead: str) -> None:
+    transform = active_transform(tensors)
     if transform is not None:
-        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.reference.{name} there")
+        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.{instead} there")
+
+
+def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any, *others: Any) -> None:
+    _refuse_transforms(name, (x, weight, bias, A, B, *others), f"reference.{name}")
     if not checks.plainly_right(x, weight, bias, A, B):
         checks.base(name, x, weight, bias)
         checks.factors(name, x, weight, A, B)

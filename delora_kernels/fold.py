@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from delora_kernels import ops
+from delora_kernels.adapted_linear import refuse_second_derivatives
 
 
 class Fold(torch.autograd.Function):
@@ -27,10 +27,13 @@ class Fold(torch.autograd.Function):
         return A_hat, B_hat
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dA_hat: Tensor, dB_hat: Tensor) -> tuple[Tensor | None, ...]:
         A, B, lam, weight_norm, a, b = ctx.saved_tensors
-        dA, dB, dlam = ops.fold_backward(
-            dA_hat.to(a.dtype), dB_hat.to(b.dtype), A, B, lam, weight_norm, None, a, b, ctx.eps, ctx.backend
-        )
-        return dA, dB, dlam.reshape(lam.shape).to(lam.dtype), None, None, None
+        with torch.no_grad():
+            dA, dB, dlam = ops.fold_backward(
+                dA_hat.to(a.dtype), dB_hat.to(b.dtype), A, B, lam, weight_norm, None, a, b, ctx.eps, ctx.backend
+            )
+        grads = (dA, dB, dlam.reshape(lam.shape).to(lam.dtype), None, None, None)
+        if not torch.is_grad_enabled():
+            return grads
+        return refuse_second_derivatives("delora_linear", grads, (dA_hat, dB_hat, A, B, lam))

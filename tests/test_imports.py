@@ -88,7 +88,7 @@ LAYERS = [
     ("call", set()),
     ("functional", {"adapted_linear", "backends", "call", "calls", "fold"}),
     ("calls", {"backends", "call", "checks"}),
-    ("fold", {"ops"}),
+    ("fold", {"adapted_linear", "ops"}),
     ("nn", {"nn", "functional", "frozen", "checks", "ops", "call", "reference", "backends"}),
 ]
 

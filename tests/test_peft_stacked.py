@@ -224,3 +224,63 @@ def test_nothing_is_stacked_where_one_is_active(seed: int) -> None:
     x = torch.ones(2, 14)
     expected = third.base_layer(x) + third.scaling["default"] * third.lora_B["default"](third.lora_A["default"](x))
     torch.testing.assert_close(third(x), expected)
+
+
+def test_second_derivatives_raise(x: Tensor, seed: int) -> None:
+    """They are never dropped: neither by the folded factors alone nor by stacked layers."""
+    A, B = torch.randn(2, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, dtype=torch.float64)
+    A_hat, _ = F.delora_factors(A, B, 1.5, 1.0)
+    (gradient,) = torch.autograd.grad(A_hat.sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        (gradient.square().sum() + A.sum()).backward()
+    for method in ("lora", "delora"):
+        made = stacked(method, seed)
+        dk.accelerate(made, strict=True)
+        trained = [p for p in made.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(made(x).square().sum(), trained, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(sum(g.sum() for g in gradients), trained, allow_unused=True)
+
+
+def test_small_scales_beside_large_ones_in_half_precision(seed: int) -> None:
+    """A small adapter's factors don't sink below float16's normal numbers: its part is as exact as PEFT's."""
+    made = model("lora", seed, dtype=torch.float16)
+    made.add_adapter("second", config("lora", target_modules=["first"]))
+    made.base_model.set_adapter(["default", "second"])
+    layer = made.base_model.model.first.half()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias.zero_()
+        layer.lora_B["default"].weight.copy_(1e-3 * torch.randn(20, 3, generator=generator))
+        layer.lora_B["second"].weight.zero_()
+    layer.scaling.update(default=0.125, second=64.0)
+    x = torch.randn(6, 12, generator=generator).half()
+    exact = 0.125 * x.double() @ layer.lora_A["default"].weight.double().T @ layer.lora_B["default"].weight.double().T
+    theirs = layer(x)
+    dk.accelerate(layer, strict=True)
+    ours = layer(x)
+    errors = [(y.double() - exact).norm() / exact.norm() for y in (ours, theirs)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(torch.float16).eps
+
+
+def test_compiles_with_scales_that_change(x: Tensor, seed: int) -> None:
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        made = stacked("lora", seed, dtype=torch.float64)
+        dk.accelerate(made, strict=True)
+        compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for scale in (1.5, 3.0, 0.25, -1.0):
+            made.base_model.model.first.set_scale("default", scale)
+            torch.testing.assert_close(compiled(x.double()), made(x.double()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
+def test_traces(x: Tensor, seed: int) -> None:
+    for method in ("lora", "delora"):
+        made = stacked(method, seed).eval()
+        dk.accelerate(made, strict=True)
+        traced = torch.jit.trace(
+            made.base_model.model, x, check_trace=False
+        )  # the check wants equal graphs, to the letter
+        torch.testing.assert_close(traced(x + 1), made(x + 1))

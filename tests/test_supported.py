@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
 from delora_kernels.integrations import layer_check, supported
+from delora_kernels.integrations.peft import plan
 
 ROOT = Path(__file__).parents[1]
 PEFT_NEWEST = supported.TABLE["peft"].newest
@@ -193,6 +194,8 @@ def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest
         monkeypatch.delattr(owner, attribute)
     else:
         monkeypatch.setattr(owner, attribute, change(right))
+        if attribute == "forward":
+            monkeypatch.setitem(plan._FORWARDS, owner, owner.forward)  # it is what such a PEFT would define itself
     monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
     titles = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
     for method, reason in expected.items():

@@ -124,11 +124,18 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any) -> Pa
         raise checks.fail(TypeError, FUNCTION, "adapter", "a name or None", type(adapter).__name__, remedy)
     if dtype is not None and dtype not in checks.FLOATS:
         raise checks.fail(TypeError, FUNCTION, "dtype", f"None or one of {checks.FLOATS}", dtype, "pass a float dtype")
+    if not os.fspath(directory):
+        raise checks.fail(
+            ValueError, FUNCTION, "directory", "a path", "an empty one", "pass '.' for the current folder"
+        )
     path = Path(directory)
-    if path.exists() and not path.is_dir():
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
         raise checks.fail(ValueError, FUNCTION, "directory", "a folder or new", "a file", "pass another path")
     if (path / CONFIG_NAME).is_file():
-        kind = json.loads((path / CONFIG_NAME).read_text()).get("peft_type")
+        try:
+            kind = dict(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))).get("peft_type")
+        except (ValueError, TypeError):  # no JSON, or no object
+            kind = "broken"
         if kind != "LORA":
             got, remedy = f"a folder with a {kind} adapter", "pass another path, or remove that adapter"
             raise checks.fail(ValueError, FUNCTION, "directory", "free or a LoRA adapter's", got, remedy)

@@ -33,9 +33,14 @@ class AccelerateCallback(TrainerCallback):
     Raises:
         ValueError: `strict`, and the Trainer's model has no PEFT adapter layer; else that is logged as a warning.
         RuntimeError: `strict`, and a layer can't be fused; the text is the report.
+        TypeError: an argument is no bool.
     """
 
-    def __init__(self, strict: bool = False, restore_at_end: bool = False) -> None:
+    def __init__(self, *, strict: bool = False, restore_at_end: bool = False) -> None:
+        for name, value in (("strict", strict), ("restore_at_end", restore_at_end)):
+            if not isinstance(value, bool):
+                remedy = "pass True or False"
+                raise checks.fail(TypeError, "AccelerateCallback", name, "a bool", type(value).__name__, remedy)
         self.strict = strict
         self.restore_at_end = restore_at_end
         self.report: Report | None = None

@@ -99,6 +99,8 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
         return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}"
+    if x.layout != torch.strided or x.is_nested:
+        return "its input is nested" if x.is_nested else f"its input has layout {x.layout}"
     if x.dim() < 2 and getattr(layer, "lora_variant", None):
         return "its input is one token without a dimension for it"  # to which PEFT's DoRA adds one
     transform = active_transform(chain((x,), layer.parameters()))

@@ -1,5 +1,7 @@
 """What computes a PEFT layer as it stands now: a fused function of its tensors, or why PEFT's own forward must."""
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
@@ -10,6 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora import dora
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
@@ -27,6 +30,15 @@ _LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"
 _DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
 _DELORA_DICTS |= {"delora_w_norm": BufferDict, "delora_dropout": nn.ModuleDict}
 """Where PEFT keeps the parts of a layer's adapters; a wrapper in the place of one may do more."""
+
+
+def _pefts_own(kind: Any) -> Any:
+    """The forward that PEFT's module defines for the class, or None if another has taken its place already."""
+    return kind.forward if kind.forward.__globals__ is vars(sys.modules[kind.__module__]) else None
+
+
+_FORWARDS = {kind: _pefts_own(kind) for kind in (LoraLinear, DeloraLinear)}
+"""Who puts another forward in the place of PEFT's wants that one to run."""
 
 
 class _Adapter(NamedTuple):
@@ -52,6 +64,9 @@ def plan_of(layer: Any) -> Fused | str:
         return reason
     if has_other_forward(layer):
         return "it has a forward of its own"
+    owner: Any = DeloraLinear if is_delora else LoraLinear
+    if owner.forward is not _FORWARDS[owner]:
+        return f"{class_name(owner)}.forward has been replaced"
     if layer._disable_adapters:
         return ON_PURPOSE[0]
     if layer.merged_adapters:
@@ -122,6 +137,8 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
     scale = layer.scaling[name]
     if not isinstance(scale, Real):
         return f"its scaling is a {type(scale).__name__}"
+    if not -math.inf < float(scale) < math.inf:  # math.isfinite does not trace
+        return "its scaling is not finite"
     return _Adapter({role: parameter(owner, "weight") for role, owner in owners.items()}, float(scale), dropout_p)
 
 
@@ -129,6 +146,8 @@ def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
     parts = layer._modules
     tensors = {role: parameter(parts[role], name) for role in ("delora_A", "delora_B", "delora_lambda")}
     tensors["delora_w_norm"] = parts["delora_w_norm"]._buffers[name]
+    if tensors["delora_w_norm"].requires_grad:
+        return "its delora_w_norm requires a gradient"
     dropout_p = _dropout_p(parts["delora_dropout"]._modules[name])
     if isinstance(dropout_p, str):
         return dropout_p
@@ -164,16 +183,17 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Frozen
     """Several adapters as one of their summed rank, each with its own mask; x is read once."""
     A, B = zip(*(factors(*adapter.tensors.values()) for adapter in adapters), strict=True)
     scales = [adapter.scale for adapter in adapters]
-    scale = max(scales, key=abs)
+    # not the largest: the others' B, divided by it, would sink below float16's normal numbers
+    scale = scales[0] if all(s == scales[0] for s in scales) else 1.0
     return functional.lora_linear(
         x,
         base.weight,
         torch.cat(A),
-        torch.cat([b if s == scale else b * (s / scale) for b, s in zip(B, scales, strict=True)], dim=1),
+        torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1),
         scale,
         base.bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
-        ranks=[a.shape[0] for a in A],
+        ranks=[int(a.shape[0]) for a in A],  # torch.jit.trace makes tensors of sizes
     )
 
 

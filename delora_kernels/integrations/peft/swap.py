@@ -11,7 +11,13 @@ from torch import nn
 
 from delora_kernels.frozen import NotLocal
 from delora_kernels.integrations import supported
-from delora_kernels.integrations.peft.layers import fused_class, peft_class, swap_class
+from delora_kernels.integrations.peft.layers import (
+    FusedDeloraLinear,
+    FusedLoraLinear,
+    fused_class,
+    peft_class,
+    swap_class,
+)
 from delora_kernels.integrations.peft.plan import class_name, plan_of
 from delora_kernels.integrations.report import LayerReport, Report
 
@@ -73,7 +79,7 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
 
 def _describe(name: str, layer: Any) -> LayerReport:
     kind = type(layer)
-    if fused_class(kind) is kind is peft_class(kind):
+    if fused_class(kind) is kind is peft_class(kind) and not isinstance(layer, FusedLoraLinear | FusedDeloraLinear):
         return LayerReport(name, _method(layer), f"{class_name(kind)} layers are not fused")
     plan = plan_of(layer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
