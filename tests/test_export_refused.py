@@ -200,3 +200,25 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter must be None or one of \[\], got 'default'"):
         export_lora(own_only, tmp_path / "out", adapter="default")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "DELORA"}'])
+def test_folders_that_are_not_free(text: str, tmp_path: Path) -> None:
+    """Whatever is no LoRA adapter is left alone."""
+    made: Any = small("delora")
+    config_file = tmp_path / "adapter_config.json"
+    config_file.write_text(text)
+    with pytest.raises(ValueError, match="directory must be free or a LoRA adapter's"):
+        export_lora(made, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [config_file.name]
+    assert config_file.read_text() == text
+
+
+def test_paths_that_are_no_folders(tmp_path: Path) -> None:
+    made: Any = small("delora")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(ValueError, match="directory must be a folder or new, got a file"):
+            export_lora(made, path)
+    with pytest.raises(ValueError, match="directory must be a path, got an empty one"):
+        export_lora(made, "")

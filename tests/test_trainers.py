@@ -278,3 +278,13 @@ def test_callback_with_model_init(seed: int, tmp_path: Path) -> None:
     )
     run.train()
     assert [fused_layers(one) for one in made] == [LAYERS, LAYERS]
+
+
+def test_callback_takes_named_bools(seed: int) -> None:
+    """A model or a word in the place of `strict` would be taken for True."""
+    with pytest.raises(TypeError):
+        AccelerateCallback(base(seed))  # type: ignore[misc]
+    for wrong in ({"strict": "no"}, {"restore_at_end": 1}):
+        (name,) = wrong
+        with pytest.raises(TypeError, match=f"AccelerateCallback: {name} must be a bool"):
+            AccelerateCallback(**wrong)  # type: ignore[arg-type]
