@@ -27,7 +27,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
 
 test-interpreter: .venv/installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/triton $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/interpreter $(ARGS)
 
 codegen: .venv/installed
 	$(PY) -m benchmarks.codegen $(ARGS)

@@ -12,6 +12,7 @@ PEFT = ["peft>=0.18", "transformers>=4.56"]
 TRL = [*PEFT, "trl>=0.22"]
 BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich", "tqdm"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "safetensors", "setuptools>=77", *TRL]
+TEST += ["triton>=3.3; platform_system == 'Linux'"]  # the CPU builds of torch come without
 DEV = [*BENCH, *TEST, "mypy", "ruff"]
 
 setup(

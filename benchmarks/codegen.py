@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
+from delora_kernels.backends.triton.fold import BLOCK, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
 from delora_kernels.backends.triton.times_small import times_small_kernel
@@ -53,10 +54,21 @@ def variants() -> Iterator[Variant]:
             for name, (big, small) in TYPES.items():
                 for drop in (False, True) if kernel != "row_norm" else (False,):
                     yield _variant(kernel, int(rank_class), name, big, small, drop)
+    for small in ("fp32", "bf16"):
+        yield from _folds(small)
     size = {"BT": _BT, "BC": _BC}
     yield Variant("mask", "", mask_kernel, {"SEED": "i64", "MASK": "i1"}, size, {})
     pointers = {"X": "bf16", "SEED": "i64", "DROPPED": "bf16", "REST": "bf16"}
     yield Variant("drop", "bf16", drop_kernel, pointers, size, {})
+
+
+def _folds(small: str) -> Iterator[Variant]:
+    constants = {"CLAMP": True, "WITH_VECTOR": True, "BLOCK": BLOCK}
+    shared = {"A": small, "B": small, "LAM": "fp32", "WEIGHT_NORM": "fp32", "NORM_A": "fp32", "NORM_B": "fp32"}
+    yield Variant("fold", small, fold_kernel, shared | {"A_HAT": "bf16", "B_HAT": "bf16"}, constants, {})
+    gradients = {"GRAD_A": "fp32", "GRAD_B": "fp32", "DA": small, "DB": small, "ALONG": "fp32"}
+    constants |= {"WITH_A": True, "WITH_B": True}
+    yield Variant("fold_backward", small, fold_backward_kernel, shared | gradients, constants, {})
 
 
 def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) -> Variant:
@@ -91,7 +103,7 @@ def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) 
 def compile_variant(variant: Variant, arch: str) -> dict[str, Any]:
     """One row of the record: {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}."""
     names = variant.function.arg_names
-    floats = {"factor", "scale", "inverse"}
+    floats = {"factor", "scale", "inverse", "sign", "eps"}
     signature, constants = {}, dict(variant.constants)
     for name in names:
         if name in variant.pointers:
@@ -141,13 +153,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
     rows, bad = [], []
-    print(f"{'kernel':<12} {'arch':<7} {'config':<26} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
+    print(f"{'kernel':<13} {'arch':<7} {'config':<26} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
     for arch in options.arch or ["sm_80", "sm_90"]:
         for variant in variants():
             row = compile_variant(variant, arch)
             rows.append(row)
             cells = ["-" if value is None else value for value in row.values()]
-            print("{:<12} {:<7} {:<26} {:>5} {:>6} {:>7}  {}".format(*cells))
+            print("{:<13} {:<7} {:<26} {:>5} {:>6} {:>7}  {}".format(*cells))
             if row["spill_bytes"] or row["shared_bytes"] > SHARED_LIMIT.get(arch, sys.maxsize):
                 bad.append(f"{row['kernel']} {arch} {row['config']}")
     if options.json:

@@ -1,0 +1,169 @@
+"""DeLoRA's fold and its inverse for gradients: one launch for a pair, a program for each row of A and column of B.
+
+A program reads its vector twice, first for the norm (or the product with its gradient), then to write it scaled. All
+arithmetic is in float32. Nothing here is token-sized.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora_kernels.backends.triton.launch import guard
+
+BLOCK = 1024
+
+
+@triton.jit
+def _inverse(norm, eps, CLAMP: tl.constexpr):
+    """1 / max(norm, eps); without a clamp 0 for a norm of 0."""
+    if CLAMP:
+        return 1.0 / tl.maximum(norm, eps)
+    return tl.where(norm == 0.0, 0.0, 1.0 / tl.where(norm == 0.0, 1.0, norm))
+
+
+@triton.jit
+def fold_kernel(
+    A, B, LAM, WEIGHT_NORM, A_HAT, B_HAT, NORM_A, NORM_B, K, N, r, R, offset,
+    stride_ar, stride_ak, stride_bn, stride_br, sign, eps,
+    CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    is_row = i < r
+    j = tl.where(is_row, i, i - r).to(tl.int64)
+    length = tl.where(is_row, K, N)
+    source = tl.where(is_row, 0, 1)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        e = start + tl.arange(0, BLOCK).to(tl.int64)
+        a = tl.load(A + j * stride_ar + e * stride_ak, (source == 0) & (e < length), 0.0).to(tl.float32)
+        b = tl.load(B + e * stride_bn + j * stride_br, (source == 1) & (e < length), 0.0).to(tl.float32)
+        squares += (a + b) * (a + b)
+    norm = tl.sqrt(tl.sum(squares))
+    inverse = _inverse(norm, eps, CLAMP)
+    tl.store(NORM_A + offset + j, norm, is_row)
+    tl.store(NORM_B + offset + j, norm, source == 1)
+    strength = tl.load(LAM).to(tl.float32) * sign / r
+    for start in range(0, length, BLOCK):
+        e = start + tl.arange(0, BLOCK).to(tl.int64)
+        row, column = (source == 0) & (e < length), (source == 1) & (e < length)
+        n = tl.load(WEIGHT_NORM + e, row, 0.0) if WITH_VECTOR else tl.load(WEIGHT_NORM)
+        a = tl.load(A + j * stride_ar + e * stride_ak, row, 0.0).to(tl.float32) * inverse * n.to(tl.float32)
+        b = tl.load(B + e * stride_bn + j * stride_br, column, 0.0).to(tl.float32) * inverse * strength
+        tl.store(A_HAT + (offset + j) * K + e, a.to(A_HAT.dtype.element_ty), row)
+        tl.store(B_HAT + e * R + offset + j, b.to(B_HAT.dtype.element_ty), column)
+
+
+def fold(
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    frozen_lam: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with the sign turned."""
+    pairs = [(A, B, lam, 1.0)]
+    if frozen_A is not None and frozen_B is not None:
+        pairs.append((frozen_A, frozen_B, lam if frozen_lam is None else frozen_lam, -1.0))
+    R, K, N = sum(pair[0].shape[0] for pair in pairs), A.shape[1], B.shape[0]
+    A_hat, B_hat = A.new_empty((R, K), dtype=dtype), B.new_empty((N, R), dtype=dtype)
+    a, b = A.new_empty(R, dtype=torch.float32), B.new_empty(R, dtype=torch.float32)
+    offset = 0
+    for one_A, one_B, one_lam, sign in pairs:
+        r = one_A.shape[0]
+        with guard(A):
+            fold_kernel[(2 * r,)](
+                one_A, one_B, one_lam, weight_norm, A_hat, B_hat, a, b, K, N, r, R, offset,
+                *one_A.stride(), *one_B.stride(), sign, eps,
+                CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, BLOCK=BLOCK,
+            )  # fmt: skip
+        offset += r
+    return A_hat, B_hat, a, b
+
+
+@triton.jit
+def fold_backward_kernel(
+    GRAD_A, GRAD_B, A, B, LAM, WEIGHT_NORM, NORM_A, NORM_B, DA, DB, ALONG, K, N, r, stride_gr, stride_gk, stride_gn,
+    stride_gc, stride_ar, stride_ak, stride_bn, stride_br, eps,
+    CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, WITH_A: tl.constexpr, WITH_B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    if WITH_A:  # known when compiled, unlike the next
+        if i < r:
+            j = i.to(tl.int64)
+            norm = tl.load(NORM_A + j)
+            inverse = _inverse(norm, eps, CLAMP)
+            products = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, K, BLOCK):
+                e = start + tl.arange(0, BLOCK).to(tl.int64)
+                n = tl.load(WEIGHT_NORM + e, e < K, 0.0) if WITH_VECTOR else tl.load(WEIGHT_NORM)
+                g = tl.load(GRAD_A + j * stride_gr + e * stride_gk, e < K, 0.0).to(tl.float32) * n.to(tl.float32)
+                products += g * tl.load(A + j * stride_ar + e * stride_ak, e < K, 0.0).to(tl.float32)
+            along = tl.sum(products) * inverse
+            rest = tl.where(norm >= eps, along * inverse * inverse, 0.0)
+            for start in range(0, K, BLOCK):
+                e = start + tl.arange(0, BLOCK).to(tl.int64)
+                n = tl.load(WEIGHT_NORM + e, e < K, 0.0) if WITH_VECTOR else tl.load(WEIGHT_NORM)
+                g = tl.load(GRAD_A + j * stride_gr + e * stride_gk, e < K, 0.0).to(tl.float32) * n.to(tl.float32)
+                a = tl.load(A + j * stride_ar + e * stride_ak, e < K, 0.0).to(tl.float32)
+                tl.store(DA + j * K + e, (g * inverse - a * rest).to(DA.dtype.element_ty), e < K)
+    if WITH_B:
+        if i >= r:
+            j = (i - r).to(tl.int64)
+            norm = tl.load(NORM_B + j)
+            inverse = _inverse(norm, eps, CLAMP)
+            products = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, N, BLOCK):
+                e = start + tl.arange(0, BLOCK).to(tl.int64)
+                g = tl.load(GRAD_B + e * stride_gn + j * stride_gc, e < N, 0.0).to(tl.float32)
+                products += g * tl.load(B + e * stride_bn + j * stride_br, e < N, 0.0).to(tl.float32)
+            along = tl.sum(products) * inverse
+            tl.store(ALONG + j, along)
+            rest = tl.where(norm >= eps, along * inverse * inverse, 0.0)
+            strength = tl.load(LAM).to(tl.float32) / r
+            for start in range(0, N, BLOCK):
+                e = start + tl.arange(0, BLOCK).to(tl.int64)
+                g = tl.load(GRAD_B + e * stride_gn + j * stride_gc, e < N, 0.0).to(tl.float32)
+                b = tl.load(B + e * stride_bn + j * stride_br, e < N, 0.0).to(tl.float32)
+                tl.store(DB + e * r + j, ((g * inverse - b * rest) * strength).to(DB.dtype.element_ty), e < N)
+
+
+def fold_backward(
+    dA_hat: Tensor | None,
+    dB_hat: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor,
+    weight_norm: Tensor,
+    frozen_B: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed order."""
+    (r, K), N = A.shape, B.shape[0]
+    dA = A.new_empty(0 if dA_hat is None else (r, K))
+    dB = B.new_empty(0 if dB_hat is None else (N, r))
+    along = b.new_empty(r)
+    strides = (
+        *(dA_hat.stride() if dA_hat is not None else (0, 0)),
+        *(dB_hat.stride() if dB_hat is not None else (0, 0)),
+    )
+    with guard(A):
+        fold_backward_kernel[(2 * r,)](
+            dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along, K, N, r,
+            *strides, *A.stride(), *B.stride(), eps,
+            CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, WITH_A=dA_hat is not None, WITH_B=dB_hat is not None,
+            BLOCK=BLOCK,
+        )  # fmt: skip
+    if dB_hat is None:
+        return dA, dB, b.new_empty(0)
+    dlam = along.sum() / r
+    if frozen_B is not None:
+        inverse = b[r:].clamp(min=eps).reciprocal() if eps > 0 else torch.where(b[r:] == 0, 0.0, b[r:].reciprocal())
+        dlam = dlam - (dB_hat[:, r:] * frozen_B * inverse).sum() / frozen_B.shape[1]
+    return dA, dB, dlam.reshape(1)
