@@ -177,14 +177,14 @@ def input_grad(
 ) -> Tensor:
     """The frozen GEMM on dy, the rank-R term on top, masked first where elements dropped."""
     if seed is None:
-        return _add_rank_term(_scaled_gemm(dy, weight, c), dv, A_hat, scale)
+        return _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale)
     if two_term and c is not None:
         p = dropout_p[0]
-        dropped = _add_rank_term(_scaled_gemm(dy, weight, (c - 1) / (1 - p)), dv, A_hat, scale / (1 - p))
+        dropped = _add_rank_term(scaled_gemm(dy, weight, (c - 1) / (1 - p)), dv, A_hat, scale / (1 - p))
         for rows in row_chunks(dropped):
             dropped[rows] *= keep_mask(rows, weight.shape[1], p, seed)
         return dropped.addmm_(dy, weight)
-    dx = _scaled_gemm(dy, weight, c)
+    dx = scaled_gemm(dy, weight, c)
     groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
     for rows, total in chunks_in(dv.dtype, dx):
         for group in groups:
@@ -194,7 +194,7 @@ def input_grad(
     return dx
 
 
-def _scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
+def scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
     """(dy ⊙ c) W with one transient, the smaller of dy ⊙ c and c ⊙ W."""
     if c is not None and dy.shape[0] <= weight.shape[1]:
         dy = _scaled(dy, c)

@@ -1,17 +1,14 @@
-"""What every launch shares: the device guard, how operands meet in a dot, sizes that kernels are compiled for.
+"""What every launch shares: the device guard, the layout of operands, how two of them meet in a dot."""
 
-Kernels get pointers, int64-safe strides and constexpr tile sizes from `tables.py`; nothing is tuned at run time.
-"""
-
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
-"""Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 when this was imported)."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on CPU tensors: Triton decides it when a kernel is defined."""
 
 PLAIN, SPLIT_SMALL, SPLIT_BOTH, WIDE = 0, 1, 2, 3
 """How two operands meet in a dot: as they are; the small one as three bfloat16 parts; both as two; both in float32."""
@@ -27,13 +24,11 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
-def meeting(big: torch.dtype, small: torch.dtype, split_big: bool = False) -> int:
+def meeting(big: torch.dtype, small: torch.dtype) -> int:
     """How a token-sized operand and a small one are multiplied, so that nothing is lost that eager PyTorch keeps."""
     if big == small:
         return PLAIN
-    if big == torch.bfloat16 and small == torch.float32:
-        return SPLIT_BOTH if split_big else SPLIT_SMALL
-    return WIDE
+    return SPLIT_SMALL if (big, small) == (torch.bfloat16, torch.float32) else WIDE
 
 
 def precision(dtype: torch.dtype, how: int) -> str:

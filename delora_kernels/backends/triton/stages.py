@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, mask_groups
-from delora_kernels.backends.eager.low_rank import _scaled_gemm
+from delora_kernels.backends.eager.low_rank import scaled_gemm
 from delora_kernels.backends.triton.dropout import drop
 from delora_kernels.backends.triton.launch import rows
 from delora_kernels.backends.triton.rank_update import rank_update
@@ -92,10 +92,10 @@ def input_grad(
     if two_term and c is not None and seed is not None:
         p = dropout_p[0]
         group = MaskGroup(slice(0, dv.shape[1]), p, seed)
-        dropped = rows(_scaled_gemm(dy, weight, (c - 1) / (1 - p)))
+        dropped = rows(scaled_gemm(dy, weight, (c - 1) / (1 - p)))
         extra = torch.mm(dy, weight)
         return rank_update(dropped, dv, A_hat, scale / (1 - p), dropped, extra=extra, group=group, mask_base=True)
-    dx = _scaled_gemm(dy, weight, c)
+    dx = scaled_gemm(dy, weight, c)
     for group in mask_groups(dv.shape[1], ranks, dropout_p, seed):
         term, small = dv[:, group.columns], A_hat[group.columns]
         dx = rank_update(dx, term, small, scale / (1 - group.dropout_p), dx, group=group)
