@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
+from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
@@ -52,7 +53,9 @@ def variants() -> Iterator[Variant]:
     for kernel, classes in tables.TABLES.items():
         for rank_class in classes:
             for name, (big, small) in TYPES.items():
-                for drop in (False, True) if kernel != "row_norm" else (False,):
+                if kernel == "dy_sums" and big == "fp32":
+                    continue  # it takes 16-bit tensors alone
+                for drop in (False, True) if kernel not in ("row_norm", "dy_sums") else (False,):
                     yield _variant(kernel, int(rank_class), name, big, small, drop)
     for small in ("fp32", "bf16"):
         yield from _folds(small)
@@ -82,6 +85,11 @@ def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) 
         function = token_sums_kernel
         pointers = {"X": big, "H": small, "Y": big, "PRODUCT": "fp32", "SUMS": "fp32", "DOTS": "fp32"}
         constants |= {"WITH_PRODUCT": True, "WITH_SUMS": not drop, "WITH_DOTS": not drop}
+    elif kernel == "dy_sums":
+        function = dy_sums_kernel
+        pointers = {"DY": big, "S": small, "H": small, "Y": big, "DV": "fp32", "PRODUCT": "fp32", "SUMS": "fp32"}
+        pointers["DOTS"] = "fp32"
+        constants |= {"WITH_SUMS": True, "WITH_DOTS": True, "HOW_H": how[0]}
     elif kernel == "rank_update":
         function = rank_update_kernel
         pointers = {"BASE": big, "H": small, "S": small, "COLUMN": "fp32", "EXTRA": big, "BIAS": big, "OUT": big}

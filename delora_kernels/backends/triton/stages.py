@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, mask_groups
 from delora_kernels.backends.eager.low_rank import scaled_gemm
 from delora_kernels.backends.triton.dropout import drop
+from delora_kernels.backends.triton.dy_sums import dy_sums, takes
 from delora_kernels.backends.triton.launch import rows
 from delora_kernels.backends.triton.rank_update import rank_update
 from delora_kernels.backends.triton.times_small import times_small
@@ -56,13 +57,13 @@ def expand_backward(
     kept_is_y: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dv from one read of dy, every sum over tokens from another; c meets the small operand or the result."""
-    nothing = dy.new_empty(0)
-    dv = nothing
-    if B_hat is not None:
-        small = B_hat if c is None else B_hat * c[:, None]
-        dv = times_small(dy, small, B_hat.dtype)
-    product, dy_sum, dy_dot_u = token_sums(dy, h, scale, sums=need_bias, y=kept)
+    """One read of dy at ranks up to 32, above one for dv and one for the sums; c meets the small operand in float32."""
+    small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
+    if small is not None and h is not None and takes(dy, h.shape[1]):
+        dv, (product, dy_sum, dy_dot_u) = dy_sums(dy, small, h, scale, need_bias, kept)
+    else:
+        dv = dy.new_empty(0) if small is None or B_hat is None else times_small(dy, small, B_hat.dtype)
+        product, dy_sum, dy_dot_u = token_sums(dy, h, scale, sums=need_bias, y=kept)
     if dy_dot_u is not None and product is not None and B_hat is not None and not kept_is_y:
         dy_dot_u = dy_dot_u + (product * B_hat).sum(1)  # kept is x Wᵀ: the rest of u is in dB̂ already
     if product is not None and c is not None:

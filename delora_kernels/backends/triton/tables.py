@@ -19,6 +19,7 @@ class Tiles(NamedTuple):
 TABLES: dict[str, dict[str, Tiles]] = {
     "times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
+    "dy_sums": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "row_norm": {"16": Tiles(64, 64, 8, 2)},
 }

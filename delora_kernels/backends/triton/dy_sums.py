@@ -1,0 +1,96 @@
+"""All that one read of dy gives at ranks up to 32: dv = dy S, dyᵀ h, Σ_t dy and Σ_t dy ⊙ Y.
+
+A program owns a chunk of tokens and a chunk of columns. It keeps its part of dyᵀ h in registers while it walks its
+tokens, and writes its part of dv for each step; the parts of both are added in a fixed order. At higher ranks the parts
+of dv would be more than a second read of dy: `times_small.py` and `token_sums.py` do the two halves there.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora_kernels.backends.triton.device import mixed_dot
+from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
+from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
+from delora_kernels.backends.triton.token_sums import Sums
+
+LARGEST_RANK = 32
+
+
+@triton.jit
+def dy_sums_kernel(
+    DY, S, H, Y, DV, PRODUCT, SUMS, DOTS, T, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, part, factor,
+    WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
+    HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    n = chunk * BC + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    small = S + n[:, None] * stride_sn + r[None, :] * stride_sr
+    s = tl.load(small, (n[:, None] < N) & (r[None, :] < R), 0.0)
+    acc = tl.zeros((BC, BR), tl.float32)
+    sums = tl.zeros((BC,), tl.float32)
+    dots = tl.zeros((BC,), tl.float32)
+    start = tl.program_id(1).to(tl.int64) * part
+    for t0 in range(start, tl.minimum(start + part, T), BT):
+        t = t0 + tl.arange(0, BT)
+        inside = (t[:, None] < T) & (n[None, :] < N)
+        dy = tl.load(DY + t[:, None].to(tl.int64) * stride_dy + n[None, :], inside, 0.0)
+        h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
+        ranked = (t[:, None] < T) & (r[None, :] < R)
+        h = tl.load(h_at, ranked, 0.0)
+        dv = mixed_dot(dy, s, tl.zeros((BT, BR), tl.float32), HOW, PRECISION, INTERPRETED)
+        tl.store(DV + (chunk * T + t[:, None]) * R + r[None, :], dv, ranked)
+        acc = mixed_dot(tl.trans(dy), h, acc, HOW_H, PRECISION, INTERPRETED)
+        if WITH_SUMS:
+            sums += tl.sum(dy.to(tl.float32), 0)
+        if WITH_DOTS:
+            y = tl.load(Y + t[:, None].to(tl.int64) * stride_y + n[None, :], inside, 0.0)
+            dots += tl.sum(dy.to(tl.float32) * y.to(tl.float32), 0)
+    column = tl.program_id(1).to(tl.int64) * N + n
+    tl.store(PRODUCT + column[:, None] * R + r[None, :], acc * factor, (n[:, None] < N) & (r[None, :] < R))
+    if WITH_SUMS:
+        tl.store(SUMS + column, sums, n < N)
+    if WITH_DOTS:
+        tl.store(DOTS + column, dots, n < N)
+
+
+def takes(dy: Tensor, R: int) -> bool:
+    """Whether one read does it: 16-bit dy (float32's tiles would spill), few ranks, and something to read."""
+    return dy.dtype.itemsize == 2 and R <= LARGEST_RANK and dy.numel() > 0
+
+
+def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> tuple[Tensor, Sums]:
+    """dv = dy small [T, R] in h's dtype, and factor · dyᵀ h [N, R], Σ_t dy, Σ_t dy ⊙ y [N] in float32.
+
+    Args:
+        dy: [T, N].
+        small: S, [N, R], any strides.
+        h: [T, R].
+        factor: Of dyᵀ h.
+        sums: Whether Σ_t dy is wanted.
+        y: [T, N]: Σ_t dy ⊙ y is wanted; or None.
+    """
+    (T, N), R = dy.shape, h.shape[1]
+    dy, h, y = rows(dy), rows(h), None if y is None else rows(y)
+    BR = rank_tile("dy_sums", R)
+    tile = tiles("dy_sums", BR)
+    chunks, steps = triton.cdiv(N, tile.columns), triton.cdiv(T, tile.tokens)
+    part = triton.cdiv(steps, splits(chunks, steps)) * tile.tokens
+    parts = triton.cdiv(T, part)
+    dv = dy.new_empty((chunks, T, R), dtype=torch.float32)
+    product = dy.new_empty((parts, N, R), dtype=torch.float32)
+    totals = dy.new_empty((2, parts, N), dtype=torch.float32)
+    how, how_h = meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype)
+    with guard(dy):
+        dy_sums_kernel[(chunks, parts)](
+            dy, small, h, y, dv, product, totals[0], totals[1], T, N, R,
+            dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0), part, factor,
+            WITH_SUMS=sums, WITH_DOTS=y is not None,
+            HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
+            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    found = Sums(product.sum(0), totals[0].sum(0) if sums else None, None if y is None else totals[1].sum(0))
+    return dv.sum(0).to(h.dtype), found
