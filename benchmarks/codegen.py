@@ -31,7 +31,13 @@ from delora_kernels.backends.triton.token_sums import token_sums_kernel
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that one block may have."""
 
-TYPES = {"bf16": ("bf16", "bf16"), "bf16+fp32": ("bf16", "fp32"), "fp16": ("fp16", "fp16"), "fp32": ("fp32", "fp32")}
+TYPES = {
+    "bf16": ("bf16", "bf16"),
+    "bf16+fp32": ("bf16", "fp32"),
+    "fp16": ("fp16", "fp16"),
+    "fp16+fp32": ("fp16", "fp32"),
+    "fp32": ("fp32", "fp32"),
+}
 """Name → dtype of token-sized tensors, dtype of factors."""
 
 _MMA = (("wgmma", "wgmma.mma_async"), ("mma.sync", "mma.sync"), ("mfma", "v_mfma"))
@@ -53,8 +59,8 @@ def variants() -> Iterator[Variant]:
     for kernel, classes in tables.TABLES.items():
         for rank_class in classes:
             for name, (big, small) in TYPES.items():
-                if kernel == "dy_sums" and big == "fp32":
-                    continue  # it takes 16-bit tensors alone
+                if kernel == "dy_sums" and name in ("fp32", "fp16+fp32"):
+                    continue  # it does not take them
                 for drop in (False, True) if kernel not in ("row_norm", "dy_sums") else (False,):
                     yield _variant(kernel, int(rank_class), name, big, small, drop)
     for small in ("fp32", "bf16"):
@@ -77,7 +83,8 @@ def _folds(small: str) -> Iterator[Variant]:
 def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) -> Variant:
     config = f"{name} R={BR}" + (" dropout" if drop else "")
     tile = tables.tiles(kernel, BR)
-    how = (0 if big == small else 1, "ieee")
+    mixed = {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}  # launch.meeting, launch.precision
+    how = (0, "ieee") if big == small else mixed[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
     pointers = {"X": big, "S": small, "OUT": small}
     function: Any = times_small_kernel
@@ -94,7 +101,7 @@ def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) 
         function = rank_update_kernel
         pointers = {"BASE": big, "H": small, "S": small, "COLUMN": "fp32", "EXTRA": big, "BIAS": big, "OUT": big}
         constants |= {"WITH_COLUMN": True, "WITH_EXTRA": drop, "WITH_BIAS": True, "MASK_TERM": drop, "MASK_BASE": drop}
-        how = (0 if big == small else 2, "ieee")
+        how = (2, "ieee") if how[0] == 1 else how
     elif kernel == "row_norm":
         function = row_norm_kernel
         pointers = {"W": big, "A": small, "B": small, "NORM": "fp32"}

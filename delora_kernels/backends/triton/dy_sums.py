@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.device import mixed_dot
-from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 from delora_kernels.backends.triton.token_sums import Sums
 
@@ -57,9 +57,10 @@ def dy_sums_kernel(
         tl.store(DOTS + column, dots, n < N)
 
 
-def takes(dy: Tensor, R: int) -> bool:
-    """Whether one read does it: 16-bit dy (float32's tiles would spill), few ranks, and something to read."""
-    return dy.dtype.itemsize == 2 and R <= LARGEST_RANK and dy.numel() > 0
+def takes(dy: Tensor, small: Tensor, h: Tensor) -> bool:
+    """Whether one read does it: on 16-bit units (float32's tiles would spill), few ranks, and something to read."""
+    narrow = dy.dtype.itemsize == 2 and WIDE not in (meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype))
+    return narrow and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
 
 
 def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> tuple[Tensor, Sums]:

@@ -59,7 +59,7 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One read of dy at ranks up to 32, above one for dv and one for the sums; c meets the small operand in float32."""
     small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
-    if small is not None and h is not None and takes(dy, h.shape[1]):
+    if small is not None and h is not None and takes(dy, small, h):
         dv, (product, dy_sum, dy_dot_u) = dy_sums(dy, small, h, scale, need_bias, kept)
     else:
         dv = dy.new_empty(0) if small is None or B_hat is None else times_small(dy, small, B_hat.dtype)
