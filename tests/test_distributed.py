@@ -74,6 +74,8 @@ def test_fsdp2_on_the_factors_alone(method: str, seed: int) -> None:
 
 def test_fsdp2_in_mixed_precision(seed: int) -> None:
     """PEFT's own DeLoRA raises there: its float32 norms meet bfloat16 factors."""
+    if torch.__version__ < "2.8":
+        pytest.skip("with gloo and a reduce_dtype torch 2.7 adds gradients up where it should average them")
     cases = [(method, seed, units) for method in METHODS for units in ("blocks", "layers")]
     assert on_two_processes(fsdp2.mixed_precision, *cases) == [[LAYERS] * len(cases)] * 2
 
@@ -90,6 +92,8 @@ def test_fsdp2_in_mixed_precision(seed: int) -> None:
 )
 def test_tensor_parallel(sharded: str, methods: tuple[str, ...], calls: int, seed: int) -> None:
     """Layers with a sharded part run PEFT's forward; the two layers that have none are fused."""
+    if sharded == "replicated" and torch.__version__ < "2.8":
+        pytest.skip("torch 2.7 can't differentiate PEFT's DeLoRA on DTensors")
     cases = [(method, seed, before, sharded) for method in methods for before in BEFORE_AND_AFTER]
     assert on_two_processes(tensor_parallel.train, *cases) == [[calls] * len(cases)] * 2
 
