@@ -76,8 +76,8 @@ def _folds(small: str) -> Iterator[Variant]:
     shared = {"A": small, "B": small, "LAM": "fp32", "WEIGHT_NORM": "fp32", "NORM_A": "fp32", "NORM_B": "fp32"}
     yield Variant("fold", small, fold_kernel, shared | {"A_HAT": "bf16", "B_HAT": "bf16"}, constants, {})
     gradients = {"GRAD_A": "fp32", "GRAD_B": "fp32", "DA": small, "DB": small, "ALONG": "fp32"}
-    constants |= {"WITH_A": True, "WITH_B": True}
-    yield Variant("fold_backward", small, fold_backward_kernel, shared | gradients, constants, {})
+    both = constants | {"WITH_A": True, "WITH_B": True}
+    yield Variant("fold_backward", small, fold_backward_kernel, shared | gradients, both, {})
 
 
 def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) -> Variant:
@@ -115,8 +115,14 @@ def _variant(kernel: str, BR: int, name: str, big: str, small: str, drop: bool) 
     return Variant(kernel, config, function, pointers, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def compile_variant(variant: Variant, arch: str) -> dict[str, Any]:
-    """One row of the record: {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}."""
+def compile_variant(variant: Variant, arch: str, ones: bool = False) -> dict[str, Any]:
+    """One row of the record: {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}.
+
+    Args:
+        variant: What to compile.
+        arch: "sm_90", "gfx942", ...
+        ones: Every size and stride is 1, which Triton's launcher turns into a constant.
+    """
     names = variant.function.arg_names
     floats = {"factor", "scale", "inverse", "sign", "eps"}
     signature, constants = {}, dict(variant.constants)
@@ -127,6 +133,8 @@ def compile_variant(variant: Variant, arch: str) -> dict[str, Any]:
             signature[name] = "constexpr"
         elif (name.isupper() and len(name) > 1) or name in ("X", "S", "H", "Y", "W", "A", "B"):
             signature[name], constants[name] = "constexpr", None  # a tensor that this variant does without
+        elif ones and name not in floats and name != "threshold":
+            signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name in floats else "i32"
     # as the launcher specialises them where pointers, sizes and strides are multiples of 16

@@ -113,12 +113,13 @@ def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -
     return str(value)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (torch.nn.Parameter, Tensor)
+"""The types of tensors that are nothing but memory: a subclass may be a shard, quantised, or fake."""
 
 
 def plainly_right(x: Any, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     """Whether `base` and `factors` would find nothing, found the short way; False: ask them."""
-    if not (type(x) in _PLAIN and type(weight) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN):
+    if not (type(x) in PLAIN and type(weight) in PLAIN and type(A) in PLAIN and type(B) in PLAIN):
         return False
     dtype, device, layout = x.dtype, x.device, torch.strided
     N, K = weight.shape if weight.dim() == 2 else (-1, -1)
@@ -136,7 +137,7 @@ def plainly_right(x: Any, weight: Any, bias: Any, A: Any, B: Any) -> bool:
         and (
             bias is None
             or (
-                type(bias) in _PLAIN
+                type(bias) in PLAIN
                 and bias.dtype in _FLOATS
                 and bias.shape == (N,)
                 and bias.device == device

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils.module_tracker import ModuleTracker
 
-from delora_kernels.checks import FLOATS
+from delora_kernels.checks import FLOATS, PLAIN
 
 _HOOKS_OF_ALL_MODULES: tuple[Any, ...] = (
     all_modules._global_forward_hooks,
@@ -15,9 +15,6 @@ _HOOKS_OF_ALL_MODULES: tuple[Any, ...] = (
     all_modules._global_backward_hooks,
     all_modules._global_backward_pre_hooks,
 )
-
-
-_PLAIN = (nn.Parameter, Tensor)
 
 
 class FrozenLinear(NamedTuple):
@@ -113,7 +110,7 @@ class NotLocal(str):
 
 def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
     """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return NotLocal(f"the {name} is a {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         return NotLocal(f"the {name} has dtype {tensor.dtype}")

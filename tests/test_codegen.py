@@ -50,3 +50,13 @@ def test_what_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         monkeypatch.setattr("sys.argv", ["codegen", "--arch", "sm_90"])
         assert codegen.main() == 1
         assert "FAILED: times_small sm_90 bf16+fp32 R=128" in capsys.readouterr().out
+
+
+def test_sizes_of_one() -> None:
+    """Triton makes a constant of every argument that is 1; kernels must not treat it as a tensor."""
+    first: dict[tuple[str, bool], codegen.Variant] = {}
+    for variant in codegen.variants():
+        first.setdefault((variant.kernel, variant.config.endswith("dropout")), variant)
+    assert {kernel for kernel, _ in first} == {*tables.TABLES, "fold", "fold_backward", "mask", "drop"}
+    for variant in first.values():
+        assert codegen.compile_variant(variant, "sm_90", ones=True)["registers"] > 0

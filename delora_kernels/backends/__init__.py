@@ -3,7 +3,6 @@
 A backend is a module with one function for each op of `ops.py` and `supports(call)`, which returns None or why not.
 """
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -29,6 +28,7 @@ _MODULES = {"triton": "delora_kernels.backends.triton", "eager": "delora_kernels
 ON_REQUEST = {"triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
 """Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
+_unavailable: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 
 
@@ -42,9 +42,14 @@ def load(name: str) -> ModuleType:
     return _loaded[name]
 
 
-@functools.cache
 def unavailable(name: str) -> str | None:
-    """Why the backend `name` can't run on this machine at all, or None if it can."""
+    """Why the backend `name` can't run on this machine at all, or None if it can; found out once."""
+    if name not in _unavailable:  # a dict look-up is what torch.compile can trace
+        _unavailable[name] = _why_not_here(name)
+    return _unavailable[name]
+
+
+def _why_not_here(name: str) -> str | None:
     if name not in _MODULES:
         return f"this version of delora_kernels has no {name} kernels"
     if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -80,7 +85,7 @@ def choose(call: "Call") -> str:
             )
         return name
     for name in _MODULES:
-        reason = reason_against(name, call) or ON_REQUEST.get(name)
+        reason = ON_REQUEST.get(name) or reason_against(name, call)
         if reason is None:
             return name
         _log_once(name, reason)

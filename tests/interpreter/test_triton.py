@@ -89,6 +89,19 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(a, b) for a, b in zip(sums, token_sums(x, h, 0.5, sums=True, y=x), strict=True))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_show_where_they_do_in_the_eager_backend(value: float, seed: int) -> None:
+    """Also where the element that has them is dropped: torch's dropout multiplies by 0."""
+    arguments = METHODS["dora-dropout"].draw(9, 12, 10, 3, seed=seed)
+    arguments["x"][4, 5] = value
+    results = []
+    for backend in ("eager", "triton"):
+        with use_backend(backend):
+            results.append(METHODS["dora-dropout"].fused(arguments))
+    for name, eager_result in results[0].items():
+        assert torch.equal(results[1][name].isfinite(), eager_result.isfinite()), name
+
+
 def test_no_tokens() -> None:
     tensors = {"x": torch.zeros(0, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(2, 6), "B": torch.zeros(5, 2)}
     leaves = {name: value.requires_grad_() for name, value in tensors.items()}

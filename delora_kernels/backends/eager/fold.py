@@ -71,8 +71,14 @@ def fold_backward(
         dB *= lam.to(b.dtype) / r
         dlam = along.sum() / r
         if frozen_B is not None:
-            dlam -= (dB_hat[:, r:] * frozen_B * _reciprocal(b[r:], eps)).sum() / frozen_B.shape[1]
+            dlam -= frozen_dlam(dB_hat, frozen_B, b, eps)
     return dA.to(A.dtype), dB.to(B.dtype), dlam.reshape(-1)
+
+
+def frozen_dlam(dB_hat: Tensor, frozen_B: Tensor, b: Tensor, eps: float) -> Tensor:
+    """What a frozen start scaled by the live λ takes off dλ; its columns stand behind the trained ones in dB̂ and b."""
+    r0 = frozen_B.shape[1]
+    return (dB_hat[:, -r0:] * frozen_B * _reciprocal(b[-r0:], eps)).sum() / r0
 
 
 def _normalise_backward(grad: Tensor, factor: Tensor, norm: Tensor, eps: float, dim: int) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,13 @@ def keep_mask(rows: slice, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     groups = (K + _DECISIONS - 1) // _DECISIONS
     index = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
     bits = _splitmix64(index, _splitmix64(torch.zeros_like(index[:1]), seed))
-    threshold = round(dropout_p * (1 << 16)) - (1 << 15)
     fields = bits.view(torch.int16).view(rows.stop - rows.start, groups * _DECISIONS)[:, :K]
-    return fields >= threshold
+    return fields >= threshold(dropout_p)
+
+
+def threshold(dropout_p: float) -> int:
+    """The smallest signed 16-bit number that keeps its element."""
+    return round(dropout_p * (1 << 16)) - (1 << 15)
 
 
 class MaskGroup(NamedTuple):

@@ -21,12 +21,17 @@ def _hash(index, seed):
 @triton.jit
 def keep_tile(seed_pointer, t, c0, K, threshold, BT: tl.constexpr, BC: tl.constexpr):
     """The kept elements of rows t and columns c0 ... c0 + BC - 1 of a [T, K] mask; c0 and BC are multiples of 4."""
-    seed = _hash(tl.load(seed_pointer) * 0, tl.load(seed_pointer))
-    groups = ((K + 3) // 4).to(tl.int64)
+    given = tl.load(seed_pointer)
     g = c0 // 4 + tl.arange(0, BC // 4)
-    bits = _hash(t[:, None].to(tl.int64) * groups + g[None, :], seed)
+    bits = _hash(t[:, None].to(tl.int64) * ((K + 3) // 4) + g[None, :], _hash(given * 0, given))
     fields = tl.broadcast_to(bits[:, :, None], (BT, BC // 4, 4)) >> (16 * tl.arange(0, 4))[None, None, :]
     return tl.reshape(fields.to(tl.int16) >= threshold, (BT, BC))
+
+
+@triton.jit
+def dropped(x, keep):
+    """x where it is kept, not yet divided by 1 − p; elsewhere x · 0: NaN and Inf show, as in torch's dropout."""
+    return (x.to(tl.float32) * keep.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -38,6 +43,7 @@ def _low(wide, high):
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a · b."""
     if INTERPRETED:  # whose dot multiplies the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

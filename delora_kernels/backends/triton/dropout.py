@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from delora_kernels.backends.eager.hashed_dropout import threshold
 from delora_kernels.backends.triton.device import keep_tile
 from delora_kernels.backends.triton.launch import guard, rows
 
@@ -13,6 +14,7 @@ _BT, _BC = 32, 128
 
 @triton.jit
 def mask_kernel(SEED, MASK, T, K, threshold, BT: tl.constexpr, BC: tl.constexpr):
+    """One tile [BT, BC] of a bool mask [T, K]."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
@@ -22,12 +24,13 @@ def mask_kernel(SEED, MASK, T, K, threshold, BT: tl.constexpr, BC: tl.constexpr)
 
 @triton.jit
 def drop_kernel(X, SEED, DROPPED, REST, T, K, stride_x, threshold, inverse, BT: tl.constexpr, BC: tl.constexpr):
+    """One tile [BT, BC] of drop(x) and of x − drop(x), each rounded once from float32."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     inside = (t[:, None] < T) & (c[None, :] < K)
     x = tl.load(X + t[:, None] * stride_x + c[None, :], inside, 0.0).to(tl.float32)
-    dropped = tl.where(keep_tile(SEED, t, c0, K, threshold, BT, BC), x * inverse, 0.0)
+    dropped = x * keep_tile(SEED, t, c0, K, threshold, BT, BC).to(tl.float32) * inverse
     at = t[:, None] * K + c[None, :]
     tl.store(DROPPED + at, dropped.to(DROPPED.dtype.element_ty), inside)
     tl.store(REST + at, (x - dropped).to(REST.dtype.element_ty), inside)
@@ -38,7 +41,7 @@ def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     mask = seed.new_empty((T, K), dtype=torch.bool)
     if T * K:
         with guard(seed):
-            mask_kernel[_grid(T, K)](seed, mask, T, K, _threshold(dropout_p), BT=_BT, BC=_BC)
+            mask_kernel[_grid(T, K)](seed, mask, T, K, threshold(dropout_p), BT=_BT, BC=_BC)
     return mask
 
 
@@ -49,14 +52,10 @@ def drop(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     if T * K:
         with guard(x):
             drop_kernel[_grid(T, K)](
-                x, seed, dropped, rest, T, K, x.stride(0), _threshold(dropout_p), 1 / (1 - dropout_p), BT=_BT, BC=_BC
+                x, seed, dropped, rest, T, K, x.stride(0), threshold(dropout_p), 1 / (1 - dropout_p), BT=_BT, BC=_BC
             )
     return dropped, rest
 
 
 def _grid(T: int, K: int) -> tuple[int, int]:
     return triton.cdiv(K, _BC), triton.cdiv(T, _BT)
-
-
-def _threshold(dropout_p: float) -> int:
-    return round(dropout_p * (1 << 16)) - (1 << 15)

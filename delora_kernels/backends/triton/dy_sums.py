@@ -25,6 +25,7 @@ def dy_sums_kernel(
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """One chunk's part of dv, a tile [BT, BR] for each step, and its [BC, BR] of factor · dyᵀ h over `part` tokens."""
     chunk = tl.program_id(0).to(tl.int64)
     n = chunk * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from delora_kernels.backends.eager.fold import frozen_dlam
 from delora_kernels.backends.triton.launch import guard
 
 BLOCK = 1024
@@ -28,6 +29,7 @@ def fold_kernel(
     stride_ar, stride_ak, stride_bn, stride_br, sign, eps,
     CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Program i < r: row i of Â and its norm; program r + j: column j of B̂ and its norm, both from `offset` on."""
     i = tl.program_id(0)
     is_row = i < r
     j = tl.where(is_row, i, i - r).to(tl.int64)
@@ -91,6 +93,7 @@ def fold_backward_kernel(
     stride_gc, stride_ar, stride_ak, stride_bn, stride_br, eps,
     CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, WITH_A: tl.constexpr, WITH_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Program i < r: row i of dA; program r + j: column j of dB and its part of r · dλ. Both drop what lies along."""
     i = tl.program_id(0)
     if WITH_A:  # known when compiled, unlike the next
         if i < r:
@@ -164,6 +167,5 @@ def fold_backward(
         return dA, dB, b.new_empty(0)
     dlam = along.sum() / r
     if frozen_B is not None:
-        inverse = b[r:].clamp(min=eps).reciprocal() if eps > 0 else torch.where(b[r:] == 0, 0.0, b[r:].reciprocal())
-        dlam = dlam - (dB_hat[:, r:] * frozen_B * inverse).sum() / frozen_B.shape[1]
+        dlam -= frozen_dlam(dB_hat, frozen_B, b, eps)
     return dA, dB, dlam.reshape(1)

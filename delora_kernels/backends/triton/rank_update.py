@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
-from delora_kernels.backends.triton.device import keep_tile, mixed_dot
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, SPLIT_BOTH, WIDE, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
@@ -25,6 +25,7 @@ def rank_update_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """One tile [BT, BC] of out; parts that are None are left out when it is compiled."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
@@ -40,9 +41,9 @@ def rank_update_kernel(
     base = tl.load(BASE + t[:, None] * stride_base + c[None, :], inside, 0.0).to(tl.float32)
     if MASK_TERM:
         keep = keep_tile(SEED, t, c0, C, threshold, BT, BC)
-        acc = tl.where(keep, acc, 0.0)
+        acc = dropped(acc, keep)
         if MASK_BASE:
-            base = tl.where(keep, base, 0.0)
+            base = dropped(base, keep)
     acc += base
     if WITH_COLUMN:
         acc *= tl.load(COLUMN + c, c < C, 0.0)[None, :]
@@ -80,13 +81,12 @@ def rank_update(
     how = meeting(h.dtype, small.dtype)
     if h.dtype == small.dtype == torch.float32 and base.dtype != torch.float32:
         how = SPLIT_BOTH if base.dtype == torch.bfloat16 else WIDE  # as accurate as float32, on fast units
-    seed = None if group is None else group.seed
-    p = 0.0 if group is None else group.dropout_p
+    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     with guard(base):
         rank_update_kernel[(triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens))](
             base, h, small, column, extra, bias, seed, out, T, C, R,
             base.stride(0), h.stride(0), *small.stride(), 0 if extra is None else extra.stride(0), scale,
-            round(p * (1 << 16)) - (1 << 15),
+            threshold(p),
             WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None, WITH_BIAS=bias is not None,
             MASK_TERM=seed is not None, MASK_BASE=mask_base,
             HOW=how, PRECISION=precision(base.dtype, how), INTERPRETED=INTERPRETED,

@@ -16,6 +16,7 @@ def row_norm_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """BN rows of ‖W + scale · BA‖; strides are free, so that a transposed W (Conv1D) is read as it lies."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     squares = tl.zeros((BN,), tl.float32)
     for k0 in range(0, K, BK):

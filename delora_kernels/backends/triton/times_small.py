@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
-from delora_kernels.backends.triton.device import keep_tile, mixed_dot
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
@@ -21,6 +21,7 @@ def times_small_kernel(
     DROP: tl.constexpr, HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """One tile [BT, BR] of factor · drop(X) S, summed over this program's `part` of C."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     acc = tl.zeros((BT, BR), tl.float32)
@@ -29,7 +30,7 @@ def times_small_kernel(
         c = c0 + tl.arange(0, BC)
         x = tl.load(X + t[:, None] * stride_x + c[None, :], (t[:, None] < T) & (c[None, :] < C), 0.0)
         if DROP:
-            x = tl.where(keep_tile(SEED, t, c0, C, threshold, BT, BC), x, 0.0).to(x.dtype)
+            x = dropped(x, keep_tile(SEED, t, c0, C, threshold, BT, BC))
         small = S + c[:, None].to(tl.int64) * stride_sc + r[None, :] * stride_sr
         s = tl.load(small, (c[:, None] < C) & (r[None, :] < R), 0.0)
         acc = mixed_dot(x, s, acc, HOW, PRECISION, INTERPRETED)
@@ -58,13 +59,12 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
     part = triton.cdiv(steps, parts) * tile.columns
     parts = triton.cdiv(C, part)
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
-    seed = None if group is None else group.seed
-    p = 0.0 if group is None else group.dropout_p
+    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, small.dtype)
     with guard(x):
         times_small_kernel[(grid[0], grid[1], parts)](
             x, small, out, seed, T, C, R, x.stride(0), *small.stride(), part,
-            round(p * (1 << 16)) - (1 << 15), 1 / (1 - p),
+            threshold(p), 1 / (1 - p),
             DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

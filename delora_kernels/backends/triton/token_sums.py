@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
-from delora_kernels.backends.triton.device import keep_tile, mixed_dot
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
@@ -24,6 +24,7 @@ def token_sums_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens."""
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -41,7 +42,7 @@ def token_sums_kernel(
             y = tl.load(Y + t[:, None].to(tl.int64) * stride_y + c[None, :], inside, 0.0)
             dots += tl.sum(x.to(tl.float32) * y.to(tl.float32), 0)
         if DROP:
-            x = tl.where(keep_tile(SEED, t, c0, C, threshold, BT, BC), x, 0.0).to(x.dtype)
+            x = dropped(x, keep_tile(SEED, t, c0, C, threshold, BT, BC))
         if WITH_PRODUCT:
             h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
             h = tl.load(h_at, (t[:, None] < T) & (r[None, :] < R), 0.0)
@@ -92,14 +93,13 @@ def token_sums(
     parts = triton.cdiv(T, part)
     product = x.new_empty((parts, C, R), dtype=torch.float32)
     totals = x.new_empty((2, parts, C), dtype=torch.float32)
-    seed = None if group is None else group.seed
-    p = 0.0 if group is None else group.dropout_p
+    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, x.dtype if h is None else h.dtype)
     with guard(x):
         token_sums_kernel[(grid[0], grid[1], parts)](
             x, h, y, seed, product, totals[0], totals[1], T, C, R,
             x.stride(0), 0 if h is None else h.stride(0), 0 if y is None else y.stride(0), part,
-            round(p * (1 << 16)) - (1 << 15), factor / (1 - p),
+            threshold(p), factor / (1 - p),
             DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
             HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
