@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from delora_kernels import ops
+from delora_kernels import backends, ops
 from delora_kernels.call import Call
 from delora_kernels.frozen import FrozenLinear
 
@@ -53,8 +53,8 @@ def _forward(call: Call, keep: bool) -> _Stages:
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
     stages = ops.stages(o.backend, call.tensors)
     a = b = norm = c = None
-    if call.lam is None:
-        A_hat, B_hat = _cast(call.A, o.rank_dtype), _cast(call.B, o.rank_dtype)
+    if call.lam is None and call.A.dtype == call.B.dtype == o.rank_dtype:
+        A_hat, B_hat = call.A, call.B
     else:
         A_hat, B_hat, a, b = stages.fold(
             call.A,
@@ -67,18 +67,15 @@ def _forward(call: Call, keep: bool) -> _Stages:
             o.eps,
             o.rank_dtype,
         )
+    scaled = None
     if call.magnitude is not None:
-        norm = stages.row_norm(weight, A_hat, B_hat, o.scale)
-        c = _divide(call.magnitude.to(norm.dtype), norm)
+        wanted = not keep and not o.two_term and backends.load(o.backend).wants_scaled(x, weight)
+        norm, c, written = stages.row_norm(weight, A_hat, B_hat, o.scale, call.magnitude, wanted)
+        scaled = written if wanted else None
     h = stages.project(x, A_hat, o.ranks, o.dropout_p, call.seed)
     u_dropout = (o.dropout_p[0], call.seed) if o.two_term else (0.0, None)
-    y, kept = stages.expand(x, weight, call.bias, h, B_hat, o.scale, c, keep, *u_dropout)
+    y, kept = stages.expand(x, weight, call.bias, h, B_hat, o.scale, c, scaled, keep, *u_dropout)
     return _Stages(x, y, kept, h, A_hat, B_hat, a, b, norm, c)
-
-
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator; 0 where the denominator is 0: a row of zero norm has no direction to scale."""
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
 class _Saved(NamedTuple):
@@ -186,18 +183,31 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
     need, o = Call(*ctx.needs_input_grad), ctx.options
     stages = ops.stages(o.backend, (dy, *saved))
     grad: dict[str, Any] = {}
-    dv, dB_hat, dy_dot_u, dy_sum = stages.expand_backward(
-        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, bool(need.bias)
+    dv, dB_hat, dm, dy_sum = stages.expand_backward(
+        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, saved.kept_divisor, bool(need.bias)
     )
     dA_hat = None
-    if need.A:
-        trained = dv if dv.shape[1] == ctx.r else dv.narrow(1, 0, ctx.r)
-        dA_hat = stages.project_backward(trained, saved.x, o.scale, o.ranks, o.dropout_p, saved.seed)
+    if need.x or need.A:
+        dx, dA_hat = stages.input_backward(
+            dy,
+            FrozenLinear(saved.weight).dense(o.compute_dtype) if need.x else None,
+            dv,
+            saved.A_hat,
+            saved.x if need.A else None,
+            ctx.r,
+            o.scale,
+            saved.c,
+            o.ranks,
+            o.dropout_p,
+            saved.seed,
+            o.two_term,
+        )
+        grad["x"] = dx
     if saved.lam is None:
         grad.update(A=dA_hat, B=dB_hat)
     else:
         dA, dB, dlam = stages.fold_backward(
-            dA_hat,
+            dA_hat if need.A else None,
             dB_hat if saved.h is not None else None,
             saved.A,
             saved.B,
@@ -211,15 +221,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any) -> tuple[Tensor | None, ...]:
         grad.update(A=dA, B=dB)
         if need.lam:
             grad["lam"] = dlam.reshape(ctx.lam_shape)
-    if need.magnitude:
-        grad["magnitude"] = _divide(dy_dot_u, saved.kept_divisor.to(dy_dot_u.dtype))
-    grad["bias"] = dy_sum
-    del dA_hat, dB_hat  # the token-sized gradients come last, when what the small ones took is free again
-    if need.x:
-        weight = FrozenLinear(saved.weight).dense(o.compute_dtype)
-        grad["x"] = stages.input_grad(
-            dy, weight, dv, saved.A_hat, o.scale, saved.c, o.ranks, o.dropout_p, saved.seed, o.two_term
-        )
+    grad.update(magnitude=dm, bias=dy_sum)
     if need.weight:
         u_dropout = (o.dropout_p[0], saved.seed) if o.two_term else (0.0, None)
         grad["weight"] = stages.weight_grad(dy, saved.x, saved.c, *u_dropout)

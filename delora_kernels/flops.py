@@ -30,6 +30,7 @@ def _expand(
     B_hat: Any,
     scale: Any,
     c: Any,
+    scaled: Any,
     keep: Any,
     p: Any,
     seed: Any,
@@ -44,14 +45,12 @@ def _expand_backward(dy: Any, h: Any, B_hat: Any, *_: Any, **__: Any) -> int:
     return sum(_gemm(dy[0], dy[1], small[1]) for small in (h, B_hat) if small is not None)
 
 
-def _input_grad(dy: Any, weight: Any, dv: Any, *others: Any, **__: Any) -> int:
+def _input_backward(dy: Any, weight: Any, dv: Any, A_hat: Any, x: Any, r: int, *others: Any, **__: Any) -> int:
     *_, two_term, _backend = others
-    frozen = _gemm(dy[0], dy[1], weight[1]) * (2 if two_term else 1)
-    return frozen + _gemm(dy[0], dv[1], weight[1])
-
-
-def _project_backward(dv: Any, x: Any, *_: Any, **__: Any) -> int:
-    return _gemm(dv[1], x[0], x[1])
+    total = 0 if x is None else _gemm(r, x[0], x[1])
+    if weight is not None:
+        total += _gemm(dy[0], dy[1], weight[1]) * (2 if two_term else 1) + _gemm(dy[0], dv[1], weight[1])
+    return total
 
 
 def _weight_grad(dy: Any, x: Any, c: Any, p: Any, seed: Any, *_: Any, **__: Any) -> int:
@@ -63,8 +62,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "project": _project,
     "expand": _expand,
     "expand_backward": _expand_backward,
-    "input_grad": _input_grad,
-    "project_backward": _project_backward,
+    "input_backward": _input_backward,
     "weight_grad": _weight_grad,
 }
 """Op name → FLOPs from its arguments, tensors given as shapes; fold, its inverse and masks have no matrix product."""

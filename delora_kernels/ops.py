@@ -99,8 +99,8 @@ def _acc(like: Tensor, *shape: Any) -> Tensor:
 def _fold_fake(
     A: Tensor,
     B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
+    lam: Tensor | None,
+    weight_norm: Tensor | None,
     frozen_A: Tensor | None,
     frozen_B: Tensor | None,
     frozen_lam: Tensor | None,
@@ -108,18 +108,19 @@ def _fold_fake(
     dtype: torch.dtype,
 ) -> Outputs:
     R = A.shape[0] + (0 if frozen_A is None else frozen_A.shape[0])
-    A_hat = A.new_empty((R, A.shape[1]), dtype=dtype)
-    return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A_hat, R), _acc(A_hat, R)
+    A_hat, norms = A.new_empty((R, A.shape[1]), dtype=dtype), 0 if lam is None else R
+    return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A_hat, norms), _acc(A_hat, norms)
 
 
 fold = _register(
-    "fold(Tensor A, Tensor B, Tensor lam, Tensor weight_norm, Tensor? frozen_A, Tensor? frozen_B, Tensor? frozen_lam,"
-    " float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "fold(Tensor A, Tensor B, Tensor? lam, Tensor? weight_norm, Tensor? frozen_A, Tensor? frozen_B,"
+    " Tensor? frozen_lam, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fold_fake,
 )
 """DeLoRA's normalisation, O(R(K+N)): → Â [R, K], B̂ [N, R] in `dtype`, row norms a [R], column norms b [R] (acc).
 
 Â = diag(1/max(a, eps)) A diag(n),  B̂ = B diag(λ / (r max(b, eps))); a frozen start is stacked behind with −λ.
+Without λ (LoRA, DoRA) nothing is normalised: the factors are cast, and the norms have size 0.
 """
 
 
@@ -141,10 +142,17 @@ start too and dλ is wanted. A gradient that is None gives an output of size 0.
 """
 
 row_norm = _register(
-    "row_norm(Tensor weight, Tensor A_hat, Tensor B_hat, float scale, str backend) -> Tensor",
-    lambda weight, A_hat, B_hat, scale: _acc(weight, weight.shape[0]),
+    "row_norm(Tensor weight, Tensor A_hat, Tensor B_hat, float scale, Tensor? magnitude, bool scaled, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda weight, A_hat, B_hat, scale, magnitude, scaled: (
+        _acc(weight, weight.shape[0]),
+        _acc(weight, 0 if magnitude is None else weight.shape[0]),
+        weight.new_empty(weight.shape if scaled else 0),
+    ),
 )
-"""DoRA's norm: ‖W_o + scale · B̂_o Â‖₂ of every row o → [N] (acc); the N×K sum is never materialised whole."""
+"""DoRA's norm ‖W_o + scale · B̂_o Â‖₂ of every row o, c = m / ‖·‖ (0 where the norm is 0), both [N] (acc), and if
+`scaled` c ⊙ W [N, K] in W's dtype; without a magnitude m the last two have size 0. B̂Â is never materialised whole.
+"""
 
 project = _register(
     "project(Tensor x, Tensor A_hat, int[] ranks, float[] dropout_p, Tensor? seed, str backend) -> Tensor",
@@ -157,23 +165,24 @@ empty: one mask for all, and `seed` is 0-d.
 """
 
 expand = _register(
-    "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, bool keep,"
-    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
-    lambda x, weight, bias, h, B_hat, scale, c, keep, dropout_p, seed: (
+    "expand(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor B_hat, float scale, Tensor? c, Tensor? scaled,"
+    " bool keep, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    lambda x, weight, bias, h, B_hat, scale, c, scaled, keep, dropout_p, seed: (
         x.new_empty((x.shape[0], weight.shape[0])),
         x.new_empty((x.shape[0], weight.shape[0]) if keep else 0),
     ),
 )
 """y = c ⊙ u + bias with u = x Wᵀ + scale · h B̂ᵀ → y [T, N], and if `keep` (else size 0) the [T, N] tensor from which
-the same backend's expand_backward finds Σ_t dy ⊙ u: u, or x Wᵀ alone.
+the same backend's expand_backward finds Σ_t dy ⊙ u: u, or x Wᵀ alone. `scaled` is row_norm's c ⊙ W or None, and may
+be given where nothing is kept or dropped.
 
 dropout_p > 0 asks for PEFT's two-term DoRA: u is computed from drop(x), and y = (x − drop(x)) Wᵀ + c ⊙ u + bias.
 """
 
 expand_backward = _register(
     "expand_backward(Tensor dy, Tensor? h, Tensor? B_hat, float scale, Tensor? c, Tensor? kept,"
-    " bool kept_is_y, bool need_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, h, B_hat, scale, c, kept, kept_is_y, need_bias: (
+    " bool kept_is_y, Tensor? divisor, bool need_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, h, B_hat, scale, c, kept, kept_is_y, divisor, need_bias: (
         dy.new_empty(0) if B_hat is None else B_hat.new_empty((dy.shape[0], B_hat.shape[1])),
         _acc(dy, 0) if h is None else _acc(h, dy.shape[1], h.shape[1]),
         _acc(dy, 0 if kept is None else dy.shape[1]),
@@ -181,29 +190,27 @@ expand_backward = _register(
     ),
 )
 """All that one read of dy gives: dv = dy (c ⊙ B̂) [T, R], dB̂ = scale · c ⊙ (dyᵀ h) [N, R] (acc),
-Σ_t dy ⊙ u [N] (acc), Σ_t dy [N] (acc). What is not asked for (B̂, h, kept None; need_bias False) has size 0.
+dm = Σ_t dy ⊙ u / divisor [N] (acc), 0 where the divisor is 0, and Σ_t dy [N] (acc). What is not asked for (B̂, h, kept
+None; need_bias False) has size 0.
 
-`kept` is what expand kept (h and B̂ must then be given), or with `kept_is_y` any [T, N] tensor that stands for u.
+`kept` is what expand kept (h and B̂ must then be given) and `divisor` the norm [N]; or with `kept_is_y` any [T, N]
+tensor that stands for c ⊙ u, and the divisor m.
 """
 
-input_grad = _register(
-    "input_grad(Tensor dy, Tensor weight, Tensor dv, Tensor A_hat, float scale, Tensor? c, int[] ranks,"
-    " float[] dropout_p, Tensor? seed, bool two_term, str backend) -> Tensor",
-    lambda dy, weight, dv, A_hat, scale, c, ranks, dropout_p, seed, two_term: dy.new_empty(
-        (dy.shape[0], weight.shape[1])
+input_backward = _register(
+    "input_backward(Tensor dy, Tensor? weight, Tensor dv, Tensor? A_hat, Tensor? x, int r, float scale, Tensor? c,"
+    " int[] ranks, float[] dropout_p, Tensor? seed, bool two_term, str backend) -> (Tensor, Tensor)",
+    lambda dy, weight, dv, A_hat, x, r, scale, c, ranks, dropout_p, seed, two_term: (
+        dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[1])),
+        _acc(dv, 0) if x is None else _acc(dv, r, x.shape[1]),
     ),
 )
-"""dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer; masks as in project.
+"""dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer, and
+dÂ = scale · dvᵀ drop(x) of the first r columns of dv → [r, K] (acc); reads x once; masks as in project.
 
+Without a weight dx, without x dÂ has size 0.
 `two_term`: dx = dy W + drop((dy ⊙ (c − 1)) W + scale · dv Â), the gradient of PEFT's DoRA with dropout.
 """
-
-project_backward = _register(
-    "project_backward(Tensor dv, Tensor x, float scale, int[] ranks, float[] dropout_p, Tensor? seed, str backend)"
-    " -> Tensor",
-    lambda dv, x, scale, ranks, dropout_p, seed: _acc(dv, dv.shape[1], x.shape[1]),
-)
-"""dÂ = scale · dvᵀ drop(x) → [R, K] (acc); reads x once; masks as in project."""
 
 weight_grad = _register(
     "weight_grad(Tensor dy, Tensor x, Tensor? c, float dropout_p, Tensor? seed, str backend) -> Tensor",

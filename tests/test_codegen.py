@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,24 @@ KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", 
 
 
 def test_every_table_entry_is_compiled() -> None:
-    """Each kernel, rank class and mix of dtypes, with and without dropout."""
+    """Each kernel, rank class and mix of dtypes, with what its launches differ in."""
     seen = {(variant.kernel, variant.config) for variant in codegen.variants()}
-    for kernel, classes in tables.TABLES.items():
-        for rank_class in classes:
+    assert {table.split()[0] for table in tables.TABLES} == set(codegen.FEATURES)
+    for kernel, features in codegen.FEATURES.items():
+        for rank_class in tables.TABLES[kernel]:
             for types in codegen.TYPES if kernel != "dy_sums" else ("bf16", "bf16+fp32", "fp16"):
-                assert (kernel, f"{types} R={rank_class}") in seen
-                assert kernel in ("row_norm", "dy_sums") or (kernel, f"{types} R={rank_class} dropout") in seen
+                for feature in features:
+                    if feature != "term" or types in ("bf16", "fp16"):
+                        assert (kernel, f"{types} R={rank_class} {feature}".strip()) in seen
+    gemms = {config for kernel, config in seen if kernel == "rank_gemm"}
+    assert {f"bf16 {layout} {way}" for layout in ("NT", "NN") for way in tables.GEMMS} <= gemms
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_record(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = [v for v in codegen.variants() if v.config in ("bf16 R=16", "fp32 R=16", "")]
-    monkeypatch.setattr(codegen, "variants", lambda: chosen)
+    chosen = [v for v in codegen.variants() if v.config in ("bf16 R=16", "fp32 R=16", "") and v.kernel != "row_norm"]
+    monkeypatch.setattr(codegen, "variants", lambda descriptors: chosen)
+    monkeypatch.setattr(codegen, "ProcessPoolExecutor", lambda: ThreadPoolExecutor(1))
     file = tmp_path / "codegen.json"
     monkeypatch.setattr("sys.argv", ["codegen", "--arch", arch, "--json", str(file)])
     assert codegen.main() == 0
@@ -38,18 +44,26 @@ def test_record(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert all(set(row) == KEYS and row["spill_bytes"] == 0 and row["registers"] > 0 for row in rows)
     gemms = {row["config"]: row["mma"] for row in rows if row["kernel"] == "times_small"}
     assert gemms == {"bf16 R=16": "wgmma" if arch == "sm_90" else "mma.sync", "fp32 R=16": None}
-    assert "no spill, all fit" in capsys.readouterr().out
+    assert "no spill, all fit, wgmma" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [v for v in codegen.variants() if v.kernel == "times_small" and v.config == "bf16+fp32 R=128"]
+    assert codegen.why_not(codegen.compile_variant(chosen[0], "sm_90")) is None
     spilling = [chosen[0]._replace(options={"num_warps": 1, "num_stages": 1})]
     for made, limit in ((spilling, 1 << 30), (chosen, 100)):
-        monkeypatch.setattr(codegen, "variants", lambda made=made: made)
+        monkeypatch.setattr(codegen, "variants", lambda descriptors, made=made: made)
         monkeypatch.setitem(codegen.SHARED_LIMIT, "sm_90", limit)
         monkeypatch.setattr("sys.argv", ["codegen", "--arch", "sm_90"])
         assert codegen.main() == 1
         assert "FAILED: times_small sm_90 bf16+fp32 R=128" in capsys.readouterr().out
+
+
+def test_products_off_the_matrix_units_fail() -> None:
+    row = {"kernel": "times_small", "arch": "sm_90", "config": "bf16 R=16", "spill_bytes": 0, "shared_bytes": 0}
+    assert codegen.why_not(row | {"mma": "mma.sync"}) == "its products do not run on wgmma"
+    for fine in ({"mma": "wgmma"}, {"mma": None, "arch": "sm_80"}, {"mma": None, "config": "fp32 R=16"}):
+        assert codegen.why_not(row | fine) is None
 
 
 def test_sizes_of_one() -> None:
@@ -57,6 +71,6 @@ def test_sizes_of_one() -> None:
     first: dict[tuple[str, bool], codegen.Variant] = {}
     for variant in codegen.variants():
         first.setdefault((variant.kernel, variant.config.endswith("dropout")), variant)
-    assert {kernel for kernel, _ in first} == {*tables.TABLES, "fold", "fold_backward", "mask", "drop"}
+    assert {kernel for kernel, _ in first} >= {*codegen.FEATURES, "rank_gemm", "fold", "fold_backward", "finish_dy"}
     for variant in first.values():
         assert codegen.compile_variant(variant, "sm_90", ones=True)["registers"] > 0

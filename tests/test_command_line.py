@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -259,14 +260,14 @@ def raises(*_: Any) -> None:
 BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     # name: (op, what takes (right op, *arguments), rows that must fail)
     "branch lost in dx": (
-        "input_grad",
-        lambda right, dy, weight, dv, A_hat, scale, *rest: right(dy, weight, 0 * dv, A_hat, scale, *rest),
-        {"op input_grad": "dx", "lora": "dx", "delora-zero-b": None},
+        "input_backward",
+        lambda right, dy, weight, dv, A_hat, *rest: right(dy, weight, dv, None if A_hat is None else 0 * A_hat, *rest),
+        {"op input_backward": "dx", "lora": "dx", "delora-zero-b": None},
     ),
     "scale forgotten in dA": (
-        "project_backward",
-        lambda right, dv, x, scale, *rest: right(dv, x, 1.0, *rest),
-        {"op project_backward": "dA_hat", "lora": "dA", "dora": "dA", "delora": None},
+        "input_backward",
+        part(1, lambda dA, dy, weight, dv, A_hat, x, r, scale, *_: dA / scale),
+        {"op input_backward": "dA_hat", "lora": "dA", "dora": "dA", "delora": None},
     ),
     "1 / (1 - p) forgotten": (
         "project",
@@ -302,14 +303,14 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "kept tensor mistaken for u": (
         "expand_backward",
-        lambda right, dy, h, B, scale, c, kept, kept_is_y, need_bias: right(
-            dy, h, B, scale, c, kept, kept is not None, need_bias
+        lambda right, dy, h, B, scale, c, kept, kept_is_y, *rest: right(
+            dy, h, B, scale, c, kept, kept is not None, *rest
         ),
-        {"op expand_backward": "dy_dot_u", "dora": "dmagnitude", "lora": None, "dora-saved-output": None},
+        {"op expand_backward": "dm", "dora": "dmagnitude", "lora": None, "dora-saved-output": None},
     ),
     "norm of W alone": (
         "row_norm",
-        lambda right, weight, A_hat, B_hat, scale: weight.norm(dim=1),
+        lambda right, weight, A_hat, B_hat, scale, m, scaled: right(weight, A_hat, 0 * B_hat, scale, m, scaled),
         {"op row_norm": "norm", "dora": "y", "lora": None},
     ),
     "dW without c": (
@@ -343,14 +344,14 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
         {"op fold_backward": "dlam", "delora-frozen-live": "dlam", "delora-frozen-paper": None},
     ),
     "mask of another seed in backward": (
-        "project_backward",
-        lambda right, dv, x, scale, ranks, p, seed: right(dv, x, scale, ranks, p, None if seed is None else seed + 1),
-        {"op project_backward": "dA_hat", "lora-dropout": "dA", "delora-dropout": "dA", "lora": None},
+        "input_backward",
+        lambda right, *a: right(*a[:10], None if a[10] is None else a[10] + 1, a[11]),
+        {"op input_backward": "dA_hat", "lora-dropout": "dA", "delora-dropout": "dA", "lora": None},
     ),
     "one mask for stacked adapters": (
-        "input_grad",
-        lambda right, *a: right(*a[:6], [], a[7], a[8] if a[8] is None else a[8].reshape(-1)[0], a[9]),
-        {"op input_grad": "dx", "lora-stacked-dropout": "dx", "lora-dropout": None},
+        "input_backward",
+        lambda right, *a: right(*a[:8], [], a[9], a[10] if a[10] is None else a[10].reshape(-1)[0], a[11]),
+        {"op input_backward": "dx", "lora-stacked-dropout": "dx", "lora-dropout": None},
     ),
     "every element kept": (
         "dropout_mask",
@@ -389,23 +390,28 @@ def test_precision_lost_in_mixed_dtypes_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float32 adapters on a bfloat16 base must keep float32's precision in the adapters' gradients."""
-    right = eager.project_backward
-    monkeypatch.setattr(eager, "project_backward", lambda dv, x, *rest: right(dv.bfloat16(), x, *rest))
+    right = eager.input_backward
+
+    def narrow(dy: Tensor, weight: Tensor, dv: Tensor, A_hat: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        _, dA_hat = right(dy, None, dv.bfloat16(), None, x, *rest)
+        return right(dy, weight, dv, A_hat, None, *rest)[0], dA_hat
+
+    monkeypatch.setattr(eager, "input_backward", narrow)
     assert main(["check", "--dtype", "bfloat16", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     failed = {(row["method"], row["what"], row["dtype"]) for row in rows if row["status"] == "FAIL"}
     mixed = {(name, "dA", "bfloat16+float32") for name in METHODS if name != "delora-zero-b"}
-    assert mixed | {("op project_backward", "dA_hat", "bfloat16+float32")} == failed
+    assert mixed | {("op input_backward", "dA_hat", "bfloat16+float32")} == failed
 
 
 def test_wrong_gradient_in_float64_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = low_rank.input_grad
-    monkeypatch.setattr(eager, "input_grad", lambda *arguments: right(*arguments) * (1 + 1e-5))
+    broken = part(0, lambda dx, *_: dx * (1 + 1e-5))
+    monkeypatch.setattr(eager, "input_backward", partial(broken, low_rank.input_backward))
     assert main(["check", "--dtype", "float64", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     failed = [row for row in rows if row["status"] == "FAIL"]
     assert {row["method"] for row in failed if row["what"] == "gradcheck"} == set(METHODS)
-    assert {row["method"] for row in failed if row["what"] == "dx"} == {*METHODS, "op input_grad"}
+    assert {row["method"] for row in failed if row["what"] == "dx"} == {*METHODS, "op input_backward"}
     note = next(row["note"] for row in failed if row["what"] == "gradcheck")
     assert "with respect to input 0" in note
     assert "(inputs: x, weight" in note

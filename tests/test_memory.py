@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.layer.cases import Case
 from benchmarks.layer.measure import Allocations, Times, allocations, interleaved, kept_bytes
 
-T, K, N, R = 512, 2048, 5632, 64
+T, K, N, R = 128, 512, 1408, 16  # a CPU without bfloat16 units takes minutes for more
 TWO_BYTES = 2
 
 
@@ -46,7 +46,7 @@ def test_nothing_of_xs_size_in_a_wider_dtype(method: str, precision: str) -> Non
     All-float32 tensors are of that size themselves: there, the count of [T, K], [T, N] and [N, K] allocations is what
     the traffic contract allows: y, dx, and for DoRA the tensor it keeps and one transient.
     """
-    T, K, N = 1200, 1280, 1240
+    T, K, N = 640, 700, 660
     sizes = _allocation_sizes(Case(method, precision, T, K, N, 8).passes()["dk"])
     element = 4 if precision == "fp32" else 2
     smallest = min(T * K, T * N, N * K) * element
@@ -69,7 +69,7 @@ def test_row_norm_has_bounded_temporaries() -> None:
 
     W, A, B = torch.zeros(4096, 4096, dtype=torch.bfloat16), torch.zeros(16, 4096), torch.zeros(4096, 16)
     with torch.no_grad():
-        assert allocations(lambda: ops.row_norm(W, A, B, 1.0, "eager")).peak <= 32 * 2**20
+        assert allocations(lambda: ops.row_norm(W, A, B, 1.0, None, False, "eager")).peak <= 32 * 2**20
 
 
 def test_lean_dora_keeps_no_private_tensor() -> None:

@@ -122,7 +122,7 @@ class DoRALinear(AdapterLinear):
     def _reset_adapter(self) -> None:
         super()._reset_adapter()
         # the forward pass's own norm, so that c is exactly 1 at the start
-        norm = ops.row_norm(self.weight, self.A.detach(), self.B.detach(), self.scale, "eager")
+        norm, _, _ = ops.row_norm(self.weight, self.A.detach(), self.B.detach(), self.scale, None, False, "eager")
         with torch.no_grad():
             self.magnitude.copy_(norm)
 

@@ -9,10 +9,27 @@ from torch import Tensor
 
 Results = tuple[Tensor | None, ...]
 Two = tuple[Tensor, Tensor | None]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def fold(
+    A: Tensor,
+    B: Tensor,
+    lam: Tensor | None,
+    weight_norm: Tensor | None,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    frozen_lam: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Results:
+    """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
+    if lam is None or weight_norm is None:
+        return A.to(dtype), B.to(dtype), None, None
+    A_hat, B_hat, a, b = _folded(A, B, lam, weight_norm, frozen_A, frozen_B, frozen_lam, eps)
+    return A_hat.to(dtype), B_hat.to(dtype), a, b
+
+
+def _folded(
     A: Tensor,
     B: Tensor,
     lam: Tensor,
@@ -21,16 +38,14 @@ def fold(
     frozen_B: Tensor | None,
     frozen_lam: Tensor | None,
     eps: float,
-    dtype: torch.dtype,
-) -> Four:
-    """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = [(A, B, lam)]
     if frozen_A is not None and frozen_B is not None:
         pairs.append((frozen_A, frozen_B, -(lam if frozen_lam is None else frozen_lam)))
     a, b = [A.norm(dim=1) for A, _, _ in pairs], [B.norm(dim=0) for _, B, _ in pairs]
     A_hat = [A / a.clamp(min=eps)[:, None] * weight_norm for (A, _, _), a in zip(pairs, a, strict=True)]
     B_hat = [B * (lam / len(A)) / b.clamp(min=eps) for (A, B, lam), b in zip(pairs, b, strict=True)]
-    return torch.cat(A_hat).to(dtype), torch.cat(B_hat, dim=1).to(dtype), torch.cat(a), torch.cat(b)
+    return torch.cat(A_hat), torch.cat(B_hat, dim=1), torch.cat(a), torch.cat(b)
 
 
 def fold_backward(
@@ -50,7 +65,7 @@ def fold_backward(
     with torch.enable_grad():
         A, B, lam = (value.detach().clone().requires_grad_() for value in (A, B, lam))
         frozen_A = None if frozen_B is None else A.new_ones(frozen_B.shape[1], A.shape[1])
-        A_hat, B_hat, _, _ = fold(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps, A.dtype)
+        A_hat, B_hat, *_ = _folded(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps)
     dA = dB = dlam = None
     if dA_hat is not None:
         (dA,) = torch.autograd.grad(A_hat[:r], A, dA_hat.to(A.dtype))
@@ -60,9 +75,17 @@ def fold_backward(
     return dA, dB, None if dlam is None else dlam.reshape(1)
 
 
-def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
-    """‖W_o + scale · B̂_o Â‖₂ for every row o."""
-    return (weight + scale * _mm(B_hat, A_hat)).norm(dim=1)
+def row_norm(
+    weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
+) -> Results:
+    """‖W_o + scale · B̂_o Â‖₂ for every row o, c = m / ‖·‖, c ⊙ W."""
+    norm = (weight + scale * _mm(B_hat, A_hat)).norm(dim=1)
+    c = None if magnitude is None else _divide(magnitude, norm)
+    return norm, c, None if c is None or not scaled else c[:, None] * weight
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return (numerator / denominator).masked_fill(denominator == 0, 0)
 
 
 def project(x: Tensor, A_hat: Tensor, ranks: list[int], dropout_p: list[float], mask: Tensor | None) -> Tensor:
@@ -81,11 +104,12 @@ def expand(
     B_hat: Tensor,
     scale: float,
     c: Tensor | None,
+    scaled: Tensor | None,
     keep: bool,
     dropout_p: float,
     mask: Tensor | None,
 ) -> Two:
-    """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ."""
+    """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ; `scaled` says nothing new."""
     dropped = _drop(x, dropout_p, mask)
     u = _mm(dropped, weight.T) + scale * _mm(h, B_hat.T)
     y = u if c is None else c * u
@@ -102,46 +126,47 @@ def expand_backward(
     c: Tensor | None,
     u: Tensor | None,
     kept_is_y: bool,
+    divisor: Tensor | None,
     need_bias: bool,
 ) -> Results:
-    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, Σ_t dy ⊙ u, Σ_t dy."""
+    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, dm = Σ_t dy ⊙ u / divisor, Σ_t dy."""
     du = dy if c is None else c * dy
     dv = None if B_hat is None else _mm(du, B_hat)
     dB_hat = None if h is None else scale * _mm(du.T, h)
-    return dv, dB_hat, (None if u is None else (dy * u).sum(0)), (dy.sum(0) if need_bias else None)
+    dm = None if u is None or divisor is None else _divide((dy * u).sum(0), divisor)
+    return dv, dB_hat, dm, (dy.sum(0) if need_bias else None)
 
 
-def input_grad(
+def input_backward(
     dy: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     dv: Tensor,
-    A_hat: Tensor,
+    A_hat: Tensor | None,
+    x: Tensor | None,
+    r: int,
     scale: float,
     c: Tensor | None,
     ranks: list[int],
     dropout_p: list[float],
     mask: Tensor | None,
     two_term: bool,
-) -> Tensor:
-    """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale · dv Â)."""
-    du = dy if c is None else c * dy
-    branch = scale * _mm(dv, A_hat)
-    if two_term:
-        return _mm(dy, weight) + _drop(_mm(du - dy, weight) + branch, dropout_p[0], mask)
-    if ranks and mask is not None:
-        blocks = zip(dv.split(ranks, dim=1), A_hat.split(ranks), dropout_p, mask, strict=True)
-        return _mm(du, weight) + sum(scale * _mm(v, A) * m / (1 - p) for v, A, p, m in blocks)
-    return _mm(du, weight) + _drop(branch, dropout_p[0], mask)
-
-
-def project_backward(
-    dv: Tensor, x: Tensor, scale: float, ranks: list[int], dropout_p: list[float], mask: Tensor | None
-) -> Tensor:
-    """dÂ = scale · dvᵀ drop(x), with `ranks` block by block."""
-    if ranks and mask is not None:
-        blocks = zip(dv.split(ranks, dim=1), dropout_p, mask, strict=True)
-        return torch.cat([scale * _mm(v.T, x * m / (1 - p)) for v, p, m in blocks])
-    return scale * _mm(dv.T, _drop(x, dropout_p[0], mask))
+) -> Results:
+    """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale · dv Â);
+    dÂ = scale · dvᵀ drop(x), with `ranks` both block by block."""
+    columns = list(ranks) if ranks and mask is not None else [dv.shape[1]]
+    masks = [mask] if not ranks or mask is None else list(mask)
+    blocks = list(zip(dv.split(columns, dim=1), dropout_p, masks, strict=True))
+    dx = dA_hat = None
+    if weight is not None and A_hat is not None:
+        du = dy if c is None else c * dy
+        terms = [(scale * _mm(v, A), p, m) for (v, p, m), A in zip(blocks, A_hat.split(columns), strict=True)]
+        if two_term:
+            terms = [(term + _mm(du - dy, weight), p, m) for term, p, m in terms]
+            du = dy
+        dx = _mm(du, weight) + sum(_drop(term, p, m) for term, p, m in terms)
+    if x is not None:
+        dA_hat = torch.cat([scale * _mm(v.T, _drop(x, p, m)) for v, p, m in blocks])[:r]
+    return dx, dA_hat
 
 
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask: Tensor | None) -> Tensor:

@@ -68,6 +68,14 @@ class OpDraw:
 
 
 def _fold(d: OpDraw) -> Variants:
+    for dtype in (torch.float64,) if d.rank_dtype == torch.float64 else (torch.bfloat16, torch.float16):
+        plain: Arguments = {"A": d.small(d.R, d.K), "B": d.small(d.N, d.R), "eps": 0.0, "dtype": dtype}
+        absent = ("lam", "weight_norm", "frozen_A", "frozen_B", "frozen_lam")
+        yield plain | dict.fromkeys(absent)
+    yield from _normalising_fold(d)
+
+
+def _normalising_fold(d: OpDraw) -> Variants:
     made: Arguments = {"A": d.small(d.R, d.K), "B": d.small(d.N, d.R), "lam": d.small(1)}
     made |= {"weight_norm": d.small(d.K).abs(), "frozen_A": None, "frozen_B": None, "frozen_lam": None}
     made |= {"eps": 1e-4, "dtype": d.rank_dtype}
@@ -81,19 +89,24 @@ def _fold(d: OpDraw) -> Variants:
 
 
 def _fold_backward(d: OpDraw) -> Variants:
-    for made in _fold(d):
+    for made in _normalising_fold(d):
         wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
         _, _, a, b = naive_ops.fold(**wide)
         given: Arguments = {name: made[name] for name in ("A", "B", "lam", "weight_norm", "eps")} | {"a": a, "b": b}
         given["frozen_B"] = made["frozen_B"] if made["frozen_lam"] is None else None
-        grads = {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, len(b))}
+        grads = {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, 0 if b is None else len(b))}
         yield grads | given
     yield grads | given | {"dA_hat": None}
     yield grads | given | {"dB_hat": None}
 
 
 def _row_norm(d: OpDraw) -> Variants:
-    yield {"weight": d.base(d.N, d.K), "A_hat": d.small(d.R, d.K), "B_hat": d.small(d.N, d.R), "scale": SCALE}
+    made: Arguments = {"weight": d.base(d.N, d.K), "A_hat": d.small(d.R, d.K), "B_hat": d.small(d.N, d.R)}
+    made |= {"scale": SCALE, "magnitude": None, "scaled": False}
+    yield made
+    for scaled in (False, True):
+        yield made | {"magnitude": d.small(d.N), "scaled": scaled}
+    yield made | {"weight": d.base(d.K, d.N).t(), "magnitude": d.small(d.N), "scaled": True}
 
 
 def _project(d: OpDraw) -> Variants:
@@ -104,41 +117,43 @@ def _project(d: OpDraw) -> Variants:
 
 def _expand(d: OpDraw) -> Variants:
     made: Arguments = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K), "bias": None, "h": d.small(d.T, d.R)}
-    made |= {"B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None, "keep": False} | NO_DROPOUT
+    made |= {"B_hat": d.small(d.N, d.R), "scale": SCALE, "c": None, "scaled": None, "keep": False} | NO_DROPOUT
     yield made
     yield made | {"bias": d.base(d.N)}
     for keep in (False, True):
         yield made | {"c": d.acc(d.N), "keep": keep}
         yield made | {"c": d.acc(d.N), "keep": keep, "bias": d.base(d.N)} | d.dropout
+    c = d.acc(d.N)
+    yield made | {"c": c, "scaled": (c[:, None] * made["weight"]).to(made["weight"].dtype), "bias": d.base(d.N)}
 
 
 def _expand_backward(d: OpDraw) -> Variants:
     made: Arguments = {"dy": d.base(d.T, d.N), "h": d.small(d.T, d.R), "B_hat": d.small(d.N, d.R), "scale": SCALE}
-    made |= {"c": None, "kept": None, "kept_is_y": False, "need_bias": True}
+    made |= {"c": None, "kept": None, "kept_is_y": False, "divisor": None, "need_bias": True}
     yield made
     yield made | {"h": None, "need_bias": False}
     yield made | {"B_hat": None, "need_bias": False}
     yield made | {"c": d.acc(d.N)}
+    made["divisor"] = 1 + d.acc(d.N).abs()
+    made["divisor"][-1] = 0.0
     yield made | {"c": d.acc(d.N), "kept": d.base(d.T, d.N), "kept_is_y": True}
     base = {"x": d.base(d.T, d.K), "weight": d.base(d.N, d.K)}  # `kept` is then what the backend's expand keeps
     yield made | base | {"c": d.acc(d.N)} | NO_DROPOUT
     yield made | base | {"c": d.acc(d.N)} | d.dropout
 
 
-def _input_grad(d: OpDraw) -> Variants:
-    made: Arguments = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K)}
-    made |= {"dv": d.small(d.T, d.R), "A_hat": d.small(d.R, d.K), "scale": SCALE}
+def _input_backward(d: OpDraw) -> Variants:
+    made: Arguments = {"dy": d.base(d.T, d.N), "weight": d.base(d.N, d.K), "dv": d.small(d.T, d.R)}
+    made |= {"A_hat": d.small(d.R, d.K), "x": d.base(d.T, d.K), "r": d.R, "scale": SCALE, "c": None, "two_term": False}
     for c in (None, d.acc(d.N)):
         for masks in (NO_MASKS, d.one_mask, d.masks):
-            yield made | {"c": c, "two_term": False} | masks
+            yield made | {"c": c} | masks
     yield made | {"c": d.acc(d.N), "two_term": True} | d.one_mask
-
-
-def _project_backward(d: OpDraw) -> Variants:
-    made: Arguments = {"dv": d.small(d.T, d.R), "x": d.base(d.T, d.K), "scale": SCALE}
-    for masks in (NO_MASKS, d.one_mask, d.masks):
-        yield made | masks
-    yield made | {"dv": d.small(d.T, d.R + 2)[:, : d.R]} | NO_MASKS  # the trainable columns of a wider dv
+    yield made | {"x": None} | d.one_mask
+    yield made | {"weight": None, "A_hat": None} | d.one_mask
+    wider = {"dv": d.small(d.T, d.R + 2), "A_hat": d.small(d.R + 2, d.K)}  # a frozen start behind what trains
+    for masks in (NO_MASKS, d.one_mask):
+        yield made | wider | masks
 
 
 def _weight_grad(d: OpDraw) -> Variants:
@@ -151,12 +166,11 @@ def _weight_grad(d: OpDraw) -> Variants:
 OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
-    "row_norm": (_row_norm, ("norm",)),
+    "row_norm": (_row_norm, ("norm", "c", "scaled")),
     "project": (_project, ("h",)),
     "expand": (_expand, ("y", None)),
-    "expand_backward": (_expand_backward, ("dv", "dB_hat", "dy_dot_u", "dy_sum")),
-    "input_grad": (_input_grad, ("dx",)),
-    "project_backward": (_project_backward, ("dA_hat",)),
+    "expand_backward": (_expand_backward, ("dv", "dB_hat", "dm", "dy_sum")),
+    "input_backward": (_input_backward, ("dx", "dA_hat")),
     "weight_grad": (_weight_grad, ("dW",)),
 }
 """Op → what draws its variants, and its results by name; None: a tensor whose meaning is the backend's own affair.

@@ -47,7 +47,7 @@ def op_problems(
     draw, _ = OPS[name]
     for inputs in draw(OpDraw(T, K, N, R, dtype, rank_dtype or dtype, device, seed)):
         if inputs.get("seed") is not None:
-            width = inputs["x"].shape[1] if "x" in inputs else inputs["weight"].shape[1]
+            width = next(inputs[matrix].shape[1] for matrix in ("x", "weight") if inputs.get(matrix) is not None)
             inputs["mask"] = dropout_masks(T, width, inputs["dropout_p"], inputs["seed"], backend)
         eager = partial(_eager, name, torch.promote_types(dtype, rank_dtype or dtype))
         dtypes = _dtypes(name, inputs, backend)
@@ -92,7 +92,7 @@ def _dtypes(name: str, inputs: Inputs, backend: str) -> dict[str, torch.dtype]:
 
 def _expand_arguments(inputs: Inputs, seed: Tensor | None) -> list[Any]:
     """expand's arguments for the tensor that it keeps."""
-    values = dict(inputs) | {"bias": None, "keep": True, "seed": seed}
+    values = dict(inputs) | {"bias": None, "scaled": None, "keep": True, "seed": seed}
     return [values[argument] for argument in _arguments("expand")]
 
 

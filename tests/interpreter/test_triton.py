@@ -16,7 +16,9 @@ import delora_kernels as dk
 from delora_kernels import explain, ops, use_backend
 from delora_kernels import functional as F
 from delora_kernels.backends import eager
-from delora_kernels.backends.triton import tables
+from delora_kernels.backends.triton import forms, tables
+from delora_kernels.backends.triton.add_parts import add_parts
+from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.times_small import times_small
 from delora_kernels.backends.triton.token_sums import token_sums
 from delora_kernels.testing import METHODS, OPS, measure
@@ -33,6 +35,20 @@ SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20))
 RANDOM_SIZES = 50
 
 
+@pytest.fixture(params=[forms.UPDATE, forms.PREFILL, forms.OWN])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each form of the frozen GEMM with a rank-R term, in small tiles, so that there is more than one."""
+    monkeypatch.setattr(forms, "DEFAULT", request.param)
+    monkeypatch.setattr("delora_kernels.backends.triton.rank_gemm.DESCRIPTORS_FROM", (0, 0))
+    for way in tables.GEMMS:
+        monkeypatch.setitem(tables.GEMMS, way, tables.GemmTiles(16, 32, 16, 4, 1, programs=3))
+    return str(request.param)
+
+
+FORMED = ("expand", "input_backward")
+"""Ops in which the forms differ."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
 def test_op(name: str, dtype: str, seed: int) -> None:
@@ -44,7 +60,7 @@ def test_op(name: str, dtype: str, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
 @pytest.mark.parametrize("method", METHODS)
-def test_method(method: str, dtype: str, seed: int) -> None:
+def test_method(method: str, dtype: str, form: str, seed: int) -> None:
     """y and every gradient by the autograd Function on this backend."""
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
@@ -52,12 +68,30 @@ def test_method(method: str, dtype: str, seed: int) -> None:
         assert [m for m in measure(problem) if not m.ok] == []
 
 
-@pytest.mark.parametrize("name", ["project", "expand", "expand_backward", "input_grad", "project_backward", "row_norm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMED)
+def test_forms(name: str, dtype: str, form: str, seed: int) -> None:
+    narrow, wide = DTYPES[dtype]
+    for problem in op_problems(name, 37, 40, 72, 18, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
+        assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_random_sizes_of_every_form(name: str, form: str, seed: int) -> None:
+    _check_random_sizes(name, seed, RANDOM_SIZES)
+
+
+@pytest.mark.parametrize("name", ["project", "expand_backward", "row_norm", "fold", "fold_backward"])
 def test_random_sizes(name: str, seed: int) -> None:
-    """Fifty odd shapes in float32, to 1e-5 of the largest element."""
-    sizes = torch.randint(1, 90, (RANDOM_SIZES, 4), generator=torch.Generator().manual_seed(seed)).tolist()
+    _check_random_sizes(name, seed)
+
+
+def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None:
+    """Odd shapes in float32, to 1e-5 of the largest element."""
+    sizes = torch.randint(1, 90, (count, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, K, N, R in sizes:
-        problem = next(op_problems(name, T, K, N, min(R, 40), backend="triton", seed=seed))
+        variants = list(op_problems(name, T, K, N, min(R, 40), backend="triton", seed=seed))
+        problem = variants[(T + K) % len(variants)]
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
             error = (got.double() - expected[what]).abs().max() / expected[what].abs().max()
@@ -80,13 +114,35 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(40, 700, generator=generator)[:, 100:430]
     small, h = torch.randn(330, 150, generator=generator), torch.randn(150, 40, generator=generator).t()
+
+    def sums() -> list[Tensor]:
+        parts = token_sums(x, h, 0.5, sums=True, y=x)
+        return [add_parts(part, torch.float32) for part in (parts.product, parts.sums, parts.dots) if part is not None]
+
     for target in (1, 1000):
         monkeypatch.setattr(tables, "SPLIT_TARGET", target)
         torch.testing.assert_close(times_small(x, small, torch.float32), x @ small, rtol=1e-4, atol=1e-3)
-        sums = token_sums(x, h, 0.5, sums=True, y=x)
-        for got, expected in zip(sums, (0.5 * x.t() @ h, x.sum(0), x.square().sum(0)), strict=True):
+        for got, expected in zip(sums(), (0.5 * x.t() @ h, x.sum(0), x.square().sum(0)), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
-        assert all(torch.equal(a, b) for a, b in zip(sums, token_sums(x, h, 0.5, sums=True, y=x), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(sums(), sums(), strict=True))
+
+
+def test_own_gemm_with_and_without_descriptors(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layouts of W, strides that tile loads take and that they don't, what is kept, more ranks than one turn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for oldest, way in (((0, 0), "descriptors"), ((9, 0), "pointers")):
+        monkeypatch.setattr("delora_kernels.backends.triton.rank_gemm.DESCRIPTORS_FROM", oldest)
+        monkeypatch.setitem(tables.GEMMS, way, tables.GemmTiles(16, 32, 16, 4, 1, programs=5))
+        for D in (40, 37):
+            x, h, small, c, bias = normal(50, D + 4)[:, :D], normal(50, 70), normal(70, 61), normal(61), normal(61)
+            for w in (normal(61, D).t(), normal(D, 61), normal(D, 64)[:, :61]):
+                out, kept = rank_gemm(x, w, h, small, 0.3, column=c, bias=bias, keep=True)
+                torch.testing.assert_close(kept, x @ w, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(out, c * (x @ w + 0.3 * h @ small) + bias, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,10 +5,10 @@ from delora_kernels.backends.eager.low_rank import (
     dropout_mask,
     expand,
     expand_backward,
-    input_grad,
+    input_backward,
     project,
-    project_backward,
     row_norm,
+    wants_scaled,
     weight_grad,
 )
 from delora_kernels.call import Call
@@ -19,11 +19,11 @@ __all__ = [
     "expand_backward",
     "fold",
     "fold_backward",
-    "input_grad",
+    "input_backward",
     "project",
-    "project_backward",
     "row_norm",
     "supports",
+    "wants_scaled",
     "weight_grad",
 ]
 

@@ -9,8 +9,8 @@ from delora_kernels.ops import accumulate_dtype
 def fold(
     A: Tensor,
     B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
+    lam: Tensor | None,
+    weight_norm: Tensor | None,
     frozen_A: Tensor | None,
     frozen_B: Tensor | None,
     frozen_lam: Tensor | None,
@@ -19,6 +19,9 @@ def fold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign it is given."""
     acc = accumulate_dtype(dtype)
+    if lam is None or weight_norm is None:
+        nothing = A.new_empty(0, dtype=acc)
+        return A.to(dtype, copy=True), B.to(dtype, copy=True), nothing, nothing.clone()
     a, b = _norms(A, B, acc)
     A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
     if frozen_A is not None and frozen_B is not None:

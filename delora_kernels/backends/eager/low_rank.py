@@ -16,7 +16,9 @@ from delora_kernels.backends.eager.hashed_dropout import keep_mask, mask_groups
 from delora_kernels.ops import accumulate_dtype
 
 
-def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
+def row_norm(
+    weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time: no cancellation, no BA."""
     acc = accumulate_dtype(weight.dtype)
     A, B = A_hat.to(acc), B_hat.to(acc)
@@ -24,7 +26,20 @@ def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tens
     for rows, chunk in chunks_in(acc, weight):
         updated = torch.addmm(chunk, B[rows], A, alpha=scale)
         torch.linalg.vector_norm(updated, dim=1, out=norm[rows])
-    return norm
+    c = norm.new_empty(0) if magnitude is None else divide(magnitude, norm)
+    return norm, c, (_scaled(weight, c[:, None]) if scaled else weight.new_empty(0))
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator in the accumulator's dtype; 0 where the denominator is 0: no direction to scale."""
+    acc = accumulate_dtype(denominator.dtype)
+    quotient = numerator.to(acc) / denominator.to(acc)
+    return torch.where(denominator == 0, quotient.new_zeros(()), quotient)
+
+
+def wants_scaled(x: Tensor, weight: Tensor) -> bool:
+    """Whether `expand` is faster with row_norm's c ⊙ W: here never."""
+    return False
 
 
 def project(x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> Tensor:
@@ -49,12 +64,15 @@ def expand(
     B_hat: Tensor,
     scale: float,
     c: Tensor | None,
+    scaled: Tensor | None,
     keep: bool,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The frozen GEMM, the rank-R term on top; DoRA scales both in float32 chunks, and what it keeps is x Wᵀ."""
     nothing = x.new_empty(0)
+    if c is not None and scaled is not None:
+        weight, B_hat, c = scaled, (B_hat * c[:, None]).to(B_hat.dtype), None
     if c is None:
         y = linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _add_rank_term(y, h, B_hat.t(), scale), nothing
@@ -64,10 +82,10 @@ def expand(
         y = linear(x, weight)
     h, B_hat = h.to(c.dtype), B_hat.to(c.dtype)
     for rows, chunk in chunks_in(c.dtype, base):
-        scaled = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale).mul_(c)
+        total = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale).mul_(c)
         if seed is not None:  # (x − drop(x)) Wᵀ
-            scaled += y[rows].to(c.dtype) - chunk
-        y[rows] = scaled if bias is None else scaled.add_(bias)
+            total += y[rows].to(c.dtype) - chunk
+        y[rows] = total if bias is None else total.add_(bias)
     return y, (base if keep else nothing)
 
 
@@ -119,21 +137,23 @@ def expand_backward(
     c: Tensor | None,
     kept: Tensor | None,
     kept_is_y: bool,
+    divisor: Tensor | None,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two thin GEMMs on dy, and for DoRA its products with what was kept, summed in float32."""
     acc = accumulate_dtype(dy.dtype)
     dv, dB_hat = _rank_gradients(dy, h, B_hat, scale, c)
-    dy_dot_u = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
-    if kept is not None:
+    dm = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
+    if kept is not None and divisor is not None:
         for rows, chunk in chunks_in(acc, dy):
-            dy_dot_u += (chunk * kept[rows].to(acc)).sum(0)
+            dm += (chunk * kept[rows].to(acc)).sum(0)
         if not kept_is_y and B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
-            dy_dot_u += (dB_hat * B_hat).sum(1)
+            dm += (dB_hat * B_hat).sum(1)
+        dm = divide(dm, divisor)
     if c is not None and h is not None:
         dB_hat *= c[:, None]
     dy_sum = torch.sum(dy, 0, dtype=acc) if need_bias else dy.new_empty(0, dtype=acc)
-    return dv, dB_hat, dy_dot_u, dy_sum
+    return dv, dB_hat, dm, dy_sum
 
 
 def _rank_gradients(
@@ -163,7 +183,30 @@ def _rank_gradients(
     return dv, dB_hat
 
 
-def input_grad(
+def input_backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    dv: Tensor,
+    A_hat: Tensor | None,
+    x: Tensor | None,
+    r: int,
+    scale: float,
+    c: Tensor | None,
+    ranks: Sequence[int],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    two_term: bool,
+) -> tuple[Tensor, Tensor]:
+    """dÂ, then dx: what the thin GEMM took is free again when the token-sized result is made."""
+    dx, dA_hat = dy.new_empty(0), dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
+    if x is not None:
+        dA_hat = _project_backward(dv.narrow(1, 0, r), x, scale, ranks, dropout_p, seed)
+    if weight is not None and A_hat is not None:
+        dx = _input_grad(dy, weight, dv, A_hat, scale, c, ranks, dropout_p, seed, two_term)
+    return dx, dA_hat
+
+
+def _input_grad(
     dy: Tensor,
     weight: Tensor,
     dv: Tensor,
@@ -211,7 +254,7 @@ def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
     return scaled
 
 
-def project_backward(
+def _project_backward(
     dv: Tensor, x: Tensor, scale: float, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None
 ) -> Tensor:
     """One GEMM, or one for each chunk of rows and mask, summed in float32."""

@@ -1,8 +1,8 @@
 """All that one read of dy gives at ranks up to 32: dv = dy S, dyᵀ h, Σ_t dy and Σ_t dy ⊙ Y.
 
 A program owns a chunk of tokens and a chunk of columns. It keeps its part of dyᵀ h in registers while it walks its
-tokens, and writes its part of dv for each step; the parts of both are added in a fixed order. At higher ranks the parts
-of dv would be more than a second read of dy: `times_small.py` and `token_sums.py` do the two halves there.
+tokens, and writes its part of dv for each step; `add_parts.py` adds the parts of both in a fixed order. At higher ranks
+the parts of dv would be more than a second read of dy: `times_small.py` and `token_sums.py` do the two halves there.
 """
 
 import torch
@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from delora_kernels.backends.triton.add_parts import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, guard, meeting, precision, rows
-from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
-from delora_kernels.backends.triton.token_sums import Sums
+from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 LARGEST_RANK = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def dy_sums_kernel(
     DY, S, H, Y, DV, PRODUCT, SUMS, DOTS, T, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, part, factor,
     WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
@@ -64,8 +64,8 @@ def takes(dy: Tensor, small: Tensor, h: Tensor) -> bool:
     return narrow and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
 
 
-def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> tuple[Tensor, Sums]:
-    """dv = dy small [T, R] in h's dtype, and factor · dyᵀ h [N, R], Σ_t dy, Σ_t dy ⊙ y [N] in float32.
+def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> DyParts:
+    """dv = dy small, factor · dyᵀ h, Σ_t dy and Σ_t dy ⊙ y, in parts.
 
     Args:
         dy: [T, N].
@@ -78,21 +78,20 @@ def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: 
     (T, N), R = dy.shape, h.shape[1]
     dy, h, y = rows(dy), rows(h), None if y is None else rows(y)
     BR = rank_tile("dy_sums", R)
-    tile = tiles("dy_sums", BR)
+    tile = tiles("dy_sums", BR, dtypes(dy.dtype, small.dtype, h.dtype))
     chunks, steps = triton.cdiv(N, tile.columns), triton.cdiv(T, tile.tokens)
     part = triton.cdiv(steps, splits(chunks, steps)) * tile.tokens
     parts = triton.cdiv(T, part)
     dv = dy.new_empty((chunks, T, R), dtype=torch.float32)
     product = dy.new_empty((parts, N, R), dtype=torch.float32)
-    totals = dy.new_empty((2, parts, N), dtype=torch.float32)
+    summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
     how, how_h = meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype)
     with guard(dy):
         dy_sums_kernel[(chunks, parts)](
-            dy, small, h, y, dv, product, totals[0], totals[1], T, N, R,
+            dy, small, h, y, dv, product, summed, dots, T, N, R,
             dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0), part, factor,
             WITH_SUMS=sums, WITH_DOTS=y is not None,
             HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    found = Sums(product.sum(0), totals[0].sum(0) if sums else None, None if y is None else totals[1].sum(0))
-    return dv.sum(0).to(h.dtype), found
+    return DyParts(dv, product, summed, dots)

@@ -1,4 +1,6 @@
-"""DeLoRA's fold and its inverse for gradients: one launch for a pair, a program for each row of A and column of B.
+"""The fold of a pair of factors, and its inverse for gradients: one launch, a program for each row of A, column of B.
+
+DeLoRA's factors are normalised and cast, LoRA's and DoRA's only cast.
 
 A program reads its vector twice, first for the norm (or the product with its gradient), then to write it scaled. All
 arithmetic is in float32. Nothing here is token-sized.
@@ -12,7 +14,8 @@ from torch import Tensor
 from delora_kernels.backends.eager.fold import frozen_dlam
 from delora_kernels.backends.triton.launch import guard
 
-BLOCK = 1024
+BLOCK, WARPS = 4096, 8
+"""Elements of one step of a program: few steps, because few programs run and each waits for memory."""
 
 
 @triton.jit
@@ -27,7 +30,7 @@ def _inverse(norm, eps, CLAMP: tl.constexpr):
 def fold_kernel(
     A, B, LAM, WEIGHT_NORM, A_HAT, B_HAT, NORM_A, NORM_B, K, N, r, R, offset,
     stride_ar, stride_ak, stride_bn, stride_br, sign, eps,
-    CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALISE: tl.constexpr, CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i < r: row i of Â and its norm; program r + j: column j of B̂ and its norm, both from `offset` on."""
     i = tl.program_id(0)
@@ -35,23 +38,27 @@ def fold_kernel(
     j = tl.where(is_row, i, i - r).to(tl.int64)
     length = tl.where(is_row, K, N)
     source = tl.where(is_row, 0, 1)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, length, BLOCK):
-        e = start + tl.arange(0, BLOCK).to(tl.int64)
-        a = tl.load(A + j * stride_ar + e * stride_ak, (source == 0) & (e < length), 0.0).to(tl.float32)
-        b = tl.load(B + e * stride_bn + j * stride_br, (source == 1) & (e < length), 0.0).to(tl.float32)
-        squares += (a + b) * (a + b)
-    norm = tl.sqrt(tl.sum(squares))
-    inverse = _inverse(norm, eps, CLAMP)
-    tl.store(NORM_A + offset + j, norm, is_row)
-    tl.store(NORM_B + offset + j, norm, source == 1)
-    strength = tl.load(LAM).to(tl.float32) * sign / r
+    if NORMALISE:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, length, BLOCK):
+            e = start + tl.arange(0, BLOCK).to(tl.int64)
+            a = tl.load(A + j * stride_ar + e * stride_ak, (source == 0) & (e < length), 0.0).to(tl.float32)
+            b = tl.load(B + e * stride_bn + j * stride_br, (source == 1) & (e < length), 0.0).to(tl.float32)
+            squares += (a + b) * (a + b)
+        norm = tl.sqrt(tl.sum(squares))
+        inverse = _inverse(norm, eps, CLAMP)
+        tl.store(NORM_A + offset + j, norm, is_row)
+        tl.store(NORM_B + offset + j, norm, source == 1)
+        strength = inverse * (tl.load(LAM).to(tl.float32) * sign / r)
     for start in range(0, length, BLOCK):
         e = start + tl.arange(0, BLOCK).to(tl.int64)
         row, column = (source == 0) & (e < length), (source == 1) & (e < length)
-        n = tl.load(WEIGHT_NORM + e, row, 0.0) if WITH_VECTOR else tl.load(WEIGHT_NORM)
-        a = tl.load(A + j * stride_ar + e * stride_ak, row, 0.0).to(tl.float32) * inverse * n.to(tl.float32)
-        b = tl.load(B + e * stride_bn + j * stride_br, column, 0.0).to(tl.float32) * inverse * strength
+        a = tl.load(A + j * stride_ar + e * stride_ak, row, 0.0).to(tl.float32)
+        b = tl.load(B + e * stride_bn + j * stride_br, column, 0.0).to(tl.float32)
+        if NORMALISE:
+            n = tl.load(WEIGHT_NORM + e, row, 0.0) if WITH_VECTOR else tl.load(WEIGHT_NORM)
+            a = a * inverse * n.to(tl.float32)
+            b = b * strength
         tl.store(A_HAT + (offset + j) * K + e, a.to(A_HAT.dtype.element_ty), row)
         tl.store(B_HAT + e * R + offset + j, b.to(B_HAT.dtype.element_ty), column)
 
@@ -59,8 +66,8 @@ def fold_kernel(
 def fold(
     A: Tensor,
     B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
+    lam: Tensor | None,
+    weight_norm: Tensor | None,
     frozen_A: Tensor | None,
     frozen_B: Tensor | None,
     frozen_lam: Tensor | None,
@@ -73,7 +80,7 @@ def fold(
         pairs.append((frozen_A, frozen_B, lam if frozen_lam is None else frozen_lam, -1.0))
     R, K, N = sum(pair[0].shape[0] for pair in pairs), A.shape[1], B.shape[0]
     A_hat, B_hat = A.new_empty((R, K), dtype=dtype), B.new_empty((N, R), dtype=dtype)
-    a, b = A.new_empty(R, dtype=torch.float32), B.new_empty(R, dtype=torch.float32)
+    a, b = (A.new_empty(0 if lam is None else R, dtype=torch.float32) for _ in range(2))
     offset = 0
     for one_A, one_B, one_lam, sign in pairs:
         r = one_A.shape[0]
@@ -81,7 +88,8 @@ def fold(
             fold_kernel[(2 * r,)](
                 one_A, one_B, one_lam, weight_norm, A_hat, B_hat, a, b, K, N, r, R, offset,
                 *one_A.stride(), *one_B.stride(), sign, eps,
-                CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, BLOCK=BLOCK,
+                NORMALISE=lam is not None, CLAMP=eps > 0,
+                WITH_VECTOR=weight_norm is not None and weight_norm.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         offset += r
     return A_hat, B_hat, a, b
@@ -93,7 +101,7 @@ def fold_backward_kernel(
     stride_gc, stride_ar, stride_ak, stride_bn, stride_br, eps,
     CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, WITH_A: tl.constexpr, WITH_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i < r: row i of dA; program r + j: column j of dB and its part of r · dλ. Both drop what lies along."""
+    """Program i < r: row i of dA; program r + j: column j of dB and its part of dλ. Both drop what lies along."""
     i = tl.program_id(0)
     if WITH_A:  # known when compiled, unlike the next
         if i < r:
@@ -125,7 +133,7 @@ def fold_backward_kernel(
                 g = tl.load(GRAD_B + e * stride_gn + j * stride_gc, e < N, 0.0).to(tl.float32)
                 products += g * tl.load(B + e * stride_bn + j * stride_br, e < N, 0.0).to(tl.float32)
             along = tl.sum(products) * inverse
-            tl.store(ALONG + j, along)
+            tl.store(ALONG + j, along / r)
             rest = tl.where(norm >= eps, along * inverse * inverse, 0.0)
             strength = tl.load(LAM).to(tl.float32) / r
             for start in range(0, N, BLOCK):
@@ -161,11 +169,11 @@ def fold_backward(
             dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along, K, N, r,
             *strides, *A.stride(), *B.stride(), eps,
             CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, WITH_A=dA_hat is not None, WITH_B=dB_hat is not None,
-            BLOCK=BLOCK,
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     if dB_hat is None:
         return dA, dB, b.new_empty(0)
-    dlam = along.sum() / r
+    dlam = along.sum(0, keepdim=True)
     if frozen_B is not None:
         dlam -= frozen_dlam(dB_hat, frozen_B, b, eps)
-    return dA, dB, dlam.reshape(1)
+    return dA, dB, dlam

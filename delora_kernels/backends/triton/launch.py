@@ -31,6 +31,13 @@ def meeting(big: torch.dtype, small: torch.dtype) -> int:
     return SPLIT_SMALL if (big, small) == (torch.bfloat16, torch.float32) else WIDE
 
 
+def meeting_in_rank(h: torch.dtype, small: torch.dtype, out: torch.dtype) -> int:
+    """How two rank-space operands are multiplied for a result in `out`: float32 ones stay as exact, on fast units."""
+    if h == small == torch.float32 != out:
+        return SPLIT_BOTH if out == torch.bfloat16 else WIDE
+    return meeting(h, small)
+
+
 def precision(dtype: torch.dtype, how: int) -> str:
     """`input_precision` of a dot: three tf32 products stand in for float32 where the operands were mixed."""
     if how == WIDE:

@@ -1,26 +1,26 @@
-"""The rank-R term on a library GEMM's output, in one pass over it: expand and dx in the form that updates in place.
+"""The rank-R term beside a library GEMM, in one pass over its output: expand and dx in forms (b) and (d).
 
     out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h S)) + extra + bias
 
-Each part is there or not; `out` may be `base` itself. The sum is made in float32 and rounded once.
+Each part is there or not; the sum is made in float32 and rounded once. Form (b) updates what the GEMM wrote: `out` may
+be `base` itself. Form (d) has no base yet: it writes what the GEMM then adds to (beta = 1).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
-from delora_kernels.backends.triton.launch import INTERPRETED, SPLIT_BOTH, WIDE, guard, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting_in_rank, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rank_update_kernel(
     BASE, H, S, COLUMN, EXTRA, BIAS, SEED, OUT, T, C, R,
     stride_base, stride_h, stride_sr, stride_sc, stride_extra, scale, threshold,
-    WITH_COLUMN: tl.constexpr, WITH_EXTRA: tl.constexpr, WITH_BIAS: tl.constexpr,
+    WITH_BASE: tl.constexpr, WITH_COLUMN: tl.constexpr, WITH_EXTRA: tl.constexpr, WITH_BIAS: tl.constexpr,
     MASK_TERM: tl.constexpr, MASK_BASE: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
@@ -38,13 +38,12 @@ def rank_update_kernel(
         s = tl.load(small, (r[:, None] < R) & (c[None, :] < C), 0.0)
         acc = mixed_dot(h, s, acc, HOW, PRECISION, INTERPRETED)
     acc = acc * scale
-    base = tl.load(BASE + t[:, None] * stride_base + c[None, :], inside, 0.0).to(tl.float32)
+    if MASK_BASE:
+        acc += tl.load(BASE + t[:, None] * stride_base + c[None, :], inside, 0.0).to(tl.float32)
     if MASK_TERM:
-        keep = keep_tile(SEED, t, c0, C, threshold, BT, BC)
-        acc = dropped(acc, keep)
-        if MASK_BASE:
-            base = dropped(base, keep)
-    acc += base
+        acc = dropped(acc, keep_tile(SEED, t, c0, C, threshold, BT, BC))
+    if WITH_BASE and not MASK_BASE:
+        acc += tl.load(BASE + t[:, None] * stride_base + c[None, :], inside, 0.0).to(tl.float32)
     if WITH_COLUMN:
         acc *= tl.load(COLUMN + c, c < C, 0.0)[None, :]
     if WITH_EXTRA:
@@ -55,13 +54,13 @@ def rank_update_kernel(
 
 
 def rank_update(
-    base: Tensor, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
+    base: Tensor | None, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
     extra: Tensor | None = None, bias: Tensor | None = None, group: MaskGroup | None = None, mask_base: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write the formula above to `out`, which may be `base`, and return it.
 
     Args:
-        base: [T, C], last dimension contiguous.
+        base: [T, C], last dimension contiguous; or None.
         h: [T, R].
         small: S, [R, C], any strides.
         scale: Factor of the term; 1 / (1 − p) of a mask is the caller's.
@@ -72,24 +71,22 @@ def rank_update(
         group: The mask of the term, or None.
         mask_base: Whether it masks base too.
     """
-    (T, C), R = base.shape, h.shape[1]
+    (T, C), R = out.shape, h.shape[1]
     if T * C == 0:
         return out
     h, extra = rows(h), None if extra is None else rows(extra)
     BR = rank_tile("rank_update", R)
     tile = tiles("rank_update", BR)
-    how = meeting(h.dtype, small.dtype)
-    if h.dtype == small.dtype == torch.float32 and base.dtype != torch.float32:
-        how = SPLIT_BOTH if base.dtype == torch.bfloat16 else WIDE  # as accurate as float32, on fast units
+    how = meeting_in_rank(h.dtype, small.dtype, out.dtype)
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
-    with guard(base):
+    with guard(out):
         rank_update_kernel[(triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens))](
             base, h, small, column, extra, bias, seed, out, T, C, R,
-            base.stride(0), h.stride(0), *small.stride(), 0 if extra is None else extra.stride(0), scale,
-            threshold(p),
-            WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None, WITH_BIAS=bias is not None,
-            MASK_TERM=seed is not None, MASK_BASE=mask_base,
-            HOW=how, PRECISION=precision(base.dtype, how), INTERPRETED=INTERPRETED,
+            0 if base is None else base.stride(0), h.stride(0), *small.stride(),
+            0 if extra is None else extra.stride(0), scale, threshold(p),
+            WITH_BASE=base is not None, WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None,
+            WITH_BIAS=bias is not None, MASK_TERM=seed is not None, MASK_BASE=mask_base,
+            HOW=how, PRECISION=precision(out.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

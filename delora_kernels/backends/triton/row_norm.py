@@ -1,4 +1,7 @@
-"""DoRA's norm ‖W + scale · B̂Â‖₂ of every row, from one read of W; B̂Â exists a tile at a time."""
+"""DoRA's norm ‖W + scale · B̂Â‖₂ of every row and c = m / norm, from one read of W; B̂Â exists a tile at a time.
+
+On request c ⊙ W too: its rows are read a second time right after the first, from the cache.
+"""
 
 import torch
 import triton
@@ -12,7 +15,9 @@ from delora_kernels.backends.triton.tables import rank_tile, tiles
 
 @triton.jit
 def row_norm_kernel(
-    W, A, B, NORM, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scale,
+    W, A, B, MAGNITUDE, NORM, COLUMN, SCALED, N, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sn, stride_sk, scale,
+    WITH_COLUMN: tl.constexpr, WITH_SCALED: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -30,21 +35,39 @@ def row_norm_kernel(
         at = W + n[:, None] * stride_wn + k[None, :] * stride_wk
         updated = tl.load(at, (n[:, None] < N) & (k[None, :] < K), 0.0).to(tl.float32) + scale * acc
         squares += tl.sum(updated * updated, 1)
-    tl.store(NORM + n, tl.sqrt(squares), n < N)
+    norm = tl.sqrt(squares)
+    tl.store(NORM + n, norm, n < N)
+    if WITH_COLUMN:
+        m = tl.load(MAGNITUDE + n, n < N, 0.0).to(tl.float32)
+        column = tl.where(norm == 0.0, 0.0, m / tl.where(norm == 0.0, 1.0, norm))
+        tl.store(COLUMN + n, column, n < N)
+        if WITH_SCALED:
+            for k0 in range(0, K, BK):
+                k = k0 + tl.arange(0, BK).to(tl.int64)
+                inside = (n[:, None] < N) & (k[None, :] < K)
+                w = tl.load(W + n[:, None] * stride_wn + k[None, :] * stride_wk, inside, 0.0).to(tl.float32)
+                out = (w * column[:, None]).to(SCALED.dtype.element_ty)
+                tl.store(SCALED + n[:, None] * stride_sn + k[None, :] * stride_sk, out, inside)
 
 
-def row_norm(weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float) -> Tensor:
-    """‖W + scale · B̂Â‖ by rows, [N] float32; W [N, K] with any strides."""
+def row_norm(
+    weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W has any strides."""
     (N, K), R = weight.shape, A_hat.shape[0]
     norm = weight.new_empty(N, dtype=torch.float32)
+    column = norm.new_empty(0 if magnitude is None else N)
+    out = weight.new_empty((N, K) if scaled else 0)
     BR = rank_tile("row_norm", R)
     tile = tiles("row_norm", BR)
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays float32
     how = PLAIN if B_hat.dtype == A_hat.dtype == weight.dtype else WIDE
     with guard(weight):
         row_norm_kernel[(triton.cdiv(N, tile.tokens),)](
-            weight, A_hat, B_hat, norm, N, K, R, *weight.stride(), *A_hat.stride(), *B_hat.stride(), scale,
+            weight, A_hat, B_hat, magnitude, norm, column, out, N, K, R,
+            *weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)), scale,
+            WITH_COLUMN=magnitude is not None, WITH_SCALED=scaled,
             HOW=how, PRECISION=precision(weight.dtype, how), INTERPRETED=INTERPRETED,
             BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return norm
+    return norm, column, out

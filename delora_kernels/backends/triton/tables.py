@@ -6,6 +6,8 @@ Chosen so that every configuration compiles for sm_80 and sm_90 without a spill 
 
 from typing import NamedTuple
 
+import torch
+
 
 class Tiles(NamedTuple):
     """A launch: tile sizes along tokens (or rows) and columns, warps, software pipeline stages."""
@@ -19,26 +21,62 @@ class Tiles(NamedTuple):
 TABLES: dict[str, dict[str, Tiles]] = {
     "times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
-    "dy_sums": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "token_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
+    "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 128, 8, 2)},
+    "dy_sums mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "row_norm": {"16": Tiles(64, 64, 8, 2)},
 }
-"""Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take several turns."""
+"""Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take several turns.
+
+"fp32" and "mixed" behind a kernel's name stand for launches whose wider operands need smaller tiles.
+"""
+
+
+class GemmTiles(NamedTuple):
+    """Our own GEMM: tiles along tokens, columns and the sum, launch, programs of the grid (0: one for each tile)."""
+
+    tokens: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    programs: int
+
+
+GEMMS = {"descriptors": GemmTiles(128, 256, 64, 8, 3, 128), "pointers": GemmTiles(128, 128, 64, 8, 3, 0)}
+"""How tiles are loaded → tiles.
+
+Descriptors (TMA) are for sm_90 and later, with a persistent grid: the usual layers have a multiple of 128 tiles, so 128
+programs waste no wave and leave a few multiprocessors of an H100 or H200 to others.
+"""
 
 
 def rank_tile(kernel: str, R: int) -> int:
     """How many ranks one turn of a kernel takes: a power of two, at least 16, a dot's least side."""
-    widest = max(int(limit) for limit in TABLES[kernel])
-    return min(widest, max(16, 1 << (R - 1).bit_length()))
+    return min(max(int(limit) for limit in TABLES[kernel]), padded(R))
+
+
+def padded(R: int) -> int:
+    """R up to the next power of two, at least 16: the least side of a dot."""
+    return max(16, 1 << (R - 1).bit_length())
 
 
 SPLIT_TARGET = 264
 """Programs that a reduction is split into: two for each of an H200's 132 multiprocessors."""
 
 
-def tiles(kernel: str, rank_tile: int) -> Tiles:
+def dtypes(big: torch.dtype, *small: torch.dtype) -> str:
+    """What a kernel's name has behind it in TABLES: "fp32", "mixed" where factors are wider than `big`, or nothing."""
+    if big == torch.float32:
+        return "fp32"
+    return "mixed" if any(dtype != big for dtype in small) else ""
+
+
+def tiles(kernel: str, rank_tile: int, dtypes: str = "") -> Tiles:
     """The configuration of a kernel for a tile of ranks."""
-    return next(found for limit, found in TABLES[kernel].items() if rank_tile <= int(limit))
+    table = TABLES.get(f"{kernel} {dtypes}", TABLES[kernel])
+    return next(found for limit, found in table.items() if rank_tile <= int(limit))
 
 
 def splits(programs: int, steps: int) -> int:

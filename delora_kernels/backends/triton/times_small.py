@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def times_small_kernel(
     X, S, OUT, SEED, T, C, R, stride_x, stride_sc, stride_sr, part, threshold, factor,
     DROP: tl.constexpr, HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -68,4 +69,4 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
             DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0).to(dtype)
+    return out[0] if parts == 1 else add_parts(out, dtype)

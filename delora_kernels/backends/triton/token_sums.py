@@ -1,7 +1,8 @@
 """Sums over tokens: Xᵀ H [C, R], and beside it Σ_t X and Σ_t X ⊙ Y [C], from one read of X for each 128 ranks.
 
 That is dÂ = dvᵀ drop(x) and dB̂ = dyᵀ h, with the bias's gradient and DoRA's Σ_t dy ⊙ u. Tokens are split among
-programs; their parts are added in a fixed order, so that gradients repeat bit for bit.
+programs; `add_parts.py` adds their parts in a fixed order. While a program holds H = dv it can also write the rank-R
+term of dx, H S, where a library GEMM then adds the rest (form (d)).
 """
 
 from typing import NamedTuple
@@ -12,25 +13,31 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.triton.add_parts import DyParts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
-from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
+from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def token_sums_kernel(
-    X, H, Y, SEED, PRODUCT, SUMS, DOTS, T, C, R, stride_x, stride_h, stride_y, part, threshold, factor,
+    X, H, Y, S, SEED, PRODUCT, SUMS, DOTS, OUT, T, C, R,
+    stride_x, stride_h, stride_y, stride_sr, stride_sc, part, threshold, factor,
     DROP: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
+    WITH_OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens."""
+    """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens; factor · H S."""
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     acc = tl.zeros((BC, BR), tl.float32)
     sums = tl.zeros((BC,), tl.float32)
     dots = tl.zeros((BC,), tl.float32)
+    if WITH_OUT:
+        small = S + r[:, None].to(tl.int64) * stride_sr + c[None, :].to(tl.int64) * stride_sc
+        s = tl.load(small, (r[:, None] < R) & (c[None, :] < C), 0.0)
     start = tl.program_id(2).to(tl.int64) * part
     for t0 in range(start, tl.minimum(start + part, T), BT):
         t = t0 + tl.arange(0, BT)
@@ -47,65 +54,81 @@ def token_sums_kernel(
             h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
             h = tl.load(h_at, (t[:, None] < T) & (r[None, :] < R), 0.0)
             acc = mixed_dot(tl.trans(x), h, acc, HOW, PRECISION, INTERPRETED)
-    column = tl.program_id(2).to(tl.int64) * C + c
+            if WITH_OUT:
+                term = mixed_dot(h, s, tl.zeros((BT, BC), tl.float32), 0, PRECISION, INTERPRETED) * factor
+                tl.store(OUT + t[:, None].to(tl.int64) * C + c[None, :], term.to(OUT.dtype.element_ty), inside)
+    which = tl.program_id(2).to(tl.int64)
     if WITH_PRODUCT:
-        tl.store(PRODUCT + column[:, None] * R + r[None, :], acc * factor, (c[:, None] < C) & (r[None, :] < R))
+        if TRANSPOSED:
+            at = PRODUCT + (which * R + r[None, :]) * C + c[:, None]
+        else:
+            at = PRODUCT + (which * C + c[:, None]) * R + r[None, :]
+        tl.store(at, acc * factor, (c[:, None] < C) & (r[None, :] < R))
     if tl.program_id(1) == 0:
         if WITH_SUMS:
-            tl.store(SUMS + column, sums, c < C)
+            tl.store(SUMS + which * C + c, sums, c < C)
         if WITH_DOTS:
-            tl.store(DOTS + column, dots, c < C)
+            tl.store(DOTS + which * C + c, dots, c < C)
 
 
-class Sums(NamedTuple):
-    """factor · Xᵀ H [C, R], Σ_t X [C] and Σ_t X ⊙ Y [C], in float32; None where not asked for."""
+class RankTerm(NamedTuple):
+    """The rank-R term of dx that is written on the way: out [T, C], contiguous, from small S [R, C], any strides."""
 
-    product: Tensor | None
-    sums: Tensor | None
-    dots: Tensor | None
+    small: Tensor
+    out: Tensor
+
+
+def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
+    """Whether the term can be written on the way: one 16-bit dtype and no dropout (for more, registers do not do), and
+    all of H's columns in one program."""
+    plain = x.dtype == h.dtype == small.dtype and (x.dtype.itemsize == 2 or INTERPRETED) and group.seed is None
+    return plain and rank_tile("token_sums", h.shape[1]) >= h.shape[1]
 
 
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
-    group: MaskGroup | None = None,
-) -> Sums:  # fmt: skip
-    """What one pass over x [T, C] sums up over tokens.
+    group: MaskGroup | None = None, transposed: bool = False, term: RankTerm | None = None,
+) -> DyParts:  # fmt: skip
+    """What one pass over x [T, C] sums up over tokens, in parts: product [P, C, R] or transposed [P, R, C], vectors.
 
     Args:
         x: [T, C].
         h: [T, R], or None: no product.
-        factor: Of the product.
+        factor: Of the product and of the term.
         sums: Whether Σ_t x is wanted.
         y: [T, C]: Σ_t x ⊙ y is wanted; or None.
-        group: Mask of the product's x, or None.
+        group: Mask of the product's x and of the term, or None.
+        transposed: Whether the product is laid out as Hᵀ X.
+        term: Where factor · h S goes, or None.
     """
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
+    shape = (R, C) if transposed else (C, R)
     if T * C == 0:
-        zeros = x.new_zeros(C, dtype=torch.float32)
-        product = None if h is None else x.new_zeros((C, R), dtype=torch.float32)
-        return Sums(product, zeros if sums else None, None if y is None else zeros.clone())
+        zeros = x.new_zeros((1, C), dtype=torch.float32)
+        product = None if h is None else x.new_zeros((1, *shape), dtype=torch.float32)
+        return DyParts(None, product, zeros if sums else None, None if y is None else zeros.clone())
     x, h, y = rows(x), None if h is None else rows(h), None if y is None else rows(y)
     BR = rank_tile("token_sums", R)
-    tile = tiles("token_sums", BR)
+    tile = tiles("token_sums", BR, dtypes(x.dtype))
     grid = (triton.cdiv(C, tile.columns), max(1, triton.cdiv(R, BR)))
     steps = triton.cdiv(T, tile.tokens)
     part = triton.cdiv(steps, splits(grid[0] * grid[1], steps)) * tile.tokens
     parts = triton.cdiv(T, part)
-    product = x.new_empty((parts, C, R), dtype=torch.float32)
-    totals = x.new_empty((2, parts, C), dtype=torch.float32)
+    product = None if h is None else x.new_empty((parts, *shape), dtype=torch.float32)
+    summed, dots = (
+        x.new_empty((parts, C), dtype=torch.float32) if wanted else None for wanted in (sums, y is not None)
+    )
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, x.dtype if h is None else h.dtype)
+    small, out = (None, None) if term is None else term
     with guard(x):
         token_sums_kernel[(grid[0], grid[1], parts)](
-            x, h, y, seed, product, totals[0], totals[1], T, C, R,
-            x.stride(0), 0 if h is None else h.stride(0), 0 if y is None else y.stride(0), part,
-            threshold(p), factor / (1 - p),
+            x, h, y, small, seed, product, summed, dots, out, T, C, R,
+            x.stride(0), 0 if h is None else h.stride(0), 0 if y is None else y.stride(0),
+            *((0, 0) if small is None else small.stride()), part, threshold(p), factor / (1 - p),
             DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
+            WITH_OUT=out is not None, TRANSPOSED=transposed,
             HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return Sums(
-        None if h is None else product.sum(0) if parts > 1 else product[0],
-        totals[0].sum(0) if sums else None,
-        None if y is None else totals[1].sum(0),
-    )
+    return DyParts(None, product, summed, dots)

@@ -1,0 +1,138 @@
+"""Partial sums added in a fixed order, so that results repeat bit for bit: what follows a split reduction, in a launch.
+
+`add_parts` adds the parts of any tensor. `finish_dy` adds all that the reads of dy left in parts, and makes of it
+what the op `expand_backward` promises: dv in its dtype, dB̂ with DoRA's c, dm divided, the bias's gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora_kernels.backends.triton.launch import guard
+
+BLOCK = 1024
+"""Elements that a program adds up."""
+
+
+@triton.jit
+def _total(PARTS, i, parts, M, inside):
+    """Σ_p PARTS[p, i] of parts with M elements each, in their order; i is int64."""
+    total = tl.zeros(i.shape, tl.float32)
+    for _ in range(parts):
+        total += tl.load(PARTS + i, inside, 0.0)
+        i += M
+    return total
+
+
+@triton.jit
+def _add(PARTS, OUT, i, parts, M):
+    tl.store(OUT + i, _total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
+
+
+@triton.jit
+def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
+    """BLOCK elements of OUT [M] = Σ_p PARTS[p]."""
+    _add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
+
+
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_p parts[p] in `dtype`; parts [P, ...] float32, contiguous. A single float32 part is returned as it is."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    if out.numel():
+        with guard(out):
+            add_parts_kernel[(triton.cdiv(out.numel(), BLOCK),)](parts, out, len(parts), out.numel(), BLOCK=BLOCK)
+    return out
+
+
+@triton.jit(do_not_specialize=["elements"])
+def finish_dy_kernel(
+    DV_PARTS, PRODUCT_PARTS, SUM_PARTS, DOT_PARTS, B, COLUMN, DIVISOR, DV, DB, SUMS, DM,
+    dv_parts, parts, elements, N, R, stride_bn, stride_br,
+    WITH_DV: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
+    WITH_COLUMN: tl.constexpr, WITH_B: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs up to N / BN: BN rows of dB̂ [N, R], Σ_t dy and dm; those after: BLOCK elements of dv."""
+    rows = (N + BN - 1) // BN
+    if tl.program_id(0) < rows:
+        n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        if WITH_SUMS:
+            tl.store(SUMS + n, _total(SUM_PARTS, n, parts, N, n < N), n < N)
+        if WITH_DOTS:
+            dots = _total(DOT_PARTS, n, parts, N, n < N)
+        if WITH_PRODUCT:
+            r = tl.arange(0, BR)
+            inside = (n[:, None] < N) & (r[None, :] < R)
+            product = _total(PRODUCT_PARTS, n[:, None] * R + r[None, :], parts, N * R, inside)
+            if WITH_DOTS:
+                if WITH_B:  # what was kept is x Wᵀ: the rest of u is in dB̂ already
+                    b = tl.load(B + n[:, None] * stride_bn + r[None, :] * stride_br, inside, 0.0).to(tl.float32)
+                    dots += tl.sum(product * b, 1)
+            if WITH_COLUMN:
+                product *= tl.load(COLUMN + n, n < N, 0.0)[:, None]
+            tl.store(DB + n[:, None] * R + r[None, :], product, inside)
+        if WITH_DOTS:
+            divisor = tl.load(DIVISOR + n, n < N, 1.0).to(tl.float32)
+            dm = tl.where(divisor == 0.0, 0.0, dots / tl.where(divisor == 0.0, 1.0, divisor))
+            tl.store(DM + n, dm, n < N)
+    if WITH_DV:
+        if tl.program_id(0) >= rows:
+            i = (tl.program_id(0) - rows).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            _add(DV_PARTS, DV, i, dv_parts, elements)
+
+
+class DyParts(NamedTuple):
+    """What the reads of dy left, float32: dv [Q, T, R], scale · dyᵀ h [P, N, R], Σ_t dy and Σ_t dy ⊙ y [P, N] each.
+
+    None where not asked for; `dv` is None too where it is finished already.
+    """
+
+    dv: Tensor | None
+    product: Tensor | None
+    sums: Tensor | None
+    dots: Tensor | None
+
+
+def finish_dy(
+    parts: DyParts, dtype: torch.dtype, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dv in `dtype`, dB̂ = c ⊙ product, dm = (dots + Σ_r product ⊙ B̂) / divisor and Σ_t dy, in one launch.
+
+    Args:
+        parts: What to add up.
+        dtype: Of dv.
+        column: c [N] float32, or None for 1.
+        B_hat: [N, R] where the dots lack the rank-R term of u, else None.
+        divisor: [N]; dm is 0 where it is 0. Needed with dots.
+    """
+    vectors = next((t for t in (parts.product, parts.sums, parts.dots) if t is not None), None)
+    count, N = (0, 0) if vectors is None else vectors.shape[:2]
+    R = 0 if parts.product is None else parts.product.shape[2]
+    if count == 1 and parts.dv is None and parts.dots is None and (column is None or R == 0):
+        product, sums = (None if t is None else t[0] for t in (parts.product, parts.sums))
+        return None, product, None, sums
+    anchor = parts.dv if vectors is None else vectors
+    if anchor is None:
+        return None, None, None, None
+    dv = None if parts.dv is None else parts.dv.new_empty(parts.dv.shape[1:], dtype=dtype)
+    dB_hat = None if parts.product is None else parts.product.new_empty((N, R))
+    sums = None if parts.sums is None else parts.sums.new_empty(N)
+    dm = None if parts.dots is None else parts.dots.new_empty(N)
+    BR = max(16, triton.next_power_of_2(R))
+    BN = BLOCK // BR
+    elements = 0 if dv is None else dv.numel()
+    with guard(anchor):
+        finish_dy_kernel[(triton.cdiv(N, BN) + triton.cdiv(elements, BLOCK),)](
+            parts.dv, parts.product, parts.sums, parts.dots, B_hat, column, divisor, dv, dB_hat, sums, dm,
+            0 if parts.dv is None else len(parts.dv), count, elements, N, R,
+            *((0, 0) if B_hat is None else B_hat.stride()),
+            WITH_DV=dv is not None, WITH_PRODUCT=dB_hat is not None, WITH_SUMS=sums is not None,
+            WITH_DOTS=dm is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
+            BN=BN, BR=BR, BLOCK=BLOCK,
+        )  # fmt: skip
+    return dv, dB_hat, dm, sums
