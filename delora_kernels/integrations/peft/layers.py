@@ -109,10 +109,15 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
     weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:
         return "its input is on another device"
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not (
+        torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE and weight.dtype in _CASTABLE
+    ):
         return f"its input is {x.dtype}, its base {weight.dtype}"
     return None
 
+
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts."""
 
 _logged: set[str] = set()
 
