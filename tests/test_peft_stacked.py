@@ -49,9 +49,14 @@ def test_parity(method: str, dtype: torch.dtype, x: Tensor, seed: int) -> None:
     assert_close(step(made, x.to(dtype)), theirs, dtype)
 
 
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["lora", "delora"])
-def test_autocast(method: str, x: Tensor, seed: int) -> None:
+def test_autocast(method: str, factors: torch.dtype, x: Tensor, seed: int) -> None:
+    """Also of factors in the half precision that is not autocast's."""
     made = stacked(method, seed)
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        if method in name and "base_layer" not in name:
+            tensor.data = tensor.data.to(factors)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = step(made, x)
         dk.accelerate(made, strict=True)

@@ -206,11 +206,14 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Frozen
     scales = [adapter.scale for adapter in adapters]
     # not the largest: the others' B, divided by it, would sink below float16's normal numbers
     scale = scales[0] if all(s == scales[0] for s in scales) else 1.0
+    with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
+        A_all = torch.cat(A)
+        B_all = torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1)
     return functional.lora_linear(
         x,
         base.weight,
-        torch.cat(A),
-        torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1),
+        A_all,
+        B_all,
         scale,
         base.bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
