@@ -272,12 +272,12 @@ def test_small_scales_beside_large_ones_in_half_precision(seed: int) -> None:
 def test_compiles_with_scales_that_change(x: Tensor, seed: int) -> None:
     for dynamic in (None, True):
         torch._dynamo.reset()
-        made = stacked("lora", seed, dtype=torch.float64)
-        dk.accelerate(made, strict=True)
-        compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        layer = stacked("lora", seed, dtype=torch.float64).base_model.model.first
+        dk.accelerate(layer, strict=True)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         for scale in (1.5, 3.0, 0.25, -1.0):
-            made.base_model.model.first.set_scale("default", scale)
-            torch.testing.assert_close(compiled(x.double()), made(x.double()))
+            layer.set_scale("default", scale)
+            torch.testing.assert_close(compiled(x.double()), layer(x.double()))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")

@@ -88,7 +88,7 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
         if reason is None:
             return plan(x)
         plan = reason
-    if plan not in ON_PURPOSE and not torch.compiler.is_compiling():
+    if plan not in ON_PURPOSE:
         _log_once(plan)
     return peft_forward(layer, x, *args, **kwargs)
 
@@ -122,6 +122,7 @@ _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 _logged: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # a compiler that meets a call makes it once, while it traces
 def _log_once(reason: str) -> None:
     if reason not in _logged:
         _logged.add(reason)
