@@ -114,6 +114,8 @@ def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
         return NotLocal(f"the {name} is a {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         return NotLocal(f"the {name} has dtype {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        return NotLocal(f"the {name} has layout {tensor.layout}")
     if tensor.is_meta:
         return NotLocal(f"the {name} is on the meta device")
     if tensor.numel() == 0:

@@ -1,5 +1,6 @@
 """torch.compile of accelerated models: one graph, no more recompilations than PEFT's layers, every change is seen."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import delora_kernels as dk
+from delora_kernels.integrations.peft import layers
 
 torch.set_num_threads(1)
 
@@ -156,3 +158,19 @@ def test_accelerated_after_compiling(method: str, wrapped: bool, seed: int) -> N
     dk.restore(compiled if wrapped else made)
     assert_close(named(step(compiled, x)), theirs)
     assert graphs.fused()[2:] in ([], [False])  # none: the first graph still fits
+
+
+def test_what_runs_pefts_forward_is_logged_once(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where only a compiled call shows it; without a graph break."""
+    made, eager = (model("lora", seed, dtype=torch.float64) for _ in range(2))
+    dk.accelerate(made, strict=True)
+    for one in (made, eager):
+        one.base_model.model.first.base_layer.register_forward_hook(lambda module, args, output: 2 * output)
+    layers._logged.clear()
+    compiled, x = torch.compile(made, backend="eager", fullgraph=True), inputs(seed, 3, 12)
+    with caplog.at_level(logging.WARNING, logger=layers.__name__):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), eager(x))
+    assert [record.getMessage() for record in caplog.records if record.name == layers.__name__] == [
+        "an accelerated layer runs PEFT's own forward: the base layer has hooks"
+    ]

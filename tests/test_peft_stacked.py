@@ -49,9 +49,14 @@ def test_parity(method: str, dtype: torch.dtype, x: Tensor, seed: int) -> None:
     assert_close(step(made, x.to(dtype)), theirs, dtype)
 
 
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["lora", "delora"])
-def test_autocast(method: str, x: Tensor, seed: int) -> None:
+def test_autocast(method: str, factors: torch.dtype, x: Tensor, seed: int) -> None:
+    """Also of factors in the half precision that is not autocast's."""
     made = stacked(method, seed)
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        if method in name and "base_layer" not in name:
+            tensor.data = tensor.data.to(factors)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = step(made, x)
         dk.accelerate(made, strict=True)
@@ -267,12 +272,12 @@ def test_small_scales_beside_large_ones_in_half_precision(seed: int) -> None:
 def test_compiles_with_scales_that_change(x: Tensor, seed: int) -> None:
     for dynamic in (None, True):
         torch._dynamo.reset()
-        made = stacked("lora", seed, dtype=torch.float64)
-        dk.accelerate(made, strict=True)
-        compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        layer = stacked("lora", seed, dtype=torch.float64).base_model.model.first
+        dk.accelerate(layer, strict=True)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         for scale in (1.5, 3.0, 0.25, -1.0):
-            made.base_model.model.first.set_scale("default", scale)
-            torch.testing.assert_close(compiled(x.double()), made(x.double()))
+            layer.set_scale("default", scale)
+            torch.testing.assert_close(compiled(x.double()), layer(x.double()))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")

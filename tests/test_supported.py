@@ -73,6 +73,16 @@ def test_installed() -> None:
     assert supported.version_of("no-such-package") is None
 
 
+def test_a_peft_that_stands_before_the_installed_one(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+    """A checkout on the import path: what is imported counts, not what the installed package's metadata says."""
+    checked: list[str] = []
+    monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
+    monkeypatch.setattr(layer_check, "difference", checked.append)
+    assert supported.installed("peft") == "0.99.0.dev0"
+    assert supported.why_not("lora") is None
+    assert checked == list(supported.METHODS)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/versions.md"])
 def test_documents_show_the_table(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -194,8 +204,8 @@ def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest
         monkeypatch.delattr(owner, attribute)
     else:
         monkeypatch.setattr(owner, attribute, change(right))
-        if attribute == "forward":
-            monkeypatch.setitem(plan._FORWARDS, owner, owner.forward)  # it is what such a PEFT would define itself
+        # it is what such a PEFT would define itself
+        monkeypatch.setitem(plan._DEFINED[owner], attribute, getattr(owner, attribute))
     monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
     titles = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
     for method, reason in expected.items():

@@ -4,6 +4,7 @@ The table is the only place with these ranges; README, docs/versions.md and setu
 """
 
 import platform
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from typing import NamedTuple
@@ -48,8 +49,14 @@ METHODS = ("lora", "dora", "delora")
 
 
 def installed(name: str) -> str | None:
-    """The installed version of the software `name`, a key of TABLE, or None; nothing is imported for it."""
-    return platform.python_version() if name == "python" else version_of(*TABLE[name].distributions)
+    """The version of the software `name`, a key of TABLE, or None; nothing is imported for it.
+
+    What is imported already says it itself: it may come from a checkout that stands before the installed one.
+    """
+    if name == "python":
+        return platform.python_version()
+    version = getattr(sys.modules.get(name), "__version__", None)
+    return version if isinstance(version, str) else version_of(*TABLE[name].distributions)
 
 
 def version_of(*distributions: str) -> str | None:

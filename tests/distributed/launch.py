@@ -1,9 +1,5 @@
-"""Run a function in two processes of one gloo group, and show the traceback of the one that fails.
+"""Run a function in two processes of one gloo group, and show the traceback of the one that fails."""
 
-The processes are forked from a server that has imported torch and PEFT once, so that a test costs a second, not ten.
-"""
-
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -16,9 +12,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from forked import context
+
 WORLD = 2
-_IMPORTED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "delora_kernels", "peft"]
-_IMPORTED += ["transformers.models.llama.modeling_llama", "accelerate"]
 
 
 def on_two_processes(work: Callable[..., Any], *cases: tuple[Any, ...], seconds: float = 120) -> list[list[Any]]:
@@ -32,14 +28,12 @@ def on_two_processes(work: Callable[..., Any], *cases: tuple[Any, ...], seconds:
     Raises:
         AssertionError: A process raised (the text is the case and its traceback), died, or took too long.
     """
-    context: Any = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    if hasattr(os, "fork"):
-        context.set_forkserver_preload(_IMPORTED)
+    processes_of = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(WORLD):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_main, args=(sender, rank, folder, work, cases), daemon=True)
+            receiver, sender = processes_of.Pipe(duplex=False)
+            process = processes_of.Process(target=_main, args=(sender, rank, folder, work, cases), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)

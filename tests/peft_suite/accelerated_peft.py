@@ -1,8 +1,8 @@
 """pytest plugin: PEFT's own tests with every adapter accelerated as soon as it is injected. Outcomes must not change.
 
-    git clone https://github.com/huggingface/peft && cd peft
+    git clone https://github.com/huggingface/peft && cd peft    # its tests import diffusers too
     export PYTHONPATH=src:HERE            # HERE: this folder
-    suite="python -m pytest -p accelerated_peft tests/test_custom_models.py -k lora"
+    suite="python -m pytest -o addopts= -p accelerated_peft tests/test_custom_models.py -k lora"
     $suite --outcomes plain.json
     $suite --outcomes fused.json --accelerate
     python HERE/accelerated_peft.py plain.json fused.json

@@ -88,7 +88,7 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
         if reason is None:
             return plan(x)
         plan = reason
-    if plan not in ON_PURPOSE and not torch.compiler.is_compiling():
+    if plan not in ON_PURPOSE:
         _log_once(plan)
     return peft_forward(layer, x, *args, **kwargs)
 
@@ -109,14 +109,20 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
     weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:
         return "its input is on another device"
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not (
+        torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE and weight.dtype in _CASTABLE
+    ):
         return f"its input is {x.dtype}, its base {weight.dtype}"
     return None
 
 
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts."""
+
 _logged: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # a compiler that meets a call makes it once, while it traces
 def _log_once(reason: str) -> None:
     if reason not in _logged:
         _logged.add(reason)

@@ -15,6 +15,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from delora_kernels import functional
 from delora_kernels.frozen import FrozenLinear, NotLocal, has_other_forward, parameter, why_not_local, why_not_plain
@@ -32,13 +33,17 @@ _DELORA_DICTS |= {"delora_w_norm": BufferDict, "delora_dropout": nn.ModuleDict}
 """Where PEFT keeps the parts of a layer's adapters; a wrapper in the place of one may do more."""
 
 
-def _pefts_own(kind: Any) -> Any:
-    """The forward that PEFT's module defines for the class, or None if another has taken its place already."""
-    return kind.forward if kind.forward.__globals__ is vars(sys.modules[kind.__module__]) else None
+def _as_defined(kind: Any, name: str) -> Any:
+    """The method that the class's own module defines, or None if another has taken its place already."""
+    method = getattr(kind, name, None)
+    return method if getattr(method, "__globals__", None) is vars(sys.modules[kind.__module__]) else None
 
 
-_FORWARDS = {kind: _pefts_own(kind) for kind in (LoraLinear, DeloraLinear)}
-"""Who puts another forward in the place of PEFT's wants that one to run."""
+_CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys((LoraLinear, DeloraLinear, nn.Linear, Conv1D), ("forward",))
+_CALLED |= dict.fromkeys((nn.Dropout, nn.Identity, DoraLinearVariant), ("forward",))
+_CALLED |= {DoraLinearLayer: ("forward", "get_weight_norm")}
+_DEFINED = {kind: {name: _as_defined(kind, name) for name in names} for kind, names in _CALLED.items()}
+"""What PEFT's forward calls, by class. Who puts another method in the place of one wants that one to run."""
 
 
 class _Adapter(NamedTuple):
@@ -65,8 +70,9 @@ def plan_of(layer: Any) -> Fused | str:
     if has_other_forward(layer):
         return "it has a forward of its own"
     owner: Any = DeloraLinear if is_delora else LoraLinear
-    if owner.forward is not _FORWARDS[owner]:
-        return f"{class_name(owner)}.forward has been replaced"
+    reason = _why_not_class(owner)
+    if reason is not None:
+        return reason
     if layer._disable_adapters:
         return ON_PURPOSE[0]
     if layer.merged_adapters:
@@ -82,6 +88,9 @@ def plan_of(layer: Any) -> Fused | str:
     base = FrozenLinear.of(parts["base_layer"])
     if isinstance(base, str):
         return base
+    reason = _why_not_class(type(parts["base_layer"]))
+    if reason is not None:
+        return reason
     adapters: list[_Adapter] = []
     for name in names:
         adapter = _delora_adapter(layer, name) if is_delora else _lora_adapter(layer, name)
@@ -94,6 +103,13 @@ def plan_of(layer: Any) -> Fused | str:
             return "its rank is not that of delora_A"
         adapters.append(adapter)
     return _delora_plan(adapters, base) if is_delora else _lora_plan(adapters, base)
+
+
+def _why_not_class(kind: Any) -> str | None:
+    for name, method in _DEFINED[kind].items():
+        if getattr(kind, name) is not method:
+            return f"{class_name(kind)}.{name} has been replaced"
+    return None
 
 
 def class_name(kind: type) -> str:
@@ -123,10 +139,15 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
         owners["magnitude"] = parts["lora_magnitude_vector"]._modules[name]
         if type(owners["magnitude"]) is not DoraLinearLayer:
             return f"its magnitude is a {type(owners['magnitude']).__name__}"
+        if bool(owners["magnitude"].fan_in_fan_out) is not isinstance(parts["base_layer"], Conv1D):
+            return "its fan_in_fan_out is not that of its base"  # PEFT then takes the norm along the other axis
+        reason = _why_not_class(DoraLinearVariant)
+        if reason is not None:
+            return reason
         if getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training:  # PEFT ≥ 0.19
             return "PEFT's cache of DoRA norms is on"
     for role, owner in owners.items():
-        reason = why_not_plain(owner, role)
+        reason = why_not_plain(owner, role) or _why_not_class(type(owner))
         if reason is not None:
             return reason
     dropout_p = _dropout_p(parts["lora_dropout"]._modules[name])
@@ -185,11 +206,14 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Frozen
     scales = [adapter.scale for adapter in adapters]
     # not the largest: the others' B, divided by it, would sink below float16's normal numbers
     scale = scales[0] if all(s == scales[0] for s in scales) else 1.0
+    with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
+        A_all = torch.cat(A)
+        B_all = torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1)
     return functional.lora_linear(
         x,
         base.weight,
-        torch.cat(A),
-        torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1),
+        A_all,
+        B_all,
         scale,
         base.bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
@@ -199,10 +223,16 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Frozen
 
 def _dropout_p(dropout: Any) -> float | str:
     """The probability that `dropout` drops with now, or why it can't be said."""
-    if type(dropout) not in (nn.Identity, nn.Dropout) or why_not_plain(dropout, "dropout") is not None:
-        return f"its dropout is a {type(dropout).__name__} that can't be fused"
-    if type(dropout) is nn.Identity:
+    kind = type(dropout)
+    if kind not in (nn.Identity, nn.Dropout) or why_not_plain(dropout, "dropout") is not None:
+        return f"its dropout is a {kind.__name__} that can't be fused"
+    reason = _why_not_class(kind)
+    if reason is not None:
+        return reason
+    if kind is nn.Identity:
         return 0.0
+    if dropout.inplace:
+        return "its dropout writes into its input"
     if dropout.p >= 1:
         return "its dropout drops everything"
     return dropout.p if dropout.training else 0.0
