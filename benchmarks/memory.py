@@ -1,0 +1,71 @@
+"""What a pass keeps, allocates and holds at its peak, in bytes above what was there before.
+
+On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from the allocator's statistics.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, the storages of `but` left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in but}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
+    total = sum(kept.values())  # while y, and with it the graph, is alive: addresses are not reused
+    del y
+    return total
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes allocated in all, and the most that were alive at once beyond what was alive before."""
+
+    total: int
+    peak: int
+
+
+def allocations(run: Callable[[], Any], device: str = "cpu") -> Allocations:
+    """Weigh one pass on `device`; it runs once before, for what is allocated once and kept (library workspaces)."""
+    run()
+    gc.collect()
+    return _on_gpu(run) if device.startswith("cuda") else _on_cpu(run)
+
+
+def _on_cpu(run: Callable[[], Any]) -> Allocations:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    total = alive = peak = 0
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += max(0, event.nbytes())
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return Allocations(total, peak)
+
+
+def _on_gpu(run: Callable[[], Any], cuda: Any = torch.cuda) -> Allocations:
+    cuda.synchronize()
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_stats()
+    run()
+    cuda.synchronize()
+    after = cuda.memory_stats()
+    total = after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"]
+    return Allocations(total, after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"])
