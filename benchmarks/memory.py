@@ -4,7 +4,9 @@ On a CPU from the profiler's record of every allocation, inside custom ops too; 
 """
 
 import gc
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +51,7 @@ def allocations(run: Callable[[], Any], device: str = "cpu") -> Allocations:
 
 
 def _on_cpu(run: Callable[[], Any]) -> Allocations:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     total = alive = peak = 0
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -58,6 +60,19 @@ def _on_cpu(run: Callable[[], Any]) -> Allocations:
         alive += event.nbytes()
         peak = max(peak, alive)
     return Allocations(total, peak)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard error shut, below Python: the profiler of some builds of torch writes a line there whenever it starts."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _on_gpu(run: Callable[[], Any], cuda: Any = torch.cuda) -> Allocations:

@@ -42,7 +42,7 @@ def measure(case: Case, device: str, clock: Clock, budget: Budget, only: tuple[s
         exact = replace(case, dropout_p=0.0)
         gate, gated = Gate(layer), Layer(exact, device, seed) if case.dropout_p else layer
     except Exception as error:
-        return [bench.row("frozen") | _failure(error)]
+        return [bench.row("frozen") | failure(error)]
     for name in layer.names():
         if not only or name in only or name in FROZEN:
             bench.admit(name, layer, gated, gate)
@@ -73,7 +73,7 @@ class _Bench:
             return None
 
     def fail(self, name: str, error: Exception) -> None:
-        self.rows[name] |= _failure(error)
+        self.rows[name] |= failure(error)
         self.ready.pop(name, None)
         error.__traceback__ = None  # its frames hold tensors
         gc.collect()
@@ -138,7 +138,8 @@ def _judge(name: str, built: Implementation, gated: Layer, layer: Layer, gate: G
     return gate.judge((built if same else gated.implementation(name)).results())
 
 
-def _failure(error: Exception) -> Row:
+def failure(error: Exception) -> Row:
+    """The columns of a row whose implementation raised."""
     if isinstance(error, Absent):
         return {"status": "absent", "note": str(error)}
     status = "out of memory" if out_of_memory(error) else "error"
