@@ -78,6 +78,7 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
     from tqdm import tqdm
 
     from benchmarks.machine import machine_info
+    from benchmarks.model import roofline_fraction
     from benchmarks.timing import clock_of
 
     clock = clock_of(device)
@@ -90,7 +91,11 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
         for job in todo:
             bar.set_description_str(job.key[:90])
             if job.key not in partial_file.done:
-                partial_file.add(job.key, job.run())
+                rows = job.run()
+                for row in rows:
+                    if row["kind"] == "layer":
+                        row["roofline"] = roofline_fraction(row, partial_file.header["machine"])
+                partial_file.add(job.key, rows)
             bar.update(job.weight)
         bar.set_description_str("done")
     return partial_file.finish(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

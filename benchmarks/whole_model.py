@@ -83,7 +83,7 @@ class ModelCase:
 
 
 SMALL = {"name": "Llama-shaped, SmolLM2's widths", "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3}
-SMALL |= {"vocabulary": 4096, "blocks": 2, "batch": 1, "sequence": 128, "r": 16, "limit_mib": 64}
+SMALL |= {"vocabulary": 1024, "blocks": 2, "batch": 1, "sequence": 128, "r": 16, "limit_mib": 64}
 LARGE = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
 LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}
 
