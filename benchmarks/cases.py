@@ -147,8 +147,8 @@ def _quick(method: str, precision: str, gpu: bool) -> Iterator[Case]:
         yield from _hub(method, "llama3-8b.q", precision, (4096, 16), (512, 16384), (64,))
         yield from (_case(method, shape, 4096, 16, precision) for shape in ("llama3-8b.up", "llama3-8b.down"))
     else:
-        yield from _hub(method, "smollm2-135m.up", precision, (512, 16), (128,), (64,))
-        yield from (_case(method, shape, 512, 16, precision) for shape in ("smollm2-135m.q", "smollm2-135m.down"))
+        yield from _hub(method, "smollm2-135m.up", precision, (256, 16), (64, 1024), (4, 64))
+        yield from (_case(method, shape, 256, 16, precision) for shape in ("smollm2-135m.q", "smollm2-135m.down"))
 
 
 def _standard(method: str, precision: str, gpu: bool) -> Iterator[Case]:

@@ -5,6 +5,7 @@ On a CPU from the profiler's record of every allocation, inside custom ops too; 
 
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,22 +18,33 @@ from torch.profiler import ProfilerActivity, profile
 MIB = 2**20
 
 
+class _Kept:
+    """A tensor that autograd keeps; gone once the graph lets go of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, the storages of `but` left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in but}
-    kept: dict[int, int] = {}
+    """Bytes that autograd keeps between forward and backward, the storages of `but` left out.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Each storage counts once and whole, however many saved tensors are views of it; what the forward pass itself lets
+    go again, as a detached branch does, does not count.
+    """
+    everything: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor.detach())  # a result that kept its own graph would never be gone
+        everything.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         y = forward()
-    total = sum(kept.values())  # while y, and with it the graph, is alive: addresses are not reused
+    known = {tensor.untyped_storage().data_ptr() for tensor in but}
+    storages = (kept.tensor.untyped_storage() for kept in everything)
+    sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
     del y
-    return total
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True)

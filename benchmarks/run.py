@@ -20,7 +20,7 @@ from benchmarks.cases import SETS, cases
 from benchmarks.layer.methods import METHODS
 from benchmarks.record import Mismatch, Partial, Row
 
-SECONDS = {"quick": 1.5, "standard": 2.0, "full": 3.0}
+SECONDS = {"quick": 1.0, "standard": 2.0, "full": 3.0}
 """How long the timing of a case may last after its least number of rounds."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import load
-from benchmarks.report.tables import by_case, condition, name_of, peft_of, precision_text
+from benchmarks.report.tables import by_case, condition, device_of, name_of, peft_of, precision_text
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -93,7 +93,7 @@ def layer_range(path: Path) -> str:
         parts.setdefault(method, []).append(impls["dk"]["median_ms"] / (peft_of(impls) or {})["median_ms"])
     ranges = [f"{min(found):.2f} to {max(found):.2f} for {name_of(method)}" for method, found in parts.items()]
     where = f"[record]({path.relative_to(ROOT).as_posix()})"
-    return f"On {record['machine']['cpu']} without AMX the parts were {', '.join(ranges)} ({where})."
+    return f"On {device_of(record['machine'])}, the parts were {', '.join(ranges)} ({where})."
 
 
 def finetune(path: Path) -> str:
