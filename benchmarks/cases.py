@@ -131,7 +131,9 @@ def _case(method: str, shape: str, T: int, r: int, precision: str, **others: Any
     return Case(method, shape, T, *SHAPES[shape], r, precision, **others)
 
 
-def _hub(method: str, shape: str, precision: str, hub: tuple[int, int], tokens: tuple[int, ...], ranks: tuple[int, ...]) -> Iterator[Case]:
+def _hub(
+    method: str, shape: str, precision: str, hub: tuple[int, int], tokens: tuple[int, ...], ranks: tuple[int, ...]
+) -> Iterator[Case]:
     """Scaling from a hub (T, r): every T at its r, every r at its T, inference, dropout."""
     T, r = hub
     centre = _case(method, shape, T, r, precision)
@@ -158,7 +160,11 @@ def _standard(method: str, precision: str, gpu: bool) -> Iterator[Case]:
         yield from (_case(method, shape, 1024, 16, precision) for shape in others)
         return
     yield from _hub(method, "llama3-8b.q", precision, (8192, 16), (512, 2048, 32768), (4, 64, 256))
-    yield from (_case(method, name, 8192, 16, precision) for name in SHAPES if name.startswith(("llama3", "qwen2.5-14b")) and name != "llama3-8b.q")
+    yield from (
+        _case(method, name, 8192, 16, precision)
+        for name in SHAPES
+        if name.startswith(("llama3", "qwen2.5-14b")) and name != "llama3-8b.q"
+    )
     narrow = precision.removesuffix("-autocast")
     yield from (_case(method, name, 8192, 16, narrow) for name in ("llama3-8b.q", "llama3-8b.down", "llama3-70b.q"))
     yield _case(method, "llama3-8b.q", 8192, 16, f"{narrow}-fp32")

@@ -161,12 +161,18 @@ def _compare(path: Path, form: str) -> None:
         record = load(path)
     except ValueError:
         return  # a record of the demo
-    rows = [row for row in record["rows"] if row["kind"] == "layer" and row["median_ms"] and row["impl"].startswith(("dk", "frozen"))]
+    rows = [
+        row
+        for row in record["rows"]
+        if row["kind"] == "layer" and row["median_ms"] and row["impl"].startswith(("dk", "frozen"))
+    ]
     compared = [(row, measured_ceilings(record["machine"], row["dtype"])) for row in rows]
     if not any(ceilings for _, ceilings in compared):
         print(f"{path}: no ceilings in this record\n")
         return
-    print(f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | measured ms | predicted | ratio |")
+    print(
+        f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | measured ms | predicted | ratio |"
+    )
     print("| --- " * 8 + "| ---: " * 3 + "|")
     for row, ceilings in compared:
         if ceilings is not None:

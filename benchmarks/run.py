@@ -112,7 +112,12 @@ def _ceilings(device: str, clock: Any) -> dict[str, Any]:
 
     half = half_precision(device, clock)
     gemm = gemm_tflops(device, clock, (half,) if half == "fp32" else (half, "fp32"))
-    return {"half": half, "copy_tbps": copy_tbps(device, clock), "gemm_tflops": gemm[half], "gemm_tflops_by_dtype": gemm}
+    return {
+        "half": half,
+        "copy_tbps": copy_tbps(device, clock),
+        "gemm_tflops": gemm[half],
+        "gemm_tflops_by_dtype": gemm,
+    }
 
 
 def jobs(args: argparse.Namespace, device: str, half: str, clock: Any) -> list[Job]:

@@ -15,7 +15,9 @@ SIZES = {"T": 65, "K": 48, "N": 40, "r": 4}
 BUDGET = Budget(seconds=0, least=3, most=3, warmup=0)
 
 
-def rows(method: str, seed: int, precision: str = "fp32", mode: str = BOTH, dropout_p: float = 0.0) -> dict[str, dict[str, Any]]:
+def rows(
+    method: str, seed: int, precision: str = "fp32", mode: str = BOTH, dropout_p: float = 0.0
+) -> dict[str, dict[str, Any]]:
     case = Case(method, "", **SIZES, precision=precision, mode=mode, dropout_p=dropout_p)
     return {row["impl"]: row for row in measure(case, "cpu", CpuClock(), BUDGET, seed=seed)}
 
@@ -56,7 +58,9 @@ def test_dropout_is_compared_with_peft_without_it(seed: int) -> None:
     ("op", "seen"), [("project", "y"), ("project_backward", "dA"), ("expand_backward", "dA"), ("input_grad", "dx")]
 )
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
-def test_a_broken_kernel_is_refused(method: str, op: str, seen: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_a_broken_kernel_is_refused(
+    method: str, op: str, seen: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     whole = getattr(eager, op)
 
     def broken(*args: Any) -> Any:
@@ -73,7 +77,9 @@ def test_a_broken_kernel_is_refused(method: str, op: str, seen: str, monkeypatch
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_rival_without_memory_is_a_row_and_the_run_goes_on(at: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_a_rival_without_memory_is_a_row_and_the_run_goes_on(
+    at: int, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Out of memory at the gate, and later, while it is timed."""
     calls: list[int] = []
     whole = rivals.addmm

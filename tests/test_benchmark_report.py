@@ -26,7 +26,9 @@ def row(method: str, impl: str, ratio: float | None, T: int = 64, r: int = 4, **
 
 
 def record(ours: float = 1.2) -> dict[str, Any]:
-    rows = [row("lora", impl, ratio, T) for T in (64, 128) for impl, ratio in (("frozen", 1.0), ("dk", ours), ("peft", 1.1))]
+    rows = [
+        row("lora", impl, ratio, T) for T in (64, 128) for impl, ratio in (("frozen", 1.0), ("dk", ours), ("peft", 1.1))
+    ]
     rows += [row("lora", "frozen-again", 1.03)]
     rows += [row("lora", "addmm", None, status="out of memory", note="OutOfMemoryError: CUDA")]
     rows += [row("dora", "frozen", 1.0), row("dora", "dk", None, status="failed", note="y is off by 1e-2, limit 1e-6")]
@@ -72,7 +74,9 @@ def test_plots_of_what_a_record_has() -> None:
     assert [1.2, 1.2] in lines
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").rglob("????-??-??-????????????.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").rglob("????-??-??-????????????.json")), ids=lambda p: p.name
+)
 def test_every_committed_record_can_be_shown(path: Path, tmp_path: Path, capsys: Any) -> None:
     assert main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "time.png").stat().st_size > 10_000
@@ -116,6 +120,9 @@ def test_measured_over_predicted(tmp_path: Path, capsys: Any) -> None:
     path.write_text(json.dumps(record()))
     assert model.main(["--record", str(path)]) == 0
     GEMM = 4 * (64 * 32 + 48 * 32 + 64 * 48) / 1e10 * 1e3  # this small it is bound by its bytes
-    assert f"| lora | frozen | 64 | 32 | 48 | 4 | fp32 | forward+backward | 2.000 | {2 * GEMM:.3f} |" in capsys.readouterr().out
+    assert (
+        f"| lora | frozen | 64 | 32 | 48 | 4 | fp32 | forward+backward | 2.000 | {2 * GEMM:.3f} |"
+        in capsys.readouterr().out
+    )
     assert model.roofline_fraction(record()["rows"][0], MACHINE) == pytest.approx(2 * GEMM / 2.0)
     assert model.main([]) == 2

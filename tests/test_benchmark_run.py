@@ -27,7 +27,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(out: Path) -> list[str]:
-    return ["--set", "quick", "--methods", "lora", "--only", "layer", "--seconds", "0", "--device", "cpu", "--out", str(out)]
+    return [
+        "--set",
+        "quick",
+        "--methods",
+        "lora",
+        "--only",
+        "layer",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
 
 
 def test_the_record_has_every_column_of_the_format(tiny: None, tmp_path: Path, capsys: Any) -> None:
@@ -43,7 +56,9 @@ def test_the_record_has_every_column_of_the_format(tiny: None, tmp_path: Path, c
     assert "100%" in capsys.readouterr().err
 
 
-def test_a_killed_run_loses_only_the_case_in_flight(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_loses_only_the_case_in_flight(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "bench.json"
     measured: list[int] = []
     from benchmarks.layer import measure as module
@@ -77,7 +92,9 @@ def test_a_partial_file_of_another_run_is_refused(tiny: None, tmp_path: Path, ca
         Partial(out, {"set": "full"}, HERE | {"commit": "d"})
 
 
-def test_a_refused_kernel_is_the_exit_status(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_refused_kernel_is_the_exit_status(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from delora_kernels.backends import eager
 
     whole = eager.project
@@ -126,7 +143,9 @@ def test_a_broken_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["median_ms"] is None
 
 
-@pytest.mark.parametrize(("longest", "start"), [(0, 64), (31, 64), (32, 64), (100, 64), (1000, 64), (1000, 4096), (5000, 32)])
+@pytest.mark.parametrize(
+    ("longest", "start"), [(0, 64), (31, 64), (32, 64), (100, 64), (1000, 64), (1000, 4096), (5000, 32)]
+)
 def test_longest_sequence(longest: int, start: int) -> None:
     tried: list[int] = []
     found = whole_model.longest_sequence(lambda length: (tried.append(length), length <= longest)[1], start)

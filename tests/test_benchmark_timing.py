@@ -128,7 +128,11 @@ def test_gpu_memory_is_the_allocators_above_what_was_there() -> None:
     from benchmarks.memory import Allocations, _on_gpu
 
     class Allocator(FakeCuda):
-        stats = {"allocated_bytes.all.allocated": 1000, "allocated_bytes.all.current": 700, "allocated_bytes.all.peak": 900}
+        stats = {
+            "allocated_bytes.all.allocated": 1000,
+            "allocated_bytes.all.current": 700,
+            "allocated_bytes.all.peak": 900,
+        }
 
         def reset_peak_memory_stats(self) -> None:
             self.stats = self.stats | {"allocated_bytes.all.peak": self.stats["allocated_bytes.all.current"]}

@@ -57,7 +57,7 @@ class Gate:
         self.expected = _oracle(layer, layer.inputs)
         narrow, wide, autocast, _ = layer.precision
         coarsest = max(torch.finfo(dtype).eps for dtype in (narrow, wide))
-        errors: dict[str, float] = {name: 0.0 for name in self.expected}
+        errors: dict[str, float] = dict.fromkeys(self.expected, 0.0)
         for number, near in enumerate(_neighbours(layer.inputs)):
             truth = self.expected if number == 0 else _oracle(layer, near)
             for name, result in _eager(layer, _cast(near, narrow) if autocast else near).items():
@@ -70,7 +70,11 @@ class Gate:
             name: error(results[name], expected) if name in results else torch.inf
             for name, expected in self.expected.items()
         }
-        wrong = [f"{name} is off by {e:.1e}, limit {self.limits[name]:.1e}" for name, e in errors.items() if not e <= self.limits[name]]
+        wrong = [
+            f"{name} is off by {e:.1e}, limit {self.limits[name]:.1e}"
+            for name, e in errors.items()
+            if not e <= self.limits[name]
+        ]
         return Verdict(errors, "; ".join(wrong))
 
 

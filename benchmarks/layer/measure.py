@@ -25,7 +25,9 @@ MEASURED += ("host_ms", "graph_ms", "rounds", "allocated_mib", "backend", "error
 """The columns of a row beyond the case's own, `kind` and `impl`."""
 
 
-def measure(case: Case, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = (), seed: int = 0) -> list[Row]:
+def measure(
+    case: Case, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = (), seed: int = 0
+) -> list[Row]:
     """The rows of one case.
 
     Args:

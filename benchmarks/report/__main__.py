@@ -1,8 +1,8 @@
 """Show benchmark records.
 
-    python -m benchmarks.report FILE...                  # report.md and plots of each, into runs/report-<name>
-    python -m benchmarks.report FILE --base OTHER        # what changed between two
-    python -m benchmarks.report --readme                 # write README's figures from the records it names
+python -m benchmarks.report FILE...                  # report.md and plots of each, into runs/report-<name>
+python -m benchmarks.report FILE --base OTHER        # what changed between two
+python -m benchmarks.report --readme                 # write README's figures from the records it names
 """
 
 import argparse

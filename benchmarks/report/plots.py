@@ -31,9 +31,10 @@ def draw(record: dict[str, Any]) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _centre(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """The cases whose T, r and precision most others share: one for each method and shape; no dropout."""
+def _centre(record: dict[str, Any], column: str) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """The cases with `column` whose T, r and precision most others share: one a method and shape; no dropout."""
     cases = {k: v for k, v in by_case(record["rows"]).items() if k[-1] == BOTH and not k[-2] and "dk" in v}
+    cases = {k: v for k, v in cases.items() if any(row[column] for row in v.values())}
     if not cases:
         return {}
     settings = [(key[2], key[5], key[7]) for key in cases]
@@ -43,29 +44,36 @@ def _centre(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Row]]:
 
 def _grouped(record: dict[str, Any], column: str, title: str, bare: float | None) -> Figure | None:
     """A panel for each method, a group of bars for each shape, a bar for each implementation."""
-    cases = {k: v for k, v in _centre(record).items() if any(row[column] for row in v.values())}
+    cases = _centre(record, column)
     if not cases:
         return None
     methods = list(dict.fromkeys(key[0] for key in cases))
     shapes = list(dict.fromkeys((key[1] or f"{key[3]} → {key[4]}") for key in cases))
     names = [name for name in SHOWN if any(name in impls and impls[name][column] for impls in cases.values())]
-    figure = Figure(figsize=(max(6.0, 1.6 + 0.34 * len(names) * len(shapes)), 1.0 + 2.0 * len(methods)), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 1.6 + 0.34 * len(names) * len(shapes)), 1.0 + 2.0 * len(methods)), layout="constrained"
+    )
     panels = figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0]
     for axes, method in zip(panels, methods, strict=True):
         top = 0.0
         for number, name in enumerate(names):
             width = 0.8 / len(names)
             for place, shape in enumerate(shapes):
-                row = next((v.get(name) for k, v in cases.items() if k[0] == method and (k[1] or f"{k[3]} → {k[4]}") == shape), None)
+                row = next(
+                    (v.get(name) for k, v in cases.items() if k[0] == method and (k[1] or f"{k[3]} → {k[4]}") == shape),
+                    None,
+                )
                 if row is None or not row[column]:
                     continue
                 left, value = place - 0.4 + (number + 0.5) * width, row[column]
                 top = max(top, value)
                 axes.bar(left, value, width * 0.92, color=COLOURS[name])
-                axes.text(left, value, f"{value:.2f}" if value < 10 else f"{value:.0f}", ha="center", va="bottom", fontsize=7)
+                axes.text(
+                    left, value, f"{value:.2f}" if value < 10 else f"{value:.0f}", ha="center", va="bottom", fontsize=7
+                )
         if bare is not None:
             axes.axhline(bare, color="0.4", linewidth=0.8, linestyle="--")
-        axes.set_ylim(0, 1.15 * top)
+        axes.set_ylim(0, 1.15 * (top or 1.0))
         axes.set_ylabel(name_of(method))
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xticks(range(len(shapes)), shapes, fontsize=8)
@@ -138,7 +146,7 @@ def _scaling(record: dict[str, Any]) -> Figure | None:
 def _roofline(record: dict[str, Any]) -> Figure | None:
     """For each case at the centre, the part of the measured time that the two ceilings explain."""
     bars = []
-    for key, impls in _centre(record).items():
+    for key, impls in _centre(record, "median_ms").items():
         for name in ("frozen", *SHOWN):
             share = roofline_fraction(impls[name], record["machine"]) if name in impls else None
             if share is not None:

@@ -18,7 +18,9 @@ from benchmarks.report.tables import by_case, condition, device_of, name_of, pef
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-_BLOCK = re.compile(r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S)
+_BLOCK = re.compile(
+    r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
+)
 
 Impls = dict[str, dict[str, Any]]
 

@@ -62,14 +62,19 @@ def report(record: dict[str, Any]) -> str:
         lines += [f"Ceilings of the same run: copy {1e3 * machine['copy_tbps']:.4g} GB/s; GEMM {gemm}.", ""]
     noise = noise_of(rows)
     if noise is not None:
-        lines += [f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).", ""]
+        lines += [
+            f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).",
+            "",
+        ]
     lines += _layers(rows) + _models(rows) + _not_there(rows)
     return "\n".join(lines) + "\n"
 
 
 def noise_of(rows: list[Row]) -> float | None:
     """Median over the cases of |frozen-again / frozen − 1|."""
-    apart = sorted(abs(row["ratio_to_frozen"] - 1) for row in rows if row["impl"] == "frozen-again" and row["ratio_to_frozen"])
+    apart = sorted(
+        abs(row["ratio_to_frozen"] - 1) for row in rows if row["impl"] == "frozen-again" and row["ratio_to_frozen"]
+    )
     return apart[len(apart) // 2] if apart else None
 
 
@@ -142,7 +147,15 @@ def _models(rows: list[Row]) -> list[str]:
             numbers = [_ms(row) if row["status"] == "ok" else row["status"], f"{over:.2f}" if over else ""]
             numbers += [_number(row.get("tokens_per_s"), 4), _number(row["peak_mib"])]
             longest = row.get("longest_sequence")
-            body.append([name_of(row["method"]), sizes, name, *numbers, "" if longest is None else f"{longest} in {row['limit_mib']} MiB"])
+            body.append(
+                [
+                    name_of(row["method"]),
+                    sizes,
+                    name,
+                    *numbers,
+                    "" if longest is None else f"{longest} in {row['limit_mib']} MiB",
+                ]
+            )
     if not body:
         return []
     head = ["method", "model", "", "step, ms", "over PEFT", "tokens/s", "peak, MiB", "longest sequence"]
@@ -158,7 +171,9 @@ def _not_there(rows: list[Row]) -> list[str]:
             reasons[key] = reasons.get(key, 0) + 1
     if not reasons:
         return []
-    body = [[status, impl, str(count), note.replace("|", "\\|")] for (status, impl, note), count in sorted(reasons.items())]
+    body = [
+        [status, impl, str(count), note.replace("|", "\\|")] for (status, impl, note), count in sorted(reasons.items())
+    ]
     return ["## Not measured", "", *_table(["status", "implementation", "cases", "why"], 4, body), ""]
 
 
@@ -174,7 +189,13 @@ def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
                 word = "slower" if change > 1 + NOISE else "faster" if change < 1 - NOISE else ""
                 ratios = [f"{old['ratio_to_frozen']:.2f}", f"{row['ratio_to_frozen']:.2f}", f"{change:.2f}", word]
                 body.append((change, [*_what(key), str(key[-1]), name, *ratios]))
-    lines = ["# What changed", "", f"*From {condition(base['machine'])}*  ", f"*to {condition(record['machine'])}.*", ""]
+    lines = [
+        "# What changed",
+        "",
+        f"*From {condition(base['machine'])}*  ",
+        f"*to {condition(record['machine'])}.*",
+        "",
+    ]
     if device_of(base["machine"]) != device_of(record["machine"]):
         lines += ["**Different devices: the times over the frozen linear are compared, not the devices.**", ""]
     if not body:
@@ -182,7 +203,10 @@ def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
     cells = [line for _, line in sorted(body, key=lambda pair: -pair[0])]
     slower = sum(line[-1] == "slower" for line in cells)
     faster = sum(line[-1] == "faster" for line in cells)
-    lines += [f"Time over the frozen linear: {slower} of {len(cells)} slower by more than {NOISE:.0%}, {faster} faster.", ""]
+    lines += [
+        f"Time over the frozen linear: {slower} of {len(cells)} slower by more than {NOISE:.0%}, {faster} faster.",
+        "",
+    ]
     head = ["method", "shape", "T, K → N, r", "precision", "mode", "", "before", "after", "after / before", ""]
     return "\n".join(lines + _table(head, 6, cells)) + "\n"
 
