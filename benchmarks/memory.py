@@ -1,6 +1,6 @@
 """What a pass keeps, allocates and holds at its peak, in bytes above what was there before.
 
-On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from the allocator's statistics.
+On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from its allocator.
 """
 
 import gc
@@ -76,7 +76,7 @@ def _on_cpu(run: Callable[[], Any]) -> Allocations:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Standard error shut, below Python: the profiler of some builds of torch writes a line there whenever it starts."""
+    """Standard error shut, below Python: some builds of torch's profiler write a line there whenever it starts."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

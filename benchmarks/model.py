@@ -170,9 +170,7 @@ def _compare(path: Path, form: str) -> None:
     if not any(ceilings for _, ceilings in compared):
         print(f"{path}: no ceilings in this record\n")
         return
-    print(
-        f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | measured ms | predicted | ratio |"
-    )
+    print(f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | ms | predicted | ratio |")
     print("| --- " * 8 + "| ---: " * 3 + "|")
     for row, ceilings in compared:
         if ceilings is not None:

@@ -3,7 +3,7 @@
     clock = clock_of("cuda")
     times = interleaved({"frozen": a, "dk": b}, clock, Budget())      # name → Times, in milliseconds
 
-On a CPU the clock is `perf_counter`. On a GPU it is a pair of events on a stream that was filled first: while the device
+On a CPU the clock is `perf_counter`. On a GPU it is a pair of events on a stream that was filled first: while it
 sleeps, the host issues the whole pass, so that the events enclose work and no waiting for the host. Before each pass
 memory twice as large as the L2 cache is read, which leaves inputs and weights cold (and nothing to write back); what
 the host takes to issue the pass is measured beside it.

@@ -1,8 +1,8 @@
 """A whole model trained: a Llama of random weights, sized to the device, with adapters on all its linears.
 
-Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is forward, backward, clipping and
-AdamW. Reported: step time, tokens/s, the step's peak above what was resident, what is kept for backward, and the longest
-sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first BLOCKS blocks
+Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is forward, backward,
+clipping and AdamW. Reported: step time, tokens/s, the step's peak above what was resident, what is kept for backward,
+and the longest sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first BLOCKS blocks
 in float64 too: loss and every adapter's gradient of the accelerated model may be twice as far from it as PEFT's.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from benchmarks.cases import BOTH, PRECISIONS
 from benchmarks.layer.measure import MEASURED, failure, out_of_memory
-from benchmarks.memory import MIB, allocations
+from benchmarks.memory import MIB, allocations, kept_bytes
 from benchmarks.timing import Budget, Clock, interleaved
 from delora_kernels.testing import relative_error
 
@@ -82,9 +82,18 @@ class ModelCase:
         return facts | sizes | dtypes | own
 
 
-SMALL = {"name": "Llama-shaped, SmolLM2's widths", "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3}
-SMALL |= {"vocabulary": 1024, "blocks": 2, "batch": 1, "sequence": 128, "r": 16, "limit_mib": 64}
-LARGE = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
+SMALL: dict[str, Any] = {"name": "Llama-shaped, SmolLM2's widths", "hidden": 576, "intermediate": 1536}
+SMALL |= {
+    "heads": 9,
+    "kv_heads": 3,
+    "vocabulary": 1024,
+    "blocks": 2,
+    "batch": 1,
+    "sequence": 128,
+    "r": 16,
+    "limit_mib": 64,
+}
+LARGE: dict[str, Any] = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
 LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}
 
 
@@ -133,6 +142,8 @@ def measure_model(case: ModelCase, device: str, clock: Clock, budget: Budget, on
             trainer = Trainer(case, twin(base), name, device)
             weighed = allocations(trainer.step, device)
             row |= {"peak_mib": weighed.peak / MIB, "allocated_mib": weighed.total / MIB}
+            trained = [*trainer.model.parameters(), *trainer.model.buffers()]
+            row["saved_mib"] = kept_bytes(trainer.loss, trained) / MIB
             if case.limit_mib is not None and name != "peft-compile":
                 row["longest_sequence"] = _longest(case, trainer, device)
             passes[name] = trainer.step
@@ -152,12 +163,18 @@ def adapted(case: ModelCase, device: str, blocks: int) -> Any:
 
     from benchmarks.layer.methods import METHODS
 
-    sizes = {"hidden_size": case.hidden, "intermediate_size": case.intermediate, "num_hidden_layers": blocks}
-    sizes |= {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "vocab_size": case.vocabulary}
+    sizes: dict[str, Any] = {"hidden_size": case.hidden, "intermediate_size": case.intermediate}
+    sizes |= {
+        "num_hidden_layers": blocks,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "vocab_size": case.vocabulary,
+    }
     torch.manual_seed(0)
     with torch.device(device):
         settings = transformers.LlamaConfig(max_position_embeddings=2**17, use_cache=False, **sizes)
-        model = transformers.LlamaForCausalLM(settings).to(PRECISIONS[case.precision].dtype)
+        model: Any = transformers.LlamaForCausalLM(settings)
+        model = model.to(PRECISIONS[case.precision].dtype)
         method = METHODS[case.method]
         assert method.peft_config is not None
         config = method.peft_config(case.r, 0.0)
@@ -189,7 +206,7 @@ class Trainer:
             dk.accelerate(model, strict=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
-        self.model = torch.compile(model) if name == "peft-compile" else model
+        self.model: Any = torch.compile(model) if name == "peft-compile" else model
 
     def loss(self, sequence: int | None = None) -> Tensor:
         """The loss on random tokens, the same at every call."""

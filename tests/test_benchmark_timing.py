@@ -1,7 +1,7 @@
-"""How benchmarks time: in turn, the same code twice gives the same time, a GPU's host is hidden behind a filled stream."""
+"""How benchmarks time: in turn, the same code twice alike, a GPU's host hidden behind a filled stream."""
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_gpu_memory_is_the_allocators_above_what_was_there() -> None:
     from benchmarks.memory import Allocations, _on_gpu
 
     class Allocator(FakeCuda):
-        stats = {
+        stats: ClassVar[dict[str, int]] = {
             "allocated_bytes.all.allocated": 1000,
             "allocated_bytes.all.current": 700,
             "allocated_bytes.all.peak": 900,

@@ -2,8 +2,8 @@
 
     y = x Wᵀ;  y += s · (x Aᵀ) Bᵀ          dx = dy W;  dx += s · (dy B) A
 
-Kept: x, and h is computed again. DeLoRA is folded into A and B by autograd; DoRA scales y by m / ‖W + s·BA‖, whose dense
-norm is detached and computed at every call, and keeps the unscaled y, as axolotl's kernel does.
+Kept: x, and h is computed again. DeLoRA is folded into A and B by autograd; DoRA scales y by m / ‖W + s·BA‖, whose
+dense norm is detached and computed at every call, and keeps the unscaled y, as axolotl's kernel does.
 """
 
 from typing import Any

@@ -7,6 +7,7 @@ A row's status is `ok`, `absent` (with the reason), `failed` (beyond the gate's 
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,15 @@ from benchmarks.timing import Budget, Clock, captured, interleaved
 Row = dict[str, Any]
 Made = TypeVar("Made")
 
-MEASURED = ("median_ms", "p20_ms", "p80_ms", "ratio_to_frozen", "peak_mib", "saved_mib", "error_to_fp64")
+MEASURED: tuple[str, ...] = (
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio_to_frozen",
+    "peak_mib",
+    "saved_mib",
+    "error_to_fp64",
+)
 MEASURED += ("host_ms", "graph_ms", "rounds", "allocated_mib", "backend", "errors", "status", "note")
 """The columns of a row beyond the case's own, `kind` and `impl`."""
 
@@ -50,7 +59,7 @@ def measure(
             bench.admit(name, layer, gated, gate)
     del gate, gated
     for name, implementation in list(bench.ready.items()):
-        bench.attempt(name, lambda i=implementation, n=name: bench.weigh(n, i, layer))
+        bench.attempt(name, partial(bench.weigh, name, implementation, layer))
     bench.time(clock, budget)
     return list(bench.rows.values())
 

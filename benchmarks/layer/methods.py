@@ -86,7 +86,12 @@ def _delora(draw: Draw, made: Inputs) -> Inputs:
 def _lora_config(r: int, dropout_p: float, use_dora: bool = False) -> Any:
     import peft
 
-    options = {"lora_alpha": SCALE * r, "lora_dropout": dropout_p, "use_dora": use_dora, "init_lora_weights": False}
+    options: dict[str, Any] = {
+        "lora_alpha": SCALE * r,
+        "lora_dropout": dropout_p,
+        "use_dora": use_dora,
+        "init_lora_weights": False,
+    }
     return peft.LoraConfig(r=r, target_modules=["0"], **options)
 
 

@@ -125,10 +125,10 @@ def _scaling(record: dict[str, Any]) -> Figure | None:
     for column, (letter, found) in enumerate(lines.items()):
         for at, method in enumerate(methods):
             axes = panels[at, column]
-            for name, series in found.get(method, {}).items():
-                if len(series) > 1:
+            for name, line in found.get(method, {}).items():
+                if len(line) > 1:
                     names[name] = None
-                    axes.plot(list(series), list(series.values()), "o-", markersize=3.5, color=COLOURS[name])
+                    axes.plot(list(line), list(line.values()), "o-", markersize=3.5, color=COLOURS[name])
             axes.axhline(1.0, color="0.4", linewidth=0.8, linestyle="--")
             axes.set_xscale("log", base=2)
             ticks = sorted({x for series in found.get(method, {}).values() for x in series})

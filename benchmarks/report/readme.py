@@ -41,7 +41,7 @@ def written(text: str) -> str:
 
 
 def _pairs(record: dict[str, Any], column: str) -> Iterator[tuple[str, str, Impls]]:
-    """Precision, method and implementations of the cases of the record's first shape where PEFT and we have `column`."""
+    """Precision, method, implementations: cases of the record's first shape where PEFT and we have `column`."""
     cases = [
         (key, impls)
         for key, impls in by_case(record["rows"]).items()
@@ -102,7 +102,8 @@ def finetune(path: Path) -> str:
     """One sentence on a record of `make demo`."""
     record = json.loads(path.read_text(encoding="utf-8"))
     eager, fused = record["runs"]["eager"], record["runs"]["fused"]
-    losses = f"held-out loss {fused['heldout_loss'][0]:.3f} → {eager['heldout_loss'][-1]:.3f} eager and {fused['heldout_loss'][-1]:.3f} fused"
+    (start, *_, fused_end), eager_end = fused["heldout_loss"], eager["heldout_loss"][-1]
+    losses = f"held-out loss {start:.3f} → {eager_end:.3f} eager and {fused_end:.3f} fused"
     speed = f"{eager['median_ms']:.0f} → {fused['median_ms']:.0f} ms a step ({record['speedup']:.2f}x)"
     kept = f"{eager['kept_mib']:.0f} → {fused['kept_mib']:.0f} MiB kept for backward"
     where = f"[record]({path.relative_to(ROOT).as_posix()})"

@@ -89,14 +89,14 @@ def _layers(rows: list[Row]) -> list[str]:
         body = []
         for key, impls in chosen.items():
             body.append([*_what(key), _ms(impls.get("frozen")), *(_cell(impls.get(name), name) for name in shown)])
-        lines += _table(["method", "shape", "T, K → N, r", "precision", "frozen, ms", *shown], 4, body) + [""]
+        lines += [*_table(["method", "shape", "T, K → N, r", "precision", "frozen, ms", *shown], 4, body), ""]
     memory = [(key, impls) for key, impls in cases.items() if any(r["peak_mib"] is not None for r in impls.values())]
     memory = [(key, impls) for key, impls in memory if key[-1] == BOTH]
     if memory:
         shown = [n for n in _implementations(dict(memory)) if n not in ("frozen-again", "merged")]
         lines += ["## Memory of one layer", "", "MiB kept for backward / at the peak, above what was there before.", ""]
         body = [[*_what(key), *(_weights(impls.get(name)) for name in shown)] for key, impls in memory]
-        lines += _table(["method", "shape", "T, K → N, r", "precision", *shown], 4, body) + [""]
+        lines += [*_table(["method", "shape", "T, K → N, r", "precision", *shown], 4, body), ""]
     return lines
 
 
