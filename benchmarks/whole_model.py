@@ -2,8 +2,8 @@
 
 Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is forward, backward,
 clipping and AdamW. Reported: step time, tokens/s, the step's peak above what was resident, what is kept for backward,
-and the longest sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first BLOCKS blocks
-in float64 too: loss and every adapter's gradient of the accelerated model may be twice as far from it as PEFT's.
+and the longest sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first
+BLOCKS blocks in float64 too: loss and gradients of the accelerated model may be twice as far from it as PEFT's.
 """
 
 import copy
