@@ -1,5 +1,5 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
-# make lint   ruff and mypy            make bench  time and weigh one layer against PEFT on this CPU
+# make lint   ruff and mypy            make bench  time and weigh layers and a model against PEFT on this machine
 # make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
 # make codegen           compile every Triton kernel for GPUs that are not here: spills, shared memory
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
@@ -54,7 +54,8 @@ lint: .venv/installed
 	$(PY) -m mypy
 
 bench: .venv/installed
-	$(PY) -m pytest -q benchmarks/layer $(ARGS)
+	$(PY) -m benchmarks.run --set quick --out runs/bench.json $(ARGS)
+	$(PY) -m benchmarks.report runs/bench.json
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'

@@ -16,8 +16,8 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
         device: where the measurement runs; None: the first CUDA device if there is one, else the CPU.
 
     Returns:
-        `device`, `cpu`, `cores`, `threads`, `omp_wait_policy`, `driver`, `cuda`, `python`, `torch`, `triton`, `peft`,
-        `transformers`, `numpy` and `commit`; None for what is not there.
+        `device`, `cpu`, `cores`, `threads`, `omp_wait_policy`, `driver`, `clocks`, `cuda`, `python`, `torch`,
+        `triton`, `peft`, `transformers`, `numpy` and `commit`; None for what is not there.
     """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = where.type == "cuda"
@@ -28,6 +28,9 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        if on_gpu
+        else None,
+        "clocks": _first_line(["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader"])
         if on_gpu
         else None,
         "cuda": torch.version.cuda if on_gpu else None,

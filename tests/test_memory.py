@@ -1,5 +1,6 @@
 """What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the measures."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,27 +8,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.layer.cases import Case
-from benchmarks.layer.measure import Allocations, Times, allocations, interleaved, kept_bytes
+from benchmarks.cases import Case
+from benchmarks.layer.rivals import Implementation, Layer
+from benchmarks.memory import Allocations, allocations, kept_bytes
 
 T, K, N, R = 128, 512, 1408, 16  # a CPU without bfloat16 units takes minutes for more
 TWO_BYTES = 2
 
 
+def layer(method: str, precision: str = "bf16-autocast", sizes: tuple[int, int, int, int] = (T, K, N, R)) -> Layer:
+    return Layer(Case(method, "", *sizes, precision), "cpu")
+
+
+def kept(made: Layer, implementation: Implementation) -> int:
+    return kept_bytes(implementation.forward, made.tensors)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_kept_for_backward(method: str) -> None:
     """At most 2·T·R numbers and one copy of A and B in x's dtype; DoRA one [T, N] more."""
-    case = Case(method, "bf16-autocast", T, K, N, R)
+    made = layer(method)
     allowed = (2 * T * R + R * (K + N)) * TWO_BYTES + (T * N * TWO_BYTES if method == "dora" else 0)
     vectors = 4 * (N + 2 * R) * TWO_BYTES
-    known = [case.x, *case.layer.parameters(), *case.layer.buffers()]
-    assert 0 < kept_bytes(case.forwards()["dk"], known) <= allowed + vectors
+    assert 0 < kept(made, made.implementation("dk")) <= allowed + vectors
 
 
 @pytest.mark.parametrize(("method", "peak"), [("lora", 0.5), ("dora", 0.25), ("delora", 0.5)])
 def test_allocated_against_peft(method: str, peak: float) -> None:
-    case = Case(method, "bf16-autocast", T, K, N, R)
-    ours, theirs = (allocations(case.passes()[impl]) for impl in ("dk", "peft"))
+    made = layer(method)
+    ours, theirs = (allocations(made.implementation(name).run) for name in ("dk", "peft"))
     assert ours.total <= 0.4 * theirs.total
     assert ours.peak - gemm_scratch() <= peak * theirs.peak
 
@@ -47,7 +56,7 @@ def test_nothing_of_xs_size_in_a_wider_dtype(method: str, precision: str) -> Non
     the traffic contract allows: y, dx, and for DoRA the tensor it keeps and one transient.
     """
     T, K, N = 640, 700, 660
-    sizes = _allocation_sizes(Case(method, precision, T, K, N, 8).passes()["dk"])
+    sizes = _allocation_sizes(layer(method, precision, (T, K, N, 8)).implementation("dk").run)
     element = 4 if precision == "fp32" else 2
     smallest = min(T * K, T * N, N * K) * element
     large = [size for size in sizes if size >= smallest]
@@ -118,8 +127,71 @@ def test_allocations_sees_inside_and_the_peak() -> None:
     assert allocations(run) == Allocations(total=5 << 20, peak=2 << 20)
 
 
-def test_interleaved_takes_turns() -> None:
-    turns: list[str] = []
-    times = interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, rounds=5, warmup=1)
-    assert turns == ["a", "b"] * 6
-    assert all(isinstance(t, Times) and 0 <= t.p20_ms <= t.median_ms <= t.p80_ms for t in times.values())
+@pytest.mark.parametrize("implementation", ["dk", "peft", "addmm"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_kept_bytes_agree_with_what_the_profiler_sees_alive(method: str, implementation: str) -> None:
+    """Between forward and backward alive are y and what is kept: two counts, of hooks and of allocations."""
+    made = layer(method, "fp32", (256, 320, 384, 8))
+    built = made.implementation(implementation)
+    y: list[Tensor] = []
+    alive = _alive_after(lambda: y.append(built.forward())) - y[-1].nbytes
+    assert kept(made, built) == pytest.approx(alive, rel=0.02, abs=256)
+
+
+@pytest.mark.parametrize("implementation", ["frozen", "peft", "addmm"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_peak_agrees_with_the_life_of_every_storage(method: str, implementation: str) -> None:
+    """Plain torch ops: a dispatch mode that sees every result, and when its storage goes, is a second count.
+
+    Of PEFT's the forward pass alone: where gradients of x meet, autograd adds in place, but not under a mode.
+    """
+    built = layer(method, "fp32", (256, 320, 384, 8)).implementation(implementation)
+    run = built.forward if implementation == "peft" else built.run
+    assert allocations(run).peak == pytest.approx(_Storages().peak_of(run), rel=0.02)
+
+
+def test_kept_bytes_leaves_out_what_a_detached_branch_let_go() -> None:
+    a = torch.ones(10, 10, requires_grad=True)
+    assert kept_bytes(lambda: a * a.exp().square().detach(), [a]) == 400  # the factor of a alone
+
+
+class _Storages(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the storages that ops returned and that are still there."""
+
+    def peak_of(self, run: Callable[[], Any]) -> int:
+        self.alive, self.peak = 0, 0
+        self.seen: set[int] = set()
+        with self:
+            run()
+        return self.peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is(t)}
+        result = func(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if _is(tensor) and tensor.untyped_storage()._cdata not in given | self.seen:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self.seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, identity: int, size: int) -> None:
+        self.seen.discard(identity)
+        self.alive -= size
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _alive_after(run: Callable[[], Any]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    return sum(e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]")

@@ -1,1 +1,1 @@
-"""One adapted linear layer, ours against PEFT and the frozen linear: time, memory kept, allocated and at the peak."""
+"""One adapted linear layer: the methods, their implementations on the same tensors, the gate, the measurement."""

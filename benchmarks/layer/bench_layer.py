@@ -1,72 +1,46 @@
-"""Time and memory of one layer against PEFT on this CPU, with the ceilings the project holds itself to.
+"""The quick set's layers under pytest-benchmark, our figures in extra_info, with the ceilings we hold ourselves to.
 
-    make bench                                    # or: python -m pytest benchmarks/layer
-    make bench ARGS="--record FILE"               # also writes the record that README's tables are made from
+    python -m pytest benchmarks/layer --benchmark-json FILE --benchmark-histogram
+    python -m pytest benchmarks/layer --benchmark-compare
 
-pytest-benchmark times the fused pass by itself; what is compared are medians of interleaved runs.
+pytest-benchmark times our pass by itself; `extra_info` has every implementation, interleaved, as benchmarks.run does.
 """
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.layer.cases import METHODS, PRECISIONS, Case
-from benchmarks.layer.measure import MIB, allocations, interleaved, kept_bytes
-from benchmarks.layer.record import Record
+from benchmarks.cases import BOTH, Case, cases
+from benchmarks.ceilings import half_precision
+from benchmarks.layer.measure import measure
+from benchmarks.layer.methods import METHODS
+from benchmarks.layer.rivals import Layer
+from benchmarks.timing import Budget, clock_of
 
-TIME_SHAPE = {"T": 1024, "K": 2048, "N": 2048, "r": 16}
-MEMORY_SHAPE = {"T": 512, "K": 2048, "N": 5632, "r": 64}
-CEILINGS = {
-    "bf16-autocast": {"lora": 1.0, "delora": 1.0, "dora": 0.7},
-    "bf16-fp32": {"lora": 1.0, "delora": 1.0, "dora": 0.7},
-    "fp32": {"lora": 1.0, "delora": 1.0, "dora": 0.85},
-}
-"""Time over PEFT's, forward and backward with dx, at TIME_SHAPE on two threads."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CEILING = {"lora": 1.0, "dora": 0.85, "delora": 1.0}
+"""Time over PEFT's, forward and backward with dx, without dropout, at the set's largest number of tokens."""
+FIGURES = ("median_ms", "ratio_to_frozen", "peak_mib", "saved_mib", "error_to_fp64", "status")
 
 
-@pytest.fixture(scope="module")
-def record(request: pytest.FixtureRequest) -> Iterator[Record]:
-    """Rows of this run; written at the end if --record names a file."""
-    record = Record()
-    yield record
-    path = request.config.getoption("--record")
-    if path:
-        record.write(path)
+CASES = list(cases("quick", tuple(METHODS), DEVICE, half_precision(DEVICE, clock_of(DEVICE))))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_time(precision: str, method: str, benchmark: Any, record: Record) -> None:
-    case = Case(method, precision, **TIME_SHAPE)
-    passes = case.passes()
-    times = interleaved(passes, rounds=int(os.environ.get("ROUNDS", "30")))
-    benchmark.pedantic(passes["dk"], rounds=5, warmup_rounds=1)
-    ratio = times["dk"].median_ms / times["peft"].median_ms
-    benchmark.extra_info |= {"over_peft": ratio, "over_frozen": times["dk"].median_ms / times["frozen"].median_ms}
-    for impl, spent in times.items():
-        record.add(case, impl, times=spent, frozen=times["frozen"])
-    assert ratio <= CEILINGS[precision][method]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+def test_layer(case: Case, benchmark: Any) -> None:
+    rows = {row["impl"]: row for row in measure(case, DEVICE, clock_of(DEVICE), Budget(seconds=1.0))}
+    for impl, row in rows.items():
+        benchmark.extra_info[impl] = {name: row[name] for name in FIGURES}
+    run = Layer(case, DEVICE).implementation("dk").run
 
+    def whole() -> None:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
-@pytest.mark.parametrize("method", METHODS)
-def test_memory(method: str, benchmark: Any, record: Record) -> None:
-    case = Case(method, "bf16-autocast", **MEMORY_SHAPE)
-    forwards, passes = case.forwards(), case.passes()
-    known = [case.x, *case.layer.parameters(), *case.layer.buffers()]
-    for impl in passes:
-        weighed = allocations(passes[impl])
-        record.add(case, impl, kept=kept_bytes(forwards[impl], known), allocations=weighed)
-        benchmark.extra_info[f"{impl}_peak_mib"] = weighed.peak / MIB
-    benchmark.pedantic(passes["dk"], rounds=3, warmup_rounds=1)
+    benchmark.pedantic(whole, rounds=5, warmup_rounds=1)
+    assert rows["dk"]["status"] == "ok", rows["dk"]["note"]
+    largest = max(other.T for other in CASES if other.method == case.method)
+    if case.mode == BOTH and not case.dropout_p and case.T == largest and rows.get("peft", {}).get("median_ms"):
+        assert rows["dk"]["median_ms"] <= CEILING[case.method] * rows["peft"]["median_ms"]

@@ -1,0 +1,120 @@
+"""The correctness gate: what is not right is not timed.
+
+Every implementation's output and gradients are compared with the reference in float64 on the same tensors, on the
+device. For each, error = max |a − b| / max |b| and
+
+    limit = 2 · e + ROUNDINGS · ε / 2
+
+with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype) over the inputs and
+NEIGHBOURS of them that differ in their last bits, ε of the coarsest dtype. This is the limit of delora_kernels.testing
+without its κ, whose many float64 passes a benchmark of full-sized layers can't afford; neighbours stand in for it.
+Dropout is off: no two implementations share a mask, and tests prove ours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import BOTH
+from benchmarks.layer.rivals import Layer
+from delora_kernels import reference
+from delora_kernels.testing.eager_forms import eager
+from delora_kernels.testing.problem import ROUNDINGS
+
+NEIGHBOURS = 2
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an implementation did.
+
+    Args:
+        errors: Error of y and of each gradient.
+        wrong: What is beyond its limit, in words; empty: it may be timed.
+    """
+
+    errors: dict[str, float]
+    wrong: str
+
+    @property
+    def largest(self) -> float:
+        """The largest error."""
+        return max(self.errors.values())
+
+
+class Gate:
+    """The truth about one layer, and how far from it a result may be.
+
+    Args:
+        layer: Of a case without dropout.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.expected = _oracle(layer, layer.inputs)
+        narrow, wide, autocast, _ = layer.precision
+        coarsest = max(torch.finfo(dtype).eps for dtype in (narrow, wide))
+        errors: dict[str, float] = dict.fromkeys(self.expected, 0.0)
+        for number, near in enumerate(_neighbours(layer.inputs)):
+            truth = self.expected if number == 0 else _oracle(layer, near)
+            for name, result in _eager(layer, _cast(near, narrow) if autocast else near).items():
+                errors[name] = max(errors[name], error(result, truth[name]))
+        self.limits = {name: 2 * e + ROUNDINGS * coarsest / 2 for name, e in errors.items()}
+
+    def judge(self, results: Results) -> Verdict:
+        """Compare one implementation's results: all of them must be there."""
+        errors = {
+            name: error(results[name], expected) if name in results else torch.inf
+            for name, expected in self.expected.items()
+        }
+        wrong = [
+            f"{name} is off by {e:.1e}, limit {self.limits[name]:.1e}"
+            for name, e in errors.items()
+            if not e <= self.limits[name]
+        ]
+        return Verdict(errors, "; ".join(wrong))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """max |got − expected| / max |expected| on the tensors' device; ∞ where NaN or Inf came."""
+    worst = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(worst.nan_to_num(nan=torch.inf, posinf=torch.inf))
+
+
+def _oracle(layer: Layer, inputs: dict[str, Any]) -> Results:
+    return _results(layer, getattr(reference, layer.method.function), _cast(inputs, torch.float64))
+
+
+def _eager(layer: Layer, inputs: dict[str, Any]) -> Results:
+    return _results(layer, lambda **arguments: eager(layer.method.function, **arguments), inputs)
+
+
+def _results(layer: Layer, function: Any, inputs: dict[str, Any]) -> Results:
+    both = layer.case.mode == BOTH
+    names = ("x", *layer.method.trained) if both else ()
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    arguments = {name: value for name, value in inputs.items() if name != "grad_out"}
+    with torch.set_grad_enabled(both):
+        y = function(**arguments | leaves)
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad_out"]) if both else ()
+    return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: value.detach().to(dtype) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _neighbours(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs, then the inputs with every element moved up or down by chance by one ε."""
+    yield {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for number in range(NEIGHBOURS):
+        near = dict(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                generator = torch.Generator(value.device).manual_seed(number)
+                up = torch.randint(0, 2, value.shape, device=value.device, generator=generator, dtype=torch.int8)
+                near[name] = value.detach() * (1 + (2 * up - 1).to(value.dtype) * torch.finfo(value.dtype).eps)
+        yield near

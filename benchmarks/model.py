@@ -1,0 +1,184 @@
+"""What a layer should cost: time and bytes from the traffic contract and a device's two ceilings.
+
+    python -m benchmarks.model --record FILE                  # measured / predicted of every row of ours
+    python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --K 4096 --N 4096 --T 8192 --r 16
+
+A layer is a list of stages; each takes max(bytes / copy, FLOPs / GEMM), they follow each other, launches are free. The
+frozen linear moves x, W and y; what a method adds depends on how the rank term meets the frozen GEMM (--form):
+
+    b   library GEMM, then one pass over its result that reads and writes it
+    d   the rank term is written first, the library GEMM accumulates onto it: one write
+    c   a GEMM of our own with the rank term in its epilogue: no pass at all
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.record import load
+
+FORMS = {"b": 2, "d": 1, "c": 0}
+"""Form → passes over the [T, N] or [T, K] result."""
+ONE_READ = 32
+"""Largest R at which one read of dy serves both dv and dB."""
+RESULTS = Path(__file__).with_name("results")
+
+
+class Stage(NamedTuple):
+    """Bytes and FLOPs of one step."""
+
+    name: str
+    bytes: float
+    flops: float
+
+
+class Ceilings(NamedTuple):
+    """What a device can do: bytes per second of a copy, FLOP per second of a GEMM."""
+
+    copy: float
+    gemm: float
+
+    def seconds(self, stages: list[Stage]) -> float:
+        """Of these stages, one after the other."""
+        return sum(max(stage.bytes / self.copy, stage.flops / self.gemm) for stage in stages)
+
+    def roofline(self, stages: list[Stage]) -> float:
+        """Seconds if everything overlapped: the bound that no schedule beats."""
+        return max(sum(s.bytes for s in stages) / self.copy, sum(s.flops for s in stages) / self.gemm)
+
+
+def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
+    """The bare linear, and its dx."""
+    gemm = Stage("x Wᵀ", element * (T * K + N * K + T * N), 2.0 * T * K * N)
+    return [gemm, Stage("dy W", *gemm[1:])] if backward else [gemm]
+
+
+def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward: bool, form: str = "b") -> list[Stage]:
+    """One adapted layer by the traffic contract; R: total rank.
+
+    Args:
+        method: "dora" has a norm, a column scale and a kept [T, N] tensor; every other is x Wᵀ + h B̂ᵀ.
+        T, K, N, R: Sizes.
+        element: Bytes of an element of x and W.
+        backward: Whether the backward pass counts.
+        form: Key of FORMS.
+    """
+    dora = method == "dora"
+    x, y, W = element * T * K, element * T * N, element * N * K
+    rank = {side: 2.0 * T * R * side for side in (K, N)}
+    stages = frozen(T, K, N, element, backward)
+    stages.append(Stage("h = x Âᵀ", x, rank[K]))
+    stages.append(Stage("y += h B̂ᵀ", FORMS[form] * y, rank[N]))
+    if dora:
+        stages.append(Stage("row norm", W, 2.0 * N * K * R))
+        stages.append(Stage("c ⊙ W", min(W, y), 0.0))
+    if backward:
+        stages.append(Stage("dv, dB", y if R <= ONE_READ else 2 * y, 2 * rank[N]))
+        stages.append(Stage("dA", x, rank[K]))
+        stages.append(Stage("dx += dh Â", FORMS[form] * x, rank[K]))
+        if dora:
+            stages.append(Stage("kept: written, read for dm", 2 * y, 0.0))
+            stages.append(Stage("c ⊙ W again", min(W, y), 0.0))
+    return stages
+
+
+def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int:
+    """Kept for backward beside x: h, folded or cast factors, and for DoRA one [T, N] tensor."""
+    return element * (T * R + R * (K + N) + (T * N if method == "dora" else 0))
+
+
+def predict(row: dict[str, Any], ceilings: Ceilings, form: str = "b") -> float:
+    """Milliseconds of a record's row; for `frozen` and `merged` those of the bare linear."""
+    return 1e3 * ceilings.seconds(_stages(row, form))
+
+
+def roofline_fraction(row: dict[str, Any], machine: dict[str, Any]) -> float | None:
+    """The part of the measured time that the roofline of the same run explains; None: nothing was measured.
+
+    The bound has the contract's traffic with the rank term in the GEMM (form c), for every implementation alike.
+    """
+    ceilings = measured_ceilings(machine, row["dtype"])
+    if ceilings is None or not row["median_ms"]:
+        return None
+    return 1e3 * ceilings.roofline(_stages(row, "c")) / float(row["median_ms"])
+
+
+def measured_ceilings(machine: dict[str, Any], dtype: str) -> Ceilings | None:
+    """Of the run that made a record; None in records without them."""
+    name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    gemm, copy = machine.get("gemm_tflops_by_dtype", {}).get(name), machine.get("copy_tbps")
+    return Ceilings(1e12 * copy, 1e12 * gemm) if gemm and copy else None
+
+
+def _stages(row: dict[str, Any], form: str) -> list[Stage]:
+    T, K, N, element = row["T"], row["K"], row["N"], 4 if row["dtype"] == "float32" else 2
+    backward = row["mode"] != "forward"
+    if row["impl"] in ("frozen", "frozen-again", "merged"):
+        return frozen(T, K, N, element, backward)
+    return adapted(row["method"], T, K, N, row["r"] * (row["E"] or 1), element, backward, form)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a prediction, or measured / predicted of records; 2: bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--record", type=Path, nargs="*", help="records to compare with; without files: all under benchmarks/results")
+    add("--copy-tbps", type=float, help="TB/s of a copy, reads and writes both counted")
+    add("--gemm-tflops", type=float, help="TFLOP/s of a GEMM in the dtype")
+    add("--form", choices=list(FORMS), default="b", help="how the rank term meets the GEMM [%(default)s]")
+    add("--methods", nargs="+", default=["lora", "dora", "delora"])
+    for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):
+        add(f"--{letter}", type=int, default=default, help="[%(default)s]")
+    add("--element", type=int, default=2, help="bytes of an element of x and W [%(default)s]")
+    args = parser.parse_args(argv)
+    if args.record is not None:
+        for path in args.record or sorted(RESULTS.rglob("*.json")):
+            _compare(path, args.form)
+        return 0
+    if not (args.copy_tbps and args.gemm_tflops):
+        print("benchmarks.model: give --record, or both --copy-tbps and --gemm-tflops", file=sys.stderr)
+        return 2
+    _print_prediction(args, Ceilings(1e12 * args.copy_tbps, 1e12 * args.gemm_tflops))
+    return 0
+
+
+def _print_prediction(args: argparse.Namespace, ceilings: Ceilings) -> None:
+    sizes = (args.T, args.K, args.N)
+    bare = 1e3 * ceilings.seconds(frozen(*sizes, args.element, True))
+    print(f"predicted, forward + backward; T={args.T} K={args.K} N={args.N} r={args.r}; frozen linear {bare:.3f} ms\n")
+    print("| method | form | ms | over frozen | kept for backward, MiB |\n| --- | --- | ---: | ---: | ---: |")
+    for method in args.methods:
+        kept = kept_bytes(method, *sizes, args.r, args.element) / 2**20
+        for form in FORMS:
+            ms = 1e3 * ceilings.seconds(adapted(method, *sizes, args.r, args.element, True, form))
+            print(f"| {method} | {form} | {ms:.3f} | {ms / bare:.3f} | {kept:.1f} |")
+
+
+def _compare(path: Path, form: str) -> None:
+    try:
+        record = load(path)
+    except ValueError:
+        return  # a record of the demo
+    rows = [
+        row
+        for row in record["rows"]
+        if row["kind"] == "layer" and row["median_ms"] and row["impl"].startswith(("dk", "frozen"))
+    ]
+    compared = [(row, measured_ceilings(record["machine"], row["dtype"])) for row in rows]
+    if not any(ceilings for _, ceilings in compared):
+        print(f"{path}: no ceilings in this record\n")
+        return
+    print(f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | ms | predicted | ratio |")
+    print("| --- " * 8 + "| ---: " * 3 + "|")
+    for row, ceilings in compared:
+        if ceilings is not None:
+            predicted = predict(row, ceilings, form)
+            what = " | ".join(str(row[name]) for name in ("method", "impl", "T", "K", "N", "r", "precision", "mode"))
+            print(f"| {what} | {row['median_ms']:.3f} | {predicted:.3f} | {row['median_ms'] / predicted:.2f} |")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Show benchmark records.
+
+python -m benchmarks.report FILE...                  # report.md and plots of each, into runs/report-<name>
+python -m benchmarks.report FILE --base OTHER        # what changed between two
+python -m benchmarks.report --readme                 # write README's figures from the records it names
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.record import load
+from benchmarks.report import readme
+from benchmarks.report.plots import draw
+from benchmarks.report.tables import compare, report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write and print what is asked for; 0: done, 2: bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records, or .partial files of a run")
+    parser.add_argument("--base", type=Path, metavar="FILE", help="the record to compare with")
+    parser.add_argument("--readme", action="store_true", help="write README's figures")
+    parser.add_argument("--out", type=Path, help="folder [runs/report-<name of the file>]")
+    args = parser.parse_args(argv)
+    if not args.files and not args.readme:
+        parser.error("name a record, or --readme")
+    try:
+        if args.readme:
+            readme.README.write_text(readme.written(readme.README.read_text(encoding="utf-8")), encoding="utf-8")
+        for path in args.files:
+            _show(path, args.base, args.out or Path("runs") / f"report-{path.stem}")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(path: Path, base: Path | None, out: Path) -> None:
+    record = load(path)
+    text = report(record) if base is None else compare(load(base), record)
+    figures = draw(record) if base is None else {}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+        text += f"\n![{name}]({name}.png)\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"→ {out / 'report.md'}" + (f", {len(figures)} plots" if figures else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

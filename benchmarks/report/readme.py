@@ -1,0 +1,118 @@
+"""README's figures, each between two comments that name a kind and the record it comes from.
+
+    <!-- figures: layer-time benchmarks/results/cpu-xeon-2c/FILE.json -->
+    ...
+    <!-- end of figures -->
+
+`python -m benchmarks.report --readme` writes what stands between them; a test compares.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import load
+from benchmarks.report.tables import by_case, condition, device_of, name_of, peft_of, precision_text
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+_BLOCK = re.compile(
+    r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
+)
+
+Impls = dict[str, dict[str, Any]]
+
+
+def written(text: str) -> str:
+    """The README with every figure as its record gives it.
+
+    Raises:
+        ValueError: a block names a kind of figure that there is not, or a record that is none.
+    """
+
+    def fill(block: re.Match[str]) -> str:
+        if block["kind"] not in KINDS:
+            raise ValueError(f"README names the figures {block['kind']!r}, there are {', '.join(KINDS)}")
+        return block["head"] + KINDS[block["kind"]](ROOT / block["file"]) + block["foot"]
+
+    return _BLOCK.sub(fill, text)
+
+
+def _pairs(record: dict[str, Any], column: str) -> Iterator[tuple[str, str, Impls]]:
+    """Precision, method, implementations: cases of the record's first shape where PEFT and we have `column`."""
+    cases = [
+        (key, impls)
+        for key, impls in by_case(record["rows"]).items()
+        if "dk" in impls and peft_of(impls) and impls["dk"][column] and not impls["dk"]["dropout_p"]
+        if impls["dk"]["mode"] == "forward+backward"
+    ]
+    for key, impls in cases:
+        if key[2:6] == cases[0][0][2:6]:
+            yield key[7], key[0], impls
+
+
+def _title(text: str, record: dict[str, Any], row: dict[str, Any]) -> str:
+    shape = ", ".join(f"{letter}={row[letter]}" for letter in "TKNr")
+    return f"*{text}. {shape}. {condition(record['machine'])}.*\n"
+
+
+def layer_time(path: Path) -> str:
+    """Frozen linear, PEFT and ours in milliseconds."""
+    record = load(path)
+    cases = list(_pairs(record, "median_ms"))
+    text = "Milliseconds, forward + backward; in brackets the part of PEFT's time"
+    lines = [_title(text, record, cases[0][2]["dk"])]
+    lines += ["| precision | method | frozen linear | PEFT | delora-kernels |", "| --- | --- | ---: | ---: | ---: |"]
+    for precision, method, impls in cases:
+        ours, peft = impls["dk"]["median_ms"], (peft_of(impls) or {})["median_ms"]
+        cells = f"{impls['frozen']['median_ms']:.1f} | {peft:.1f} | {ours:.1f} (**{ours / peft:.2f}**)"
+        lines.append(f"| {precision_text(precision)} | {name_of(method)} | {cells} |")
+    return "\n".join(lines)
+
+
+def layer_memory(path: Path) -> str:
+    """MiB of PEFT and of ours."""
+    record = load(path)
+    cases = list(_pairs(record, "peak_mib"))
+    precision = precision_text(cases[0][0])
+    lines = [_title(f"MiB, PEFT → delora-kernels; {precision}", record, cases[0][2]["dk"])]
+    lines += ["| method | kept for backward | allocated, summed | peak |", "| --- | ---: | ---: | ---: |"]
+    for of, method, impls in cases:
+        if of == cases[0][0]:
+            peft, ours = peft_of(impls) or {}, impls["dk"]
+            cells = [f"{peft[key]:.1f} → {ours[key]:.1f}" for key in ("saved_mib", "allocated_mib", "peak_mib")]
+            lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def layer_range(path: Path) -> str:
+    """One sentence: between which parts of PEFT's time each method lies."""
+    record = load(path)
+    parts: dict[str, list[float]] = {}
+    for _, method, impls in _pairs(record, "median_ms"):
+        parts.setdefault(method, []).append(impls["dk"]["median_ms"] / (peft_of(impls) or {})["median_ms"])
+    ranges = [f"{min(found):.2f} to {max(found):.2f} for {name_of(method)}" for method, found in parts.items()]
+    where = f"[record]({path.relative_to(ROOT).as_posix()})"
+    return f"On {device_of(record['machine'])}, the parts were {', '.join(ranges)} ({where})."
+
+
+def finetune(path: Path) -> str:
+    """One sentence on a record of `make demo`."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    eager, fused = record["runs"]["eager"], record["runs"]["fused"]
+    (start, *_, fused_end), eager_end = fused["heldout_loss"], eager["heldout_loss"][-1]
+    losses = f"held-out loss {start:.3f} → {eager_end:.3f} eager and {fused_end:.3f} fused"
+    speed = f"{eager['median_ms']:.0f} → {fused['median_ms']:.0f} ms a step ({record['speedup']:.2f}x)"
+    kept = f"{eager['kept_mib']:.0f} → {fused['kept_mib']:.0f} MiB kept for backward"
+    where = f"[record]({path.relative_to(ROOT).as_posix()})"
+    return f"{record['machine']['cpu']}: {speed}, {kept}, {losses} ({where})."
+
+
+KINDS: dict[str, Callable[[Path], str]] = {
+    "layer-time": layer_time,
+    "layer-memory": layer_memory,
+    "layer-range": layer_range,
+    "finetune": finetune,
+}

@@ -1,0 +1,216 @@
+"""Markdown tables of one record, losses shown as plainly as wins, and the comparison of two."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.cases import BOTH, PRECISIONS
+
+Row = dict[str, Any]
+
+NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
+CASE = ("method", "shape", "T", "K", "N", "r", "E", "precision", "dropout_p", "mode")
+NOISE = 0.05
+"""A comparison calls nothing a change that is smaller."""
+
+
+def name_of(method: str) -> str:
+    """A method's name as people write it."""
+    return NAMES.get(method, method)
+
+
+def device_of(machine: dict[str, Any]) -> str:
+    """The device and its threads."""
+    return f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else str(machine["device"])
+
+
+def condition(machine: dict[str, Any]) -> str:
+    """The line under every figure: device, versions, commit."""
+    versions = f"torch {machine['torch']}, PEFT {machine['peft']}, commit {machine['commit']}"
+    return f"{device_of(machine)}, {versions}"
+
+
+def by_case(rows: Iterable[Row], kind: str = "layer") -> dict[tuple[Any, ...], dict[str, Row]]:
+    """Case → implementation → row."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            extra = (row["checkpointing"],) if kind == "model" else ()
+            found.setdefault((*(row[name] for name in CASE), *extra), {})[row["impl"]] = row
+    return found
+
+
+def peft_of(impls: dict[str, Row]) -> Row | None:
+    """PEFT's eager row of a case, whatever dtype its adapters have."""
+    return next((row for name, row in impls.items() if name in ("peft", "peft-bf16", "peft-fp16")), None)
+
+
+def _table(head: list[str], left: int, lines: list[list[str]]) -> list[str]:
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def report(record: dict[str, Any]) -> str:
+    """The whole report of one record."""
+    machine, rows = record["machine"], record["rows"]
+    lines = ["# Benchmarks", "", f"*{condition(machine)}.*", ""]
+    if machine.get("copy_tbps"):
+        gemm = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in machine["gemm_tflops_by_dtype"].items())
+        lines += [f"Ceilings of the same run: copy {1e3 * machine['copy_tbps']:.4g} GB/s; GEMM {gemm}.", ""]
+    noise = noise_of(rows)
+    if noise is not None:
+        lines += [
+            f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).",
+            "",
+        ]
+    lines += _layers(rows) + _models(rows) + _not_there(rows)
+    return "\n".join(lines) + "\n"
+
+
+def noise_of(rows: list[Row]) -> float | None:
+    """Median over the cases of |frozen-again / frozen − 1|."""
+    apart = sorted(
+        abs(row["ratio_to_frozen"] - 1) for row in rows if row["impl"] == "frozen-again" and row["ratio_to_frozen"]
+    )
+    return apart[len(apart) // 2] if apart else None
+
+
+def _layers(rows: list[Row]) -> list[str]:
+    lines: list[str] = []
+    cases = {key: impls for key, impls in by_case(rows).items() if any(row["median_ms"] for row in impls.values())}
+    for mode in dict.fromkeys(key[-1] for key in cases):
+        what = "forward + backward with dx" if mode == BOTH else f"{mode}, no gradients"
+        lines += [f"## One layer, {what}", "", "Times over the frozen linear (**bold**: ours); ms in brackets.", ""]
+        chosen = {key: impls for key, impls in cases.items() if key[-1] == mode}
+        shown = [name for name in _implementations(chosen) if name not in ("frozen", "frozen-again")]
+        body = []
+        for key, impls in chosen.items():
+            body.append([*_what(key), _ms(impls.get("frozen")), *(_cell(impls.get(name), name) for name in shown)])
+        lines += [*_table(["method", "shape", "T, K → N, r", "precision", "frozen, ms", *shown], 4, body), ""]
+    memory = [(key, impls) for key, impls in cases.items() if any(r["peak_mib"] is not None for r in impls.values())]
+    memory = [(key, impls) for key, impls in memory if key[-1] == BOTH]
+    if memory:
+        shown = [n for n in _implementations(dict(memory)) if n not in ("frozen-again", "merged")]
+        lines += ["## Memory of one layer", "", "MiB kept for backward / at the peak, above what was there before.", ""]
+        body = [[*_what(key), *(_weights(impls.get(name)) for name in shown)] for key, impls in memory]
+        lines += [*_table(["method", "shape", "T, K → N, r", "precision", *shown], 4, body), ""]
+    return lines
+
+
+def _implementations(cases: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
+    """Those that any case has measured or refused, in the order of the first."""
+    names = {name: None for impls in cases.values() for name, row in impls.items() if row["status"] != "absent"}
+    return list(names)
+
+
+def _what(key: tuple[Any, ...]) -> list[str]:
+    case = dict(zip(CASE, key, strict=False))
+    sizes = f"{case['T']}, {case['K']} → {case['N']}, {case['r']}" + (f", E={case['E']}" if case["E"] else "")
+    dropout = f", dropout {case['dropout_p']:g}" if case["dropout_p"] else ""
+    return [name_of(case["method"]), str(case["shape"] or ""), sizes, str(case["precision"]) + dropout]
+
+
+def _ms(row: Row | None) -> str:
+    return _number(row["median_ms"]) if row else ""
+
+
+def _cell(row: Row | None, name: str) -> str:
+    if row is None or row["status"] == "absent":
+        return ""
+    if row["status"] != "ok":
+        return str(row["status"])
+    if row["ratio_to_frozen"] is None:
+        return _ms(row)
+    ratio = f"{row['ratio_to_frozen']:.2f}"
+    host = f", host {_number(row['host_ms'])}" if row.get("host_ms") else ""
+    graph = f", graph {_number(row['graph_ms'])}" if row.get("graph_ms") else ""
+    return f"{f'**{ratio}**' if name.startswith('dk') else ratio} ({_ms(row)}{host}{graph})"
+
+
+def _weights(row: Row | None) -> str:
+    if row is None or row["peak_mib"] is None:
+        return "" if row is None or row["status"] in ("absent", "ok") else str(row["status"])
+    return f"{_number(row['saved_mib'])} / {_number(row['peak_mib'])}"
+
+
+def _models(rows: list[Row]) -> list[str]:
+    body = []
+    for impls in by_case(rows, "model").values():
+        peft = impls.get("peft")
+        for name, row in impls.items():
+            over = row["median_ms"] / peft["median_ms"] if row["median_ms"] and peft and peft["median_ms"] else None
+            sizes = f"{row['blocks']} blocks, {row['batch']} × {row['sequence']}"
+            sizes += ", checkpointing" if row["checkpointing"] else ""
+            numbers = [_ms(row) if row["status"] == "ok" else row["status"], f"{over:.2f}" if over else ""]
+            numbers += [_number(row.get("tokens_per_s"), 4), _number(row["peak_mib"])]
+            longest = row.get("longest_sequence")
+            body.append(
+                [
+                    name_of(row["method"]),
+                    sizes,
+                    name,
+                    *numbers,
+                    "" if longest is None else f"{longest} in {row['limit_mib']} MiB",
+                ]
+            )
+    if not body:
+        return []
+    head = ["method", "model", "", "step, ms", "over PEFT", "tokens/s", "peak, MiB", "longest sequence"]
+    return ["## A whole model, one optimiser step", "", *_table(head, 3, body), ""]
+
+
+def _not_there(rows: list[Row]) -> list[str]:
+    """What was not measured, and why: once for each reason."""
+    reasons: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            key = (row["status"], row["impl"], str(row["note"]))
+            reasons[key] = reasons.get(key, 0) + 1
+    if not reasons:
+        return []
+    body = [
+        [status, impl, str(count), note.replace("|", "\\|")] for (status, impl, note), count in sorted(reasons.items())
+    ]
+    return ["## Not measured", "", *_table(["status", "implementation", "cases", "why"], 4, body), ""]
+
+
+def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
+    """What changed from `base` to `record`: every case of ours in both, slower ones first."""
+    before, after = by_case(base["rows"]), by_case(record["rows"])
+    body = []
+    for key in after.keys() & before.keys():
+        for name, row in after[key].items():
+            old = before[key].get(name)
+            if name.startswith("dk") and old and old["ratio_to_frozen"] and row["ratio_to_frozen"]:
+                change = row["ratio_to_frozen"] / old["ratio_to_frozen"]
+                word = "slower" if change > 1 + NOISE else "faster" if change < 1 - NOISE else ""
+                ratios = [f"{old['ratio_to_frozen']:.2f}", f"{row['ratio_to_frozen']:.2f}", f"{change:.2f}", word]
+                body.append((change, [*_what(key), str(key[-1]), name, *ratios]))
+    lines = [
+        "# What changed",
+        "",
+        f"*From {condition(base['machine'])}*  ",
+        f"*to {condition(record['machine'])}.*",
+        "",
+    ]
+    if device_of(base["machine"]) != device_of(record["machine"]):
+        lines += ["**Different devices: the times over the frozen linear are compared, not the devices.**", ""]
+    if not body:
+        return "\n".join([*lines, "The records share no case."]) + "\n"
+    cells = [line for _, line in sorted(body, key=lambda pair: -pair[0])]
+    slower = sum(line[-1] == "slower" for line in cells)
+    faster = sum(line[-1] == "faster" for line in cells)
+    lines += [
+        f"Time over the frozen linear: {slower} of {len(cells)} slower by more than {NOISE:.0%}, {faster} faster.",
+        "",
+    ]
+    head = ["method", "shape", "T, K → N, r", "precision", "mode", "", "before", "after", "after / before", ""]
+    return "\n".join(lines + _table(head, 6, cells)) + "\n"
+
+
+def precision_text(name: str) -> str:
+    """A precision in words."""
+    return PRECISIONS[name].text

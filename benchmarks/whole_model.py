@@ -1,0 +1,290 @@
+"""A whole model trained: a Llama of random weights, sized to the device, with adapters on all its linears.
+
+Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is forward, backward,
+clipping and AdamW. Reported: step time, tokens/s, the step's peak above what was resident, what is kept for backward,
+and the longest sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first
+BLOCKS blocks in float64 too: loss and gradients of the accelerated model may be twice as far from it as PEFT's.
+"""
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import delora_kernels as dk
+from benchmarks.cases import BOTH, PRECISIONS
+from benchmarks.layer.measure import MEASURED, failure, out_of_memory
+from benchmarks.memory import MIB, allocations, kept_bytes
+from benchmarks.timing import Budget, Clock, interleaved
+from delora_kernels.testing import relative_error
+
+Row = dict[str, Any]
+BLOCKS = 2
+GRANULE = 32
+"""Sequence lengths are multiples of it."""
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model, method and way to train it.
+
+    Args:
+        method: Key of benchmarks.layer.methods.METHODS.
+        name: Of the model whose sizes these are.
+        hidden, intermediate, heads, kv_heads, vocabulary, blocks: Its sizes.
+        batch, sequence: Tokens of a step.
+        r: Rank.
+        precision: Key of PRECISIONS.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        limit_mib: For the longest sequence, above what is resident; None: not searched.
+        compiled: Whether torch.compile's rival runs.
+    """
+
+    method: str
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    blocks: int
+    batch: int
+    sequence: int
+    r: int
+    precision: str
+    checkpointing: bool = False
+    limit_mib: int | None = None
+    compiled: bool = False
+
+    @property
+    def key(self) -> str:
+        """What tells this case from every other, in words."""
+        checkpointing = ", checkpointing" if self.checkpointing else ""
+        return f"{self.method} {self.name} {self.blocks} blocks, {self.batch} × {self.sequence} tokens{checkpointing}"
+
+    @property
+    def work(self) -> float:
+        """Multiply-adds of a step's linears, about."""
+        block = 2 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        return 2.0 * self.batch * self.sequence * self.blocks * block
+
+    def columns(self) -> dict[str, Any]:
+        """The record's columns that say what was measured; K and N are those of the MLP."""
+        narrow, wide, *_ = PRECISIONS[self.precision]
+        sizes = {"T": self.batch * self.sequence, "K": self.hidden, "N": self.intermediate, "r": self.r, "E": None}
+        dtypes = {"dtype": str(narrow).removeprefix("torch."), "adapter_dtype": str(wide).removeprefix("torch.")}
+        facts = {"method": self.method, "shape": self.name, "precision": self.precision, "mode": BOTH, "dropout_p": 0.0}
+        own = {name: asdict(self)[name] for name in ("blocks", "batch", "sequence", "checkpointing", "limit_mib")}
+        return facts | sizes | dtypes | own
+
+
+SMALL: dict[str, Any] = {"name": "Llama-shaped, SmolLM2's widths", "hidden": 576, "intermediate": 1536}
+SMALL |= {
+    "heads": 9,
+    "kv_heads": 3,
+    "vocabulary": 1024,
+    "blocks": 2,
+    "batch": 1,
+    "sequence": 128,
+    "r": 16,
+    "limit_mib": 64,
+}
+LARGE: dict[str, Any] = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
+LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}
+
+
+def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) -> list[ModelCase]:
+    """The whole models of a set, with and without checkpointing."""
+    gpu = device.startswith("cuda")
+    precision = half if half == "fp32" else f"{half}-autocast"
+    sizes: dict[str, Any] = dict(LARGE if gpu else SMALL)
+    if gpu and torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        sizes |= {"blocks": 2, "sequence": 2048, "limit_mib": 4096}
+    if which != "quick":
+        sizes |= {"compiled": gpu}
+    if which == "full" and gpu:
+        sizes |= {"blocks": 32}
+    elif which != "quick" and not gpu:
+        sizes |= {"blocks": 6, "sequence": 256, "limit_mib": 256}
+    chosen = [
+        ModelCase(method, precision=precision, checkpointing=checkpointing, **sizes)
+        for method in methods
+        for checkpointing in (False, True)
+    ]
+    return [case for case in chosen if which != "quick" or not case.checkpointing or case.method == methods[0]]
+
+
+def measure_model(case: ModelCase, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of one case: PEFT's model, its compiled form, ours."""
+    names = ["peft", "dk", *(["peft-compile"] if case.compiled else [])]
+    columns = {"kind": "model", **case.columns(), **dict.fromkeys(MEASURED), "status": "ok"}
+    rows = {name: {**columns, "impl": name} for name in names if not only or name in only or name == "peft"}
+    try:
+        wrong = _gate(case, device)
+        base = adapted(case, device, case.blocks)
+    except Exception as error:
+        return [row | failure(error) for row in rows.values()]
+    passes: dict[str, Callable[[], Any]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        rows[name] |= failure(error)
+        passes.pop(name, None)
+
+    for name, row in rows.items():
+        if name == "dk" and wrong:
+            row |= {"status": "failed", "note": wrong}
+            continue
+        try:
+            trainer = Trainer(case, twin(base), name, device)
+            weighed = allocations(trainer.step, device)
+            row |= {"peak_mib": weighed.peak / MIB, "allocated_mib": weighed.total / MIB}
+            trained = [*trainer.model.parameters(), *trainer.model.buffers()]
+            row["saved_mib"] = kept_bytes(trainer.loss, trained) / MIB
+            if case.limit_mib is not None and name != "peft-compile":
+                row["longest_sequence"] = _longest(case, trainer, device)
+            passes[name] = trainer.step
+        except Exception as error:
+            failed(name, error)
+    for name, spent in interleaved(dict(passes), clock, budget, failed).items():
+        rows[name] |= {"median_ms": spent.median_ms, "p20_ms": spent.p20_ms, "p80_ms": spent.p80_ms}
+        rows[name] |= {"rounds": spent.rounds, "host_ms": spent.host_ms}
+        rows[name]["tokens_per_s"] = 1e3 * case.batch * case.sequence / spent.median_ms
+    return list(rows.values())
+
+
+def adapted(case: ModelCase, device: str, blocks: int) -> Any:
+    """PEFT's model on random frozen weights, in training mode."""
+    import peft
+    import transformers
+
+    from benchmarks.layer.methods import METHODS
+
+    sizes: dict[str, Any] = {"hidden_size": case.hidden, "intermediate_size": case.intermediate}
+    sizes |= {
+        "num_hidden_layers": blocks,
+        "num_attention_heads": case.heads,
+        "num_key_value_heads": case.kv_heads,
+        "vocab_size": case.vocabulary,
+    }
+    torch.manual_seed(0)
+    with torch.device(device):
+        settings = transformers.LlamaConfig(max_position_embeddings=2**17, use_cache=False, **sizes)
+        model: Any = transformers.LlamaForCausalLM(settings)
+        model = model.to(PRECISIONS[case.precision].dtype)
+        method = METHODS[case.method]
+        assert method.peft_config is not None
+        config = method.peft_config(case.r, 0.0)
+        config.target_modules, config.task_type = "all-linear", "CAUSAL_LM"
+        made: Any = peft.get_peft_model(model, config)
+    if case.checkpointing:
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return made.train()
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy with adapters of its own on the same frozen tensors."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
+class Trainer:
+    """One model under training.
+
+    Args:
+        case: How.
+        model: What; changed in place.
+        name: Implementation.
+        device: Where.
+    """
+
+    def __init__(self, case: ModelCase, model: Any, name: str, device: str) -> None:
+        self.case, self.device = case, device
+        if name == "dk":
+            dk.accelerate(model, strict=True)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.model: Any = torch.compile(model) if name == "peft-compile" else model
+
+    def loss(self, sequence: int | None = None) -> Tensor:
+        """The loss on random tokens, the same at every call."""
+        shape = (self.case.batch, sequence or self.case.sequence)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(self.case.vocabulary, shape, generator=generator).to(self.device)
+        dtype, _, autocast, _ = PRECISIONS[self.case.precision]
+        with torch.autocast(torch.device(self.device).type, dtype, enabled=autocast):
+            loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def step(self, sequence: int | None = None) -> None:
+        """One optimiser step."""
+        self.loss(sequence).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _gate(case: ModelCase, device: str) -> str:
+    """What is wrong with the accelerated model; empty: nothing. Runs the first blocks, in float64 for the truth."""
+    base = adapted(case, device, min(BLOCKS, case.blocks))
+    sequence = min(case.sequence, 4 * GRANULE)
+    found = {name: _results(Trainer(case, twin(base), name, device), sequence) for name in ("peft", "dk")}
+    exact = ModelCase(**asdict(case) | {"precision": "fp32"})
+    truth = _results(Trainer(exact, base.double(), "peft", device), sequence)
+    floor = 8 * torch.finfo(PRECISIONS[case.precision].dtype).eps
+    for what, value in truth.items():
+        theirs, ours = (relative_error(found[name][what], value) for name in ("peft", "dk"))
+        if not ours <= 2 * theirs + floor:
+            return f"{what} is off by {ours:.1e}, PEFT's by {theirs:.1e}"
+    return ""
+
+
+def _results(trainer: Trainer, sequence: int) -> dict[str, Tensor]:
+    """The loss and all gradients of each kind of adapter tensor as one vector: one rounded λ alone proves nothing."""
+    loss = trainer.loss(sequence)
+    loss.backward()
+    kinds: dict[str, list[Tensor]] = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            kind = next(part for part in name.split(".") if part.startswith(("lora", "delora")))
+            kinds.setdefault(f"gradient of {kind}", []).append(parameter.grad.flatten().double())
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss.detach().double()} | {kind: torch.cat(grads) for kind, grads in kinds.items()}
+
+
+def _longest(case: ModelCase, trainer: Trainer, device: str) -> int:
+    limit = (case.limit_mib or 0) * MIB
+
+    def fits(sequence: int) -> bool:
+        try:
+            return allocations(lambda: trainer.step(sequence), device).peak <= limit
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            error.__traceback__ = None
+            trainer.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            return False
+
+    return longest_sequence(fits, case.sequence)
+
+
+def longest_sequence(fits: Callable[[int], bool], start: int, most: int = 2**17) -> int:
+    """The longest multiple of GRANULE that fits, to a sixteenth of its length; 0: none does.
+
+    Args:
+        fits: Whether a step at this length stays within the limit; larger lengths need more.
+        start: Where the search begins.
+        most: Where it ends.
+    """
+    low, high = 0, max(GRANULE, start // GRANULE * GRANULE)
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + GRANULE)
+    while high - low > max(GRANULE, low // 16):
+        middle = (low + high) // 2 // GRANULE * GRANULE
+        middle = min(max(middle, low + GRANULE), high - GRANULE)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,105 @@
+"""What a benchmark refuses: a wrong kernel is not timed, a rival without memory is a row, an absent one says why."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import BOTH, FORWARD, Case
+from benchmarks.layer import rivals
+from benchmarks.layer.measure import measure
+from benchmarks.timing import Budget, CpuClock
+from delora_kernels.backends import eager
+
+SIZES = {"T": 65, "K": 48, "N": 40, "r": 4}
+BUDGET = Budget(seconds=0, least=3, most=3, warmup=0)
+
+
+def rows(
+    method: str, seed: int, precision: str = "fp32", mode: str = BOTH, dropout_p: float = 0.0
+) -> dict[str, dict[str, Any]]:
+    case = Case(method, "", **SIZES, precision=precision, mode=mode, dropout_p=dropout_p)
+    return {row["impl"]: row for row in measure(case, "cpu", CpuClock(), BUDGET, seed=seed)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16-fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_right_implementations_are_timed(method: str, precision: str, seed: int) -> None:
+    measured = rows(method, seed, precision)
+    peft = "peft-bf16" if precision == "bf16" else "peft"
+    for name in ("frozen", "frozen-again", "dk", peft, "addmm"):
+        row = measured[name]
+        assert row["status"] == "ok", row
+        assert row["ratio_to_frozen"] == pytest.approx(row["median_ms"] / measured["frozen"]["median_ms"])
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["peak_mib"] > 0
+    assert measured["dk"]["backend"] == "eager"
+    assert 0 < measured["dk"]["error_to_fp64"] < 0.3
+    assert measured["dk-cuda"]["status"] == "absent"
+    assert "no cuda kernels" in measured["dk-cuda"]["note"]
+    assert "dk itself runs on eager" in measured["dk-eager"]["note"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_inference_has_a_merged_row_and_keeps_nothing(method: str, seed: int) -> None:
+    measured = rows(method, seed, mode=FORWARD)
+    assert measured["merged"]["status"] == measured["dk"]["status"] == "ok"
+    assert measured["merged"]["saved_mib"] is None
+    assert measured["merged"]["peak_mib"] == pytest.approx(measured["frozen"]["peak_mib"])
+
+
+def test_dropout_is_compared_with_peft_without_it(seed: int) -> None:
+    measured = rows("lora", seed, dropout_p=0.1)
+    assert measured["dk"]["status"] == measured["peft"]["status"] == measured["peft-no-dropout"]["status"] == "ok"
+    assert "addmm" not in measured
+
+
+@pytest.mark.parametrize(
+    ("op", "seen"), [("project", "y"), ("project_backward", "dA"), ("expand_backward", "dA"), ("input_grad", "dx")]
+)
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_a_broken_kernel_is_refused(
+    method: str, op: str, seen: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    whole = getattr(eager, op)
+
+    def broken(*args: Any) -> Any:
+        result = whole(*args)
+        return tuple(1.01 * each for each in result) if isinstance(result, tuple) else 1.01 * result
+
+    monkeypatch.setattr(eager, op, broken)
+    measured = rows(method, seed)
+    assert measured["dk"]["status"] == "failed"
+    assert f"{seen} is off by" in measured["dk"]["note"]
+    assert measured["dk"]["median_ms"] is measured["dk"]["ratio_to_frozen"] is None
+    assert measured["peft"]["status"] == "ok"
+    assert measured["peft"]["median_ms"] > 0
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_rival_without_memory_is_a_row_and_the_run_goes_on(
+    at: int, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Out of memory at the gate, and later, while it is timed."""
+    calls: list[int] = []
+    whole = rivals.addmm
+
+    def greedy(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) >= at:
+            torch.empty(2**50, dtype=torch.uint8)
+        return whole(*args)
+
+    monkeypatch.setattr(rivals, "addmm", greedy)
+    measured = rows("lora", seed)
+    assert measured["addmm"]["status"] == "out of memory"
+    assert measured["addmm"]["median_ms"] is None
+    assert measured["dk"]["status"] == "ok"
+    assert measured["dk"]["median_ms"] > 0
+
+
+def test_without_peft_ours_is_the_function(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    measured = rows("delora", seed)
+    assert measured["dk"]["status"] == "ok"
+    assert measured["peft"] | {"note": "PEFT is not installed", "status": "absent"} == measured["peft"]

@@ -1,0 +1,128 @@
+"""What people read of records: README's figures, tables and plots with losses in them, comparisons, the cost model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import model
+from benchmarks.cases import Case
+from benchmarks.layer.measure import MEASURED
+from benchmarks.record import load
+from benchmarks.report import readme
+from benchmarks.report.__main__ import main
+from benchmarks.report.plots import draw
+from benchmarks.report.tables import compare, report
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2.13", "peft": "0.21", "commit": "abc"}
+MACHINE |= {"copy_tbps": 0.01, "gemm_tflops": 0.1, "gemm_tflops_by_dtype": {"fp32": 0.1}}
+
+
+def row(method: str, impl: str, ratio: float | None, T: int = 64, r: int = 4, **others: Any) -> dict[str, Any]:
+    columns = Case(method, "shape", T, 32, 48, r, "fp32").columns()
+    times = {"median_ms": ratio and 2 * ratio, "ratio_to_frozen": ratio, "peak_mib": ratio, "saved_mib": 0.5}
+    return {"kind": "layer", "impl": impl, **columns, **dict.fromkeys(MEASURED), "status": "ok", **times, **others}
+
+
+def record(ours: float = 1.2) -> dict[str, Any]:
+    rows = [
+        row("lora", impl, ratio, T) for T in (64, 128) for impl, ratio in (("frozen", 1.0), ("dk", ours), ("peft", 1.1))
+    ]
+    rows += [row("lora", "frozen-again", 1.03)]
+    rows += [row("lora", "addmm", None, status="out of memory", note="OutOfMemoryError: CUDA")]
+    rows += [row("dora", "frozen", 1.0), row("dora", "dk", None, status="failed", note="y is off by 1e-2, limit 1e-6")]
+    return {"machine": MACHINE, "rows": rows}
+
+
+def test_readmes_figures_are_what_the_records_give() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert text.count("<!-- figures: ") == text.count("<!-- end of figures -->") == 4
+    assert readme.written(text) == text, "run python -m benchmarks.report --readme"
+
+
+def test_a_changed_figure_is_put_right() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.written(text.replace("22.4 (**0.30**)", "20.0 (**0.27**)")) == text
+    with pytest.raises(ValueError, match="names the figures 'nonsense'"):
+        readme.written(text.replace("figures: layer-time", "figures: nonsense"))
+
+
+def test_a_report_shows_losses_refusals_and_noise() -> None:
+    text = report(record())
+    assert "| LoRA | shape | 64, 32 → 48, 4 | fp32 | 2 | **1.20** (2.4) | 1.10 (2.2) | out of memory |" in text
+    assert "| DoRA | shape | 64, 32 → 48, 4 | fp32 | 2 | failed |  |  |" in text
+    assert "| failed | dk | 1 | y is off by 1e-2, limit 1e-6 |" in text
+    assert "differs by 3.0%" in text
+    assert "Some CPU, 2 threads, torch 2.13, PEFT 0.21, commit abc" in text
+
+
+def test_a_comparison_names_what_became_slower() -> None:
+    text = compare(record(1.2), record(1.5))
+    assert "2 of 2 slower by more than 5%, 0 faster" in text
+    assert "| 1.20 | 1.50 | 1.25 | slower |" in text
+    assert "0 of 2 slower by more than 5%, 2 faster" in compare(record(1.5), record(1.2))
+    assert "share no case" in compare({"machine": MACHINE, "rows": []}, record())
+
+
+def test_plots_of_what_a_record_has() -> None:
+    drawn = draw(record())
+    assert drawn.keys() == {"time", "memory", "scaling", "roofline"}
+    lora = drawn["time"].axes[0]
+    assert [round(patch.get_height(), 3) for patch in lora.patches] == [1.2, 1.1]
+    lines = [list(line.get_ydata()) for line in drawn["scaling"].axes[0].lines if len(line.get_xdata()) == 2]
+    assert [1.2, 1.2] in lines
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").rglob("????-??-??-????????????.json")), ids=lambda p: p.name
+)
+def test_every_committed_record_can_be_shown(path: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main([str(path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "time.png").stat().st_size > 10_000
+    assert load(path)["machine"]["commit"] in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_record(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    assert main([str(tmp_path / "other.json")]) == 2
+    assert "is no benchmark record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "ratio"), [("b", 1.16), ("d", 1.11), ("c", 1.07)])
+def test_the_cost_model_is_the_designs_arithmetic(form: str, ratio: float) -> None:
+    """348 µs a GEMM and 15.6 µs a pass of 67 MB, T=8192, 4096², r=16: counted by hand, pass by pass."""
+    passes = {"c": 3, "d": 5, "b": 7}[form]
+    by_hand = 1 + passes * 15.6 / (2 * 348)
+    ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=2 * 8192 * 4096**2 / 348e-6)
+    bare = ceilings.seconds(model.frozen(8192, 4096, 4096, 2, True))
+    ours = ceilings.seconds(model.adapted("lora", 8192, 4096, 4096, 16, 2, True, form))
+    # the form with no pass over y pays the rank term's FLOPs instead, forward and in dx
+    flops = 2 * 16 / 4096 / 2 if form == "c" else 0.0
+    assert ours / bare == pytest.approx(by_hand + flops, rel=1e-3)
+    assert ours / bare == pytest.approx(ratio, abs=0.006)
+
+
+def test_the_model_predicts_what_is_kept(seed: int) -> None:
+    from benchmarks.layer.rivals import Layer
+    from benchmarks.memory import kept_bytes
+
+    for method in ("lora", "dora", "delora"):
+        layer = Layer(Case(method, "", 512, 96, 128, 8, "bf16-autocast"), "cpu", seed)
+        kept = kept_bytes(layer.implementation("dk").forward, layer.tensors)
+        assert kept == pytest.approx(model.kept_bytes(method, 512, 96, 128, 8, 2), rel=0.05)
+
+
+def test_measured_over_predicted(tmp_path: Path, capsys: Any) -> None:
+    import json
+
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record()))
+    assert model.main(["--record", str(path)]) == 0
+    GEMM = 4 * (64 * 32 + 48 * 32 + 64 * 48) / 1e10 * 1e3  # this small it is bound by its bytes
+    assert (
+        f"| lora | frozen | 64 | 32 | 48 | 4 | fp32 | forward+backward | 2.000 | {2 * GEMM:.3f} |"
+        in capsys.readouterr().out
+    )
+    assert model.roofline_fraction(record()["rows"][0], MACHINE) == pytest.approx(2 * GEMM / 2.0)
+    assert model.main([]) == 2

@@ -1,0 +1,154 @@
+"""The command: its record, what it does when it is killed and started again, the whole model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import run, whole_model
+from benchmarks.cases import SHAPES, Case, cases
+from benchmarks.record import Mismatch, Partial, load
+from benchmarks.timing import Budget, CpuClock
+
+COLUMNS = {"method", "impl", "mode", "T", "K", "N", "r", "E", "dtype", "adapter_dtype", "median_ms", "p20_ms", "p80_ms"}
+COLUMNS |= {"peak_mib", "saved_mib", "ratio_to_frozen", "error_to_fp64"}
+MACHINE = {"device", "driver", "cuda", "torch", "triton", "peft", "commit", "clocks", "copy_tbps", "gemm_tflops"}
+HERE = {"device": "cpu", "cpu": "a", "threads": 1, "torch": "2", "commit": "c"}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three small cases, and ceilings of small tensors."""
+    found = [Case("lora", "t", T, 16, 24, 4, "fp32") for T in (3, 5, 7)]
+    monkeypatch.setattr(run, "cases", lambda *_: found)
+    monkeypatch.setattr("benchmarks.ceilings.COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr("benchmarks.ceilings.GEMM_SIZE", {"cpu": 64})
+
+
+def command(out: Path) -> list[str]:
+    return [
+        "--set",
+        "quick",
+        "--methods",
+        "lora",
+        "--only",
+        "layer",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+
+
+def test_the_record_has_every_column_of_the_format(tiny: None, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "deep" / "bench.json"
+    assert run.main(command(out)) == 0
+    record = json.loads(out.read_text())
+    assert record["machine"].keys() >= MACHINE
+    assert record["machine"]["copy_tbps"] > 0
+    assert record["machine"]["gemm_tflops"] > 0
+    assert all(row.keys() >= COLUMNS for row in record["rows"])
+    assert {row["T"] for row in record["rows"] if row["impl"] == "dk" and row["median_ms"] > 0} == {3, 5, 7}
+    assert not out.with_name("bench.json.partial").exists()
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_killed_run_loses_only_the_case_in_flight(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bench.json"
+    measured: list[int] = []
+    from benchmarks.layer import measure as module
+
+    whole = module.measure
+
+    def killed_at_the_third(case: Case, *args: Any) -> Any:
+        measured.append(case.T)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return whole(case, *args)
+
+    monkeypatch.setattr(module, "measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(out))
+    partial = out.with_name("bench.json.partial")
+    assert [row["T"] for row in load(partial)["rows"] if row["impl"] == "dk"] == [3, 5]
+    with partial.open("ab") as file:
+        file.write(b'{"case": "torn by the ki')
+    assert run.main(command(out)) == 0
+    assert measured == [3, 5, 7, 7]
+    assert [row["T"] for row in load(out)["rows"] if row["impl"] == "dk"] == [3, 5, 7]
+
+
+def test_a_partial_file_of_another_run_is_refused(tiny: None, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "bench.json"
+    Partial(out, {"set": "full"}, HERE).begin()
+    assert run.main(command(out)) == 2
+    assert "was begun with set 'full', this run has 'quick'" in capsys.readouterr().err
+    with pytest.raises(Mismatch, match="commit 'c', this run has 'd'"):
+        Partial(out, {"set": "full"}, HERE | {"commit": "d"})
+
+
+def test_a_refused_kernel_is_the_exit_status(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from delora_kernels.backends import eager
+
+    whole = eager.project
+    monkeypatch.setattr(eager, "project", lambda *args: 2 * whole(*args))
+    assert run.main(command(tmp_path / "bench.json")) == 1
+    assert "failed: lora dk T=3 fp32: y is off by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("which", ["quick", "standard", "full"])
+@pytest.mark.parametrize(("device", "half"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")])
+def test_every_case_of_a_set_is_there_once(which: str, device: str, half: str) -> None:
+    found = list(cases(which, ("lora", "dora"), device, half))
+    assert len({case.key for case in found}) == len(found) > 0
+    assert all((case.K, case.N) == SHAPES[case.shape] for case in found)
+    assert {case.method for case in found} == {"lora", "dora"}
+
+
+def model_case(method: str, **others: Any) -> whole_model.ModelCase:
+    sizes = {"hidden": 32, "intermediate": 48, "heads": 2, "kv_heads": 1, "vocabulary": 64, "blocks": 2}
+    return whole_model.ModelCase(method, "tiny", **sizes, batch=1, sequence=32, r=4, precision="fp32", **others)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_a_whole_model(method: str, checkpointing: bool) -> None:
+    case = model_case(method, checkpointing=checkpointing, limit_mib=1)
+    rows = whole_model.measure_model(case, "cpu", CpuClock(), Budget(0, 3, 3, 1))
+    for row in rows:
+        assert row["status"] == "ok", row["note"]
+        assert row["tokens_per_s"] == pytest.approx(32e3 / row["median_ms"])
+        assert row["longest_sequence"] >= 32
+    peft, ours = rows
+    assert (peft["impl"], ours["impl"]) == ("peft", "dk")
+    assert ours["longest_sequence"] >= peft["longest_sequence"]
+
+
+def test_a_broken_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from delora_kernels.backends import eager
+
+    whole = eager.project_backward
+    monkeypatch.setattr(eager, "project_backward", lambda *args: 1.01 * whole(*args))
+    peft, ours = whole_model.measure_model(model_case("lora"), "cpu", CpuClock(), Budget(0, 3, 3, 1))
+    assert peft["status"] == "ok"
+    assert ours["status"] == "failed"
+    assert "gradient of lora_A is off by" in ours["note"]
+    assert ours["median_ms"] is None
+
+
+@pytest.mark.parametrize(
+    ("longest", "start"), [(0, 64), (31, 64), (32, 64), (100, 64), (1000, 64), (1000, 4096), (5000, 32)]
+)
+def test_longest_sequence(longest: int, start: int) -> None:
+    tried: list[int] = []
+    found = whole_model.longest_sequence(lambda length: (tried.append(length), length <= longest)[1], start)
+    assert found % 32 == 0
+    assert found <= longest < found + max(32, found // 16) + 32
+    assert len(tried) <= 16
