@@ -6,7 +6,7 @@ import torch
 from reference_calls import Maker
 from torch import Tensor
 
-from delora_kernels import ops
+from delora_kernels import functional, ops, reference
 
 VARIANTS = ("topk", "topk_plain", "dense", "shared_A", "gates", "adapter_ids", "residual")
 TENSORS = ("x", "weight", "bias", "A", "B", "router", "gates", "scale")
@@ -44,6 +44,8 @@ def leaves_of(arguments: dict[str, Any], names: Any = TENSORS) -> dict[str, Tens
 def losses(found: Any, grad_out: Tensor) -> Tensor:
     """One number that every differentiable result of a call goes into."""
     y, stats = found
+    if stats is None:
+        return (y * grad_out).sum()
     weights = torch.arange(1.0, 1.0 + len(stats.probability), dtype=stats.probability.dtype)
     return (y * grad_out).sum() + stats.balance_loss("code") + (stats.probability * weights).sum() + 0.3 * stats.z
 
@@ -52,6 +54,9 @@ def results(function: Any, leaves: dict[str, Tensor], grad_out: Tensor) -> dict[
     """y, the statistics and every gradient of `losses`, by name."""
     found = function(**leaves)
     y, stats = found
+    if stats is None:
+        grads = torch.autograd.grad(losses(found, grad_out), list(leaves.values()), allow_unused=True)
+        return dict(zip(leaves, grads, strict=True))
     grads = torch.autograd.grad(losses(found, grad_out.to(y.dtype)), list(leaves.values())) if leaves else ()
     values = {"y": y, "fraction": stats.fraction, "probability": stats.probability, "z": stats.z}
     return {name: value.detach() for name, value in values.items()} | dict(zip(leaves, grads, strict=True))
@@ -63,3 +68,18 @@ def masks_of(T: int, K: int, E: int, seed: int, kind: str) -> Tensor:
     kept = [ops.dropout_mask(T, K, DROPOUT_P, torch.tensor(seed + i), "eager") for i in range(count)]
     mask = torch.stack(kept).double() / (1 - DROPOUT_P)
     return mask[0] if kind == "shared" else mask
+
+
+def both(arguments: dict[str, Any], dropout: str | None, seed: int) -> tuple[Any, Any]:
+    """The fused function and the reference as functions of keyword tensors, the rest of `arguments` bound."""
+    x, E = arguments["x"], len(arguments["B"])
+    given = {} if dropout is None else {"dropout_p": DROPOUT_P, "dropout": dropout, "seed": seed}
+    mask = None if dropout is None else masks_of(x[..., 0].numel(), x.shape[-1], E, seed, dropout)
+
+    def fused(**tensors: Tensor) -> Any:
+        return functional.moe_lora_linear(**arguments | tensors | given)
+
+    def specified(**tensors: Tensor) -> Any:
+        return reference.moe_lora_linear(**arguments | tensors, dropout_mask=mask)
+
+    return fused, specified

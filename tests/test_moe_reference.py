@@ -57,7 +57,7 @@ def test_gradcheck(variant: str, function: Any, seed: int) -> None:
     maker = Maker(seed)
     arguments = moe_arguments(maker, variant, T=3, K=4, N=3)
     names = [n for n in ("x", "A", "B", "router", "gates", "scale") if isinstance(arguments.get(n), torch.Tensor)]
-    if variant == "gates":  # a given 0 is a choice, not a number to be moved
+    if variant == "gates":  # f jumps where a gate leaves 0
         arguments["gates"] = maker.tensor(3, 4)
     leaves, grad_out = leaves_of(arguments, names), maker.tensor(3, 3)
 

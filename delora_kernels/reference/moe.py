@@ -84,7 +84,7 @@ def moe_lora_linear(
     w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
     y = tokens @ weight.T
     for e, (B_e, s_e) in enumerate(zip(B, _each(scale, B), strict=True)):
-        rows = w[:, e].nonzero().squeeze(1)
+        rows = torch.arange(len(w)) if gates is not None else w[:, e].nonzero().squeeze(1)  # a gate of 0 may be learned
         mask = dropout_mask if dropout_mask is None or dropout_mask.dim() == 2 else dropout_mask[e]
         inputs = tokens[rows] if mask is None else tokens[rows] * mask[rows]
         update = (inputs @ (A if A.dim() == 2 else A[e]).T) @ B_e.T
@@ -129,11 +129,12 @@ def moe_lora_linear_dense(
     """
     tokens = x.reshape(-1, x.shape[-1])
     w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
-    dropped = tokens[None] if dropout_mask is None else tokens * (dropout_mask if dropout_mask.dim() == 3 else dropout_mask[None])
+    mask = dropout_mask[None] if dropout_mask is not None and dropout_mask.dim() == 2 else dropout_mask
+    dropped = tokens[None] if mask is None else tokens * mask
     E, r = len(B), B.shape[2]
     h = torch.einsum("etk,erk->ter", dropped.expand(E, *tokens.shape), A.expand(E, r, -1))
     factor = (w * scale).unsqueeze(2)
-    v = torch.where(w.unsqueeze(2) == 0, 0.0, factor * h)
+    v = factor * torch.where((w.unsqueeze(2) == 0) & ~h.isfinite(), 0.0, h)
     if frozen_A is not None and frozen_B is not None:
         gamma = torch.as_tensor(residual, dtype=weight.dtype).expand(len(frozen_A))
         weight = weight - torch.einsum("j,jnr,jrk->nk", gamma, frozen_B, frozen_A)

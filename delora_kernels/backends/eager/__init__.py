@@ -11,7 +11,8 @@ from delora_kernels.backends.eager.low_rank import (
     row_norm,
     weight_grad,
 )
-from delora_kernels.call import Call
+from delora_kernels.backends.eager.route import route, route_backward
+from delora_kernels.call import Call, MoECall
 
 __all__ = [
     "dropout_mask",
@@ -22,12 +23,14 @@ __all__ = [
     "input_grad",
     "project",
     "project_backward",
+    "route",
+    "route_backward",
     "row_norm",
     "supports",
     "weight_grad",
 ]
 
 
-def supports(call: Call) -> str | None:
+def supports(call: Call | MoECall) -> str | None:
     """None: plain torch takes every call."""
     return None

@@ -3,13 +3,15 @@
 import torch
 
 from delora_kernels.backends.triton.launch import INTERPRETED
-from delora_kernels.call import Call
+from delora_kernels.call import Call, MoECall
 
 LARGEST_RANK = 512
 
 
-def supports(call: Call) -> str | None:
+def supports(call: Call | MoECall) -> str | None:
     """Why Triton can't take `call`, or None."""
+    if isinstance(call, MoECall):
+        return "mixtures of experts have no Triton kernels yet"
     device, o = call.x.device, call.options
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"its tensors are on {device.type}"
