@@ -24,6 +24,10 @@ class RouterStats(NamedTuple):
     z: Tensor
     top_k: int
 
+    def detach(self) -> "RouterStats":
+        """The same numbers without their graph, for logging."""
+        return RouterStats(self.fraction.detach(), self.probability.detach(), self.z.detach(), self.top_k)
+
     def balance_loss(self, convention: str = "code") -> Tensor:
         """The Switch-style loss that is least where all experts are used alike.
 

@@ -27,7 +27,17 @@ PUBLIC = {
         "restore",
         "use_backend",
     ],
-    "delora_kernels.nn": ["AdapterLinear", "DeLoRALinear", "DoRALinear", "LoRALinear", "lambda_parameter_groups"],
+    "delora_kernels.nn": [
+        "AdapterLinear",
+        "DeLoRALinear",
+        "DeLoRAMoELinear",
+        "DoRALinear",
+        "GoatLinear",
+        "LoRALinear",
+        "MoELoRALinear",
+        "lambda_parameter_groups",
+        "set_loss_scale",
+    ],
 }
 
 
@@ -92,11 +102,12 @@ LAYERS = [
     ("moe_linear", {"adapted_linear", "ops", "call", "frozen"}),
     ("routing", {"checks"}),
     ("settle", set()),
+    ("init", {"checks"}),
     ("functional", {"adapted_linear", "backends", "call", "calls", "fold", "moe_linear", "routing"}),
     ("calls", {"backends", "call", "checks", "moe_calls", "settle"}),
     ("moe_calls", {"backends", "call", "checks", "ops", "settle"}),
     ("fold", {"adapted_linear", "ops"}),
-    ("nn", {"nn", "functional", "frozen", "checks", "ops", "call", "reference", "backends"}),
+    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "routing"}),
 ]
 
 
