@@ -203,8 +203,8 @@ def test_methods_pass(name: str, dtypes: tuple[torch.dtype, torch.dtype], seed: 
     problem = method.problem(5, 11, 9, 2, dtype=dtypes[0], adapter_dtype=dtypes[1], seed=seed)
     found = measure(problem)
     assert [m for m in found if not m.ok] == []
-    losses = {"balance", "z"} if method.function == "moe_lora_linear" else set()
-    assert {m.what for m in found} == {"y"} | losses | {f"d{trained}" for trained in method.trained(problem.inputs)}
+    statistics = {"probability", "z"} if method.function == "moe_lora_linear" else set()
+    assert {m.what for m in found} == {"y"} | statistics | {f"d{trained}" for trained in method.trained(problem.inputs)}
     assert {"x", "weight", "A", "B"} <= set(method.trained(problem.inputs))
 
 

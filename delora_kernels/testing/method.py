@@ -103,7 +103,7 @@ class Method:
         """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
         inputs = self.draw(T, K, N, r, **options)
         dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
-        dtypes |= dict.fromkeys(("balance", "z"), accumulate_dtype(inputs["A"].dtype))
+        dtypes |= dict.fromkeys(("probability", "z"), accumulate_dtype(inputs["A"].dtype))
         through = dict.fromkeys(self.through_x, inputs["x"].dtype)
         return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, through, self.vector_dims)
 
@@ -131,7 +131,7 @@ class Method:
             trained: Names of the inputs that get gradients; None: all that can.
 
         Returns:
-            y, of a mixture its losses, and d<name> for each of the names.
+            y, of a mixture its router's statistics, and d<name> for each of the names.
         """
         return self._run(getattr(functional, self.function), self._fused_arguments(inputs), inputs, trained)
 
@@ -174,7 +174,8 @@ class Method:
         names = [name for name in self.trained(inputs) if trained is None or name in trained]
         leaves = {name: arguments[name].detach().requires_grad_() for name in names}
         found = _results(function(**arguments | leaves))
-        entering = {what: inputs["grad_out"] if what == "y" else torch.ones_like(found[what]) for what in found}
+        entering = {what: 1 + torch.arange(value.numel()).to(value).view_as(value) for what, value in found.items()}
+        entering["y"] = inputs["grad_out"]
         outputs = [what for what, value in found.items() if value.requires_grad]
         grads: Any = ()
         if names:
@@ -185,8 +186,8 @@ class Method:
 
 
 def _results(found: Any) -> Outputs:
-    """y, and of a mixture the losses of its router."""
+    """y, and of a mixture what the losses of its router are made of."""
     if isinstance(found, Tensor):
         return {"y": found}
     y, stats = found
-    return {"y": y, "balance": stats.balance_loss(), "z": stats.z}
+    return {"y": y, "probability": stats.probability, "z": stats.z}

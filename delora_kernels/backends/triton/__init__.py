@@ -4,9 +4,10 @@ The frozen GEMMs are the library's; the rank-R term goes over their output in pl
 TRITON_INTERPRET=1 the same kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
-from delora_kernels.backends.eager import route, route_backward, weight_grad
+from delora_kernels.backends.eager import weight_grad
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
+from delora_kernels.backends.triton.route import route, route_backward
 from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.stages import expand, expand_backward, input_grad, project, project_backward
 from delora_kernels.backends.triton.support import supports
