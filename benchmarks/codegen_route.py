@@ -24,8 +24,8 @@ def variants() -> Iterator[Variant]:
             for r in RANKS if E == 8 else (4,):
                 for given, shared in ((False, False), (True, False), (False, True)):
                     way = "gates" if given else "shared A" if shared else "top-2"
-                    flags: dict[str, Any] = {"GIVEN": given, "SHARED": shared, "WITH_SHARE": True, "RENORMALIZE": not given}
-                    flags |= blocks(E, r)
+                    flags: dict[str, Any] = {"GIVEN": given, "SHARED": shared, "WITH_SHARE": True}
+                    flags |= {"RENORMALIZE": not given} | blocks(E, r)
                     config = f"{small} E={E} r={r} {way}"
                     forward = {"H": small, "GATES": "fp32", "SCALE": "fp32", "SHARE": "fp32", "V": small, "W": "fp32"}
                     forward |= dict.fromkeys(("F_SUM", "P_SUM", "Z_SUM"), "fp32")
