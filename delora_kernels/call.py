@@ -72,3 +72,69 @@ class Call(NamedTuple):
     def method(self) -> str:
         """Name of the public function that was called."""
         return self.options.method
+
+
+class MoEOptions(NamedTuple):
+    """Everything about a mixture's call that is not a tensor.
+
+    Args:
+        method: Name of the public function, for messages.
+        top_k: Experts a router keeps for a token; all of them where it is dense or the gates are given.
+        renormalize: Whether the kept probabilities are divided by their sum.
+        ranks: Widths of the blocks of [A; router; frozen A] with a dropout mask of their own; () for no dropout.
+        dropout_p: For each of `ranks`, the probability of dropping an element of its input; 0 where all see x itself.
+        compute_dtype, rank_dtype, backend: as in `Options`.
+    """
+
+    method: str
+    top_k: int
+    renormalize: bool
+    ranks: tuple[int, ...]
+    dropout_p: tuple[float, ...]
+    compute_dtype: torch.dtype
+    rank_dtype: torch.dtype
+    backend: str
+
+
+class MoECall(NamedTuple):
+    """The tensors of one mixture's call (its autograd Function's inputs, in this order) and its options.
+
+    Args:
+        x, weight, bias: as in `Call`.
+        A: [E, r, K], or [r, K] for one that all experts share.
+        B: [E, N, r].
+        router: [E, K], or None where the gates are given.
+        gates: [T, E] in float32 or float64, or None.
+        scale: [E] in float32 or float64, each expert's factor.
+        frozen_A, frozen_B, residual: the subtracted pairs, [J, r₀, K], [J, N, r₀], constants, and their factors [J].
+        token_share: [T] in float32 or float64: the weight of each token in the statistics; None: all count alike.
+        balance_coef, z_coef: 0-d: the part of each loss whose gradient backward adds of itself, or None.
+        seed: int64 [len(ranks)] on x's device if an element may drop, else None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    router: Tensor | None
+    gates: Tensor | None
+    scale: Tensor
+    frozen_A: Tensor | None
+    frozen_B: Tensor | None
+    residual: Tensor | None
+    token_share: Tensor | None
+    balance_coef: Tensor | None
+    z_coef: Tensor | None
+    seed: Tensor | None
+    options: MoEOptions
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything but the options."""
+        return tuple(self)[:-1]  # type: ignore[return-value]
+
+    @property
+    def method(self) -> str:
+        """Name of the public function that was called."""
+        return self.options.method

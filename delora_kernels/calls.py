@@ -1,14 +1,14 @@
 """What checks the arguments of each public function and turns them into a `Call`: dtypes, seed and backend settled."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from delora_kernels import backends, checks
-from delora_kernels.call import Call, Options
+from delora_kernels.call import Call, MoECall, Options
+from delora_kernels.moe_calls import moe_lora_call
+from delora_kernels.settle import as_rows, dtypes, refuse_transforms
 
 
 def lora_call(
@@ -132,7 +132,7 @@ def delora_call(
 def factors_call(A: Any, B: Any, lam: Any, weight_norm: Any, eps: Any) -> tuple[Tensor, Tensor, float]:
     """λ, n and eps as `functional.delora_factors` passes them on, all of its arguments checked."""
     name = "delora_factors"
-    _refuse_transforms(name, (A, B, lam, weight_norm), "reference.delora_weight")
+    refuse_transforms(name, (A, B, lam, weight_norm), "reference.delora_weight")
     checks.pair(name, A, B)
     checks.same_device(name, "B", B, A)
     return _delora_constants(name, A, lam, weight_norm, eps)
@@ -151,27 +151,8 @@ def _delora_constants(name: str, A: Tensor, lam: Any, weight_norm: Any, eps: Any
     return lam, weight_norm, checks.not_negative(name, "eps", eps)
 
 
-def active_transform(tensors: Iterable[Any]) -> str | None:
-    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms"
-    if forward_ad._current_level >= 0:
-        duals = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-        if any(dual.tangent is not None for dual in duals):
-            return "forward-mode differentiation"
-    return None
-
-
-def _refuse_transforms(name: str, tensors: Iterable[Any], instead: str) -> None:
-    transform = active_transform(tensors)
-    if transform is not None:
-        raise RuntimeError(f"{name} does not support {transform}; use delora_kernels.{instead} there")
-
-
 def _check(name: str, x: Any, weight: Any, bias: Any, A: Any, B: Any, *others: Any) -> None:
-    _refuse_transforms(name, (x, weight, bias, A, B, *others), f"reference.{name}")
+    refuse_transforms(name, (x, weight, bias, A, B, *others), f"reference.{name}")
     if not checks.plainly_right(x, weight, bias, A, B):
         checks.base(name, x, weight, bias)
         checks.factors(name, x, weight, A, B)
@@ -200,17 +181,11 @@ def _call(
     save_output: bool = False,
 ) -> Call:
     dropout_p = checks.probabilities(name, dropout_p, ranks)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
-        compute_dtype = rank_dtype = torch.get_autocast_dtype(device)
-    else:
-        compute_dtype = rank_dtype = x.dtype
-        if not A.dtype == B.dtype == x.dtype == weight.dtype:
-            rank_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), compute_dtype)
+    compute_dtype, rank_dtype = dtypes(x, A, B)
     seed = checks.seed(name, seed, x, len(ranks)) if any(dropout_p) else None
     settled = (name, scale, eps, ranks, dropout_p, two_term, save_output, compute_dtype, rank_dtype)
     tensors = (
-        x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0),
+        as_rows(x),
         weight,
         bias,
         A,
@@ -227,9 +202,10 @@ def _call(
     return Call(*tensors, Options(*settled, backend))
 
 
-CALLS: dict[str, Callable[..., Call]] = {
+CALLS: dict[str, Callable[..., Call | MoECall]] = {
     "lora_linear": lora_call,
     "dora_linear": dora_call,
     "delora_linear": delora_call,
+    "moe_lora_linear": moe_lora_call,
 }
 """Public function name → what checks its arguments and turns them into a `Call`."""

@@ -2,7 +2,7 @@
 
 An op is one stage of the equation in docs/math.md, on 2-D tensors, with no autograd of its own:
 `adapted_linear.py` decides which stages run in which order. Letters: T tokens, K in-features, N out-features,
-R total rank, r trainable rank. `acc` is float64 for float64 tensors and float32 for everything else.
+R total rank, r trainable rank, E experts. `acc` is float64 for float64 tensors and float32 for everything else.
 
 Every op is registered as torch.ops.delora_kernels.<name>, and is a function of this module; `stages` gives the kernels
 straight where nothing stands in between. The last argument of every op names the backend that runs it, so that a
@@ -219,6 +219,53 @@ weight_grad = _register(
 """dW = c ⊙ (dyᵀ x) → [N, K] in dy's dtype, for a base that trains too.
 
 dropout_p > 0 (PEFT's two-term DoRA): dyᵀ (x − drop(x)) + c ⊙ (dyᵀ drop(x)).
+"""
+
+
+def _route_fake(
+    h: Tensor,
+    gates: Tensor | None,
+    scale: Tensor,
+    token_share: Tensor | None,
+    experts: int,
+    rank: int,
+    top_k: int,
+    renormalize: bool,
+    shared: bool,
+) -> Outputs:
+    T = h.shape[0]
+    passed = h.shape[1] - (rank if shared else experts * rank) - (experts if gates is None else 0)
+    w = _acc(h, T, experts) if gates is None else _acc(h, 0)
+    return h.new_empty((T, experts * rank + passed)), w, _acc(h, experts), _acc(h, experts), _acc(h, 1)
+
+
+route = _register(
+    "route(Tensor h, Tensor? gates, Tensor scale, Tensor? token_share, int experts, int rank, int top_k,"
+    " bool renormalize, bool shared, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _route_fake,
+)
+"""A mixture's gating, in rank space: h = [u | logits | rest] → v = [w_te · s_e · u_te | rest] in h's dtype,
+w [T, E] (acc), and sums over tokens (acc): chosen f [E], mean probability P [E], mean logsumexp² [1].
+
+u has `rank` columns for each of `experts`, or with `shared` `rank` columns for all. w is the softmax of the logits
+(`experts` columns), zero but for the `top_k` largest (the lowest index wins ties), with `renormalize` divided by its
+sum; or `gates` [T, E] (acc), then h has no logits, and the second result has size 0. Where w is 0, v is 0, whatever u.
+`scale` is s [E] (acc); `token_share` [T] (acc) weighs the tokens in f, P and z, 0: not counted; None: all alike.
+"""
+
+route_backward = _register(
+    "route_backward(Tensor dv, Tensor h, Tensor w, Tensor scale, Tensor? token_share, Tensor dP, Tensor dz,"
+    " bool given, int experts, int rank, bool renormalize, bool shared, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda dv, h, w, scale, token_share, dP, dz, given, experts, *_: (
+        torch.empty_like(h),
+        _acc(h, *w.shape) if given else _acc(h, 0),
+        _acc(h, experts),
+    ),
+)
+"""dv of route's v, dP [E] and dz [1] of its mean probability and mean logsumexp² → dh = [du | dlogits | drest] in h's
+layout and dtype, d gates [T, E] (acc; size 0 unless `given`), ds [E] (acc).
+
+w is the one that route found, or with `given` its `gates`. An expert with w = 0 gets no du and no ds.
 """
 
 dropout_mask = _register(

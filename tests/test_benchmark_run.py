@@ -134,8 +134,8 @@ def test_a_whole_model(method: str, checkpointing: bool) -> None:
 def test_a_broken_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from delora_kernels.backends import eager
 
-    whole = eager.project_backward
-    monkeypatch.setattr(eager, "project_backward", lambda *args: 1.01 * whole(*args))
+    whole = eager.input_backward
+    monkeypatch.setattr(eager, "input_backward", lambda *args: (whole(*args)[0], 1.01 * whole(*args)[1]))
     peft, ours = whole_model.measure_model(model_case("lora"), "cpu", CpuClock(), Budget(0, 3, 3, 1))
     assert peft["status"] == "ok"
     assert ours["status"] == "failed"

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import codegen
+from benchmarks import codegen, codegen_variants
 from delora_kernels.backends.triton import tables
 
 KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}
@@ -20,10 +20,10 @@ KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", 
 def test_every_table_entry_is_compiled() -> None:
     """Each kernel, rank class and mix of dtypes, with what its launches differ in."""
     seen = {(variant.kernel, variant.config) for variant in codegen.variants()}
-    assert {table.split()[0] for table in tables.TABLES} == set(codegen.FEATURES)
-    for kernel, features in codegen.FEATURES.items():
+    assert {table.split()[0] for table in tables.TABLES} == set(codegen_variants.FEATURES)
+    for kernel, features in codegen_variants.FEATURES.items():
         for rank_class in tables.TABLES[kernel]:
-            for types in codegen.TYPES if kernel != "dy_sums" else ("bf16", "bf16+fp32", "fp16"):
+            for types in codegen_variants.TYPES if kernel != "dy_sums" else ("bf16", "bf16+fp32", "fp16"):
                 for feature in features:
                     if feature != "term" or types in ("bf16", "fp16"):
                         assert (kernel, f"{types} R={rank_class} {feature}".strip()) in seen
@@ -71,6 +71,13 @@ def test_sizes_of_one() -> None:
     first: dict[tuple[str, bool], codegen.Variant] = {}
     for variant in codegen.variants():
         first.setdefault((variant.kernel, variant.config.endswith("dropout")), variant)
-    assert {kernel for kernel, _ in first} >= {*codegen.FEATURES, "rank_gemm", "fold", "fold_backward", "finish_dy"}
+    assert {kernel for kernel, _ in first} >= {
+        *codegen_variants.FEATURES,
+        "rank_gemm",
+        "fold",
+        "fold_backward",
+        "finish_dy",
+        "route",
+    }
     for variant in first.values():
         assert codegen.compile_variant(variant, "sm_90", ones=True)["registers"] > 0

@@ -23,6 +23,8 @@ def arguments(function: str) -> dict[str, Any]:
         made["magnitude"] = t(N)
     if function == "delora_linear":
         made |= {"lam": t(1), "weight_norm": t(K)}
+    if function == "moe_lora_linear":
+        made |= {"A": t(2, R, K), "B": t(2, N, R), "router": t(2, K)}
     return made
 
 
@@ -178,7 +180,8 @@ def test_device_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_good_calls_pass() -> None:
     """The table is about what it changes: unchanged, each call is fine."""
     for function in calls.CALLS:
-        assert getattr(functional, function)(**arguments(function)).shape == (T, N)
+        found = getattr(functional, function)(**arguments(function))
+        assert (found if isinstance(found, Tensor) else found[0]).shape == (T, N)
 
 
 def test_use_backend() -> None:
@@ -220,7 +223,9 @@ def test_explain() -> None:
     assert explain("lora_linear", **arguments("lora_linear") | mixed).rank_dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert explain("dora_linear", **arguments("dora_linear")).compute_dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="function must be one of lora_linear, dora_linear, delora_linear, got 'relu'"):
+    with pytest.raises(
+        ValueError, match="function must be one of lora_linear, dora_linear, delora_linear, moe_.*got 'relu'"
+    ):
         explain(torch.relu, t(1))
     with pytest.raises(ValueError, match="B must be"):
         explain("lora_linear", t(T, K), t(N, K), t(R, K), t(R, N))

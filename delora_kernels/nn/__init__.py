@@ -2,7 +2,20 @@
 
 from delora_kernels.nn.base import AdapterLinear
 from delora_kernels.nn.delora import DeLoRALinear, lambda_parameter_groups
+from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
+from delora_kernels.nn.goat import GoatLinear
 from delora_kernels.nn.lora import LoRALinear
+from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
 
-__all__ = ["AdapterLinear", "DeLoRALinear", "DoRALinear", "LoRALinear", "lambda_parameter_groups"]
+__all__ = [
+    "AdapterLinear",
+    "DeLoRALinear",
+    "DeLoRAMoELinear",
+    "DoRALinear",
+    "GoatLinear",
+    "LoRALinear",
+    "MoELoRALinear",
+    "lambda_parameter_groups",
+    "set_loss_scale",
+]

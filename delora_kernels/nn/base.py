@@ -16,7 +16,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 class AdapterLinear(nn.Module):
-    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear and DeLoRALinear.
+    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear, DeLoRALinear and the mixtures.
 
     The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient; the adapter's factors are `A` `[r, K]`
     and `B` `[N, r]`. A method's vectors and scalars are float32 (float64 beside float64) whatever the factors' dtype.
@@ -33,6 +33,7 @@ class AdapterLinear(nn.Module):
         adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
         device: Device of every tensor.
         dtype: Dtype of the base.
+        experts: E: A is `[E, r, K]` and B `[E, N, r]`; None: one pair.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
@@ -54,6 +55,7 @@ class AdapterLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        experts: int | None = None,
     ) -> None:
         super().__init__()
         kind = type(self).__name__
@@ -70,8 +72,9 @@ class AdapterLinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self._hold(base.weight, base.bias)
         self.register_parameter("base_weight", None)
-        self.A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=adapter_dtype))
-        self.B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=adapter_dtype))
+        lead = () if experts is None else (experts,)
+        self.A = nn.Parameter(torch.empty(*lead, r, in_features, device=device, dtype=adapter_dtype))
+        self.B = nn.Parameter(torch.empty(*lead, out_features, r, device=device, dtype=adapter_dtype))
 
     @classmethod
     def _around(cls, linear: nn.Module, **options: Any) -> Self:

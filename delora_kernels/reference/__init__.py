@@ -11,5 +11,16 @@ Letters: T tokens (all leading dimensions of x), K in-features, N out-features, 
 from delora_kernels.reference.delora import delora_linear, delora_weight
 from delora_kernels.reference.dora import dora_linear, dora_weight
 from delora_kernels.reference.lora import lora_linear, lora_weight
+from delora_kernels.reference.moe import RouterStats, moe_lora_linear, moe_lora_linear_dense
 
-__all__ = ["delora_linear", "delora_weight", "dora_linear", "dora_weight", "lora_linear", "lora_weight"]
+__all__ = [
+    "RouterStats",
+    "delora_linear",
+    "delora_weight",
+    "dora_linear",
+    "dora_weight",
+    "lora_linear",
+    "lora_weight",
+    "moe_lora_linear",
+    "moe_lora_linear_dense",
+]

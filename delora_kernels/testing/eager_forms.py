@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from delora_kernels import reference
 
 
-def eager(function: str, **arguments: Any) -> Tensor:
+def eager(function: str, **arguments: Any) -> Any:
     """The method in plain torch, differentiable by autograd.
 
     Args:
@@ -23,21 +23,23 @@ def eager(function: str, **arguments: Any) -> Tensor:
         **arguments: Its arguments; x, weight and bias may be narrower than the rest.
 
     Returns:
-        y, `[..., N]`, in x's dtype.
+        y, `[..., N]`, in x's dtype; of a mixture with its statistics.
     """
     if arguments["x"].dtype == arguments["A"].dtype:
-        y: Tensor = getattr(reference, function)(**arguments)
-        return y
+        return getattr(reference, function)(**arguments)
     if function == "dora_linear":
         return _mixed_dora(**arguments)
     return _mixed_additive(function, **arguments)
 
 
-def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **branch: Any) -> Tensor:
+def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **branch: Any) -> Any:
     """x Wᵀ + bias in the base's dtype + the branch, which is the reference with W = 0, in the adapters'."""
     wide = branch["A"].dtype
     added = getattr(reference, function)(x.to(wide), torch.zeros_like(weight, dtype=wide), **branch)
-    return (linear(x, weight, bias) + added).to(x.dtype)
+    if isinstance(added, Tensor):
+        return (linear(x, weight, bias) + added).to(x.dtype)
+    update, stats = added
+    return (linear(x, weight, bias) + update).to(x.dtype), stats
 
 
 def _mixed_dora(

@@ -9,29 +9,15 @@ import torch
 from torch import Tensor
 
 from delora_kernels import calls, functional, reference
-from delora_kernels.call import Call
+from delora_kernels.call import Call, MoECall
+from delora_kernels.ops import accumulate_dtype
+from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.dropout import dropout_masks
 from delora_kernels.testing.eager_forms import eager
 from delora_kernels.testing.problem import Inputs, Outputs, Problem, moved
 
 _BASE = ("x", "weight", "bias", "grad_out")
 _NOT_ARGUMENTS = ("grad_out", "seed", "dropout_mask")
-
-
-class Draw:
-    """Random numbers, and the sizes of one problem: T tokens, K in-features, N out-features, rank r."""
-
-    def __init__(self, T: int, K: int, N: int, r: int, seed: int) -> None:
-        self.T, self.K, self.N, self.r = T, K, N, r
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers in float64 on the CPU: the same for every device and dtype."""
-        return torch.randn(shape, dtype=torch.float64, generator=self._generator)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A `[r, K]` with rows of length about 1, and B `[N, r]` with entries as large as the weight's."""
-        return self.normal(self.r, self.K) / self.K**0.5, self.normal(self.N, self.r) / self.K**0.5
 
 
 @dataclass(frozen=True)
@@ -102,17 +88,22 @@ class Method:
         inputs["grad_out"] = draw.normal(T, N)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
-                inputs[name] = value.to(device, dtype if name in _BASE else adapter_dtype or dtype)
+                wanted = dtype if name in _BASE else adapter_dtype or dtype
+                inputs[name] = value.to(device, wanted if value.is_floating_point() else None)
         if self.dropout_p:
             inputs["seed"] = torch.tensor(seed, dtype=torch.int64, device=device)
             call: Any = self.call(inputs)
-            inputs["dropout_mask"] = dropout_masks(T, K, call.options.dropout_p, call.seed, call.options.backend)
+            masks = dropout_masks(T, K, call.options.dropout_p, call.seed, call.options.backend)
+            if isinstance(call, MoECall):  # the last is the router's, which sees all of x
+                masks = masks[0] if len(call.options.ranks) == 2 else masks[: len(inputs["B"])]
+            inputs["dropout_mask"] = masks
         return inputs
 
     def problem(self, T: int, K: int, N: int, r: int, **options: Any) -> Problem:
         """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
         inputs = self.draw(T, K, N, r, **options)
         dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
+        dtypes |= dict.fromkeys(("probability", "z"), accumulate_dtype(inputs["A"].dtype))
         through = dict.fromkeys(self.through_x, inputs["x"].dtype)
         return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, through, self.vector_dims)
 
@@ -121,16 +112,16 @@ class Method:
         left_out = self.constants + _NOT_ARGUMENTS
         return tuple(name for name, value in inputs.items() if isinstance(value, Tensor) and name not in left_out)
 
-    def call(self, inputs: Inputs) -> Call:
+    def call(self, inputs: Inputs) -> Call | MoECall:
         """The fused call after its checks: which backend takes it, in which dtypes."""
         check: Any = calls.CALLS[self.function]
-        call: Call = check(**self._fused_arguments(inputs))
+        call: Call | MoECall = check(**self._fused_arguments(inputs))
         return call
 
     def forward(self, inputs: Inputs) -> Tensor:
         """y by `delora_kernels.functional`, on the autograd graph of the inputs."""
-        y: Tensor = getattr(functional, self.function)(**self._fused_arguments(inputs))
-        return y
+        found = getattr(functional, self.function)(**self._fused_arguments(inputs))
+        return _results(found)["y"]
 
     def fused(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
         """y and the gradients by `delora_kernels.functional`.
@@ -140,7 +131,7 @@ class Method:
             trained: Names of the inputs that get gradients; None: all that can.
 
         Returns:
-            y, and d<name> for each of them.
+            y, of a mixture its router's statistics, and d<name> for each of the names.
         """
         return self._run(getattr(functional, self.function), self._fused_arguments(inputs), inputs, trained)
 
@@ -182,6 +173,21 @@ class Method:
     ) -> Outputs:
         names = [name for name in self.trained(inputs) if trained is None or name in trained]
         leaves = {name: arguments[name].detach().requires_grad_() for name in names}
-        y = function(**arguments | leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad_out"]) if names else ()
-        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+        found = _results(function(**arguments | leaves))
+        entering = {what: 1 + torch.arange(value.numel()).to(value).view_as(value) for what, value in found.items()}
+        entering["y"] = inputs["grad_out"]
+        outputs = [what for what, value in found.items() if value.requires_grad]
+        grads: Any = ()
+        if names:
+            sent = [entering[what].to(found[what].dtype) for what in outputs]
+            grads = torch.autograd.grad([found[what] for what in outputs], list(leaves.values()), sent)
+        results = {what: value.detach() for what, value in found.items()}
+        return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def _results(found: Any) -> Outputs:
+    """y, and of a mixture what the losses of its router are made of."""
+    if isinstance(found, Tensor):
+        return {"y": found}
+    y, stats = found
+    return {"y": y, "probability": stats.probability, "z": stats.z}

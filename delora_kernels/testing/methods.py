@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels.testing.method import Draw, Method
+from delora_kernels.testing import mixtures
+from delora_kernels.testing.draw import Draw
+from delora_kernels.testing.method import Method
 
 ALPHA = 2.5
 """LoRA's alpha: the scale is ALPHA / r, for rsLoRA ALPHA / √r; not 1 for any rank, where it could be forgotten."""
@@ -81,9 +83,11 @@ def _delora_frozen_paper(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 _LORA = "lora_linear"
 _DORA = "dora_linear"
 _DELORA = "delora_linear"
+_MOE = "moe_lora_linear"
 _KEPT = ("dmagnitude",)
 _SAVE_Y = {"saved": "output"}
 _CONSTANTS = ("weight_norm", "frozen_A", "frozen_B", "frozen_lam")
+_START = ("frozen_A", "frozen_B", "residual", "token_mask")
 
 METHODS = {
     method.name: method
@@ -102,6 +106,12 @@ METHODS = {
         Method("delora-clamped", _DELORA, _delora_clamped, _CONSTANTS, vector_dims={"dA": 1, "dB": 0}),
         Method("delora-frozen-live", _DELORA, _delora_frozen_live, _CONSTANTS),
         Method("delora-frozen-paper", _DELORA, _delora_frozen_paper, _CONSTANTS),
+        Method("moe", _MOE, mixtures.top_k),
+        Method("moe-plain-dropout", _MOE, mixtures.top_k_plain, dropout_p=DROPOUT_P),
+        Method("moe-shared-a", _MOE, mixtures.shared_a),
+        Method("moe-gates", _MOE, mixtures.gates),
+        Method("goat", _MOE, mixtures.goat, _START),
+        Method("goat-dropout", _MOE, mixtures.goat, _START, dropout_p=DROPOUT_P, fused_only={"dropout": "independent"}),
     )
 }
 """Name → method, in the order `check` shows them."""

@@ -176,6 +176,74 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask:
     return dW if mask is None else dW + _mm(dy.T, x - dropped)
 
 
+def route(
+    h: Tensor,
+    gates: Tensor | None,
+    scale: Tensor,
+    token_share: Tensor | None,
+    experts: int,
+    rank: int,
+    top_k: int,
+    renormalize: bool,
+    shared: bool,
+) -> Results:
+    """One expert at a time: v_e = w_e s_e u_e, and the means of what was chosen, of P and of logsumexp²."""
+    w, P, z = _weights(h, gates, experts, rank, top_k, renormalize, shared)
+    chosen = w != 0
+    v = [w[:, e, None] * scale[e] * h[:, _columns(0 if shared else e, rank)] for e in range(experts)]
+    v = [value.to(h.dtype) for value in v]
+    passed = h[:, (1 if shared else experts) * rank + (experts if gates is None else 0) :]
+    share = w.new_full((len(w),), 1 / max(1, len(w))) if token_share is None else token_share
+    means = [_mm(share, value) for value in (chosen.to(w.dtype), P, z)]
+    return torch.cat([*v, passed], dim=1), (w if gates is None else None), means[0], means[1], means[2].reshape(1)
+
+
+def _weights(
+    h: Tensor, gates: Tensor | None, experts: int, rank: int, top_k: int, renormalize: bool, shared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w [T, E], P [T, E] and logsumexp² [T]."""
+    if gates is not None:
+        return gates, gates, gates.new_zeros(len(gates))
+    first = (1 if shared else experts) * rank
+    logits = h[:, first : first + experts].to(torch.promote_types(h.dtype, torch.float32))
+    P = logits.softmax(1)
+    best = P.detach().topk(top_k, dim=1).values[:, -1:]
+    w = torch.where(P >= best, P, 0.0)  # logits far apart: no ties
+    return (w / w.sum(1, keepdim=True) if renormalize else w), P, logits.logsumexp(1).square()
+
+
+def _columns(e: int, rank: int) -> slice:
+    return slice(e * rank, (e + 1) * rank)
+
+
+def route_backward(
+    dv: Tensor,
+    h: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    token_share: Tensor | None,
+    dP: Tensor,
+    dz: Tensor,
+    given: bool,
+    experts: int,
+    rank: int,
+    renormalize: bool,
+    shared: bool,
+) -> Results:
+    """What autograd makes of the formula above, with the same experts chosen."""
+    with torch.enable_grad():
+        leaves = [value.detach().clone().requires_grad_() for value in (h, w, scale)]
+        top_k = int((w[0] != 0).sum()) if not given and len(w) else experts
+        gates = leaves[1] if given else None
+        v, _, _, P, z = route(leaves[0], gates, leaves[2], token_share, experts, rank, top_k, renormalize, shared)
+        assert v is not None
+        assert P is not None
+        assert z is not None
+        total = (v * dv).sum() + (P * dP).sum() + (z * dz).sum()
+        dh, dw, dscale = torch.autograd.grad(total, leaves, allow_unused=True)
+    return dh, (dw if given else None), dscale
+
+
 def _drop(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask / (1 - dropout_p)
 

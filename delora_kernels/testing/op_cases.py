@@ -8,8 +8,9 @@ from torch import Tensor
 
 from delora_kernels import ops
 from delora_kernels.testing import naive_ops
-from delora_kernels.testing.method import Draw
+from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods import DROPOUT_P, STACKED_P, stacked_ranks
+from delora_kernels.testing.mixtures import EXPERTS, TOP_K, sure_logits
 from delora_kernels.testing.problem import moved
 
 SCALE = 1.75
@@ -61,6 +62,10 @@ class OpDraw:
     def small(self, *shape: int) -> Tensor:
         """As the factors and every [T, R] tensor."""
         return self._draw.normal(*shape).to(self._device, self.rank_dtype)
+
+    def logits(self) -> Tensor:
+        """As a router's, [T, EXPERTS], far enough apart."""
+        return sure_logits(self._draw, EXPERTS).to(self._device, self.rank_dtype)
 
     def acc(self, *shape: int) -> Tensor:
         """As norms, c and the gradients of Â and B̂."""
@@ -163,6 +168,36 @@ def _weight_grad(d: OpDraw) -> Variants:
     yield made | {"c": d.acc(d.N)} | d.dropout
 
 
+def _route(d: OpDraw) -> Variants:
+    """Every way to weigh, with and without columns that are passed on, with one u for all experts or one for each."""
+    u, rest = d.small(d.T, EXPERTS * d.R), d.small(d.T, 2)
+    made: Arguments = {"h": torch.cat([u, d.logits()], dim=1), "gates": None, "scale": d.acc(EXPERTS)}
+    made |= {"token_share": None, "experts": EXPERTS, "rank": d.R, "top_k": TOP_K, "renormalize": True, "shared": False}
+    yield made
+    yield made | {"renormalize": False}
+    yield made | {"top_k": 1}
+    yield made | {"top_k": EXPERTS}
+    share = (torch.arange(d.T, device=u.device) % 3 != 1).to(made["scale"]) / max(1, d.T - (d.T + 1) // 3)
+    yield made | {"token_share": share, "h": torch.cat([made["h"], rest], dim=1)}
+    yield made | {"shared": True, "h": torch.cat([u[:, : d.R], d.logits(), rest], dim=1)}
+    gates = d.acc(d.T, EXPERTS)
+    given = made | {"gates": torch.where(gates.abs() < 0.3, 0.0, gates)}
+    yield given | {"h": u}
+    yield given | {"h": torch.cat([u[:, : d.R], rest], dim=1), "shared": True, "token_share": share}
+
+
+def _route_backward(d: OpDraw) -> Variants:
+    for made in _route(d):
+        wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
+        v, w, *_ = naive_ops.route(**wide)
+        assert v is not None
+        kept = ("h", "scale", "token_share", "experts", "rank", "renormalize", "shared")
+        given = made["gates"] is not None
+        grads: Arguments = {"dv": d.small(*v.shape), "dP": d.acc(EXPERTS), "dz": d.acc(1)}
+        weights = made["gates"] if w is None else w
+        yield grads | {name: made[name] for name in kept} | {"w": weights, "given": given}
+
+
 OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
@@ -172,6 +207,8 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "expand_backward": (_expand_backward, ("dv", "dB_hat", "dm", "dy_sum")),
     "input_backward": (_input_backward, ("dx", "dA_hat")),
     "weight_grad": (_weight_grad, ("dW",)),
+    "route": (_route, ("v", "w", "fraction", "probability", "z")),
+    "route_backward": (_route_backward, ("dh", "dgates", "dscale")),
 }
 """Op → what draws its variants, and its results by name; None: a tensor whose meaning is the backend's own affair.
 

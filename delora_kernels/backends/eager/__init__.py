@@ -11,7 +11,8 @@ from delora_kernels.backends.eager.low_rank import (
     wants_scaled,
     weight_grad,
 )
-from delora_kernels.call import Call
+from delora_kernels.backends.eager.route import route, route_backward
+from delora_kernels.call import Call, MoECall
 
 __all__ = [
     "dropout_mask",
@@ -21,6 +22,8 @@ __all__ = [
     "fold_backward",
     "input_backward",
     "project",
+    "route",
+    "route_backward",
     "row_norm",
     "supports",
     "wants_scaled",
@@ -28,6 +31,6 @@ __all__ = [
 ]
 
 
-def supports(call: Call) -> str | None:
+def supports(call: Call | MoECall) -> str | None:
     """None: plain torch takes every call."""
     return None

@@ -3,21 +3,30 @@
 import torch
 
 from delora_kernels.backends.triton.launch import INTERPRETED
-from delora_kernels.call import Call
+from delora_kernels.call import Call, MoECall
 
 LARGEST_RANK = 512
 
 
-def supports(call: Call) -> str | None:
+def supports(call: Call | MoECall) -> str | None:
     """Why Triton can't take `call`, or None."""
     device, o = call.x.device, call.options
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"its tensors are on {device.type}"
     if torch.float64 in (o.compute_dtype, o.rank_dtype):
         return "float64 has no fast units"
-    rank = call.A.shape[0] + (0 if call.frozen_A is None else call.frozen_A.shape[0])
+    rank = _rank(call)
     if rank > LARGEST_RANK:
         return f"rank {rank} is above {LARGEST_RANK}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than sm_80"
     return None
+
+
+def _rank(call: Call | MoECall) -> int:
+    """The columns of h, or of v where a mixture's are more."""
+    if isinstance(call, Call):
+        return call.A.shape[0] + (0 if call.frozen_A is None else call.frozen_A.shape[0])
+    E, _, r = call.B.shape
+    start = 0 if call.frozen_A is None else call.frozen_A.shape[0] * call.frozen_A.shape[1]
+    return E * r + (0 if call.router is None else E) + start

@@ -14,9 +14,9 @@ from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from delora_kernels.calls import active_transform
 from delora_kernels.frozen import is_own_forward, parameter
 from delora_kernels.integrations.peft.plan import ON_PURPOSE, plan_of
+from delora_kernels.settle import active_transform
 
 logger = logging.getLogger(__name__)
 

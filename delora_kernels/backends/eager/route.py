@@ -1,0 +1,114 @@
+"""A mixture's gating and its gradient in plain torch: [T, R] and [T, E] tensors, never wider."""
+
+import torch
+from torch import Tensor
+
+from delora_kernels.ops import accumulate_dtype
+
+
+def route(
+    h: Tensor,
+    gates: Tensor | None,
+    scale: Tensor,
+    token_share: Tensor | None,
+    experts: int,
+    rank: int,
+    top_k: int,
+    renormalize: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Softmax, choice, gate; all in float32 whatever h's dtype."""
+    acc = accumulate_dtype(h.dtype)
+    u, logits, rest = _parts(h, experts if gates is None else 0, rank if shared else experts * rank)
+    if gates is None:
+        logits = logits.to(acc)
+        P = torch.softmax(logits, 1)
+        chosen = _largest(logits, top_k)
+        w = _distribution(logits, P, chosen, renormalize)
+        z = _mean(logits.logsumexp(1, keepdim=True).square_(), token_share)
+    else:
+        P = w = gates
+        chosen = gates != 0
+        z = scale.new_zeros(1)
+    v = h.new_empty((h.shape[0], experts * rank + rest.shape[1]))
+    gated = _gate(w, scale, u.unflatten(1, (-1, rank)).to(acc))
+    v[:, : experts * rank].unflatten(1, (experts, rank)).copy_(gated)
+    v[:, experts * rank :] = rest
+    return v, w if gates is None else w.new_empty(0), _mean(chosen.to(acc), token_share), _mean(P, token_share), z
+
+
+def _parts(h: Tensor, logits: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, logits and the rest of h's columns."""
+    return h[:, :width], h[:, width : width + logits], h[:, width + logits :]
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """Which k entries of every row are the largest, bool [T, E]; the lowest index wins ties."""
+    if k == logits.shape[1]:
+        return torch.ones_like(logits, dtype=torch.bool)
+    first = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True)
+
+
+def _distribution(logits: Tensor, P: Tensor, chosen: Tensor, renormalize: bool) -> Tensor:
+    """w: P where chosen, or the softmax over the chosen logits, which is P divided by its sum there."""
+    kept = torch.softmax(logits.masked_fill(~chosen, -torch.inf), 1) if renormalize else P
+    return kept.masked_fill(~chosen, 0)
+
+
+def _gate(w: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    """w_te · s_e · values [T, E or 1, r] → [T, E, r]; an expert that is not chosen counts 0 even of Inf and NaN."""
+    return ((w * scale).unsqueeze(2) * values).masked_fill_((w == 0).unsqueeze(2), 0)
+
+
+def _mean(values: Tensor, token_share: Tensor | None) -> Tensor:
+    """The mean over tokens of [T, n], or their sum by shares; a token without a share has no say, even if NaN."""
+    if token_share is None:
+        return values.sum(0) / max(1, values.shape[0])
+    share = token_share.unsqueeze(1)
+    return (values * share).masked_fill_(share == 0, 0).sum(0)
+
+
+def route_backward(
+    dv: Tensor,
+    h: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    token_share: Tensor | None,
+    dP: Tensor,
+    dz: Tensor,
+    given: bool,
+    experts: int,
+    rank: int,
+    renormalize: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything the gates' gradients need is ⟨u_te, dv_te⟩, a [T, E] tensor."""
+    acc = w.dtype
+    width = rank if shared else experts * rank
+    u, logits, _ = _parts(h, 0 if given else experts, width)
+    dh = torch.empty_like(h)
+    du, dlogits, drest = _parts(dh, 0 if given else experts, width)
+    dgated = dv[:, : experts * rank].unflatten(1, (experts, rank)).to(acc)
+    drest.copy_(dv[:, experts * rank :])
+    du_each = _gate(w, scale, dgated)
+    du.copy_(du_each.sum(1) if shared else du_each.flatten(1))
+    aligned = (u.unflatten(1, (-1, rank)).to(acc) * dgated).sum(2)
+    dscale = (w * aligned).masked_fill_(w == 0, 0).sum(0)
+    dw = aligned * scale
+    share = w.new_full((1, 1), 1 / max(1, h.shape[0])) if token_share is None else token_share.unsqueeze(1)
+    if given:
+        return dh, dw + dP * share, dscale
+    logits = logits.to(acc)
+    P = torch.softmax(logits, 1)
+    dw = dw.masked_fill_(w == 0, 0)
+    kept = w if renormalize else P
+    counted = (_softmax_backward(P, dP) + 2 * dz * logits.logsumexp(1, keepdim=True) * P) * share
+    counted.masked_fill_(share == 0, 0)
+    dlogits.copy_(_softmax_backward(kept, dw).masked_fill_(kept == 0, 0).add_(counted))
+    return dh, w.new_empty(0), dscale
+
+
+def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    """Gradient of the logits of p = softmax(logits)."""
+    return p * (dp - (p * dp).sum(1, keepdim=True))

@@ -1,0 +1,182 @@
+"""Mixtures of LoRA experts: every token's update is a weighted sum of low-rank updates.
+
+    y_t = W x_t + Σ_e w_te · s_e · B_e A_e x_t + bias − Σ_j γ_j · B⁰_j A⁰_j x_t
+
+w is a router's softmax over the experts, kept for the k largest and renormalised (GOAT, MixLoRA, MoLA) or not, or dense
+(LoRAMoE, HydraLoRA, whose experts share one A); or it is given. The last sum, constant, is GOAT's residual.
+Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equations 10 and 26-28.
+
+Two specifications that share only the routing: `moe_lora_linear` loops over experts and the tokens that chose them, as
+the authors' code does; `moe_lora_linear_dense` runs every expert on every token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RouterStats(NamedTuple):
+    """What a mixture's losses are made of.
+
+    Args:
+        fraction: f `[E]`, the share of counted tokens that chose expert e; a constant.
+        probability: P `[E]`, the mean over counted tokens of p_te, or of given gates.
+        z: Mean over counted tokens of logsumexp(logits)², 0-d; 0 where the gates are given.
+        top_k: Experts a token chooses.
+    """
+
+    fraction: Tensor
+    probability: Tensor
+    z: Tensor
+    top_k: int
+
+    def balance_loss(self, convention: str = "code") -> Tensor:
+        """E Σ_e f_e P_e ("code"), or that over k ("paper", equations 26-28): at perfect balance k, or 1."""
+        loss = len(self.fraction) * (self.fraction * self.probability).sum()
+        return loss / self.top_k if convention == "paper" else loss
+
+
+def moe_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None = None,
+    *,
+    gates: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    residual: float | Tensor = 1.0,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, RouterStats]:
+    """A frozen linear with a mixture of low-rank experts, one expert after the other.
+
+    Args:
+        x: `[..., K]`, any float dtype, which all tensors share; T tokens.
+        weight: W, `[N, K]`, nn.Linear's layout.
+        A: `[E, r, K]`, or `[r, K]`: one that all experts share.
+        B: `[E, N, r]`.
+        router: G, `[E, K]`: logits x Gᵀ, of the x that is not dropped.
+        gates: w itself, `[..., E]`, in place of a router.
+        adapter_ids: `[...]`, ints: the one expert of each token, −1 for none, in place of a router.
+        top_k: How many experts a router keeps for a token, those of the lowest index where logits tie; None: all.
+        renormalize: Divide the kept probabilities by their sum.
+        scale: s, a number or `[E]`.
+        bias: `[N]` or None.
+        token_mask: `[...]`, bool: the tokens that `RouterStats` counts; None: all.
+        frozen_A, frozen_B: The constant pairs, `[J, r₀, K]` and `[J, N, r₀]`, or None.
+        residual: γ, a number or `[J]`.
+        dropout_mask: Entries 0 or 1 / (1 − p) on the experts' input: `[T, K]`, or one for each expert `[E, T, K]`.
+
+    Returns:
+        y, `[..., N]`, and the router's statistics.
+
+    Source: arXiv:2502.16894, equation 10; the loop of the authors' `TopKGOATLayer`.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
+    y = tokens @ weight.T
+    for e, (B_e, s_e) in enumerate(zip(B, _each(scale, B), strict=True)):
+        rows = torch.arange(len(w)) if gates is not None else w[:, e].nonzero().squeeze(1)  # a gate of 0 may be learned
+        mask = dropout_mask if dropout_mask is None or dropout_mask.dim() == 2 else dropout_mask[e]
+        inputs = tokens[rows] if mask is None else tokens[rows] * mask[rows]
+        update = (inputs @ (A if A.dim() == 2 else A[e]).T) @ B_e.T
+        y = y.index_add(0, rows, w[rows, e, None] * s_e * update)
+    if frozen_A is not None and frozen_B is not None:
+        for A_j, B_j, gamma in zip(frozen_A, frozen_B, _each(residual, frozen_B), strict=True):
+            y = y - gamma * (tokens @ A_j.T) @ B_j.T
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight)), stats
+
+
+def moe_lora_linear_dense(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None = None,
+    *,
+    gates: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    residual: float | Tensor = 1.0,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, RouterStats]:
+    """The same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x W'ᵀ + v B̂ᵀ + bias.
+
+    W' = W − Σ_j γ_j B⁰_j A⁰_j, as the authors' code folds the residual into the weight.
+
+    Args:
+        x, weight, A, B, router, gates, adapter_ids, top_k, renormalize, scale, bias, token_mask, frozen_A, frozen_B,
+            residual, dropout_mask: as in `moe_lora_linear`.
+
+    Returns:
+        y, `[..., N]`, and the router's statistics.
+
+    Source: arXiv:2502.16894, equation 10.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
+    mask = dropout_mask[None] if dropout_mask is not None and dropout_mask.dim() == 2 else dropout_mask
+    dropped = tokens[None] if mask is None else tokens * mask
+    E, r = len(B), B.shape[2]
+    h = torch.einsum("etk,erk->ter", dropped.expand(E, *tokens.shape), A.expand(E, r, -1))
+    factor = (w * scale).unsqueeze(2)
+    v = factor * torch.where((w.unsqueeze(2) == 0) & ~h.isfinite(), 0.0, h)
+    if frozen_A is not None and frozen_B is not None:
+        gamma = torch.as_tensor(residual, dtype=weight.dtype).expand(len(frozen_A))
+        weight = weight - torch.einsum("j,jnr,jrk->nk", gamma, frozen_B, frozen_A)
+    y = tokens @ weight.T + torch.einsum("ter,enr->tn", v, B)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight)), stats
+
+
+def _each(value: float | Tensor, experts: Tensor) -> list[float] | Tensor:
+    """A number, or a tensor of one for each expert, as one for each."""
+    return value if isinstance(value, Tensor) and value.dim() else [value] * len(experts)  # type: ignore[list-item]
+
+
+def _routed(
+    tokens: Tensor,
+    E: int,
+    router: Tensor | None,
+    gates: Tensor | None,
+    adapter_ids: Tensor | None,
+    top_k: int | None,
+    renormalize: bool,
+    token_mask: Tensor | None,
+) -> tuple[Tensor, RouterStats]:
+    """w [T, E], zero where an expert is not chosen, and the statistics."""
+    T, dtype = len(tokens), tokens.dtype
+    z = tokens.new_zeros(T)
+    if router is not None:
+        k = E if top_k is None else top_k
+        logits = tokens @ router.T
+        p = probability = logits.softmax(1)
+        first = (-logits).argsort(dim=1, stable=True)[:, :k]  # stable: the lowest index wins a tie
+        chosen = torch.zeros_like(p, dtype=torch.bool).scatter(1, first, True)
+        w = torch.where(chosen, p, 0.0)
+        if renormalize:
+            w = w / w.sum(1, keepdim=True)
+        z = logits.logsumexp(1).square()
+    else:
+        k = 1 if gates is None else E
+        if gates is None:
+            gates = adapter_ids.reshape(T, 1) == torch.arange(E, device=tokens.device)  # type: ignore[union-attr]
+        w = probability = gates.reshape(T, E).to(dtype)
+        chosen = w != 0
+    counted = slice(None) if token_mask is None else token_mask.reshape(T)
+    n = max(1, len(z[counted]))
+    fraction, probability, z = (value[counted].sum(0) / n for value in (chosen.to(dtype), probability, z))
+    return w, RouterStats(fraction, probability, z, k)
