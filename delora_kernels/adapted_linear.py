@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from delora_kernels import backends, ops
+from delora_kernels import ops
 from delora_kernels.call import Call
 from delora_kernels.frozen import FrozenLinear
 
@@ -69,7 +69,7 @@ def _forward(call: Call, keep: bool) -> _Stages:
         )
     scaled = None
     if call.magnitude is not None:
-        wanted = not keep and not o.two_term and backends.load(o.backend).wants_scaled(x, weight)
+        wanted = not keep and not o.two_term and ops.wants_scaled(o.backend, x, weight)
         norm, c, written = stages.row_norm(weight, A_hat, B_hat, o.scale, call.magnitude, wanted)
         scaled = written if wanted else None
     h = stages.project(x, A_hat, o.ranks, o.dropout_p, call.seed)

@@ -51,6 +51,11 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     return backends.load(backend)
 
 
+def wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether `expand` on this backend is faster with row_norm's c ⊙ W, where nothing is kept or dropped."""
+    return bool(backends.load(backend).wants_scaled(x, weight))
+
+
 class _Registered:
     """The registered ops with the name of a backend as their last argument."""
 
