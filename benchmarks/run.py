@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.busy import wait_politely_if_busy
+
+if __name__ == "__main__":
+    wait_politely_if_busy()  # before what follows imports torch
+
 from benchmarks.cases import SETS, cases
 from benchmarks.layer.methods import METHODS
 from benchmarks.record import Mismatch, Partial, Row

@@ -91,7 +91,7 @@ SMALL |= {
     "batch": 1,
     "sequence": 128,
     "r": 16,
-    "limit_mib": 64,
+    "limit_mib": 32,
 }
 LARGE: dict[str, Any] = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
 LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}

@@ -15,8 +15,8 @@ pytest.importorskip("rich")
 
 import peft
 
+from benchmarks.busy import wait_politely_if_busy
 from benchmarks.finetune import text, train
-from benchmarks.finetune.__main__ import wait_politely_if_busy
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.plots import running_mean
 from benchmarks.finetune.probe import MIB, kept_mib
