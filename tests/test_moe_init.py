@@ -48,7 +48,10 @@ def test_triples(start: str, seed: int) -> None:
     for e, index in enumerate(wanted):
         want = U[:, index] @ torch.diag(sigma[index]) @ Vh[index] / rho
         got = found.scale[e].double() * found.B[e].double() @ found.A[e].double()
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        others = [i for i in range(len(sigma)) if i not in index]
+        gap = (sigma[index][:, None] - sigma[others]).abs().min()
+        limit = 8 * torch.finfo(torch.float32).eps * sigma[0] / gap  # Wedin: near values mix their vectors
+        assert torch.linalg.matrix_norm(got - want) <= limit * torch.linalg.matrix_norm(want).clamp(min=gap / rho)
         norms = found.A[e].norm(dim=1) / found.B[e].norm(dim=0)
         assert (norms - 1).abs().max() <= 1e-5  # √σ' on both sides
     largest = found.A.gather(2, found.A.abs().argmax(2, keepdim=True))
