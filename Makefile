@@ -6,7 +6,8 @@
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
-# Every target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
+# make gpu-check PY=python3  on a machine with a CUDA device and torch installed: checks, tests/gpu, a record of layers
+# Every other target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
 
 PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
@@ -22,7 +23,7 @@ PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_mod
 	tests/test_call_time_safety.py tests/test_offloading.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: test test-interpreter codegen test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: test test-interpreter codegen gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
@@ -32,6 +33,14 @@ test-interpreter: .venv/installed
 
 codegen: .venv/installed
 	$(PY) -m benchmarks.codegen $(ARGS)
+
+# compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel.
+gpu-check:
+	PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend triton --dtype bfloat16 --dtype float32
+	PYTHONPATH=. $(PY) -m pytest -q tests/gpu $(ARGS)
+	if command -v compute-sanitizer; then PYTHONPATH=. compute-sanitizer --error-exitcode 1 \
+		$(PY) -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'; fi
+	PYTHONPATH=. $(PY) -m benchmarks.run --set standard --out runs/gpu.json
 
 test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)

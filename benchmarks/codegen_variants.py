@@ -11,7 +11,7 @@ from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.rank_gemm import GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
-from delora_kernels.backends.triton.route import blocks, route_backward_kernel, route_kernel
+from delora_kernels.backends.triton.route import blocks, route_backward_kernel, route_kernel, warps
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
 from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, scaled_kernel
 from delora_kernels.backends.triton.times_small import times_small_kernel
@@ -180,10 +180,10 @@ def _gating() -> Iterator[Variant]:
                     way = "gates" if given else "shared A" if shared else "top-2"
                     flags: dict[str, Any] = {"GIVEN": given, "SHARED": shared, "WITH_SHARE": True}
                     flags |= {"RENORMALIZE": not given} | blocks(E, r)
-                    config = f"{small} E={E} r={r} {way}"
+                    config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E)}
                     forward = {"H": small, "GATES": "fp32", "SCALE": "fp32", "SHARE": "fp32", "V": small, "W": "fp32"}
                     forward |= dict.fromkeys(("F_SUM", "P_SUM", "Z_SUM"), "fp32")
-                    yield Variant("route", config, route_kernel, forward, flags | {"K": 0 if given else 2}, {})
+                    yield Variant("route", config, route_kernel, forward, flags | {"K": 0 if given else 2}, options)
                     backward = {"DV": small, "H": small, "DH": small, "W": "fp32", "SCALE": "fp32", "SHARE": "fp32"}
                     backward |= dict.fromkeys(("DP", "DZ", "DGATES", "DS_SUM"), "fp32")
-                    yield Variant("route_backward", config, route_backward_kernel, backward, flags, {})
+                    yield Variant("route_backward", config, route_backward_kernel, backward, flags, options)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.launch import guard, rows
 
-TOKENS = 32
-"""Tokens of one program; E (padded) × TOKENS numbers live in registers several times over."""
+NUMBERS = 1024
+"""What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
 
 
 @triton.jit
@@ -161,7 +161,13 @@ def route_backward_kernel(
 
 def blocks(experts: int, rank: int) -> dict[str, int]:
     """Tile sizes: powers of two that hold E, and R or 16 of it at a time."""
-    return {"BT": TOKENS, "BE": triton.next_power_of_2(experts), "BR": min(16, triton.next_power_of_2(rank))}
+    BE = triton.next_power_of_2(experts)
+    return {"BT": max(1, min(32, NUMBERS // BE)), "BE": BE, "BR": min(16, triton.next_power_of_2(rank))}
+
+
+def warps(experts: int) -> int:
+    """Warps of a program: with many experts each holds less of a [T, E] tensor, so that nothing spills."""
+    return 8 if experts > 32 else 4
 
 
 def route(
@@ -181,7 +187,8 @@ def route(
     passed = h.shape[1] - (rank if shared else experts * rank) - (0 if given else experts)
     v = h.new_empty((T, experts * rank + passed))
     w = scale.new_empty(0 if given else (T, experts))
-    programs = max(1, triton.cdiv(T, TOKENS))
+    sizes = blocks(experts, rank)
+    programs = max(1, triton.cdiv(T, sizes["BT"]))
     sums = scale.new_empty((2, programs, experts))
     z = scale.new_empty((programs, 1))
     with guard(h):
@@ -189,7 +196,7 @@ def route(
             h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w,
             sums[0], sums[1], z, T, experts, rank, passed, h.stride(0), v.stride(0),
             GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None,
-            K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given, **blocks(experts, rank),
+            K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
         )  # fmt: skip
     n = max(1, T) if token_share is None else 1
     return v, w, sums[0].sum(0) / n, sums[1].sum(0) / n, z.sum(0) / n
@@ -215,13 +222,14 @@ def route_backward(
     passed = dv.shape[1] - experts * rank
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dgates = w.new_empty((T, experts) if given else 0)
-    programs = max(1, triton.cdiv(T, TOKENS))
+    sizes = blocks(experts, rank)
+    programs = max(1, triton.cdiv(T, sizes["BT"]))
     dscale = scale.new_empty((programs, experts))
     with guard(h):
         route_backward_kernel[(programs,)](
             dv, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz, dh, dgates, dscale,
             T, experts, rank, passed, dv.stride(0), h.stride(0), dh.stride(0), 1 / max(1, T),
             GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, RENORMALIZE=renormalize,
-            **blocks(experts, rank),
+            **sizes, num_warps=warps(experts),
         )  # fmt: skip
     return dh, dgates, dscale.sum(0)
