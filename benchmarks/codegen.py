@@ -97,6 +97,18 @@ def why_not(row: dict[str, Any]) -> str | None:
     return None
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table: for each kernel and architecture the number of configurations, and the most that one takes."""
+    lines = ["| kernel | arch | configurations | registers | spilled bytes | shared bytes | 16-bit products on |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for kernel, arch in dict.fromkeys((row["kernel"], row["arch"]) for row in rows):
+        group = [row for row in rows if (row["kernel"], row["arch"]) == (kernel, arch)]
+        most = [max(row[key] or 0 for row in group) for key in ("registers", "spill_bytes", "shared_bytes")]
+        units = sorted({row["mma"] for row in group if row["mma"]})
+        lines.append(f"| {kernel} | {arch} | {len(group)} | {' | '.join(map(str, most))} | {', '.join(units)} |")
+    return "\n".join(lines)
+
+
 def _architecture_variants(arch: str) -> list[Variant]:
     return list(variants(descriptors=arch.startswith("sm_") and int(arch[3:]) >= 90))
 
@@ -115,6 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", help="sm_80, sm_86, sm_89, sm_90, gfx942; default: sm_80 and sm_90")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--summary", action="store_true", help="a Markdown table by kernel behind the rows")
     options = parser.parse_args()
     rows, bad = [], []
     jobs = [(arch, index) for arch in options.arch or ["sm_80", "sm_90"] for index in range(_count(arch))]
@@ -127,6 +140,8 @@ def main() -> int:
             reason = why_not(row)
             if reason:
                 bad.append(f"{row['kernel']} {row['arch']} {row['config']} ({reason})")
+    if options.summary:
+        print(summary(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"{len(rows)} configurations" + (f", FAILED: {'; '.join(bad)}" if bad else ", no spill, all fit, wgmma"))

@@ -195,8 +195,8 @@ def route(
         route_kernel[(programs,)](
             h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w,
             sums[0], sums[1], z, T, experts, rank, passed, h.stride(0), v.stride(0),
-            GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None,
-            K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
+            GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
+            RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
         )  # fmt: skip
     n = max(1, T) if token_share is None else 1
     return v, w, sums[0].sum(0) / n, sums[1].sum(0) / n, z.sum(0) / n
