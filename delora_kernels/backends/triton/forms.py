@@ -7,10 +7,12 @@
 import torch
 from torch import Tensor
 
+from delora_kernels.backends.triton import forms_table
+
 UPDATE, PREFILL, OWN = "b", "d", "c"
 
-FORMS: dict[tuple[tuple[int, int], torch.dtype, str], dict[str, str]] = {}
-"""(device capability, dtype, "expand" or "dx") → shape class → form, as `benchmarks.tune` measured it; else DEFAULT."""
+FORMS = forms_table.FORMS
+"""(device capability, dtype, "expand" or "dx") → shape class → form, as `benchmarks.tune` timed it; else DEFAULT."""
 
 DEFAULT = PREFILL
 """By the cost model the cheapest with a library GEMM: the GEMM's read of its output hides under its arithmetic."""

@@ -1,0 +1,108 @@
+"""Time the three forms of a frozen GEMM with a rank-R term on this GPU, and write the table that `forms.py` reads.
+
+    python -m benchmarks.tune            rewrites this device's entries of delora_kernels/backends/triton/forms_table.py
+
+For every class of shapes a few products of real layers are timed in each form, in turn, caches cold; the form with the
+least geometric mean over them becomes the entry. Offline: nothing is tuned at run time.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.timing import Budget, Clock, clock_of, interleaved
+from delora_kernels.backends.triton import forms, forms_table, stages
+
+TABLE = Path(forms_table.__file__)
+DTYPES = (torch.bfloat16, torch.float16)
+TOKENS = (512, 1024, 4096, 8192)
+LAYERS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 2048))
+"""(in-features, out-features) on both sides of every border between classes."""
+RANK = 16
+
+Entries = dict[str, str]
+
+
+def product(op: str, T: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    """One call of the op with the rank-R term, as a training step makes it; dx comes with dÂ, which may write the term."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    left, h, small = normal(T, inner), normal(T, RANK), normal(columns, RANK)
+    if op == "expand":
+        W = normal(columns, inner)
+        return lambda: stages.expand(left, W, None, h, small, 1.0, None, None, False, 0.0, None)
+    W, x, A = normal(inner, columns), normal(T, columns), small.t().contiguous()
+    return lambda: stages.input_backward(left, W, h, A, x, RANK, 1.0, None, [], [0.0], None, False)
+
+
+def _in_form(form: str, run: Callable[[], Any]) -> Callable[[], None]:
+    def forced() -> None:
+        default, table = forms.DEFAULT, forms.FORMS
+        forms.DEFAULT, forms.FORMS = form, {}
+        try:
+            run()
+        finally:
+            forms.DEFAULT, forms.FORMS = default, table
+
+    return forced
+
+
+def fastest(op: str, dtype: torch.dtype, device: str, clock: Clock, budget: Budget) -> Entries:
+    """Shape class → the form with the least geometric mean of times over the class's products."""
+    logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for T, (inner, columns) in tqdm(list(itertools.product(TOKENS, LAYERS)), desc=f"{op} {dtype}", leave=False):
+        run = product(op, T, inner, columns, dtype, device)
+        passes = {form: _in_form(form, run) for form in (forms.UPDATE, forms.PREFILL, forms.OWN)}
+        for form, times in interleaved(passes, clock, budget).items():
+            logs[forms.shape_class(T, columns, inner)][form].append(math.log(times.median_ms))
+    return {name: min(found, key=lambda form: sum(found[form])) for name, found in sorted(logs.items())}
+
+
+def text(table: dict[tuple[tuple[int, int], torch.dtype, str], Entries]) -> str:
+    """The source of forms_table.py."""
+    lines = [
+        '"""Forms by device, as `python -m benchmarks.tune` timed them: not written by hand."""',
+        "",
+        "import torch",
+        "",
+    ]
+    lines += ["FORMS: dict[tuple[tuple[int, int], torch.dtype, str], dict[str, str]] = {"]
+    for (capability, dtype, op), entries in sorted(table.items(), key=str):
+        lines += [f'    ({capability}, {dtype}, "{op}"): {{']
+        lines += [f'        "{name}": "{form}",' for name, form in entries.items()]
+        lines += ["    },"]
+    return "\n".join([*lines, "}", ""])
+
+
+def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budget | None = None) -> int:
+    """Tune, print the entries, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--out", type=Path, default=TABLE, help="default: the library's own table")
+    options = parser.parse_args(argv)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print("benchmarks.tune needs a CUDA device, and there is none", file=sys.stderr)
+        return 2
+    clock, budget = clock or clock_of(options.device), budget or Budget(1.0, 7, 50)
+    table = dict(forms_table.FORMS)
+    for op, dtype in itertools.product(("expand", "dx"), DTYPES):
+        key = forms.capability(torch.device(options.device)), dtype, op
+        table[key] = fastest(op, dtype, options.device, clock, budget)
+        print(*key, table[key])
+    options.out.write_text(text(table), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
