@@ -33,7 +33,7 @@ Entries = dict[str, str]
 
 
 def product(op: str, T: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
-    """One call of the op with the rank-R term, as a training step makes it; dx comes with dÂ, which may write the term."""
+    """One call of the op with the rank-R term, as a training step makes it; dx comes with dÂ."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
