@@ -46,6 +46,7 @@ def route_kernel(
     GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """BT tokens of v = [w · s · u | rest] and of w, and their parts of the sums f, P and z."""
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
@@ -103,6 +104,7 @@ def route_backward_kernel(
     GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
+    """BT tokens of dh = [du | dlogits | rest] and of the gates' gradient, and their part of ds."""
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
