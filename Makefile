@@ -20,7 +20,7 @@ PYTEST := -m pytest -q -m 'not smollm2'
 # What PEFT's layers and Transformers' models have a part in.
 PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_model_families.py tests/test_training*.py \
 	tests/test_export*.py tests/test_trainers.py tests/test_supported.py tests/test_left_to_peft.py \
-	tests/test_call_time_safety.py tests/test_offloading.py tests/test_goat*.py)
+	tests/test_call_time_safety.py tests/test_offloading.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
 .PHONY: test test-interpreter codegen gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean

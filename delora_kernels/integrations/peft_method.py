@@ -2,9 +2,9 @@
 
     register("goat", GoatConfig, GoatModel)      # as peft.tuners.<method>.__init__ does with register_peft_method
 
-PEFT keeps its methods in tables, which `register_peft_method` fills, and names them by an enum, `PeftType`, that is meant
-to be closed: `peft_type` adds the entry. All of it is checked afterwards, so that a PEFT that keeps its methods otherwise
-is an error here and now, not a wrong adapter later.
+PEFT keeps its methods in tables, which `register_peft_method` fills, and names them by an enum, `PeftType`, that is
+meant to be closed: `peft_type` adds the entry. All of it is checked afterwards, so that a PEFT that keeps its methods
+otherwise is an error here and now, not a wrong adapter later.
 """
 
 import enum
