@@ -17,11 +17,14 @@ from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
     from delora_kernels.integrations.export import export_lora
+    from delora_kernels.integrations.goat import GoatConfig
     from delora_kernels.integrations.peft import accelerate, restore
+    from delora_kernels.integrations.peft_method import register_peft_methods
     from delora_kernels.integrations.transformers import AccelerateCallback
 
 __all__ = [
     "AccelerateCallback",
+    "GoatConfig",
     "__version__",
     "accelerate",
     "explain",
@@ -29,6 +32,7 @@ __all__ = [
     "functional",
     "nn",
     "reference",
+    "register_peft_methods",
     "restore",
     "use_backend",
 ]
@@ -38,6 +42,8 @@ _LAZY = {
     "restore": "peft",
     "export_lora": "export",
     "AccelerateCallback": "transformers",
+    "GoatConfig": "goat",
+    "register_peft_methods": "peft_method",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""
 

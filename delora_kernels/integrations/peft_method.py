@@ -8,9 +8,28 @@ otherwise is an error here and now, not a wrong adapter later.
 """
 
 import enum
+import importlib
 from typing import Any
 
 from delora_kernels.integrations import supported
+
+METHODS = ("goat",)
+"""The packages of delora_kernels.integrations that register a method when they are imported."""
+
+
+def register_peft_methods() -> None:
+    """Register every method of this library with PEFT, so that it loads adapters of them; again is harmless.
+
+        dk.register_peft_methods()
+        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT adapter
+
+    Naming a method's config, such as `dk.GoatConfig`, registers that method too.
+
+    Raises:
+        RuntimeError: the installed PEFT doesn't allow it.
+    """
+    for name in METHODS:
+        importlib.import_module(f"delora_kernels.integrations.{name}")
 
 
 def peft_type(name: str) -> Any:
