@@ -9,8 +9,9 @@ start.py         the start that a layer subtracts: saved, or made again and chec
 from delora_kernels.integrations import peft_method
 from delora_kernels.integrations.goat.config import GoatConfig
 from delora_kernels.integrations.goat.layer import PeftGoatLinear
+from delora_kernels.integrations.goat.mean_gate import MeanGateReport, merge_mean_gate
 from delora_kernels.integrations.goat.model import GoatModel
 
-__all__ = ["GoatConfig", "GoatModel", "PeftGoatLinear"]
+__all__ = ["GoatConfig", "GoatModel", "MeanGateReport", "PeftGoatLinear", "merge_mean_gate"]
 
 peft_method.register("goat", GoatConfig, GoatModel)

@@ -50,6 +50,8 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
     )
     fused_method = "goat"
     """What `accelerate` reports: the layer runs fused of itself."""
+    why_not_low_rank = ("a mixture, whose update is another for every token", "save_pretrained the adapter as it is")
+    """What `export_lora` says of it, and the remedy."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GoatConfig, r: int) -> None:
         super().__init__()
@@ -213,10 +215,11 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
         mixture: dict[str, Any] = {"router": self.goat_router[name]}
         if name in self.goat_lambda:
             return mixture | normalised_experts(A, B, self.goat_lambda[name], self.goat_w_norm[name])
-        mixture |= {"A": A, "B": B, "scale": self.goat_scale[name]}
+        scale = self.goat_scale[name].to(accumulate_dtype(A.dtype))
+        mixture |= {"A": A, "B": B, "scale": scale}
         if name in self.goat_start_A:
             frozen = {"frozen_A": self.goat_start_A[name], "frozen_B": self.goat_start_B[name]}
-            mixture |= frozen | {"residual": self.options[name].residual * self.goat_scale[name]}
+            mixture |= frozen | {"residual": self.options[name].residual * scale}
         return mixture
 
     @property
