@@ -117,6 +117,22 @@ def test_watch_adds_up_passes_of_different_length(seed: int) -> None:
         assert ours.probability == pytest.approx(want.probability, abs=1e-12)
 
 
+def test_watch_counts_compiled_passes(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(layer())
+    x = torch.randn(9, 16, dtype=torch.float64)
+    with dk.watch_experts(model) as watch:
+        model(x)
+        want = watch.report()
+        watch.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(3):
+            compiled(x)
+        got = watch.report()
+    assert got.layers[0].tokens == 3 * want.layers[0].tokens
+    assert got.layers[0].fraction == pytest.approx(want.layers[0].fraction, abs=1e-12)
+
+
 def test_layers_that_did_not_route_are_left_out(seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(layer(), layer())
