@@ -20,7 +20,7 @@ from delora_kernels.version import __version__
 if TYPE_CHECKING:
     from delora_kernels.integrations.expert_callback import ExpertCallback
     from delora_kernels.integrations.export import export_lora
-    from delora_kernels.integrations.goat import GoatConfig, merge_mean_gate
+    from delora_kernels.integrations.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft import accelerate, restore
     from delora_kernels.integrations.peft_method import register_peft_methods
     from delora_kernels.integrations.transformers import AccelerateCallback
@@ -35,6 +35,7 @@ __all__ = [
     "explain",
     "export_lora",
     "functional",
+    "import_goat",
     "merge_mean_gate",
     "nn",
     "reference",
@@ -51,6 +52,7 @@ _LAZY = {
     "AccelerateCallback": "transformers",
     "ExpertCallback": "expert_callback",
     "GoatConfig": "goat",
+    "import_goat": "goat",
     "merge_mean_gate": "goat",
     "register_peft_methods": "peft_method",
 }

@@ -25,6 +25,7 @@ PUBLIC = {
         "explain",
         "export_lora",
         "functional",
+        "import_goat",
         "merge_mean_gate",
         "nn",
         "reference",

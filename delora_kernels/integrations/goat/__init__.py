@@ -11,7 +11,8 @@ from delora_kernels.integrations.goat.config import GoatConfig
 from delora_kernels.integrations.goat.layer import PeftGoatLinear
 from delora_kernels.integrations.goat.mean_gate import MeanGateReport, merge_mean_gate
 from delora_kernels.integrations.goat.model import GoatModel
+from delora_kernels.integrations.goat.source_checkpoint import import_goat
 
-__all__ = ["GoatConfig", "GoatModel", "MeanGateReport", "PeftGoatLinear", "merge_mean_gate"]
+__all__ = ["GoatConfig", "GoatModel", "MeanGateReport", "PeftGoatLinear", "import_goat", "merge_mean_gate"]
 
 peft_method.register("goat", GoatConfig, GoatModel)

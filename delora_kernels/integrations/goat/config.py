@@ -86,6 +86,12 @@ class GoatConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
 
+    def __new__(cls, *args: Any, **options: Any) -> "GoatConfig":
+        if "init_type" in options:  # PEFT would drop what it doesn't know, and go on
+            remedy = "load a checkpoint of GOAT's own training code with dk.import_goat"
+            raise _fail("init_type", "left out", options["init_type"], remedy)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_method.peft_type("goat")
