@@ -12,25 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 from delora_kernels import functional, nn, reference
 from delora_kernels.backends import use_backend
+from delora_kernels.expert_use import expert_report
+from delora_kernels.expert_watch import watch_experts
 from delora_kernels.explanation import explain
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from delora_kernels.integrations.expert_callback import ExpertCallback
     from delora_kernels.integrations.export import export_lora
+    from delora_kernels.integrations.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft import accelerate, restore
+    from delora_kernels.integrations.peft_method import register_peft_methods
     from delora_kernels.integrations.transformers import AccelerateCallback
 
 __all__ = [
     "AccelerateCallback",
+    "ExpertCallback",
+    "GoatConfig",
     "__version__",
     "accelerate",
+    "expert_report",
     "explain",
     "export_lora",
     "functional",
+    "import_goat",
+    "merge_mean_gate",
     "nn",
     "reference",
+    "register_peft_methods",
     "restore",
     "use_backend",
+    "watch_experts",
 ]
 
 _LAZY = {
@@ -38,6 +50,11 @@ _LAZY = {
     "restore": "peft",
     "export_lora": "export",
     "AccelerateCallback": "transformers",
+    "ExpertCallback": "expert_callback",
+    "GoatConfig": "goat",
+    "import_goat": "goat",
+    "merge_mean_gate": "goat",
+    "register_peft_methods": "peft_method",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""
 

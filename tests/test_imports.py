@@ -17,15 +17,22 @@ PACKAGE = Path(dk.__file__).parent
 PUBLIC = {
     "delora_kernels": [
         "AccelerateCallback",
+        "ExpertCallback",
+        "GoatConfig",
         "__version__",
         "accelerate",
+        "expert_report",
         "explain",
         "export_lora",
         "functional",
+        "import_goat",
+        "merge_mean_gate",
         "nn",
         "reference",
+        "register_peft_methods",
         "restore",
         "use_backend",
+        "watch_experts",
     ],
     "delora_kernels.nn": [
         "AdapterLinear",
@@ -36,6 +43,7 @@ PUBLIC = {
         "LoRALinear",
         "MoELoRALinear",
         "lambda_parameter_groups",
+        "router_parameter_groups",
         "set_loss_scale",
     ],
 }

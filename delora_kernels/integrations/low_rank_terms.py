@@ -188,6 +188,8 @@ def _fold_own(_: Any, layer: AdapterLinear, acc: torch.dtype) -> tuple[Tensor, T
 
 
 def _peft_fold(name: str, layer: Any, adapter: str) -> tuple[Any, dict[str, Tensor], Any]:
+    if hasattr(layer, "why_not_low_rank"):  # a layer of this library
+        refuse(name, *layer.why_not_low_rank)
     # accelerate() puts a subclass of PEFT's class there, which computes the same
     kind = next(cls for cls in type(layer).__mro__ if not cls.__module__.startswith("delora_kernels."))
     if kind is DeloraLinear:

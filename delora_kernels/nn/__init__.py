@@ -1,12 +1,13 @@
 """Modules that own an adapter's parameters: initialisation, merging, state dict; the maths is in `functional`."""
 
 from delora_kernels.nn.base import AdapterLinear
-from delora_kernels.nn.delora import DeLoRALinear, lambda_parameter_groups
+from delora_kernels.nn.delora import DeLoRALinear
 from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
 from delora_kernels.nn.goat import GoatLinear
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
+from delora_kernels.nn.parameter_groups import lambda_parameter_groups, router_parameter_groups
 
 __all__ = [
     "AdapterLinear",
@@ -17,5 +18,6 @@ __all__ = [
     "LoRALinear",
     "MoELoRALinear",
     "lambda_parameter_groups",
+    "router_parameter_groups",
     "set_loss_scale",
 ]

@@ -1,7 +1,6 @@
 """DeLoRALinear: a normalised low-rank update whose directions and strength λ are learned apart."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,39 +173,3 @@ class DeLoRALinear(AdapterLinear):
             "eager",
         )
         return A_hat, B_hat, 1.0
-
-
-def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common: Any) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` as optimizer groups, every λ of DeLoRA in one with its own learning rate.
-
-        optimizer = torch.optim.AdamW(lambda_parameter_groups(model, lr=1e-3, lam_lr=1e-2))
-
-    A λ is `lam` of a DeLoRALinear, or a parameter whose name has the part `delora_lambda` (PEFT and the authors' code).
-
-    Args:
-        model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
-        lr: Learning rate of everything else.
-        lam_lr: Learning rate of the λs.
-        **common: What both groups get, such as weight_decay (which shortens λ too).
-
-    Returns:
-        The group of everything else, then the λs' group; a group without parameters is left out.
-
-    Raises:
-        ValueError: the model has no λ, trainable or not: lam_lr would do nothing.
-
-    Source: the authors' training script, `glue_delora.py` of ExplainableML/DeLoRA.
-    """
-    lams = {id(module.lam) for module in model.modules() if isinstance(module, DeLoRALinear)}
-    named = list(model.named_parameters(remove_duplicate=False))
-    lams |= {id(parameter) for name, parameter in named if "delora_lambda" in name.split(".")}
-    if not lams:
-        expected = "a model with DeLoRA's λ"
-        remedy = "add DeLoRALinear or PEFT's DeLoRA layers first, or pass model.parameters() to the optimizer"
-        raise checks.fail(ValueError, "lambda_parameter_groups", "model", expected, "none in it", remedy)
-    trained = {id(parameter): parameter for _, parameter in named if parameter.requires_grad}
-    groups = [
-        {"params": [parameter for key, parameter in trained.items() if (key in lams) == is_lam], "lr": rate, **common}
-        for is_lam, rate in ((False, lr), (True, lam_lr))
-    ]
-    return [group for group in groups if group["params"]]

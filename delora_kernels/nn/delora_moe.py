@@ -54,10 +54,20 @@ class DeLoRAMoELinear(MoELoRALinear):
         self.weight_norm.copy_(torch.linalg.vector_norm(self.weight, dim=0, dtype=self.weight_norm.dtype))
 
     def _mixture(self) -> dict[str, Any]:
-        R = self.experts * self.r
-        # λ = R leaves unit columns: each expert's own λ / r is its scale
-        B = self.B.transpose(0, 1).flatten(1)
-        A_hat, B_hat = functional.delora_factors(self.A.flatten(0, 1), B, float(R), self.weight_norm)
-        B_hat = B_hat.unflatten(1, (self.experts, self.r)).transpose(0, 1)
-        mixture = {"weight": self.weight, "A": A_hat.view_as(self.A), "B": B_hat, "router": self.router}
-        return mixture | {"scale": self.lam / self.r}
+        tensors = {"weight": self.weight, "router": self.router}
+        return tensors | normalised_experts(self.A, self.B, self.lam, self.weight_norm)
+
+
+def normalised_experts(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor) -> dict[str, Tensor]:
+    """`A`, `B` and `scale` of the mixture whose experts are normalised as DeLoRA's adapter is.
+
+    Args:
+        A: `[E, r, K]`.
+        B: `[E, N, r]`.
+        lam: λ, `[E]`.
+        weight_norm: n, `[K]`.
+    """
+    E, r, _ = A.shape
+    # λ = E r leaves unit columns: each expert's own λ / r is its scale
+    A_hat, B_hat = functional.delora_factors(A.flatten(0, 1), B.transpose(0, 1).flatten(1), float(E * r), weight_norm)
+    return {"A": A_hat.view_as(A), "B": B_hat.unflatten(1, (E, r)).transpose(0, 1), "scale": lam / r}

@@ -12,7 +12,27 @@ from delora_kernels.nn.base import AdapterLinear
 from delora_kernels.routing import CONVENTIONS, RouterStats
 
 
-class MoELoRALinear(AdapterLinear):
+class Routed:
+    """A layer with routed experts, whose losses backward adds of itself.
+
+    Args:
+        loss_scale: What the loss is multiplied by before backward: `set_loss_scale` tells every layer.
+    """
+
+    loss_scale: float | Tensor = 1.0
+
+    def _losses(self, balance_coef: float, z_coef: float, balance: str, chosen: int) -> dict[str, Any]:
+        """The op's coefficients, whose balance loss is the code's, while training; `chosen`: experts of a token."""
+        if not self.training:  # type: ignore[attr-defined]
+            return {}
+        convention = 1 if balance == "code" else 1 / chosen
+        return {
+            "balance_coef": balance_coef * convention * self.loss_scale if balance_coef else 0.0,
+            "z_coef": z_coef * self.loss_scale if z_coef else 0.0,
+        }
+
+
+class MoELoRALinear(Routed, AdapterLinear):
     """A frozen linear with a mixture of low-rank experts, weighed for every token by a router.
 
         y_t = W x_t + Σ_e w_te · s · B_e A_e drop(x_t) + bias,   w = top-k of softmax(G x), s = alpha / r
@@ -91,7 +111,6 @@ class MoELoRALinear(AdapterLinear):
         self.dropout = checks.option(kind, "dropout", dropout, ("shared", "independent"))
         self.router = nn.Parameter(self.A.new_empty(experts, in_features))
         self.enabled = True
-        self.loss_scale: float | Tensor = 1.0
         self.stats: RouterStats | None = None
         self._make()
         self.reset_parameters()
@@ -143,18 +162,15 @@ class MoELoRALinear(AdapterLinear):
         """
         if not self.enabled:
             return nn.functional.linear(x, self.weight, self.bias)
-        training = self.training
-        convention = 1 if self.balance == "code" else 1 / (self.top_k or self.experts)
         y, stats = functional.moe_lora_linear(
             x,
             bias=self.bias,
             token_mask=token_mask,
             top_k=self.top_k,
             renormalize=self.renormalize,
-            dropout_p=self.dropout_p if training else 0.0,
+            dropout_p=self.dropout_p if self.training else 0.0,
             dropout=self.dropout,
-            balance_coef=self.balance_coef * convention * self.loss_scale if training and self.balance_coef else 0.0,
-            z_coef=self.z_coef * self.loss_scale if training and self.z_coef else 0.0,
+            **self._losses(self.balance_coef, self.z_coef, self.balance, self.top_k or self.experts),
             **self._mixture(),
         )
         self.stats = stats.detach()
@@ -188,7 +204,7 @@ class MoELoRALinear(AdapterLinear):
 
 
 def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
-    """Tell every mixture in `model` what its loss is multiplied by before backward.
+    """Tell every mixture in `model` (of `nn`, or of PEFT's GOAT) what its loss is multiplied by before backward.
 
         set_loss_scale(model, scaler.get_scale() / accumulation_steps)     # each step, before the forward pass
 
@@ -197,5 +213,5 @@ def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
         scale: GradScaler's scale, over the steps that a loss is divided by; a number, or a 0-d tensor.
     """
     for module in model.modules():
-        if isinstance(module, MoELoRALinear):
+        if isinstance(module, Routed):
             module.loss_scale = scale

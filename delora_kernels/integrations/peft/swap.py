@@ -79,6 +79,9 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
 
 def _describe(name: str, layer: Any) -> LayerReport:
     kind = type(layer)
+    own = getattr(kind, "fused_method", None)
+    if own is not None:  # a layer of this library, which runs fused of itself
+        return LayerReport(name, own, None)
     if fused_class(kind) is kind is peft_class(kind) and not isinstance(layer, FusedLoraLinear | FusedDeloraLinear):
         return LayerReport(name, _method(layer), f"{class_name(kind)} layers are not fused")
     plan = plan_of(layer)

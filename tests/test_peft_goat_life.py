@@ -1,0 +1,253 @@
+"""What PEFT lets people do with an adapter, done with GOAT's: save, load, switch, delete, target, cast, merge."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from goat_models import KINDS, config, layers, model, move, small
+from golden_cases import relative_error
+from safetensors.torch import load_file
+from tiny_llama import LAYERS, base, tokens
+from torch import Tensor, nn
+
+import delora_kernels as dk
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def train(made: nn.Module, x: Tensor, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        made(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def load(folder: Path, onto: nn.Module, **options: Any) -> Any:
+    """The adapter on a copy of a base model; a missing key, or one that has no place, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return peft.PeftModel.from_pretrained(copy.deepcopy(onto), folder, **options)
+
+
+def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    state, other = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == other.keys()
+    assert [k for k in state if not torch.equal(state[k], other[k])] == []
+    assert [k for k in state if state[k].dtype != other[k].dtype] == []
+
+
+@every_kind
+@pytest.mark.parametrize(("low_cpu_mem_usage", "dtype"), [(False, torch.float64), (True, torch.bfloat16)])
+def test_saved_and_loaded_it_goes_on_bit_for_bit(
+    kind: str, low_cpu_mem_usage: bool, dtype: torch.dtype, seed: int, tmp_path: Path
+) -> None:
+    onto, x = small(seed, dtype), batch(seed, dtype)
+    made = model(onto, **KINDS[kind])
+    train(made, x)
+    made.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.split(".goat_")[-1].split(".")[0] for key in saved} <= {
+        *("A", "B", "router", "lambda", "scale", "w_norm", "start_A", "start_B")
+    }
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "GOAT"
+    torch.manual_seed(seed + 1)  # another router, another random A, if they were not loaded
+    again = load(tmp_path, onto, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    check_equal(again, made)
+    assert torch.equal(again.train()(x), made(x))
+    for one in (made, again):
+        train(one, x)
+    check_equal(again, made)
+    theirs, ours = (one.peft_config["default"].to_dict() for one in (made, again))
+    assert {k for k in ours if ours[k] != theirs[k]} <= {"inference_mode", "auto_mapping"}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_start_that_is_not_saved_is_made_again_or_refused(low_cpu_mem_usage: bool, seed: int, tmp_path: Path) -> None:
+    onto, x = small(seed, torch.bfloat16), batch(seed, torch.bfloat16)
+    made = model(onto, save_start=False)
+    made.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("start" in key for key in saved)
+    again = load(tmp_path, onto, low_cpu_mem_usage=low_cpu_mem_usage)
+    check_equal(again, made)
+    for ours, theirs in zip(layers(again).values(), layers(made).values(), strict=True):
+        assert torch.equal(ours.goat_start_B["default"], theirs.goat_start_B["default"])
+    assert torch.equal(again(x), made.eval()(x))
+    with pytest.raises(RuntimeError, match="start of adapter 'default' can't be made again from this base weight"):
+        load(tmp_path, small(seed + 1, torch.bfloat16), low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_loaded_beside_another_switched_and_deleted(seed: int, tmp_path: Path) -> None:
+    """Two adapters of different sizes on different layers: each alone is what it was, a file holds one of them."""
+    onto, x = small(seed), batch(seed)
+    made = model(onto)
+    made.add_adapter("other", config(num_experts=3, r=1, target_modules=["first", "third"], init_weights=False))
+    made.set_adapter("other")
+    move(made)
+    outputs = {}
+    for name in ("default", "other"):
+        made.set_adapter(name)
+        outputs[name] = made.eval()(x)
+        trained = {key for key, p in made.named_parameters() if p.requires_grad}
+        assert trained == {key for key, _ in made.named_parameters() if "goat_" in key and key.endswith(name)}
+    with made.disable_adapter():
+        assert torch.equal(made(x), onto(x))
+    assert torch.equal(made(x), outputs["other"])
+    made.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        assert torch.equal(load(folder, onto)(x), outputs[name])
+    again = load(tmp_path, onto, adapter_name="one")
+    again.load_adapter(tmp_path / "other", "two")
+    assert torch.equal(again(x), outputs["default"])
+    again.set_adapter("two")
+    assert torch.equal(again(x), outputs["other"])
+    again.delete_adapter("two")
+    assert not any("two" in key for key in again.state_dict())
+    again.set_adapter("one")
+    assert torch.equal(again(x), outputs["default"])
+    assert not any(
+        "two" in getattr(layer, name) for layer in layers(again).values() for name in layer.other_param_names
+    )
+
+
+def test_layers_and_ranks_are_chosen_as_in_peft(seed: int) -> None:
+    llama = base(seed)
+    options = {"target_modules": ["q_proj", "up_proj"], "num_experts": 2, "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(
+        llama,
+        dk.GoatConfig(
+            r=2, layers_to_transform=[1], rank_pattern={"up_proj": 3}, modules_to_save=["lm_head"], **options
+        ),
+    )
+    found = {name.split("model.layers.")[1]: layer.r["default"] for name, layer in layers(made).items()}
+    assert found == {"1.self_attn.q_proj": 2, "1.mlp.up_proj": 3}
+    assert any("lm_head.modules_to_save" in name for name, p in made.named_parameters() if p.requires_grad)
+    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, exclude_modules=[r"0.mlp.up_proj", "q_proj"], **options))
+    assert [name.split("model.layers.")[1] for name in layers(made)] == ["1.mlp.up_proj"]
+    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear"))
+    assert len(layers(made)) == LAYERS
+    made.add_adapter("other", dk.GoatConfig(r=1, target_modules="all-linear"))
+    assert len(layers(made)) == LAYERS
+    assert "goat.PeftGoatLinear" in repr(made)
+    status = made.get_model_status()
+    assert (status.num_adapter_layers, status.peft_types) == (LAYERS, {"default": "GOAT", "other": "GOAT"})
+
+
+def test_modules_to_save_are_saved(seed: int, tmp_path: Path) -> None:
+    onto, x = small(seed), batch(seed)
+    made = model(onto, target_modules=["first"], modules_to_save=["third"])
+    train(made, x)
+    made.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path, onto)(x), made.eval()(x))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_pefts(autocast: bool, dtype: torch.dtype, seed: int) -> None:
+    onto = small(seed, dtype)
+    made = peft.get_peft_model(copy.deepcopy(onto), config(), autocast_adapter_dtype=autocast)
+    want = torch.float32 if autocast else dtype
+    for layer in layers(made).values():
+        names = ("goat_A", "goat_B", "goat_router", "goat_start_A", "goat_start_B")
+        assert {getattr(layer, name)["default"].dtype for name in names} == {want}
+        assert layer.goat_scale["default"].dtype == torch.float32
+        assert torch.equal(layer.goat_A["default"], layer.goat_start_A["default"])
+    y = made(batch(seed, dtype))
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(batch(seed, dtype))
+    assert y.dtype == torch.bfloat16
+
+
+def test_injected_without_a_peft_model(seed: int) -> None:
+    onto, x = small(seed), batch(seed)
+    made = peft.inject_adapter_in_model(config(), copy.deepcopy(onto))
+    move(made)
+    state = peft.get_peft_model_state_dict(made)
+    again = peft.inject_adapter_in_model(config(), copy.deepcopy(onto))
+    peft.set_peft_model_state_dict(again, state)
+    assert torch.equal(again(x), made(x))
+
+
+def test_whole_model_on_a_device_map(seed: int, tmp_path: Path) -> None:
+    """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change nothing."""
+    hf = pytest.importorskip("accelerate")
+    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    batch = tokens(seed, 2, 5)
+    logits = made(batch).logits
+    hf.dispatch_model(made, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(made(batch).logits, logits)
+    made.save_pretrained(tmp_path)
+    onto = hf.dispatch_model(base(seed), {"": "cpu"}, force_hooks=True)
+    assert torch.equal(peft.PeftModel.from_pretrained(onto, tmp_path)(batch).logits, logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, seed: int) -> None:
+    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    batch, grads = tokens(seed, 2, 5), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            made.enable_input_require_grads()
+        made.zero_grad()
+        made.train()(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+
+
+def test_deep_copy_is_another_model(seed: int) -> None:
+    made, x = model(small(seed)), batch(seed)
+    again = copy.deepcopy(made)
+    assert torch.equal(again(x), made(x))
+    train(again, x)
+    assert not torch.equal(again(x), made(x))
+    assert layers(again)["base_model.model.first"].options["default"] is again.peft_config["default"]
+
+
+def test_unload_gives_the_base_model(seed: int) -> None:
+    onto, x = small(seed), batch(seed)
+    plain = model(onto).unload()
+    assert torch.equal(plain(x), onto(x))
+    assert not layers(plain)
+
+
+def test_merging_a_mixture_is_refused_with_the_reason(seed: int) -> None:
+    onto, x = small(seed), batch(seed)
+    made = model(onto)
+    y = made.eval()(x)
+    for merge in (made.merge_adapter, made.merge_and_unload):
+        with pytest.raises(RuntimeError, match="'default' weighs its 4 experts anew for every token \\(top_k = 2\\)"):
+            merge()
+    assert torch.equal(made(x), y)
+    check_equal(made.unload(), onto)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_expert_merges(dtype: torch.dtype, seed: int) -> None:
+    onto, x = small(seed, dtype), batch(seed, dtype)
+    made = model(onto, num_experts=1, top_k=1, init_cof=0.7)
+    y = made.eval()(x)
+    made.merge_adapter(safe_merge=True)
+    # a merged weight is rounded once more
+    assert relative_error(made(x), y) <= (1e-13 if dtype == torch.float64 else 0.05)
+    with made.disable_adapter():
+        assert torch.equal(made(x), onto(x))
+    made.unmerge_adapter()
+    assert torch.equal(made(x), y)
+    plain = made.merge_and_unload()
+    assert relative_error(plain(x), y) <= (1e-13 if dtype == torch.float64 else 0.05)
+    assert not layers(plain)
