@@ -35,6 +35,7 @@ PUBLIC = {
         "GoatLinear",
         "LoRALinear",
         "MoELoRALinear",
+        "convert",
         "lambda_parameter_groups",
         "set_loss_scale",
     ],
