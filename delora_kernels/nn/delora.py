@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from delora_kernels import checks, functional, ops
 from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 
 STARTS = ("zero", "frozen_live", "frozen_paper")
 WEIGHT_NORMS = ("column", "frobenius")
@@ -181,7 +182,8 @@ def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common
 
         optimizer = torch.optim.AdamW(lambda_parameter_groups(model, lr=1e-3, lam_lr=1e-2))
 
-    A λ is `lam` of a DeLoRALinear, or a parameter whose name has the part `delora_lambda` (PEFT and the authors' code).
+    A λ is `lam` of a DeLoRALinear or DeLoRAMoELinear, or a parameter whose name has the part `delora_lambda` (PEFT and
+    the authors' code).
 
     Args:
         model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
@@ -197,7 +199,7 @@ def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common
 
     Source: the authors' training script, `glue_delora.py` of ExplainableML/DeLoRA.
     """
-    lams = {id(module.lam) for module in model.modules() if isinstance(module, DeLoRALinear)}
+    lams = {id(module.lam) for module in model.modules() if isinstance(module, (DeLoRALinear, DeLoRAMoELinear))}
     named = list(model.named_parameters(remove_duplicate=False))
     lams |= {id(parameter) for name, parameter in named if "delora_lambda" in name.split(".")}
     if not lams:
