@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import types
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import peft
 from benchmarks.busy import wait_politely_if_busy
 from benchmarks.finetune import text, train
 from benchmarks.finetune.config import Config
+from benchmarks.finetune.orders import orders
 from benchmarks.finetune.plots import running_mean
 from benchmarks.finetune.probe import MIB, kept_mib
 from benchmarks.finetune.summary import Result, largest, speed
-from benchmarks.finetune.verdict import FACTOR, WINDOW, judge
+from benchmarks.finetune.verdict import WINDOW, judge
 from benchmarks.machine import machine_info
 
 
@@ -70,29 +72,34 @@ def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None
     order: list[tuple[str, float]] = []
     monkeypatch.setattr(train, "step", lambda run, batch, lr, config: order.append((run, lr)))
     stream = iter([torch.zeros(1, 2, dtype=torch.int64)] * 3)
-    assert list(train.race(("a", "b"), "extra", stream, CONFIG)) == [1, 2, 3]  # type: ignore[arg-type]
+    assert list(train.race(("a", "b"), ("extra",), stream, CONFIG)) == [1, 2, 3]  # type: ignore[arg-type]
     assert [run for run, _ in order] == ["a", "b", "extra", "b", "a", "extra", "a", "b"]
     assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
 
 
-def test_only_the_yardstick_is_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, list[int]]] = []
-    monkeypatch.setattr(train, "step", lambda run, batch, *_: seen.append((run, batch.flatten().tolist())))
-    config = dataclasses.replace(CONFIG, steps=1, accumulation=3)
-    stream = iter([torch.arange(3).view(3, 1)])
-    assert list(train.race(("a", "b"), "extra", stream, config)) == [1]  # type: ignore[arg-type]
-    assert seen == [("a", [0, 1, 2]), ("b", [0, 1, 2]), ("extra", [2, 1, 0])]
+def test_a_run_takes_the_rows_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        train, "loss_of", lambda run, part, config: seen.append(part.flatten().tolist()) or run.model(part).loss
+    )
+    config = dataclasses.replace(CONFIG, batch_size=2, accumulation=2)
+    for order in (None, torch.tensor([3, 0, 2, 1])):
+        train.step(train.Run("toy", Product(), order=order), torch.arange(4).view(4, 1), 0.1, config)
+    assert seen == [[0, 1], [2, 3], [3, 0], [2, 1]]
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "parts"),
-    [(1, [[3], [2], [1], [0]]), (2, [[3, 1], [2, 0]]), (3, [[5, 2, 4], [1, 3, 0]])],
-)
-def test_reordered_deals_the_same_rows_to_other_parts(batch_size: int, parts: list[list[int]]) -> None:
-    rows = torch.arange(sum(map(len, parts))).view(-1, 1) * torch.ones(1, 5, dtype=torch.int64)
-    dealt = train.reordered(rows, batch_size)
-    assert [part[:, 0].tolist() for part in dealt.split(batch_size)] == parts
-    assert torch.equal(dealt[dealt[:, 0].argsort()], rows)
+@pytest.mark.parametrize(("parts", "part_size", "count"), [(2, 1, 0), (3, 1, 2), (2, 2, 2), (4, 1, 11), (2, 3, 9)])
+def test_orders_are_all_that_sum_differently(parts: int, part_size: int, count: int) -> None:
+    """The counts by hand: pairings of the first two parts, times orders of the others, less the given order."""
+    found = [order.tolist() for order in orders(parts, part_size)]
+    assert len(found) == count
+    assert all(sorted(order) == list(range(parts * part_size)) for order in found)
+
+
+def test_orders_sum_to_different_roundings() -> None:
+    x = torch.tensor([1.0, 2.0**-24, 2.0**-24, 1.0, -1.0, 2.0**-23], dtype=torch.float32)
+    sums = {tuple(part.sum().item() for part in x[order].split(3)) for order in islice(orders(2, 3), 9)}
+    assert len(sums) > 1
 
 
 class Product(torch.nn.Module):
@@ -179,27 +186,28 @@ def test_machine_info_names_the_machine() -> None:
     assert None not in (info["python"], info["transformers"], info["numpy"])
 
 
-def test_the_verdict_allows_twice_the_mean_and_no_more() -> None:
-    reordered = [1.0, 3.0] * 20
-    verdict = judge([2.0, 6.0] * 20, reordered)
-    assert (verdict.steps, verdict.fused.mean, verdict.reordered.largest) == (40, 4.0, 3.0)
-    assert FACTOR == 2.0
+def test_the_verdict_compares_with_the_eager_runs_furthest_apart() -> None:
+    eager = [[0.0] * 40, [1.0, 3.0] * 20, [4.0] * 40]  # apart by 2, 4 and 2 on average
+    verdict = judge([5.0, 6.999] * 20, eager)  # by 6, 4 and 2
+    assert (verdict.steps, verdict.eager_runs) == (40, 3)
+    assert dataclasses.astuple(verdict.fused) == pytest.approx((4.0, 4.0, 14 / 3), abs=1e-3)
+    assert dataclasses.astuple(verdict.spread) == pytest.approx((4.0, 4.0, 4.0))
     assert verdict.passed
-    assert "stay within 2 times" in verdict.words()
-    assert not judge([2.0, 6.001] * 20, reordered).passed
-    uneven = [1.0] * 180 + [2.0] * WINDOW  # 1.1 on average: here the mean alone decides
-    assert judge([2.19] * 200, uneven).passed
-    assert not judge([2.21] * 200, uneven).passed
-    assert not judge([1e-9] * 40, [0.0] * 40).passed
-    assert not judge([math.nan, *reordered[1:]], reordered).passed
-    assert not judge(reordered, [math.nan, *reordered[1:]]).passed
+    assert "stay within the spread of 3 eager runs" in verdict.words()
+    assert not judge([5.0, 7.001] * 20, eager).passed
+    assert not judge([1e-9] * 40, [[0.0] * 40, [0.0] * 40]).passed
+    for number in range(3):
+        broken = [list(run) for run in eager]
+        broken[number][0] = math.nan
+        assert not judge([0.5] * 40, broken).passed
+    assert not judge([math.nan, *[1.0] * 39], eager).passed
 
 
 def test_the_verdict_sees_curves_that_part_late() -> None:
-    reordered = [1.0] * 180 + [2.0] * WINDOW
-    late = [0.0] * 180 + [4.5] * WINDOW
-    verdict = judge(late, reordered)
-    assert verdict.fused.mean < verdict.reordered.mean
-    assert (verdict.fused.worst_window, verdict.reordered.worst_window) == pytest.approx((4.5, 2.0))
+    eager = [[0.0] * 200, [1.0] * 180 + [2.0] * WINDOW]
+    late = [0.5] * 180 + [5.0] * WINDOW
+    verdict = judge(late, eager)
+    assert verdict.fused.mean < verdict.spread.mean
+    assert (verdict.fused.worst_window, verdict.spread.worst_window) == pytest.approx((4.0, 2.0))
     assert not verdict.passed
-    assert judge(late[:190], reordered).steps == judge(late, reordered[:190]).steps == 190
+    assert judge(late[:190], eager).steps == judge(late, [run[:190] for run in eager]).steps == 190

@@ -5,6 +5,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,8 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(int, 0),
         default=15,
         metavar="STEPS",
-        help="steps of an eager run that is nudged at its start, or with --accumulation sums in another order; "
-        "0: none [%(default)s]",
+        help="steps of an eager run that is nudged at its start, or with --accumulation of runs that sum in other "
+        "orders; 0: none [%(default)s]",
+    )
+    add(
+        "--orders",
+        type=_at_least(int, 1),
+        metavar="RUNS",
+        help="eager runs that sum in other orders, with --accumulation; without it: 3, or as many as there are",
     )
     add("--no-times", dest="times", action="store_false", default=True, help="report no durations: a busy machine")
     add("--note", metavar="TEXT", help="kept in the report")
@@ -137,6 +144,19 @@ def _check_packages() -> None:
             raise Problem(f"the Python package {name!r} is missing: `pip install {name}`") from None
 
 
+def _orders(accumulation: int, batch_size: int, wanted: int | None) -> int:
+    """In how many other orders the sequences of a step are to be summed."""
+    from benchmarks.finetune.orders import orders
+
+    found = sum(1 for _ in islice(orders(accumulation, batch_size), wanted or 3))
+    if found < (wanted or 1):
+        raise Problem(
+            f"--accumulation {accumulation} with --batch-size {batch_size} has {found} other orders of summation, of "
+            f"{wanted or 1} wanted: give fewer --orders, more --accumulation or --batch-size, or --yardstick 0"
+        )
+    return found
+
+
 def _settings(args: argparse.Namespace) -> Config:
     """Check the files and fill in the defaults that depend on the device."""
     import torch
@@ -151,11 +171,7 @@ def _settings(args: argparse.Namespace) -> Config:
         raise Problem(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
     gpu = device.startswith("cuda")
     batch_size = args.batch_size or (16 if gpu else 2)
-    if args.yardstick and args.accumulation == 2 and batch_size == 1:
-        raise Problem(
-            "two gradients have one sum in either order, so --accumulation 2 with --batch-size 1 has no yardstick: "
-            "give --batch-size 2, --accumulation 3 or --yardstick 0"
-        )
+    orders = _orders(args.accumulation, batch_size, args.orders) if args.yardstick and args.accumulation > 1 else 0
     dtype = args.dtype or ("bf16" if gpu or _fast_bf16_on_cpu() else "fp32")
     steps = args.steps or 60
     default_minutes = None if gpu or args.steps else 5.0
@@ -182,6 +198,7 @@ def _settings(args: argparse.Namespace) -> Config:
         checkpointing=args.checkpointing,
         accumulation=args.accumulation,
         scaler=args.scaler,
+        orders=orders,
         times=args.times,
         note=args.note,
     )

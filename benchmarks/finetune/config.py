@@ -32,13 +32,14 @@ class Config:
         device: `cuda`, `cuda:1`, `cpu`, ...
         threads: CPU threads; None: torch's choice.
         minutes: the whole run, loading included, takes fewer steps if that keeps it within this; None: no limit.
-        yardstick: steps of one more eager run that shows how far rounding alone drives losses apart: summed in another
-            order where `accumulation` > 1, else slightly nudged at its start.
+        yardstick: steps of further eager runs that show how far rounding alone drives losses apart: summed in other
+            orders where `accumulation` > 1, else one slightly nudged at its start.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.
         checkpointing: recompute each block's activations in the backward pass (Transformers', non-reentrant).
         accumulation: forward and backward passes whose gradients one step sums.
         scaler: scale the loss with `torch.amp.GradScaler`.
+        orders: runs that sum in other orders.
         times: report how long steps take.
         note: what the record says about itself.
     """
@@ -65,6 +66,7 @@ class Config:
     checkpointing: bool = False
     accumulation: int = 1
     scaler: bool = False
+    orders: int = 0
     times: bool = True
     note: str | None = None
 
@@ -80,7 +82,7 @@ class Config:
 
     @property
     def reordered(self) -> bool:
-        """Whether the yardstick sums in another order; else it starts nudged."""
+        """Whether the yardsticks sum in other orders; else there is one that starts nudged."""
         return self.accumulation > 1
 
     @property

@@ -2,7 +2,9 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.finetune import model, text
 from benchmarks.finetune.config import Config, Problem
+from benchmarks.finetune.orders import orders
 from benchmarks.finetune.report import FILES, write
 from benchmarks.finetune.summary import Result, printed
 from benchmarks.finetune.train import Run, evaluate, probe, race
@@ -91,13 +94,19 @@ def _prepare(config: Config, source: model.Source, documents: list[str]) -> tupl
     fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
-    yardstick = None
-    if config.yardstick:
-        name = "eager, summed in another order" if config.reordered else "eager, nudged at the start"
-        yardstick = Run(name, model.twin(adapted), scaler=_scaler(config))
-        if not config.reordered:
-            model.nudge(yardstick.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
-    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardstick), data
+    yardsticks = list(_yardsticks(config, adapted)) if config.yardstick else []
+    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardsticks), data
+
+
+def _yardsticks(config: Config, adapted: torch.nn.Module) -> Iterator[Run]:
+    """Eager runs that show how far rounding alone drives losses apart."""
+    if config.reordered:
+        for order in islice(orders(config.accumulation, config.batch_size), config.orders):
+            yield Run("eager, summed in other orders", model.twin(adapted), scaler=_scaler(config), order=order)
+    else:
+        nudged = Run("eager, nudged at the start", model.twin(adapted), scaler=_scaler(config))
+        model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
+        yield nudged
 
 
 def _scaler(config: Config) -> torch.amp.GradScaler:
@@ -134,7 +143,7 @@ def _measure(result: Result, data: Data, began: float) -> None:
     reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
     deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for _ in race(pair, result.yardstick, stream, config, deadline):
+        for _ in race(pair, result.yardsticks, stream, config, deadline):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",

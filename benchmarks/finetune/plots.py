@@ -38,18 +38,18 @@ def loss(result: Result) -> Figure:
 
 
 def _differences(axes: Axes, result: Result) -> None:
-    """How far the accelerated run and the yardstick are from eager; bold: the means that the verdict compares."""
+    """How far the accelerated run and the yardsticks are from eager; bold: means like the verdict's."""
     long = result.verdict() is not None and result.steps > WINDOW
-    for run, colour, style in ((result.fused, FUSED, "-"), (result.yardstick, YARDSTICK, "--")):
-        if run is None or not run.losses:
-            continue
+    yardsticks = result.nudged_or_reordered
+    for run, colour, style in (*((run, YARDSTICK, "--") for run in yardsticks), (result.fused, FUSED, "-")):
+        label = run.name if run is result.fused or run is yardsticks[0] else None  # one line of the legend for all
         apart = result.differences(run)
         steps = range(1, len(apart) + 1)
         if long:
             axes.plot(steps, apart, color=colour, linewidth=0.5, alpha=0.5)
-            axes.plot(steps[WINDOW - 1 :], running_mean(apart, WINDOW)[WINDOW - 1 :], color=colour, label=run.name)
+            axes.plot(steps[WINDOW - 1 :], running_mean(apart, WINDOW)[WINDOW - 1 :], color=colour, label=label)
         else:
-            axes.plot(steps, apart, color=colour, linestyle=style, label=run.name)
+            axes.plot(steps, apart, color=colour, linestyle=style, label=label)
     axes.set_ylabel("|loss − eager's loss|" + f"\nbold: mean of {WINDOW}" * long, linespacing=1.5)
 
 

@@ -27,7 +27,7 @@ class Result:
         fusion: what `accelerate()` reported.
         eager: PEFT as it comes.
         fused: the same model, accelerated.
-        yardstick: PEFT again, its sums in another order or its start changed by one rounding error; None: not wanted.
+        yardsticks: PEFT again, with its sums in other orders, or once with its start changed by one rounding error.
         end: why the run ended early; None if it did not.
         interrupted: whether that was Ctrl-C.
     """
@@ -38,7 +38,7 @@ class Result:
     fusion: str
     eager: Run
     fused: Run
-    yardstick: Run | None = None
+    yardsticks: Sequence[Run] = ()
     end: str | None = None
     interrupted: bool = False
 
@@ -46,6 +46,11 @@ class Result:
     def steps(self) -> int:
         """Steps that both runs have finished."""
         return min(len(self.eager.step_ms), len(self.fused.step_ms))
+
+    @property
+    def nudged_or_reordered(self) -> list[Run]:
+        """The yardsticks that have finished a step."""
+        return [run for run in self.yardsticks if run.losses]
 
     def losses(self, run: Run) -> list[float]:
         """Losses of the steps that both runs have finished."""
@@ -60,10 +65,10 @@ class Result:
         return [abs(a - b) for a, b in zip(run.losses, self.losses(self.eager), strict=False)]
 
     def verdict(self) -> Verdict | None:
-        """Whether the accelerated run is as close to eager as eager reordered is; None without a reordered run."""
-        if self.yardstick is None or not self.yardstick.losses or not self.config.reordered:
+        """Whether the accelerated run is within the spread of the eager runs; None without reordered ones."""
+        if not self.nudged_or_reordered or not self.config.reordered:
             return None
-        return judge(self.differences(self.fused), self.differences(self.yardstick))
+        return judge(self.fused.losses, [self.eager.losses, *(run.losses for run in self.nudged_or_reordered)])
 
     def speedup(self) -> float:
         """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a step."""
@@ -127,12 +132,12 @@ def _losses(result: Result) -> list[Row]:
     table.append(Row("largest loss difference", ("", f"{largest(apart):.2g}"), f"over {len(apart)} steps"))
     verdict = result.verdict()
     if verdict is not None:
-        names = ("mean loss difference", f"  worst {WINDOW} steps", "  worst step")
-        pairs = zip(astuple(verdict.fused), astuple(verdict.reordered), strict=True)
+        names = ("mean distance to eager runs", f"  worst {WINDOW} steps", "  worst step")
+        pairs = zip(astuple(verdict.fused), astuple(verdict.spread), strict=True)
         for name, (one, other) in zip(names, pairs, strict=True):
-            table.append(Row(name, ("", f"{one:.2g}"), f"reordered: {other:.2g}"))
-    elif result.yardstick is not None and result.yardstick.losses:
-        drift = result.differences(result.yardstick)
+            table.append(Row(name, ("", f"{one:.2g}"), f"eager runs: {other:.2g}"))
+    elif result.nudged_or_reordered:
+        drift = result.differences(result.nudged_or_reordered[0])
         cells = ("", f"{largest(apart[: len(drift)]):.2g}")
         table.append(Row(f"  in the first {len(drift)} steps", cells, f"nudged: {largest(drift):.2g}"))
     return table
@@ -197,9 +202,12 @@ def tokens(config: Config) -> str:
 
 
 def _caption(result: Result) -> str | None:
-    """What the table calls the yardstick."""
-    if result.yardstick is None or not result.yardstick.losses:
+    """What the table calls the yardsticks."""
+    if not result.nudged_or_reordered:
         return None
     if result.config.reordered:
-        return "reordered: eager once more, the sequences of each step dealt to its parts in another order"
+        return (
+            f"eager runs: the two furthest apart of {1 + len(result.nudged_or_reordered)} that differ in the order of "
+            "summation alone"
+        )
     return "nudged: eager once more, its adapters changed at the start by at most one rounding error"

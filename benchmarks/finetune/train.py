@@ -26,6 +26,7 @@ class Run:
         kept_mib: what one forward pass keeps for backward, in MiB.
         heldout: held-out loss before and after training.
         scaler: scales the loss; a disabled one leaves everything as it is.
+        order: the order in which this run takes the rows of a batch, int64 `[sequences_per_step]`; None: as they come.
         skipped: steps that the scaler skipped because a gradient overflowed.
     """
 
@@ -37,6 +38,7 @@ class Run:
     kept_mib: float | None = None
     heldout: list[float] = field(default_factory=list)
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    order: torch.Tensor | None = None
     skipped: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
         resident = torch.cuda.memory_allocated(batch.device)
     start = time.perf_counter()
     losses = []
+    if run.order is not None:
+        batch = batch[run.order.to(batch.device)]
     for part in batch.split(config.batch_size):
         loss = loss_of(run, part, config)
         run.scaler.scale(loss / config.accumulation).backward()
@@ -106,24 +110,9 @@ def probe(run: Run, batch: torch.Tensor, config: Config) -> None:
     run.kept_mib = kept_mib(run.model, lambda: loss_of(run, batch.to(config.device), config))
 
 
-def reordered(batch: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The same rows, dealt to the parts of a step anew and backwards: the same gradient, summed in another order.
-
-    Going backwards alone would not do: two parts have one sum, whichever comes first.
-
-    Args:
-        batch: `[sequences_per_step, seq_len]`.
-        batch_size: rows of one part.
-
-    Returns:
-        `[sequences_per_step, seq_len]`, a part holding rows of different parts of `batch`.
-    """
-    return batch.view(-1, batch_size, batch.shape[-1]).transpose(0, 1).flatten(0, 1).flip(0)
-
-
 def race(
     pair: Sequence[Run],
-    extra: Run | None,
+    extras: Sequence[Run],
     stream: Iterator[torch.Tensor],
     config: Config,
     deadline: float = float("inf"),
@@ -134,7 +123,7 @@ def race(
 
     Args:
         pair: the runs to compare.
-        extra: a run that goes along, last, for the first `config.yardstick` steps; `reordered` if the config says so.
+        extras: runs that go along, last, for the first `config.yardstick` steps.
         stream: batches `[sequences_per_step, seq_len]`.
         config: steps, warm-up, learning rate.
         deadline: the value of `time.monotonic()` by which to be done; the first step is always taken.
@@ -148,7 +137,7 @@ def race(
         lr = config.lr * min(1.0, (done + 1) / (config.warmup + 1))
         for run in pair if done % 2 == 0 else reversed(pair):
             step(run, batch, lr, config)
-        if extra is not None and done < config.yardstick:
-            step(extra, reordered(batch, config.batch_size) if config.reordered else batch, lr, config)
+        for run in extras if done < config.yardstick else ():
+            step(run, batch, lr, config)
         lasted = time.monotonic() - began
         yield done + 1

@@ -3,12 +3,17 @@
 Every implementation's output and gradients are compared with the reference in float64 on the same tensors, on the
 device. For each, error = max |a − b| / max |b| and
 
-    limit = 2 · e + ROUNDINGS · ε / 2
+    limit = 2 · e + ROUNDINGS · (ε / 2) · (1 + κ)
 
 with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype) over the inputs and
-NEIGHBOURS of them that differ in their last bits, ε of the coarsest dtype. This is the limit of delora_kernels.testing
-without its κ, whose many float64 passes a benchmark of full-sized layers can't afford; neighbours stand in for it.
-Dropout is off: no two implementations share a mask, and tests prove ours.
+NEIGHBOURS of them that differ in their last bits, ε of the coarsest dtype, and κ = 0 except where the result is one
+number g, DeLoRA's dλ: a maximum over many elements shows how far rounding goes, one number may be right by luck. There
+
+    κ = √Σ_i (i · ∂g/∂i)² / |g|     over every element i of the inputs
+
+is how many times the relative rounding of each input, independent of the others, moves g. This is the limit of
+delora_kernels.testing with fewer float64 passes, which full-sized layers can't afford. Dropout is off: no two
+implementations share a mask, and tests prove ours.
 """
 
 from collections.abc import Iterator
@@ -62,7 +67,8 @@ class Gate:
             truth = self.expected if number == 0 else _oracle(layer, near)
             for name, result in _eager(layer, _cast(near, narrow) if autocast else near).items():
                 errors[name] = max(errors[name], error(result, truth[name]))
-        self.limits = {name: 2 * e + ROUNDINGS * coarsest / 2 for name, e in errors.items()}
+        kappa = {name: _kappa(layer, name) if result.numel() == 1 else 0.0 for name, result in self.expected.items()}
+        self.limits = {name: 2 * e + ROUNDINGS * coarsest / 2 * (1 + kappa[name]) for name, e in errors.items()}
 
     def judge(self, results: Results) -> Verdict:
         """Compare one implementation's results: all of them must be there."""
@@ -101,6 +107,18 @@ def _results(layer: Layer, function: Any, inputs: dict[str, Any]) -> Results:
         y = function(**arguments | leaves)
     grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad_out"]) if both else ()
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def _kappa(layer: Layer, name: str) -> float:
+    """κ of the gradient `name`, one number, by the derivative of the reference's derivative in float64."""
+    inputs = _cast(layer.inputs, torch.float64)
+    leaves = [value.requires_grad_() for value in inputs.values() if isinstance(value, Tensor)]
+    y = getattr(reference, layer.method.function)(**{each: inputs[each] for each in inputs if each != "grad_out"})
+    (g,) = torch.autograd.grad(y, inputs[name.removeprefix("d")], inputs["grad_out"], create_graph=True)
+    moves = torch.autograd.grad(g.sum(), leaves, allow_unused=True)
+    with torch.no_grad():
+        terms = [(leaf * move).square().sum() for leaf, move in zip(leaves, moves, strict=True) if move is not None]
+        return float(torch.stack(terms).sum().sqrt() / g.abs().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
