@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "delora_kernels/version.py
 
 PEFT = ["peft>=0.18", "transformers>=4.56"]
 TRL = [*PEFT, "trl>=0.22"]
-BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich", "tqdm"]
+BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "safetensors", "setuptools>=77", *TRL]
 TEST += ["triton>=3.3; platform_system == 'Linux'"]  # the CPU builds of torch come without
 DEV = [*BENCH, *TEST, "mypy", "ruff"]
@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=["delora_kernels", "delora_kernels.*"]),
     package_data={"delora_kernels": ["py.typed"]},
     python_requires=">=3.10",  # this and the lower bounds of torch, PEFT and Transformers: integrations/supported.py
-    install_requires=["numpy", "packaging", "torch>=2.7"],
+    install_requires=["numpy", "packaging", "torch>=2.7", "tqdm>=4.60"],
     extras_require={"peft": PEFT, "trl": TRL, "bench": BENCH, "test": TEST, "dev": DEV},
     classifiers=[
         "Development Status :: 4 - Beta",

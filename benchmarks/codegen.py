@@ -38,7 +38,7 @@ def compile_variant(variant: Variant, arch: str, ones: bool = False) -> dict[str
     """
     names, held = variant.function.arg_names, variant.function.do_not_specialize or ()
     free = {"threshold", *(names[i] if isinstance(i, int) else i for i in held)}
-    floats = {"factor", "scale", "inverse", "sign", "eps"}
+    floats = {"factor", "scale", "inverse", "sign", "eps", "count"}
     signature, constants = {}, dict(variant.constants)
     for name in names:
         if name in variant.pointers:

@@ -11,7 +11,14 @@ from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.rank_gemm import GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
-from delora_kernels.backends.triton.route import blocks, route_backward_kernel, route_kernel, warps
+from delora_kernels.backends.triton.route import (
+    blocks,
+    route_backward_kernel,
+    route_kernel,
+    route_totals_kernel,
+    totals_blocks,
+    warps,
+)
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
 from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, scaled_kernel
 from delora_kernels.backends.triton.times_small import times_small_kernel
@@ -173,6 +180,9 @@ EXPERT_RANKS = (1, 4, 16)
 
 def _gating() -> Iterator[Variant]:
     """A mixture's gating and its gradient, for few and many experts, low and high ranks, each way to weigh."""
+    for E in EXPERTS:
+        pointers = dict.fromkeys(("SUMS", "FRACTION", "PROBABILITY", "Z"), "fp32")
+        yield Variant("route_totals", f"E={E}", route_totals_kernel, pointers, totals_blocks(E), {})
     for small in ("fp32", "bf16"):
         for E in EXPERTS:
             for r in EXPERT_RANKS if E == 8 else (4,):
@@ -182,7 +192,7 @@ def _gating() -> Iterator[Variant]:
                     flags |= {"RENORMALIZE": not given} | blocks(E, r)
                     config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E)}
                     forward = {"H": small, "GATES": "fp32", "SCALE": "fp32", "SHARE": "fp32", "V": small, "W": "fp32"}
-                    forward |= dict.fromkeys(("F_SUM", "P_SUM", "Z_SUM"), "fp32")
+                    forward["SUMS"] = "fp32"
                     yield Variant("route", config, route_kernel, forward, flags | {"K": 0 if given else 2}, options)
                     backward = {"DV": small, "H": small, "DH": small, "W": "fp32", "SCALE": "fp32", "SHARE": "fp32"}
                     backward |= dict.fromkeys(("DP", "DZ", "DGATES", "DS_SUM"), "fp32")

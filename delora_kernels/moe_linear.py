@@ -59,15 +59,20 @@ def _factors(
     dtype: torch.dtype,
 ) -> _Factors:
     E, N, r = B.shape
-    rows = [A.flatten(0, -2)] + ([] if router is None else [router])
-    columns = B.transpose(0, 1).reshape(N, E * r)
-    trained_rows = rows[0].shape[0] + (0 if router is None else E)
-    if frozen_A is not None and frozen_B is not None and residual is not None:
-        rows.append(frozen_A.flatten(0, -2))
-        subtracted = frozen_B * (-residual)[:, None, None]
-        columns = torch.cat([columns, subtracted.transpose(0, 1).flatten(1)], dim=1)
-    stacked = rows[0] if len(rows) == 1 else torch.cat([part.to(dtype) for part in rows])
-    return _Factors(stacked.to(dtype), columns.to(dtype), E, r, trained_rows, A.dim() == 2)
+    R, trained_rows = E * r, A.shape[:-1].numel() + (0 if router is None else E)
+    start = () if frozen_A is None or frozen_B is None or residual is None else (frozen_A, frozen_B, residual)
+    columns = B.new_empty((N, R + (start[1].shape[0] * start[1].shape[2] if start else 0)), dtype=dtype)
+    columns[:, :R].unflatten(1, (E, r)).copy_(B.transpose(0, 1))  # cast on the way
+    if start:
+        subtracted = start[1] * (-start[2])[:, None, None]
+        columns[:, R:].unflatten(1, (len(start[1]), -1)).copy_(subtracted.transpose(0, 1))
+    parts = [A.flatten(0, -2), *([] if router is None else [router]), *([start[0].flatten(0, -2)] if start else [])]
+    rows = parts[0].to(dtype)
+    if len(parts) > 1:
+        rows = A.new_empty((sum(map(len, parts)), A.shape[-1]), dtype=dtype)
+        for here, part in zip(rows.split([len(part) for part in parts]), parts, strict=True):
+            here.copy_(part)
+    return _Factors(rows, columns, E, r, trained_rows, A.dim() == 2)
 
 
 class _Stages(NamedTuple):
@@ -201,7 +206,7 @@ def _gradients(ctx: Any, dy: Tensor, dP: Tensor, dz: Tensor, saved: Any) -> tupl
         grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
     if need_dv:
         if saved.balance_coef is not None:  # of balance_loss("code")
-            dP = dP + saved.balance_coef * E * saved.fraction
+            dP = torch.addcmul(dP, saved.fraction, saved.balance_coef, value=E)
         if saved.z_coef is not None:
             dz = dz + saved.z_coef
         dh, grad["gates"], grad["scale"] = stages.route_backward(

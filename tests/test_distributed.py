@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import accelerator, ddp, fsdp1, fsdp2, tensor_parallel
+from distributed import accelerator, ddp, fsdp1, fsdp2, mixtures, tensor_parallel
 from distributed.blocks import LAYERS
 from distributed.launch import on_two_processes
 
@@ -25,6 +25,13 @@ def test_ddp(method: str, seed: int) -> None:
 def test_ddp_with_checkpointing(method: str, seed: int) -> None:
     cases = [(method, seed, True, options, True) for options in ({}, {"static_graph": True})]
     assert on_two_processes(ddp.train, *cases) == [[2 * LAYERS] * len(cases)] * 2
+
+
+def test_ddp_of_mixtures(seed: int) -> None:
+    """With their balance losses; checkpointing of both kinds."""
+    cases = [(seed, reentrant, {}) for reentrant in (None, False, True)]
+    cases += [(seed, None, options) for options in DDP_OPTIONS[1:3]]
+    assert on_two_processes(mixtures.train, *cases) == [[None] * len(cases)] * 2
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -42,6 +42,7 @@ PUBLIC = {
         "GoatLinear",
         "LoRALinear",
         "MoELoRALinear",
+        "convert",
         "lambda_parameter_groups",
         "router_parameter_groups",
         "set_loss_scale",

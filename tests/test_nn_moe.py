@@ -6,57 +6,18 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import relative_error
-from torch import Tensor, nn
+from nn_mixtures import KINDS, Stack, expected, expected_loss, leaves_of, loss_of, make
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from delora_kernels import reference
-from delora_kernels.nn import DeLoRAMoELinear, GoatLinear, MoELoRALinear, set_loss_scale
+from delora_kernels.nn import MoELoRALinear, lambda_parameter_groups, set_loss_scale
 
-KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "moe": (MoELoRALinear, {}),
-    "dense": (MoELoRALinear, {"top_k": None, "alpha": 3.0}),
-    "goat": (GoatLinear, {}),
-    "goat-folded": (GoatLinear, {"residual": "folded", "scaling": "goat-s", "init_cof": 0.3}),
-    "delora": (DeLoRAMoELinear, {"lam": 2.0}),
-}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
 def fresh(seed: int) -> None:
     torch.manual_seed(seed)
-
-
-def make(kind: str, dtype: torch.dtype = torch.float64, trained: bool = True, **options: Any) -> tuple[Any, nn.Linear]:
-    """A module of a kind, moved away from its start if `trained`, and the linear it was made from."""
-    cls, own = KINDS[kind]
-    linear = nn.Linear(16, 12, dtype=dtype)
-    module = cls.from_linear(linear, **{"r": 2, "experts": 4} | own | options)
-    if trained:
-        for parameter in (p for p in module.parameters() if p.requires_grad):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return module, linear
-
-
-def expected(module: Any, leaves: dict[str, Tensor], x: Tensor) -> Any:
-    """What the reference makes of the module's tensors."""
-    state = {name: value.detach() for name, value in module.state_dict().items()} | leaves
-    arguments: dict[str, Any] = {name: state[name] for name in ("A", "B", "router", "weight", "bias")}
-    if isinstance(module, GoatLinear):
-        arguments["scale"] = state["expert_scale"]
-        if module.residual == "stacked":
-            residual = module.init_cof * state["expert_scale"]
-            arguments |= {"frozen_A": state["frozen_A"], "frozen_B": state["frozen_B"], "residual": residual}
-        else:
-            arguments["weight"] = state["residual_weight"]
-    elif isinstance(module, DeLoRAMoELinear):
-        A, B = arguments["A"], arguments["B"]
-        arguments["A"] = A / A.norm(dim=2, keepdim=True).clamp(min=1e-4) * state["weight"].norm(dim=0)
-        arguments["B"] = B / B.norm(dim=1, keepdim=True).clamp(min=1e-4)
-        arguments["scale"] = state["lam"] / 2
-    else:
-        arguments["scale"] = module.alpha / 2
-    return reference.moe_lora_linear(x, top_k=module.top_k, **arguments)
 
 
 @every_kind
@@ -66,7 +27,7 @@ def test_output_and_gradients_are_the_references(kind: str) -> None:
     grad_out = torch.randn(3, 5, 12, dtype=torch.float64)
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     assert names == {"A", "B", "router"} | ({"lam"} if kind == "delora" else set())
-    leaves = {name: module.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    leaves = leaves_of(module)
     y, stats = expected(module, leaves, x)
     loss = (y * grad_out).sum() + 0.4 * stats.balance_loss("paper") + 0.2 * stats.z
     want = torch.autograd.grad(loss, [x, *leaves.values()])
@@ -154,6 +115,32 @@ def test_loss_scale_and_accumulation(as_tensor: bool) -> None:
     assert relative_error(module.router.grad, S * want) <= 1e-12
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_grad_scaler(reentrant: bool | None) -> None:
+    """Steps under a GradScaler that grows, meets an infinity and backs off: those of the loss with balance losses."""
+    stack, x = Stack(reentrant), torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+    leaves, exact = leaves_of(stack), copy.deepcopy(stack)
+    ours = torch.optim.SGD([p for p in stack.parameters() if p.requires_grad], lr=1e-2)
+    theirs = torch.optim.SGD(leaves.values(), lr=1e-2)
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1), []
+    for step in range(4):
+        scales.append(scaler.get_scale())
+        set_loss_scale(stack, scales[-1])
+        scaler.scale(loss_of(stack(x))).backward()
+        if step == 1:
+            stack.layers[0].router.grad[0, 0] = torch.inf
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+        if step != 1:
+            expected_loss(exact, leaves, x.detach()).backward()
+            theirs.step()
+            theirs.zero_grad()
+    assert scales == [2.0**10, 2.0**11, 2.0**10, 2.0**11]
+    for name, leaf in leaves.items():
+        assert relative_error(stack.get_parameter(name), leaf) <= 1e-12, name
+
+
 def test_compiled_module_is_the_module() -> None:
     module, _ = make("goat", torch.float32, balance_coef=0.3)
     x, grads = torch.randn(9, 16), []
@@ -184,6 +171,14 @@ def test_padding_is_left_out_of_the_statistics() -> None:
     assert torch.equal(y, module(x))
     module(x[:, :4])
     assert relative_error(stats.probability, module.stats.probability) <= 1e-14
+
+
+def test_experts_strengths_are_lambdas() -> None:
+    """lambda_parameter_groups finds λ of normalised experts too."""
+    module, _ = make("delora")
+    rest, lams = lambda_parameter_groups(nn.Sequential(module), lr=1e-3, lam_lr=1e-2)
+    assert [id(p) for p in lams["params"]] == [id(module.lam)]
+    assert {id(p) for p in rest["params"]} == {id(p) for p in (module.A, module.B, module.router)}
 
 
 def test_every_expert_can_be_trained(seed: int) -> None:

@@ -104,7 +104,7 @@ def test_metadata(metadata: Message) -> None:
 def test_requirements_are_the_supported_ranges(metadata: Message) -> None:
     requirements = metadata.get_all("Requires-Dist") or []
     always = [requirement for requirement in requirements if "extra" not in requirement]
-    assert sorted(always) == ["numpy", "packaging", f"torch>={supported.TABLE['torch'].oldest}"]
+    assert sorted(always) == ["numpy", "packaging", f"torch>={supported.TABLE['torch'].oldest}", "tqdm>=4.60"]
     of_peft = sorted(name.partition(";")[0] for name in requirements if name.endswith('extra == "peft"'))
     assert of_peft == [f"{name}>={supported.TABLE[name].oldest}" for name in ("peft", "transformers")]
 

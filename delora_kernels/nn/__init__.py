@@ -1,6 +1,7 @@
 """Modules that own an adapter's parameters: initialisation, merging, state dict; the maths is in `functional`."""
 
 from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.conversion import convert
 from delora_kernels.nn.delora import DeLoRALinear
 from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
@@ -17,6 +18,7 @@ __all__ = [
     "GoatLinear",
     "LoRALinear",
     "MoELoRALinear",
+    "convert",
     "lambda_parameter_groups",
     "router_parameter_groups",
     "set_loss_scale",

@@ -79,7 +79,7 @@ class AdapterLinear(nn.Module):
     @classmethod
     def _around(cls, linear: nn.Module, **options: Any) -> Self:
         """A new module on the tensors of `linear`, on its device and in its mode."""
-        base = _base_of(f"{cls.__name__}.from_linear", linear)
+        base = base_of(f"{cls.__name__}.from_linear", linear)
         N, K = base.weight.shape
         module = cls(K, N, bias=base.bias is not None, device="meta", dtype=base.weight.dtype, **options)
         for name in ("weight", "bias"):
@@ -243,7 +243,8 @@ def _float_dtype(kind: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _base_of(function: str, linear: Any) -> FrozenLinear:
+def base_of(function: str, linear: Any) -> FrozenLinear:
+    """The weight and bias that an adapter can be put on, or the TypeError that says why there are none."""
     if type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None:
         return FrozenLinear(linear.weight, linear.bias)
     base = FrozenLinear.of(linear) if isinstance(linear, nn.Module) else f"it is a {type(linear).__name__}"

@@ -21,7 +21,7 @@ from delora_kernels import use_backend
 from delora_kernels.backends.triton import forms
 from delora_kernels.testing.errors import relative_error
 
-T, K, N, R = 96, 56, 72, 5
+T, K, N, R, E = 96, 56, 72, 5, 2
 SIZES = {"x": T * K, "y": T * N, "W": N * K}
 
 FORWARD = {"x": 1, "W": 1}, {"y": 1}
@@ -53,6 +53,10 @@ LAUNCHES = {
     ("dora", forms.UPDATE): (5, 7),
     ("dora", forms.PREFILL): (5, 6),
     ("dora", forms.OWN): (4, 6),
+    # the gating and its sums over tokens, in place of the cast of the factors; the gating's gradient
+    ("moe_lora", forms.UPDATE): (5, 7),
+    ("moe_lora", forms.PREFILL): (5, 6),
+    ("moe_lora", forms.OWN): (4, 6),
 }
 """Launches of a forward and of a backward pass with float32 adapters under bfloat16 autocast, library GEMM included."""
 
@@ -71,6 +75,9 @@ def arguments(method: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> di
 
     made: dict[str, Any] = {"x": normal(T, K).to(dtype).requires_grad_(), "weight": normal(N, K).to(dtype)}
     made |= {"A": normal(R, K).requires_grad_(), "B": normal(N, R).requires_grad_()}
+    if method == "moe_lora":
+        made |= {"A": normal(E, R, K).requires_grad_(), "B": normal(E, N, R).requires_grad_()}
+        made |= {"router": normal(E, K).requires_grad_(), "top_k": 1, "balance_coef": 0.1}
     if method == "dora":
         made["magnitude"] = normal(N).abs().requires_grad_()
     if method == "delora":
@@ -92,12 +99,13 @@ def counted(method: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> tupl
     with use_backend("triton"):
         with torch.autocast("cpu", dtype), Traffic(SIZES) as forward:
             y = getattr(F, f"{method}_linear")(**made)
+            y = y[0] if method == "moe_lora" else y
         with Traffic(SIZES) as backward:
             y.backward(dy)
     return forward, backward
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora", "moe_lora"])
 def test_passes_and_launches(method: str, form: str, seed: int) -> None:
     forward, backward = counted(method, seed)
     extra = DORA[form] if method == "dora" else (({}, {}), ({}, {}))

@@ -32,7 +32,7 @@ def _add(PARTS, OUT, i, parts, M):
     tl.store(OUT + i, _total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
     """BLOCK elements of OUT [M] = Σ_p PARTS[p]."""
     _add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
@@ -49,7 +49,7 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["elements", "dv_parts", "parts"])
 def finish_dy_kernel(
     DV_PARTS, PRODUCT_PARTS, SUM_PARTS, DOT_PARTS, B, COLUMN, DIVISOR, DV, DB, SUMS, DM,
     dv_parts, parts, elements, N, R, stride_bn, stride_br,

@@ -12,7 +12,7 @@ from delora_kernels.backends.triton.launch import guard, rows
 _BT, _BC = 32, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def mask_kernel(SEED, MASK, T, K, threshold, BT: tl.constexpr, BC: tl.constexpr):
     """One tile [BT, BC] of a bool mask [T, K]."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
@@ -22,7 +22,7 @@ def mask_kernel(SEED, MASK, T, K, threshold, BT: tl.constexpr, BC: tl.constexpr)
     tl.store(MASK + t[:, None] * K + c[None, :], keep, (t[:, None] < T) & (c[None, :] < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def drop_kernel(X, SEED, DROPPED, REST, T, K, stride_x, threshold, inverse, BT: tl.constexpr, BC: tl.constexpr):
     """One tile [BT, BC] of drop(x) and of x − drop(x), each rounded once from float32."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)

@@ -1,6 +1,7 @@
 """A mixture's gating and its gradient: one kernel each over blocks of tokens, everything between in registers.
 
-Sums over tokens (f, P, z, ds) are written for each block of tokens and added up in their order: no atomics.
+Sums over tokens (f, P, z) are written for each block of tokens, [blocks, 2E + 1], and added up in their order by one
+more launch: no atomics.
 """
 
 import torch
@@ -39,9 +40,9 @@ def _weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
     return p, w, chosen & inside, top + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
-    H, GATES, SCALE, SHARE, V, W, F_SUM, P_SUM, Z_SUM,
+    H, GATES, SCALE, SHARE, V, W, SUMS,
     T, E, R, passed, stride_h, stride_v,
     GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
@@ -68,10 +69,10 @@ def route_kernel(
     if WITH_SHARE:
         counted = tl.load(SHARE + t, t < T, 0.0)
     says = counted[:, None] != 0
-    out = block.to(tl.int64) * E + e
-    tl.store(F_SUM + out, tl.sum(tl.where(chosen & says, counted[:, None], 0.0), 0), e < E)
-    tl.store(P_SUM + out, tl.sum(tl.where(says, p * counted[:, None], 0.0), 0), e < E)
-    tl.store(Z_SUM + block, tl.sum(tl.where(counted != 0, z * counted, 0.0), 0))
+    out = SUMS + (2 * block.to(tl.int64) * E + block)
+    tl.store(out + e, tl.sum(tl.where(chosen & says, counted[:, None], 0.0), 0), e < E)
+    tl.store(out + E + e, tl.sum(tl.where(says, p * counted[:, None], 0.0), 0), e < E)
+    tl.store(out + 2 * E, tl.sum(tl.where(counted != 0, z * counted, 0.0), 0))
     scale = tl.load(SCALE + e, e < E, 0.0)
     for expert in range(E):
         mine = e[None, :] == expert
@@ -92,12 +93,27 @@ def route_kernel(
         tl.store(V + row * stride_v + R * E + c[None, :], rest, within)
 
 
+@triton.jit(do_not_specialize=["blocks"])
+def route_totals_kernel(SUMS, FRACTION, PROBABILITY, Z, blocks, E, count, BP: tl.constexpr, BC: tl.constexpr):
+    """f, P [E] and z [1]: the sums of all blocks, over `count`; one program."""
+    c = tl.arange(0, BC)
+    total = tl.zeros((BC,), tl.float32)
+    for p0 in range(0, blocks, BP):
+        p = p0 + tl.arange(0, BP)
+        at = SUMS + p[:, None].to(tl.int64) * (2 * E + 1) + c[None, :]
+        total += tl.sum(tl.load(at, (p[:, None] < blocks) & (c[None, :] < 2 * E + 1), 0.0), 0)
+    total = total / count
+    tl.store(FRACTION + c, total, c < E)
+    tl.store(PROBABILITY + c - E, total, (c >= E) & (c < 2 * E))
+    tl.store(Z + c - 2 * E, total, c == 2 * E)
+
+
 @triton.jit
 def _softmax_backward(p, dp):
     return p * (dp - tl.sum(p * dp, 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_backward_kernel(
     DV, H, W, SCALE, SHARE, DP, DZ, DH, DGATES, DS_SUM,
     T, E, R, passed, stride_dv, stride_h, stride_dh, inverse,
@@ -167,6 +183,12 @@ def blocks(experts: int, rank: int) -> dict[str, int]:
     return {"BT": max(1, min(32, NUMBERS // BE)), "BE": BE, "BR": min(16, triton.next_power_of_2(rank))}
 
 
+def totals_blocks(experts: int) -> dict[str, int]:
+    """Tile sizes of the totals: all columns, and as many rows as registers hold."""
+    columns = triton.next_power_of_2(2 * experts + 1)
+    return {"BP": max(1, 2048 // columns), "BC": columns}
+
+
 def warps(experts: int) -> int:
     """Warps of a program: with many experts each holds less of a [T, E] tensor, so that nothing spills."""
     return 8 if experts > 32 else 4
@@ -191,17 +213,18 @@ def route(
     w = scale.new_empty(0 if given else (T, experts))
     sizes = blocks(experts, rank)
     programs = max(1, triton.cdiv(T, sizes["BT"]))
-    sums = scale.new_empty((2, programs, experts))
-    z = scale.new_empty((programs, 1))
+    sums = scale.new_empty((programs, 2 * experts + 1))
+    fraction, probability, z = (scale.new_empty(size) for size in (experts, experts, 1))
     with guard(h):
         route_kernel[(programs,)](
             h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w,
-            sums[0], sums[1], z, T, experts, rank, passed, h.stride(0), v.stride(0),
+            sums, T, experts, rank, passed, h.stride(0), v.stride(0),
             GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
             RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
         )  # fmt: skip
-    n = max(1, T) if token_share is None else 1
-    return v, w, sums[0].sum(0) / n, sums[1].sum(0) / n, z.sum(0) / n
+        count = float(max(1, T)) if token_share is None else 1.0
+        route_totals_kernel[(1,)](sums, fraction, probability, z, programs, experts, count, **totals_blocks(experts))
+    return v, w, fraction, probability, z
 
 
 def route_backward(
