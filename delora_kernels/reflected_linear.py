@@ -21,8 +21,8 @@ from delora_kernels.frozen import FrozenLinear
 
 def run(call: ReflectCall) -> Tensor:
     """The output [T, N] of `call`, differentiable once where a tensor of it requires grad."""
-    if call.options.by_row_groups:
-        call = call._replace(weight=_row_groups_reflected(call), u=None, v=None)
+    if call.options.by_row_groups and call.u is not None:
+        call = call._replace(weight=row_groups_reflected(call.weight, call.u, call.v), u=None, v=None)
     if torch.is_grad_enabled():
         for value in call:
             if isinstance(value, Tensor) and value.requires_grad:
@@ -31,20 +31,19 @@ def run(call: ReflectCall) -> Tensor:
     return _forward(call)[2]
 
 
-def _row_groups_reflected(call: ReflectCall) -> Tensor:
+def row_groups_reflected(weight: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
     """W with row group i reflected by H_i in every column block, differentiable by autograd (blocks="official").
 
     As the authors' code does it, by reading W as N · blocks chunks in a row, N of them for each H: where blocks does
     not divide N, groups end within a row.
     """
-    assert call.u is not None
-    weight, (n, D) = call.weight, call.u.shape
+    n, D = u.shape
     with torch.autocast(weight.device.type, enabled=False):
-        dtype = ops.accumulate_dtype(torch.promote_types(weight.dtype, call.u.dtype))
-        S = torch.stack([call.u] if call.v is None else [call.u, call.v], dim=1).to(dtype)
+        dtype = ops.accumulate_dtype(torch.promote_types(weight.dtype, u.dtype))
+        S = torch.stack([u] if v is None else [u, v], dim=1).to(dtype)
         length = torch.linalg.vector_norm(S, dim=2, keepdim=True)
         S = S / length.masked_fill(length == 0, torch.inf)
-        signs = S.new_tensor([-2.0] if call.v is None else [-1.0, 1.0])
+        signs = S.new_tensor([-2.0] if v is None else [-1.0, 1.0])
         chunks = weight.reshape(n, weight.shape[0], D).to(dtype)
         chunks = torch.baddbmm(chunks, torch.bmm(chunks, S.transpose(1, 2)) * signs, S)
         return chunks.reshape(weight.shape).to(weight.dtype)

@@ -32,8 +32,11 @@ PUBLIC = {
         "DeLoRALinear",
         "DeLoRAMoELinear",
         "DoRALinear",
+        "EtherLinear",
+        "EtherPlusLinear",
         "GoatLinear",
         "LoRALinear",
+        "MergeableLinear",
         "MoELoRALinear",
         "lambda_parameter_groups",
         "set_loss_scale",
@@ -112,7 +115,7 @@ LAYERS = [
     ("ether_calls", {"backends", "call", "checks", "settle"}),
     ("moe_calls", {"backends", "call", "checks", "ops", "settle"}),
     ("fold", {"adapted_linear", "ops"}),
-    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "routing"}),
+    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "reflected_linear", "routing"}),
 ]
 
 
