@@ -46,7 +46,7 @@ def compile_variant(variant: Variant, arch: str, ones: bool = False) -> dict[str
             signature[name] = f"tensordesc<{kind}>" if "[" in kind else f"*{kind}"
         elif name in constants:
             signature[name] = "constexpr"
-        elif (name.isupper() and len(name) > 1) or name in ("X", "S", "H", "Y", "W", "A", "B"):
+        elif (name.isupper() and len(name) > 1) or name in ("X", "S", "H", "Y", "W", "A", "B", "V"):
             signature[name], constants[name] = "constexpr", None  # a tensor that this variant does without
         elif ones and name not in floats and name not in free:
             signature[name], constants[name] = "constexpr", 1

@@ -11,6 +11,14 @@ from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.rank_gemm import GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
+from delora_kernels.backends.triton.reflect import (
+    WHOLE,
+    across_kernel,
+    reflect_backward_chunked_kernel,
+    reflect_backward_kernel,
+    reflect_kernel,
+    tile_of,
+)
 from delora_kernels.backends.triton.route import (
     blocks,
     route_backward_kernel,
@@ -71,6 +79,7 @@ def variants(descriptors: bool = True) -> Iterator[Variant]:
         yield from _folds(small)
     yield from _passes()
     yield from _gating()
+    yield from _reflections()
 
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -197,3 +206,27 @@ def _gating() -> Iterator[Variant]:
                     backward = {"DV": small, "H": small, "DH": small, "W": "fp32", "SCALE": "fp32", "SHARE": "fp32"}
                     backward |= dict.fromkeys(("DP", "DZ", "DGATES", "DS_SUM"), "fp32")
                     yield Variant("route_backward", config, route_backward_kernel, backward, flags, options)
+
+
+BLOCK_SIZES = (128, WHOLE, 14336)
+"""Features of a reflected block: several blocks' tokens in a tile, the largest whole block, one walked in chunks."""
+
+
+def _reflections() -> Iterator[Variant]:
+    """ETHER's and ETHER+'s reflections and their gradients, bias and dx included."""
+    for name in ("bf16+fp32", "fp32"):
+        big, small = TYPES[name]
+        for D in BLOCK_SIZES:
+            tile = tile_of(D)
+            size, options = {"BT": tile.tokens, "BD": tile.features}, {"num_warps": tile.warps}
+            for v in ({}, {"V": small}):
+                config, with_v = f"{name} D={D}" + (" plus" if v else ""), {"WITH_V": bool(v)}
+                pointers = {"X": big, "U": small, "BIAS": big, "OUT": big} | v
+                constants = with_v | size | {"WITH_BIAS": True}
+                yield Variant("reflect", config, reflect_kernel, pointers, constants, options)
+                kernel = reflect_backward_kernel if D <= WHOLE else reflect_backward_chunked_kernel
+                pointers = {"DY": big, "X": big, "U": small, "DX": big, "PARTS": "fp32"} | v
+                yield Variant("reflect_backward", config, kernel, pointers, with_v | size | {"WITH_DX": True}, options)
+    for v in ({}, {"V": "fp32", "DV": "fp32"}):
+        pointers = {"G": "fp32", "U": "fp32", "DU": "fp32"} | v
+        yield Variant("across", "plus" if v else "", across_kernel, pointers, {"WITH_V": bool(v), "BD": 1024}, {})

@@ -138,3 +138,51 @@ class MoECall(NamedTuple):
     def method(self) -> str:
         """Name of the public function that was called."""
         return self.options.method
+
+
+class ReflectOptions(NamedTuple):
+    """Everything about a reflected linear's call that is not a tensor.
+
+    Args:
+        method: Name of the public function, for messages.
+        by_row_groups: u, v reflect row groups of W (blocks="official") in place of x's blocks.
+        compute_dtype, rank_dtype, backend: as in `Options`; the reflections are computed in rank_dtype or float32.
+    """
+
+    method: str
+    by_row_groups: bool
+    compute_dtype: torch.dtype
+    rank_dtype: torch.dtype
+    backend: str
+
+
+class ReflectCall(NamedTuple):
+    """The tensors of one reflected linear's call (its autograd Function's inputs, in this order) and its options.
+
+    Args:
+        x, weight, bias: as in `Call`.
+        u, v: [blocks, K / blocks], the input side; u None: not reflected, v None: ETHER.
+        u_out, v_out: [blocks, N / blocks], the output side; None likewise.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    u: Tensor | None
+    v: Tensor | None
+    u_out: Tensor | None
+    v_out: Tensor | None
+    options: ReflectOptions
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything but the options."""
+        return tuple(self)[:-1]  # type: ignore[return-value]
+
+    @property
+    def method(self) -> str:
+        """Name of the public function that was called."""
+        return self.options.method
+
+
+AnyCall = Call | MoECall | ReflectCall

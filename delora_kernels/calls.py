@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from delora_kernels import backends, checks
-from delora_kernels.call import Call, MoECall, Options
+from delora_kernels.call import AnyCall, Call, Options
+from delora_kernels.ether_calls import ether_call, ether_plus_call
 from delora_kernels.moe_calls import moe_lora_call
 from delora_kernels.settle import as_rows, dtypes, refuse_transforms
 
@@ -202,10 +203,12 @@ def _call(
     return Call(*tensors, Options(*settled, backend))
 
 
-CALLS: dict[str, Callable[..., Call | MoECall]] = {
+CALLS: dict[str, Callable[..., AnyCall]] = {
     "lora_linear": lora_call,
     "dora_linear": dora_call,
     "delora_linear": delora_call,
     "moe_lora_linear": moe_lora_call,
+    "ether_linear": ether_call,
+    "ether_plus_linear": ether_plus_call,
 }
 """Public function name → what checks its arguments and turns them into a `Call`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from delora_kernels import backends, calls
-from delora_kernels.call import Call, MoECall
+from delora_kernels.call import AnyCall
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         )
     if kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
-    call: Call | MoECall = calls.CALLS[name](*args, **kwargs)
+    call: AnyCall = calls.CALLS[name](*args, **kwargs)
     reasons = {other: _why_not(other, call) for other in backends.NAMES if other != call.options.backend}
     return Explanation(name, call.options.backend, reasons, call.options.compute_dtype, call.options.rank_dtype)
 
 
-def _why_not(name: str, call: Call | MoECall) -> str:
+def _why_not(name: str, call: AnyCall) -> str:
     reason = backends.reason_against(name, call) or backends.ON_REQUEST.get(name)
     if reason is not None:
         return reason

@@ -273,6 +273,35 @@ layout and dtype, d gates [T, E] (acc; size 0 unless `given`), ds [E] (acc).
 w is the one that route found, or with `given` its `gates`. An expert with w = 0 gets no du and no ds.
 """
 
+
+def _reflected_acc(x: Tensor, u: Tensor, *shape: Any) -> Tensor:
+    return u.new_empty(shape, dtype=accumulate_dtype(torch.promote_types(x.dtype, u.dtype)))
+
+
+reflect = _register(
+    "reflect(Tensor x, Tensor u, Tensor? v, Tensor? bias, str backend) -> Tensor",
+    lambda x, u, v, bias: x.new_empty(x.shape),
+)
+"""Every block of x's columns reflected, x − 2 (x·û) û, or with v x − (x·û) û + (x·v̂) v̂, + bias → [T, C] in x's dtype,
+from one read of x.
+
+u, v are [blocks, C / blocks], û = u / ‖u‖, computed in acc of the wider of x and u; a vector of length 0 does nothing.
+"""
+
+reflect_backward = _register(
+    "reflect_backward(Tensor dy, Tensor x, Tensor u, Tensor? v, bool need_dx, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda dy, x, u, v, need_dx: (
+        dy.new_empty(dy.shape if need_dx else 0),
+        _reflected_acc(x, u, *u.shape),
+        _reflected_acc(x, u, *(0,) if v is None else u.shape),
+    ),
+)
+"""dx [T, C] in dy's dtype (size 0 unless `need_dx`), du and dv [blocks, C / blocks] (acc; dv of size 0 without v), from
+one read of dy and of x.
+
+du_i ⟂ u_i and dv_i ⟂ v_i; a vector of length 0 has gradient 0. dx alone is reflect of dy: a reflection is symmetric.
+"""
+
 dropout_mask = _register(
     "dropout_mask(int T, int K, float dropout_p, Tensor seed, str backend) -> Tensor",
     lambda T, K, dropout_p, seed: seed.new_empty((T, K), dtype=torch.bool),

@@ -68,9 +68,9 @@ class GoldenCase:
 
 @functools.cache
 def golden_cases() -> tuple[GoldenCase, ...]:
-    """All cases but GOAT's, which goat_cases.py reads, sorted by name."""
+    """All cases but GOAT's and ETHER's, which goat_cases.py and ether_cases.py read, sorted by name."""
     paths = sorted(FOLDER.glob("*.safetensors"))
-    return tuple(_read(path) for path in paths if not path.name.startswith("goat"))
+    return tuple(_read(path) for path in paths if not path.name.startswith(("goat", "ether")))
 
 
 def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> float:

@@ -21,6 +21,9 @@ from delora_kernels.environment import as_text, environment
 from delora_kernels.integrations import supported
 from delora_kernels.testing import METHODS
 
+LOW_RANK = {name for name, method in METHODS.items() if not method.function.startswith("ether")}
+"""Methods whose gradients come from input_backward."""
+
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != backends.ENVIRONMENT_VARIABLE}
@@ -400,7 +403,7 @@ def test_precision_lost_in_mixed_dtypes_fails(
     assert main(["check", "--dtype", "bfloat16", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     failed = {(row["method"], row["what"], row["dtype"]) for row in rows if row["status"] == "FAIL"}
-    mixed = {(name, "dA", "bfloat16+float32") for name in METHODS if name != "delora-zero-b"}
+    mixed = {(name, "dA", "bfloat16+float32") for name in LOW_RANK if name != "delora-zero-b"}
     routed = {name for name, method in METHODS.items() if method.function == "moe_lora_linear"} - {"moe-gates"}
     mixed |= {(name, "drouter", "bfloat16+float32") for name in routed}  # its rows ride in the same product
     assert mixed | {("op input_backward", "dA_hat", "bfloat16+float32")} == failed
@@ -412,8 +415,8 @@ def test_wrong_gradient_in_float64_fails(capsys: pytest.CaptureFixture[str], mon
     assert main(["check", "--dtype", "float64", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["rows"]
     failed = [row for row in rows if row["status"] == "FAIL"]
-    assert {row["method"] for row in failed if row["what"] == "gradcheck"} == set(METHODS)
-    assert {row["method"] for row in failed if row["what"] == "dx"} == {*METHODS, "op input_backward"}
+    assert {row["method"] for row in failed if row["what"] == "gradcheck"} == LOW_RANK
+    assert {row["method"] for row in failed if row["what"] == "dx"} == {*LOW_RANK, "op input_backward"}
     note = next(row["note"] for row in failed if row["what"] == "gradcheck")
     assert "with respect to input 0" in note
     assert "(inputs: x, weight" in note
@@ -423,11 +426,13 @@ def test_op_or_function_without_a_check_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(ops, "NAMES", ("project", "reflect"))
+    monkeypatch.setattr(ops, "NAMES", ("project", "refract"))
     assert main(["check", "--dtype", "float32"]) == 1
     *rows, summary = capsys.readouterr().out.splitlines()
     assert any(
-        row.startswith("op reflect ") and "reflect has no entry in delora_kernels.testing.OPS" in row for row in rows
+        row.startswith("op refract ") and "refract has no entry in delora_kernels.testing.OPS" in row for row in rows
     )
     assert any(row.startswith("dora_linear ") and "no entry in delora_kernels.testing.METHODS" in row for row in rows)
-    assert summary.endswith("4 FAILED: op reflect, delora_linear, dora_linear, moe_lora_linear")
+    assert summary.endswith(
+        "6 FAILED: op refract, delora_linear, dora_linear, ether_linear, ether_plus_linear, moe_lora_linear"
+    )

@@ -25,6 +25,10 @@ def arguments(function: str) -> dict[str, Any]:
         made |= {"lam": t(1), "weight_norm": t(K)}
     if function == "moe_lora_linear":
         made |= {"A": t(2, R, K), "B": t(2, N, R), "router": t(2, K)}
+    if function.startswith("ether"):
+        made = {"x": made["x"], "weight": made["weight"], "u": t(2, K // 2)}
+    if function == "ether_plus_linear":
+        made["v"] = t(2, K // 2)
     return made
 
 
@@ -134,6 +138,33 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         {"frozen_A": t(R, K).requires_grad_(), "frozen_B": t(N, R)},
         ValueError,
         "frozen_A must be a constant, got a tensor that requires grad; pass .detach()",
+    ),
+    ("ether_linear", {"x": t(T, K + 1)}, ValueError, f"x must be [..., K] with K = {K}, weight's columns, got shape"),
+    ("ether_linear", {"u": None}, ValueError, "u must be a tensor where u_out is None, got None; pass the vectors"),
+    ("ether_linear", {"u": t(K)}, ValueError, f"u must be 2-D [blocks, K / blocks], got shape [{K}]"),
+    (
+        "ether_linear",
+        {"u": t(3, 2)},
+        ValueError,
+        f"u must be [blocks, K / blocks] with K = {K}, weight's columns, got [3, 2]",
+    ),
+    ("ether_linear", {"u": t(2, 4).long()}, TypeError, "u must be one of float16"),
+    ("ether_linear", {"u": t(2, 4).to("meta")}, ValueError, "u must be a tensor with data"),
+    ("ether_linear", {"u_out": t(2, 4)}, ValueError, f"u_out must be [blocks, N / blocks] with N = {N}, weight's rows"),
+    ("ether_linear", {"blocks": "rows"}, ValueError, "blocks must be one of ('paper', 'official'), got 'rows'"),
+    ("ether_plus_linear", {"v": None}, ValueError, "v must be a tensor, got None; pass both u and v"),
+    ("ether_plus_linear", {"u": None}, ValueError, "u must be a tensor, got None; pass both u and v"),
+    (
+        "ether_plus_linear",
+        {"v": t(4, 2)},
+        ValueError,
+        "v must be [blocks, K / blocks] = [2, 4], got [4, 2]; u and v have",
+    ),
+    (
+        "ether_plus_linear",
+        {"u_out": t(2, 3)},
+        ValueError,
+        "v_out must be a tensor, got None; pass both u_out and v_out",
     ),
 ]
 

@@ -39,8 +39,11 @@ PUBLIC = {
         "DeLoRALinear",
         "DeLoRAMoELinear",
         "DoRALinear",
+        "EtherLinear",
+        "EtherPlusLinear",
         "GoatLinear",
         "LoRALinear",
+        "MergeableLinear",
         "MoELoRALinear",
         "convert",
         "lambda_parameter_groups",
@@ -112,11 +115,16 @@ LAYERS = [
     ("routing", {"checks"}),
     ("settle", set()),
     ("init", {"checks"}),
-    ("functional", {"adapted_linear", "backends", "call", "calls", "fold", "moe_linear", "routing"}),
-    ("calls", {"backends", "call", "checks", "moe_calls", "settle"}),
+    ("reflected_linear", {"adapted_linear", "ops", "call", "frozen"}),
+    (
+        "functional",
+        {"adapted_linear", "backends", "call", "calls", "fold", "moe_linear", "reflected_linear", "routing"},
+    ),
+    ("calls", {"backends", "call", "checks", "ether_calls", "moe_calls", "settle"}),
+    ("ether_calls", {"backends", "call", "checks", "settle"}),
     ("moe_calls", {"backends", "call", "checks", "ops", "settle"}),
     ("fold", {"adapted_linear", "ops"}),
-    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "routing"}),
+    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "reflected_linear", "routing"}),
 ]
 
 

@@ -129,6 +129,11 @@ dora_weight weight A B magnitude scale=1.0
 delora_linear x weight A B lam weight_norm bias=None frozen_A=None frozen_B=None frozen_lam=None \
 eps=0.0001 dropout_mask=None
 delora_weight weight A B lam weight_norm frozen_A=None frozen_B=None frozen_lam=None eps=0.0001
+ether_linear x weight u=None bias=None u_out=None blocks=paper
+ether_plus_linear x weight u=None v=None bias=None u_out=None v_out=None blocks=paper
+ether_weight weight u=None u_out=None blocks=paper
+ether_plus_weight weight u=None v=None u_out=None v_out=None blocks=paper
+ether_qkv_linear x weight u rows bias=None
 moe_lora_linear x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
 bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
 moe_lora_linear_dense x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from delora_kernels.call import Call, MoECall
+    from delora_kernels.call import AnyCall
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _why_not_here(name: str) -> str | None:
     return None
 
 
-def reason_against(name: str, call: "Call | MoECall") -> str | None:
+def reason_against(name: str, call: "AnyCall") -> str | None:
     """Why the backend `name` can't take `call`, or None if it can."""
     return unavailable(name) or load(name).supports(call)
 
@@ -69,7 +69,7 @@ def requested() -> str | None:
     return None if _requested is None else _known(_requested, ENVIRONMENT_VARIABLE)
 
 
-def choose(call: "Call | MoECall") -> str:
+def choose(call: "AnyCall") -> str:
     """The name of the backend that takes `call`.
 
     Raises:

@@ -1,10 +1,11 @@
 """Modules that own an adapter's parameters: initialisation, merging, state dict; the maths is in `functional`."""
 
-from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.base import AdapterLinear, MergeableLinear
 from delora_kernels.nn.conversion import convert
 from delora_kernels.nn.delora import DeLoRALinear
 from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
+from delora_kernels.nn.ether import EtherLinear, EtherPlusLinear
 from delora_kernels.nn.goat import GoatLinear
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
@@ -15,8 +16,11 @@ __all__ = [
     "DeLoRALinear",
     "DeLoRAMoELinear",
     "DoRALinear",
+    "EtherLinear",
+    "EtherPlusLinear",
     "GoatLinear",
     "LoRALinear",
+    "MergeableLinear",
     "MoELoRALinear",
     "convert",
     "lambda_parameter_groups",

@@ -15,11 +15,10 @@ _CHUNK_ELEMENTS = 1 << 22
 """Elements of W' that `merge` holds in the wider dtype at a time: 16 MiB in float32."""
 
 
-class AdapterLinear(nn.Module):
-    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear, DeLoRALinear and the mixtures.
+class MergeableLinear(nn.Module):
+    """A frozen linear with an adapter that can be merged into its weight: the base class of every module here.
 
-    The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient; the adapter's factors are `A` `[r, K]`
-    and `B` `[N, r]`. A method's vectors and scalars are float32 (float64 beside float64) whatever the factors' dtype.
+    The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient.
 
     The state dict is that of the module as it stands: a merged one holds W' as `weight` and W as `base_weight`, a key
     that is there only if merged. Loading follows it: the module becomes merged, or unmerged, as the saved one was.
@@ -27,13 +26,11 @@ class AdapterLinear(nn.Module):
     Args:
         in_features: K.
         out_features: N.
-        r: Rank, ≥ 1.
         bias: Give the base a bias.
         dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        adapter_dtype: Dtype of what is trained. None: float32 for a float16 or bfloat16 base, else the base's.
         device: Device of every tensor.
         dtype: Dtype of the base.
-        experts: E: A is `[E, r, K]` and B `[E, N, r]`; None: one pair.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
@@ -42,39 +39,30 @@ class AdapterLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     base_weight: nn.Parameter | None
-    scale = 1.0
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        r: int,
         *,
         bias: bool = True,
         dropout_p: float = 0.0,
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        experts: int | None = None,
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        if isinstance(r, bool) or not isinstance(r, int):
-            raise checks.fail(TypeError, kind, "r", "an int", type(r).__name__, "pass the rank")
-        if r < 1:
-            raise checks.fail(ValueError, kind, "r", "≥ 1", r, "use nn.Linear for a layer without an adapter")
         dtype = _float_dtype(kind, "dtype", torch.get_default_dtype() if dtype is None else dtype)
         default = accumulate_dtype(dtype)
         adapter_dtype = _float_dtype(kind, "adapter_dtype", default if adapter_dtype is None else adapter_dtype)
-        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self._trained_as: dict[str, Any] = {"device": device, "dtype": adapter_dtype}
+        self.in_features, self.out_features = in_features, out_features
         self.dropout_p = checks.probability(kind, dropout_p)
 
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self._hold(base.weight, base.bias)
         self.register_parameter("base_weight", None)
-        lead = () if experts is None else (experts,)
-        self.A = nn.Parameter(torch.empty(*lead, r, in_features, device=device, dtype=adapter_dtype))
-        self.B = nn.Parameter(torch.empty(*lead, out_features, r, device=device, dtype=adapter_dtype))
 
     @classmethod
     def _around(cls, linear: nn.Module, **options: Any) -> Self:
@@ -92,11 +80,6 @@ class AdapterLinear(nn.Module):
     def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_parameter("weight", _frozen(weight))
         self.register_parameter("bias", None if bias is None else _frozen(bias))
-
-    @property
-    def _vector_dtype(self) -> torch.dtype:
-        """Dtype of the method's vectors and of merging."""
-        return accumulate_dtype(torch.promote_types(self.weight.dtype, self.A.dtype))
 
     @property
     def merged(self) -> bool:
@@ -164,7 +147,7 @@ class AdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
         text += f", bias={self.bias is not None}, dropout_p={self.dropout_p}"
         return text + (", merged=True" if self.merged else "")
 
@@ -174,27 +157,11 @@ class AdapterLinear(nn.Module):
 
     def _reset_adapter(self) -> None:
         """Initialise every tensor of the adapter."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        """Â [R, K], B̂ [N, R] and s of the update s · B̂ Â, in `dtype`."""
-        return self.A.to(dtype), self.B.to(dtype), self.scale
-
-    def _rescaled(self, updated: Tensor, rows: slice) -> Tensor:
-        """Rows of W' from the same rows of W + s · B̂ Â."""
-        return updated
+        raise NotImplementedError
 
     def _merged_weight(self) -> Tensor:
-        dtype = self._vector_dtype
-        A_hat, B_hat, scale = self._factors(dtype)
-        merged = torch.empty_like(self.weight)
-        start = 0
-        for chunk in _row_chunks(merged):
-            rows = slice(start, start := start + chunk.shape[0])
-            updated = torch.addmm(self.weight[rows].to(dtype), B_hat[rows], A_hat, alpha=scale)
-            chunk.copy_(self._rescaled(updated, rows))
-        return merged
+        """W', a new tensor in weight's dtype."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
@@ -222,6 +189,69 @@ class AdapterLinear(nn.Module):
         if saved.dim() != self.base_weight.dim():
             self.base_weight = _frozen(torch.empty_like(self.weight)) if saved.dim() == 2 else _dropped(self.weight)
         return None
+
+
+class AdapterLinear(MergeableLinear):
+    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear, DeLoRALinear and the mixtures.
+
+    The adapter's factors are `A` `[r, K]` and `B` `[N, r]`. A method's vectors and scalars are float32 (float64 beside
+    float64) whatever the factors' dtype.
+
+    Args:
+        in_features, out_features, bias, dropout_p, adapter_dtype, device, dtype: as in `MergeableLinear`.
+        r: Rank, ≥ 1.
+        experts: E: A is `[E, r, K]` and B `[E, N, r]`; None: one pair.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self, in_features: int, out_features: int, r: int, *, experts: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, **options)
+        kind = type(self).__name__
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise checks.fail(TypeError, kind, "r", "an int", type(r).__name__, "pass the rank")
+        if r < 1:
+            raise checks.fail(ValueError, kind, "r", "≥ 1", r, "use nn.Linear for a layer without an adapter")
+        self.r, lead = r, () if experts is None else (experts,)
+        self.A = nn.Parameter(torch.empty(*lead, r, in_features, **self._trained_as))
+        self.B = nn.Parameter(torch.empty(*lead, out_features, r, **self._trained_as))
+
+    @property
+    def _vector_dtype(self) -> torch.dtype:
+        """Dtype of the method's vectors and of merging."""
+        return accumulate_dtype(torch.promote_types(self.weight.dtype, self.A.dtype))
+
+    def extra_repr(self) -> str:
+        """The arguments that made the module, as nn.Linear prints its own."""
+        return super().extra_repr().replace(", bias=", f", r={self.r}, bias=", 1)
+
+    def _reset_adapter(self) -> None:
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """Â [R, K], B̂ [N, R] and s of the update s · B̂ Â, in `dtype`."""
+        return self.A.to(dtype), self.B.to(dtype), self.scale
+
+    def _rescaled(self, updated: Tensor, rows: slice) -> Tensor:
+        """Rows of W' from the same rows of W + s · B̂ Â."""
+        return updated
+
+    def _merged_weight(self) -> Tensor:
+        dtype = self._vector_dtype
+        A_hat, B_hat, scale = self._factors(dtype)
+        merged = torch.empty_like(self.weight)
+        start = 0
+        for chunk in _row_chunks(merged):
+            rows = slice(start, start := start + chunk.shape[0])
+            updated = torch.addmm(self.weight[rows].to(dtype), B_hat[rows], A_hat, alpha=scale)
+            chunk.copy_(self._rescaled(updated, rows))
+        return merged
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -10,6 +10,13 @@ Letters: T tokens (all leading dimensions of x), K in-features, N out-features, 
 
 from delora_kernels.reference.delora import delora_linear, delora_weight
 from delora_kernels.reference.dora import dora_linear, dora_weight
+from delora_kernels.reference.ether import (
+    ether_linear,
+    ether_plus_linear,
+    ether_plus_weight,
+    ether_qkv_linear,
+    ether_weight,
+)
 from delora_kernels.reference.lora import lora_linear, lora_weight
 from delora_kernels.reference.moe import RouterStats, moe_lora_linear, moe_lora_linear_dense
 
@@ -19,6 +26,11 @@ __all__ = [
     "delora_weight",
     "dora_linear",
     "dora_weight",
+    "ether_linear",
+    "ether_plus_linear",
+    "ether_plus_weight",
+    "ether_qkv_linear",
+    "ether_weight",
     "lora_linear",
     "lora_weight",
     "moe_lora_linear",

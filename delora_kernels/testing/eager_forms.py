@@ -6,6 +6,7 @@ rounding of their sum. Roundings that PEFT adds to these (DeLoRA's branch before
 and put back) are left out: the yardstick is not made longer by them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels import reference
+
+BASE = ("x", "weight", "bias")
+"""Arguments in the base's dtype; every other tensor is the adapter's."""
+
+
+def adapter_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the adapter's tensors."""
+    return next(arguments[name].dtype for name in ("A", "u", "u_out") if name in arguments)
 
 
 def eager(function: str, **arguments: Any) -> Any:
@@ -25,10 +34,12 @@ def eager(function: str, **arguments: Any) -> Any:
     Returns:
         y, `[..., N]`, in x's dtype; of a mixture with its statistics.
     """
-    if arguments["x"].dtype == arguments["A"].dtype:
+    if arguments["x"].dtype == adapter_dtype(arguments):
         return getattr(reference, function)(**arguments)
     if function == "dora_linear":
         return _mixed_dora(**arguments)
+    if function.startswith("ether"):
+        return _mixed_ether(function, **arguments)
     return _mixed_additive(function, **arguments)
 
 
@@ -65,3 +76,39 @@ def _mixed_dora(
             rescaled = linear(dropped, weight.to(wide))
     y = base + (c - 1) * rescaled + c * (scale * (dropped @ A.T) @ B.T)
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _mixed_ether(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    blocks: str = "paper",
+    **vectors: Tensor,
+) -> Tensor:
+    """x reflected in the vectors' dtype and rounded to its own, the frozen GEMM, its output reflected likewise.
+
+    PEFT has no ETHER; this is how its OFT turns activations in a wider dtype than the base's.
+    """
+    call, wide = getattr(reference, function), adapter_dtype(vectors)
+    into = {name: value for name, value in vectors.items() if not name.endswith("_out")}
+    out_of = {name: value for name, value in vectors.items() if name.endswith("_out")}
+    inner_bias = None if out_of else bias
+    if blocks == "official":
+        turned = getattr(reference, function.replace("linear", "weight"))(weight.to(wide), **into, blocks=blocks)
+        z = linear(x, turned.to(x.dtype), inner_bias)
+    else:
+        z = linear(_turned(call, x, into, wide), weight, inner_bias)
+    if not out_of:
+        return z
+    y = _turned(call, z, {name.removesuffix("_out"): value for name, value in out_of.items()}, wide)
+    return y if bias is None else y + bias
+
+
+def _turned(call: Any, x: Tensor, vectors: Mapping[str, Tensor], wide: torch.dtype) -> Tensor:
+    """x H, the layer whose weight is the identity."""
+    if not vectors:
+        return x
+    turned: Tensor = call(x.to(wide), torch.eye(x.shape[1], dtype=wide, device=x.device), **vectors)
+    return turned.to(x.dtype)

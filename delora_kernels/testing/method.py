@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from delora_kernels import calls, functional, reference
-from delora_kernels.call import Call, MoECall
+from delora_kernels.call import AnyCall, MoECall
 from delora_kernels.ops import accumulate_dtype
 from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.dropout import dropout_masks
-from delora_kernels.testing.eager_forms import eager
+from delora_kernels.testing.eager_forms import BASE, adapter_dtype, eager
 from delora_kernels.testing.problem import Inputs, Outputs, Problem, moved
 
-_BASE = ("x", "weight", "bias", "grad_out")
+_BASE = (*BASE, "grad_out")
 _NOT_ARGUMENTS = ("grad_out", "seed", "dropout_mask")
 
 
@@ -27,7 +27,8 @@ class Method:
     Args:
         name: The key in `METHODS`.
         function: Name of the function in `delora_kernels.functional` and `delora_kernels.reference`.
-        arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or in place of them.
+        arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or in their place; None
+            takes one away.
         constants: Arguments that get no gradient.
         dropout_p: Dropout of the fused call, of several stacked adapters each its own; the reference gets the masks.
         fused_only: Arguments of the fused call that the reference does not have.
@@ -85,6 +86,7 @@ class Method:
         if bias and self.takes_bias:
             inputs["bias"] = draw.normal(N)
         inputs |= self.arguments(draw, inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         inputs["grad_out"] = draw.normal(T, N)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
@@ -103,7 +105,7 @@ class Method:
         """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
         inputs = self.draw(T, K, N, r, **options)
         dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
-        dtypes |= dict.fromkeys(("probability", "z"), accumulate_dtype(inputs["A"].dtype))
+        dtypes |= dict.fromkeys(("probability", "z"), accumulate_dtype(adapter_dtype(inputs)))
         through = dict.fromkeys(self.through_x, inputs["x"].dtype)
         return Problem(self.name, inputs, self.fused, self.eager, self.oracle, dtypes, through, self.vector_dims)
 
@@ -112,10 +114,10 @@ class Method:
         left_out = self.constants + _NOT_ARGUMENTS
         return tuple(name for name, value in inputs.items() if isinstance(value, Tensor) and name not in left_out)
 
-    def call(self, inputs: Inputs) -> Call | MoECall:
+    def call(self, inputs: Inputs) -> AnyCall:
         """The fused call after its checks: which backend takes it, in which dtypes."""
         check: Any = calls.CALLS[self.function]
-        call: Call | MoECall = check(**self._fused_arguments(inputs))
+        call: AnyCall = check(**self._fused_arguments(inputs))
         return call
 
     def forward(self, inputs: Inputs) -> Tensor:
@@ -156,7 +158,7 @@ class Method:
     def _reference_arguments(self, inputs: Inputs) -> dict[str, Any]:
         arguments = self._arguments(inputs)
         if self.dropout_p:
-            kept = inputs["dropout_mask"].to(inputs["A"].dtype)
+            kept = inputs["dropout_mask"].to(adapter_dtype(inputs))
             p = kept.new_tensor(self._dropout_p(inputs))
             arguments["dropout_mask"] = kept / (1 - p.reshape(*p.shape, 1, 1))
         return arguments

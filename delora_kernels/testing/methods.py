@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels.testing import mixtures
+from delora_kernels.testing import mixtures, reflections
 from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.method import Method
 
@@ -84,7 +84,10 @@ _LORA = "lora_linear"
 _DORA = "dora_linear"
 _DELORA = "delora_linear"
 _MOE = "moe_lora_linear"
+_ETHER = "ether_linear"
+_ETHER_PLUS = "ether_plus_linear"
 _KEPT = ("dmagnitude",)
+_TURNED = ("du", "dv", "du_out", "dv_out")
 _SAVE_Y = {"saved": "output"}
 _CONSTANTS = ("weight_norm", "frozen_A", "frozen_B", "frozen_lam")
 _START = ("frozen_A", "frozen_B", "residual", "token_mask")
@@ -112,6 +115,11 @@ METHODS = {
         Method("moe-gates", _MOE, mixtures.gates),
         Method("goat", _MOE, mixtures.goat, _START),
         Method("goat-dropout", _MOE, mixtures.goat, _START, dropout_p=DROPOUT_P, fused_only={"dropout": "independent"}),
+        Method("ether", _ETHER, reflections.ether, through_x=_TURNED),
+        Method("ether-both", _ETHER, reflections.ether_both, through_x=_TURNED),
+        Method("ether-official", _ETHER, reflections.ether_official, through_x=_TURNED),
+        Method("ether-plus", _ETHER_PLUS, reflections.ether_plus, through_x=_TURNED),
+        Method("ether-plus-both", _ETHER_PLUS, reflections.ether_plus_both, through_x=_TURNED),
     )
 }
 """Name → method, in the order `check` shows them."""

@@ -251,3 +251,33 @@ def _drop(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     dtype = torch.promote_types(left.dtype, right.dtype)
     return left.to(dtype) @ right.to(dtype)
+
+
+def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x H + bias, H a matrix."""
+    wide = torch.promote_types(x.dtype, u.dtype)
+    y = x.to(wide) @ _reflection(u, v).to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def reflect_backward(dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool) -> Results:
+    """dx = dy H; du and dv by autograd through H."""
+    wide = torch.promote_types(x.dtype, u.dtype)
+    leaves = [t.detach().requires_grad_() for t in ((u,) if v is None else (u, v))]
+    with torch.enable_grad():
+        H = _reflection(*leaves, *(None,) * (2 - len(leaves))).to(wide)
+        grads = torch.autograd.grad(x.to(wide) @ H, leaves, dy.to(wide))
+    du, dv = (*grads, None)[:2]
+    return (dy.to(wide) @ H.detach()).to(dy.dtype) if need_dx else None, du, dv
+
+
+def _reflection(u: Tensor, v: Tensor | None) -> Tensor:
+    """blockdiag(I − 2 ûûᵀ) or blockdiag(I − ûûᵀ + v̂v̂ᵀ), [C, C]."""
+
+    def outer(vectors: Tensor) -> Tensor:
+        length = vectors.norm(dim=1, keepdim=True)
+        directions = vectors / length.masked_fill(length == 0, torch.inf)
+        return torch.block_diag(*(d[:, None] * d for d in directions))
+
+    identity = torch.eye(u.numel(), dtype=u.dtype, device=u.device)
+    return identity - 2 * outer(u) if v is None else identity - outer(u) + outer(v)

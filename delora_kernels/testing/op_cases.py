@@ -12,6 +12,7 @@ from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods import DROPOUT_P, STACKED_P, stacked_ranks
 from delora_kernels.testing.mixtures import EXPERTS, TOP_K, sure_logits
 from delora_kernels.testing.problem import moved
+from delora_kernels.testing.reflections import blocks_of
 
 SCALE = 1.75
 """Factor of the rank-R term; exact in every dtype, so that it costs nobody a rounding."""
@@ -198,6 +199,27 @@ def _route_backward(d: OpDraw) -> Variants:
         yield grads | {name: made[name] for name in kept} | {"w": weights, "given": given}
 
 
+def _reflect(d: OpDraw) -> Variants:
+    """One block, several, blocks of two; a block whose vector has no length; with and without v and a bias."""
+    blocks = {1, blocks_of(d.K, d.R), blocks_of(d.K, d.K)}
+    for n in sorted(blocks):
+        made: Arguments = {"x": d.base(d.T, d.K), "u": d.small(n, d.K // n), "v": None, "bias": None}
+        yield made
+        yield made | {"v": d.small(n, d.K // n), "bias": d.base(d.K)}
+    for name in ("u", "v"):
+        zeroed = made | {"v": d.small(n, d.K // n)}
+        zeroed[name] = zeroed[name].clone()
+        zeroed[name][-1] = 0.0
+        yield zeroed
+
+
+def _reflect_backward(d: OpDraw) -> Variants:
+    for variant in _reflect(d):
+        made = {name: variant[name] for name in ("x", "u", "v")}
+        yield made | {"dy": d.base(d.T, d.K), "need_dx": True}
+    yield made | {"dy": d.base(d.T, d.K), "need_dx": False}
+
+
 OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
@@ -209,6 +231,8 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "weight_grad": (_weight_grad, ("dW",)),
     "route": (_route, ("v", "w", "fraction", "probability", "z")),
     "route_backward": (_route_backward, ("dh", "dgates", "dscale")),
+    "reflect": (_reflect, ("y",)),
+    "reflect_backward": (_reflect_backward, ("dx", "du", "dv")),
 }
 """Op → what draws its variants, and its results by name; None: a tensor whose meaning is the backend's own affair.
 

@@ -48,24 +48,34 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 FORMED = ("expand", "input_backward")
 """Ops in which the forms differ."""
 
+REFLECTING = [name for name, method in METHODS.items() if method.function.startswith("ether")]
+"""Methods that have no rank-R term."""
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
 def test_op(name: str, dtype: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
-    for T, K, N, R in SIZES if dtype in ("float32", "bfloat16+float32") else SIZES[:1]:
+    wanted = len(SIZES) if dtype in ("float32", "bfloat16+float32") else 1
+    for T, K, N, R in SIZES[: min(wanted, 2) if name.startswith("reflect") else wanted]:  # test_reflect.py has the rest
         for problem in op_problems(name, T, K, N, R, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
             assert [m for m in measure(problem) if not m.ok] == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in REFLECTING])
 def test_method(method: str, dtype: str, form: str, seed: int) -> None:
     """y and every gradient by the autograd Function on this backend."""
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
         problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
         assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
+@pytest.mark.parametrize("method", REFLECTING)
+def test_reflecting_method(method: str, dtype: str, seed: int) -> None:
+    test_method(method, dtype, forms.DEFAULT, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from triton.runtime import interpreter
 
+from delora_kernels import reflected_linear
 from delora_kernels.backends.triton import stages
 
 
@@ -58,7 +60,8 @@ class Traffic:
         self._patch.setattr(builder, "create_masked_load", counted_load)
         self._patch.setattr(builder, "create_masked_store", counted_store)
         self._patch.setattr(grid, "__call__", counted_launch)
-        self._patch.setattr(stages, "linear", self._gemm(stages.linear, 2))
+        for module in (stages, reflected_linear):
+            self._patch.setattr(module, "linear", self._gemm(linear, 2))
         self._patch.setattr(torch, "mm", self._gemm(torch.mm, 2))
         self._patch.setattr(Tensor, "addmm_", self._gemm(Tensor.addmm_, 3), raising=False)
         return self

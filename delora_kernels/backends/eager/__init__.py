@@ -11,8 +11,9 @@ from delora_kernels.backends.eager.low_rank import (
     wants_scaled,
     weight_grad,
 )
+from delora_kernels.backends.eager.reflect import reflect, reflect_backward
 from delora_kernels.backends.eager.route import route, route_backward
-from delora_kernels.call import Call, MoECall
+from delora_kernels.call import AnyCall
 
 __all__ = [
     "dropout_mask",
@@ -22,6 +23,8 @@ __all__ = [
     "fold_backward",
     "input_backward",
     "project",
+    "reflect",
+    "reflect_backward",
     "route",
     "route_backward",
     "row_norm",
@@ -31,6 +34,6 @@ __all__ = [
 ]
 
 
-def supports(call: Call | MoECall) -> str | None:
+def supports(call: AnyCall) -> str | None:
     """None: plain torch takes every call."""
     return None

@@ -7,6 +7,7 @@ tensors in Triton's interpreter: slow, for tests.
 from delora_kernels.backends.eager import weight_grad
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
+from delora_kernels.backends.triton.reflect import reflect, reflect_backward
 from delora_kernels.backends.triton.route import route, route_backward
 from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.stages import expand, expand_backward, input_backward, project, wants_scaled
@@ -20,6 +21,8 @@ __all__ = [
     "fold_backward",
     "input_backward",
     "project",
+    "reflect",
+    "reflect_backward",
     "route",
     "route_backward",
     "row_norm",

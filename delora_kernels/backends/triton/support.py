@@ -3,19 +3,19 @@
 import torch
 
 from delora_kernels.backends.triton.launch import INTERPRETED
-from delora_kernels.call import Call, MoECall
+from delora_kernels.call import AnyCall, Call, MoECall, ReflectCall
 
 LARGEST_RANK = 512
 
 
-def supports(call: Call | MoECall) -> str | None:
+def supports(call: AnyCall) -> str | None:
     """Why Triton can't take `call`, or None."""
     device, o = call.x.device, call.options
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"its tensors are on {device.type}"
     if torch.float64 in (o.compute_dtype, o.rank_dtype):
         return "float64 has no fast units"
-    rank = _rank(call)
+    rank = 0 if isinstance(call, ReflectCall) else _rank(call)
     if rank > LARGEST_RANK:
         return f"rank {rank} is above {LARGEST_RANK}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
