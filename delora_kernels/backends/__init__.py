@@ -24,8 +24,12 @@ NAMES = ("triton", "cuda", "eager")
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_BACKEND"
 
-_MODULES = {"triton": "delora_kernels.backends.triton", "eager": "delora_kernels.backends.eager"}
-ON_REQUEST = {"triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
+_MODULES = {
+    "triton": "delora_kernels.backends.triton",
+    "cuda": "delora_kernels.backends.cuda",
+    "eager": "delora_kernels.backends.eager",
+}
+ON_REQUEST = {"cuda": "stub", "triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
 """Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
