@@ -103,11 +103,16 @@ __global__ void __launch_bounds__(THREADS)
   }
   if (lane == 0) experts.z[warp] = z;
   __syncthreads();
-  for (int i = threadIdx.x; i < 2 * E + 1; i += THREADS) {
+  for (int e = threadIdx.x; e < E; e += THREADS) {
+    float f_sum = 0, P_sum = 0;
+    for (int k = 0; k < WARPS; ++k) f_sum += experts.sums[0][k][e], P_sum += experts.sums[1][k][e];
+    f_out[static_cast<int64_t>(blockIdx.x) * E + e] = f_sum;
+    P_out[static_cast<int64_t>(blockIdx.x) * E + e] = P_sum;
+  }
+  if (threadIdx.x == 0) {
     float sum = 0;
-    for (int k = 0; k < WARPS; ++k) sum += i == 2 * E ? experts.z[k] : experts.sums[i / E][k][i % E];
-    if (i == 2 * E) z_out[blockIdx.x] = sum;
-    else (i < E ? f_out : P_out)[static_cast<int64_t>(blockIdx.x) * E + i % E] = sum;
+    for (int k = 0; k < WARPS; ++k) sum += experts.z[k];
+    z_out[blockIdx.x] = sum;
   }
 }
 

@@ -29,7 +29,7 @@ _MODULES = {
     "cuda": "delora_kernels.backends.cuda",
     "eager": "delora_kernels.backends.eager",
 }
-ON_REQUEST = {"cuda": "stub", "triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
+ON_REQUEST = {"cuda": "no GPU has run its kernels yet: ask for them with use_backend('cuda')", "triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
 """Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
