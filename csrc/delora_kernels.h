@@ -52,7 +52,7 @@ DK_API int dk_abi_version(void);
 /* 1 if the library was compiled for the host (csrc/host_shim) and takes pointers to host memory, else 0. */
 DK_API int dk_on_host(void);
 
-/* What the library was compiled by and for, such as "CUDA 13.0, sm_75 sm_80 sm_90". */
+/* What the library was compiled by and for, such as "CUDA 13.0 for sm_75 sm_80 compute_80" (compute_: PTX). */
 DK_API const char *dk_build_info(void);
 
 /* What a status says; CUDA's own words for a cudaError_t. */

@@ -5,6 +5,10 @@
 #define DK_TEXT(x) #x
 #define DK_STRING(x) DK_TEXT(x)
 
+#if !defined(DK_ARCHITECTURES)  // nvcc_build.py says
+#define DK_ARCHITECTURES "architectures unknown"
+#endif
+
 int dk_abi_version(void) { return DK_ABI_VERSION; }
 
 int dk_on_host(void) {
@@ -16,13 +20,10 @@ int dk_on_host(void) {
 }
 
 const char *dk_build_info(void) {
-#if !defined(__CUDACC__)
-  return "host shim";
-#elif defined(__CUDA_ARCH_LIST__)
-  return "CUDA " DK_STRING(__CUDACC_VER_MAJOR__) "." DK_STRING(__CUDACC_VER_MINOR__) " for " DK_STRING(
-      (__CUDA_ARCH_LIST__));
+#if defined(__CUDACC__)
+  return "CUDA " DK_STRING(__CUDACC_VER_MAJOR__) "." DK_STRING(__CUDACC_VER_MINOR__) " for " DK_ARCHITECTURES;
 #else
-  return "CUDA " DK_STRING(__CUDACC_VER_MAJOR__) "." DK_STRING(__CUDACC_VER_MINOR__);
+  return "host shim";
 #endif
 }
 

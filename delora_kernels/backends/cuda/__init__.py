@@ -10,7 +10,7 @@ from delora_kernels.backends.cuda.kernels import dropout_mask
 from delora_kernels.backends.cuda.route import route, route_backward
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
-from delora_kernels.backends.cuda.support import supports
+from delora_kernels.backends.cuda.support import supports, why_not_here
 from delora_kernels.backends.eager import weight_grad
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "supports",
     "wants_scaled",
     "weight_grad",
+    "why_not_here",
 ]

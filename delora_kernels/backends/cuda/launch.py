@@ -49,11 +49,14 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
 }
 """Launcher dk_<name> → the types of its arguments, but for the stream, which is the last of each."""
 
+FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens")
+"""What the library must have."""
+
 
 @cache
 def library() -> ctypes.CDLL:
     """The library with the types of its functions declared."""
-    loaded = cuda_library.load()
+    loaded = cuda_library.load(FUNCTIONS)
     for name, types in LAUNCHERS.items():
         getattr(loaded, f"dk_{name}").argtypes = (*types, c_void_p)
     loaded.dk_error_string.restype = c_char_p
