@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from delora_kernels import backends
+from delora_kernels import backends, cuda_library
 from delora_kernels.integrations import supported
 from delora_kernels.version import __version__
 
 _SUPPORTED = ("python", "torch", "triton", "peft", "transformers")
+_VARIABLES = (backends.ENVIRONMENT_VARIABLE, cuda_library.ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")
 
 
 def environment() -> dict[str, Any]:
@@ -32,7 +33,7 @@ def environment() -> dict[str, Any]:
         "cuda": _cuda(),
         "devices": _devices(),
         "backends": {name: backends.unavailable(name) for name in backends.NAMES},
-        "variables": {name: os.environ.get(name) for name in (backends.ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")},
+        "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
 
 
@@ -65,8 +66,7 @@ def _cuda() -> dict[str, str | None] | None:
     """CUDA's runtime that torch was built with, and the newest CUDA version that the driver serves."""
     if torch.version.cuda is None:
         return None
-    ask: Any = getattr(torch._C, "_cuda_getDriverVersion", None)  # there is no public way
-    driver = ask() if ask is not None and torch.cuda.is_available() else 0
+    driver = cuda_library.driver()
     return {"runtime": torch.version.cuda, "driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None}
 
 

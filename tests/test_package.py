@@ -2,7 +2,6 @@
 
 import email
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,32 +10,21 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from package_source import IN_SDIST, ROOT, build, copy_source
 
 import delora_kernels
 from delora_kernels.integrations import supported
 
 pytest.importorskip("build")
 
-ROOT = Path(__file__).parents[1]
 VERSION = delora_kernels.__version__
-IN_SDIST = ("delora_kernels", "tests", "benchmarks", "docs", "csrc", "examples")
-NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", ".*")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist and the wheel made from it, of a copy of the repository, without a network."""
     folder = tmp_path_factory.mktemp("package")
-    source = folder / "source"
-    source.mkdir()
-    for name in IN_SDIST:
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=NOT_SOURCE)
-    for file in ROOT.iterdir():
-        if file.is_file() and not file.name.startswith("."):
-            shutil.copy(file, source / file.name)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = build(copy_source(folder), DELORA_KERNELS_CUDA="0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "SetuptoolsDeprecationWarning" not in done.stdout + done.stderr
     (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
@@ -55,7 +43,8 @@ def _files(*folders: str) -> set[str]:
     """The repository's files under these folders."""
     paths = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     names = {path.relative_to(ROOT).as_posix() for path in paths}
-    return {name for name in names if "__pycache__" not in name and "/." not in name and ".egg-info" not in name}
+    left_out = ("__pycache__", "/.", ".egg-info", ".so")
+    return {name for name in names if not any(part in name for part in left_out)}
 
 
 def test_names(built: tuple[Path, Path]) -> None:

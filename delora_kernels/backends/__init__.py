@@ -24,8 +24,14 @@ NAMES = ("triton", "cuda", "eager")
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_BACKEND"
 
-_MODULES = {"triton": "delora_kernels.backends.triton", "eager": "delora_kernels.backends.eager"}
-ON_REQUEST = {"triton": "no GPU has run its kernels yet: ask for them with use_backend('triton')"}
+_MODULES = {
+    "triton": "delora_kernels.backends.triton",
+    "cuda": "delora_kernels.backends.cuda",
+    "eager": "delora_kernels.backends.eager",
+}
+ON_REQUEST = {
+    name: f"no GPU has run its kernels yet: ask for them with use_backend({name!r})" for name in ("triton", "cuda")
+}
 """Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
@@ -50,8 +56,8 @@ def unavailable(name: str) -> str | None:
 
 
 def _why_not_here(name: str) -> str | None:
-    if name not in _MODULES:
-        return f"this version of delora_kernels has no {name} kernels"
+    if name == "cuda":
+        return str(reason) if (reason := load(name).why_not_here()) else None
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -84,7 +90,7 @@ def choose(call: "AnyCall") -> str:
                 f"Use use_backend('eager'), or leave the choice open."
             )
         return name
-    for name in _MODULES:
+    for name in NAMES:
         reason = ON_REQUEST.get(name) or reason_against(name, call)
         if reason is None:
             return name

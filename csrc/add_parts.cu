@@ -1,0 +1,59 @@
+// Partial sums added in their order, so that results repeat bit for bit: what follows a split reduction.
+
+#include "device.cuh"
+
+namespace dk {
+
+// sum_p parts[p][i] of parts with `size` elements each.
+__device__ __forceinline__ float total(const float *parts, int64_t i, int64_t count, int64_t size) {
+  float sum = 0;
+#pragma unroll 4
+  for (int64_t p = 0; p < count; ++p, i += size) sum += parts[i];
+  return sum;
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    add_parts(const float *in, int64_t parts, int64_t size, void *out, int dtype) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < size) store(out, dtype, i, total(in, i, parts, size));
+}
+
+// A warp has one row n of dB, dm and dy_sum.
+__global__ void __launch_bounds__(THREADS, 1)
+    finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
+              const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R) {
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (n >= N) return;
+  float dot = 0;
+  if (product)
+    for (int64_t r = lane; r < R; r += 32) {
+      const float value = total(product, n * R + r, parts, N * R);
+      if (B_hat.data) dot += value * load(B_hat, n, r);  // what was kept is x W^T: the rest of u is in dB
+      dB[n * R + r] = c ? value * c[n] : value;
+    }
+  if (sums && lane == 0) dy_sum[n] = total(sums, n, parts, N);
+  if (dots) {
+    dot = warp_sum(dot);
+    const float by = load(divisor, n);
+    if (lane == 0) dm[n] = by == 0 ? 0 : (total(dots, n, parts, N) + dot) / by;
+  }
+}
+
+}  // namespace dk
+
+int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream) {
+  using namespace dk;
+  if (!known(dtype)) return DK_BAD_DTYPE;
+  return launch<Empty>(add_parts, dim3(tiles(size, THREADS)), stream, in, parts, size, out, dtype);
+}
+
+int dk_finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
+                 const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R,
+                 void *stream) {
+  using namespace dk;
+  if ((B_hat.data && !known(B_hat.dtype)) || (dots && !known(divisor.dtype))) return DK_BAD_DTYPE;
+  if ((product && !dB) || (sums && !dy_sum) || (dots && !(dm && divisor.data))) return DK_MISSING;
+  return launch<Empty>(finish_dy, dim3(tiles(N, THREADS / 32)), stream, product, sums, dots, parts, B_hat, c, divisor,
+                       dB, dm, dy_sum, N, R);
+}

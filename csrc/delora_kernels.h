@@ -1,0 +1,139 @@
+/* The C interface of the compiled kernels: one launcher for each kernel, raw pointers, no PyTorch.
+
+   Letters: T tokens, K in-features, N out-features, R total rank, r trainable rank, E experts; C columns of any
+   token-sized matrix (K or N). Every launcher
+     - enqueues on `stream` (a cudaStream_t) of the current device, and returns without waiting for it;
+     - returns DK_OK, a DK_... status below, or a positive cudaError_t: `dk_error_string` has the words;
+     - launches nothing where the result has no element;
+     - takes any strides of a dk_matrix unless it says "rows": column stride 1, any row stride;
+     - sums in float32 in a fixed order: results repeat bit for bit.
+   A matrix or vector whose data is NULL is not there. Dtypes that may differ within a call are named with it.
+
+   Dropout: `seed` points to an int64 on the device, NULL: nothing drops. The element (t, k) of a [T, K] matrix is kept
+   where its 16 bits of the hash (device.cuh) are at least `threshold`, a signed 16-bit number; 1 / (1 - p) is part of
+   the factor that the caller gives. A dropped element counts x * 0, so that NaN and Inf show. */
+
+#ifndef DELORA_KERNELS_H
+#define DELORA_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define DK_API __declspec(dllexport)
+#else
+#define DK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DK_ABI_VERSION 1 /* changes with any signature below */
+
+enum dk_dtype { DK_FLOAT32 = 0, DK_FLOAT16 = 1, DK_BFLOAT16 = 2 };
+
+enum dk_status { DK_OK = 0, DK_BAD_DTYPE = -1, DK_BAD_STRIDE = -2, DK_BAD_SIZE = -3, DK_MISSING = -4 };
+
+typedef struct {
+  void *data;
+  int64_t row_stride, column_stride; /* in elements */
+  int32_t dtype;
+} dk_matrix;
+
+typedef struct {
+  void *data;
+  int64_t stride; /* in elements; 0: one number stands for all */
+  int32_t dtype;
+} dk_vector;
+
+/* DK_ABI_VERSION of the library. */
+DK_API int dk_abi_version(void);
+
+/* 1 if the library was compiled for the host (csrc/host_shim) and takes pointers to host memory, else 0. */
+DK_API int dk_on_host(void);
+
+/* What the library was compiled by and for, such as "CUDA 13.0 for sm_75 sm_80 compute_80" (compute_: PTX). */
+DK_API const char *dk_build_info(void);
+
+/* What a status says; CUDA's own words for a cudaError_t. */
+DK_API const char *dk_error_string(int status);
+
+/* Rows of A_hat [r, K] = A / max(a, eps) * weight_norm and columns of B_hat [N, r] = B * sign * lam / (r max(b, eps)),
+   and their norms a, b [r]; without lam both are cast only. eps 0: no clamp, a norm of 0 gives 0. Any dtypes. */
+DK_API int dk_fold(dk_matrix A, dk_matrix B, dk_vector lam, dk_vector weight_norm, dk_matrix A_hat, dk_matrix B_hat,
+                   float *a, float *b, int64_t K, int64_t N, int64_t r, float sign, float eps, void *stream);
+
+/* Gradients of dk_fold: dA [r, K] of dA_hat, dB [N, r] of dB_hat, both optional, and with dB_hat the r parts of dlam,
+   `along` [r + r0]; frozen_B [N, r0], scaled by the same lam with the other sign, adds r0 parts. Its columns follow the
+   r of dB_hat, and their norms those in b. Any dtypes. */
+DK_API int dk_fold_backward(dk_matrix dA_hat, dk_matrix dB_hat, dk_matrix A, dk_matrix B, dk_vector lam,
+                            dk_vector weight_norm, dk_matrix frozen_B, const float *a, const float *b, dk_matrix dA,
+                            dk_matrix dB, float *along, int64_t K, int64_t N, int64_t r, int64_t r0, float eps,
+                            void *stream);
+
+/* norm [N] of the rows of W + scale * B_hat A_hat; with magnitude, c = magnitude / norm [N] (0 where the norm is 0);
+   with `scaled`, c * W [N, K] in W's dtype. A_hat [R, K] and B_hat [N, R]: W's dtype, or both float32. */
+DK_API int dk_row_norm(dk_matrix W, dk_matrix A_hat, dk_matrix B_hat, dk_vector magnitude, float *norm, float *c,
+                       dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, void *stream);
+
+/* out [T, R] = factor * drop(x) small, small [C, R]: h = drop(x) A_hat^T, or dv = dy (c * B_hat). With parts > 1 the sum
+   over C is split and out is float32 [parts, T, R]. x: rows; small: x's dtype or float32; out: rows, any dtype. */
+DK_API int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t parts,
+                          const int64_t *seed, int32_t threshold, float factor, void *stream);
+
+/* What one read of x [T, C] sums up over tokens, in `parts` parts, float32, each optional:
+   product [parts, C, R] (transposed: [parts, R, C]) = factor * drop(x)^T h, sums [parts, C] = sum_t x,
+   dots [parts, C] = sum_t x * y. x, h, y: rows; h: x's dtype or float32; y: x's dtype. */
+DK_API int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, float *product, float *sums, float *dots, int64_t T,
+                         int64_t C, int64_t R, int64_t parts, int32_t transposed, const int64_t *seed,
+                         int32_t threshold, float factor, void *stream);
+
+/* out [size] = sum over parts of in [parts, size], in their order; out in any dtype, contiguous. */
+DK_API int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream);
+
+/* What expand_backward makes of the parts of dk_token_sums: dB [N, R] = c * product, dm [N] = (dots + sum_r product *
+   B_hat) / divisor (0 where the divisor is 0; without B_hat the dots alone), dy_sum [N]. float32, each optional. */
+DK_API int dk_finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
+                        const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R,
+                        void *stream);
+
+/* out [T, C] = c * (drop(base) + scale * drop(h small)) + extra + bias, rounded once; every term but h small [R, C] is
+   optional. The mask, if there is one, falls on the term, and with mask_base on base too. out may be base. base, h,
+   extra: rows; h, small: out's dtype, or both float32; extra: out's dtype; c [C]; out: rows. */
+DK_API int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c, dk_matrix extra, dk_vector bias,
+                          dk_matrix out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed,
+                          int32_t threshold, int32_t mask_base, void *stream);
+
+/* out [M, C] = x * factor, a vector of rows [M] or of columns [C], rounded once. x, out: rows, one dtype. */
+DK_API int dk_scaled(dk_matrix x, const float *factor, dk_matrix out, int64_t M, int64_t C, int32_t by_row,
+                     void *stream);
+
+/* The kept elements of a [T, K] matrix, one byte each: 1 or 0. */
+DK_API int dk_dropout_mask(const int64_t *seed, int32_t threshold, uint8_t *mask, int64_t T, int64_t K, void *stream);
+
+/* dropped = factor * drop(x) and rest = x - dropped, [T, K] each, one dtype, rows. */
+DK_API int dk_drop(dk_matrix x, const int64_t *seed, int32_t threshold, float factor, dk_matrix dropped, dk_matrix rest,
+                   int64_t T, int64_t K, void *stream);
+
+/* Tokens that one block of dk_route and dk_route_backward takes: their sums come in ceil(T / tokens) parts. */
+DK_API int64_t dk_route_tokens(int64_t E);
+
+/* A mixture's gating (the op `route`): h [T, (E r or r) + E + passed] -> v [T, E r + passed] and w [T, E], and for each
+   block of tokens its part of f, P [parts, E] and z [parts], as sums. gates [T, E] in the place of logits: no w. share
+   [T] or NULL: all count 1. h, v: rows, one dtype. */
+DK_API int dk_route(dk_matrix h, const float *gates, const float *scale, const float *share, dk_matrix v, float *w,
+                    float *f, float *P, float *z, int64_t T, int64_t E, int64_t r, int64_t passed, int64_t top_k,
+                    int32_t renormalize, int32_t shared, void *stream);
+
+/* The op `route_backward`: dh as h, dgates [T, E] if given, and for each block of tokens its part of dscale [parts, E].
+   A token counts `share`, or 1 / T. dv, h, dh: rows, one dtype. */
+DK_API int dk_route_backward(dk_matrix dv, dk_matrix h, const float *w, const float *scale, const float *share,
+                             const float *dP, const float *dz, dk_matrix dh, float *dgates, float *dscale, int64_t T,
+                             int64_t E, int64_t r, int64_t passed, int32_t given, int32_t renormalize, int32_t shared,
+                             void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,162 @@
+"""The token-sized kernels as functions of tensors: what they allocate, how they split their sums."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+
+
+def _mask(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
+    """Seed, threshold and 1 / (1 − p) of a mask."""
+    if group is None or group.seed is None:
+        return None, 0, 1.0
+    return group.seed, threshold(group.dropout_p), 1 / (1 - group.dropout_p)
+
+
+def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None) -> Tensor:
+    """x small → [T, R] in `dtype`; with `group`, elements of x are dropped by its mask.
+
+    Args:
+        x: [T, C].
+        small: [C, R], any strides; x's dtype or float32.
+        dtype: Of the result.
+        group: The mask, or None.
+    """
+    (T, C), R = x.shape, small.shape[1]
+    if T * R * C == 0:
+        return x.new_zeros((T, R), dtype=dtype)
+    seed, limit, factor = _mask(group)
+    parts = splits(tiles(T) * tiles(R), tiles(C))
+    out = x.new_empty((parts * T, R), dtype=dtype if parts == 1 else torch.float32)
+    launch("times_small", rows(x), small, out, T, C, R, parts, seed, limit, factor)
+    return out if parts == 1 else add_parts(out.view(parts, T, R), dtype)
+
+
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_p parts[p] in `dtype`, in their order; parts [P, ...] float32, contiguous. One part is returned as it is."""
+    if len(parts) == 1 or parts[0].numel() == 0:
+        return parts[0].to(dtype)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    launch("add_parts", parts, len(parts), out.numel(), out, DTYPES[dtype])
+    return out
+
+
+class Sums(NamedTuple):
+    """What one read of a token-sized matrix sums up over tokens, in P parts, float32; None where not asked for."""
+
+    product: Tensor | None
+    sums: Tensor | None
+    dots: Tensor | None
+
+
+def token_sums(
+    x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
+    group: MaskGroup | None = None, transposed: bool = False,
+) -> Sums:  # fmt: skip
+    """product [P, C, R] (transposed: [P, R, C]) = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
+
+    Args:
+        x: [T, C].
+        h: [T, R], x's dtype or float32, or None: no product.
+        factor: Of the product.
+        sums: Whether Σ_t x is wanted.
+        y: [T, C] in x's dtype: Σ_t x ⊙ y is wanted; or None.
+        group: Mask of the product's x, or None.
+        transposed: Whether the product is laid out as hᵀ x.
+    """
+    (T, C), R = x.shape, 0 if h is None else h.shape[1]
+    seed, limit, inverse = _mask(group)
+    parts = splits(tiles(C) * max(1, tiles(R)), tiles(T))
+    shape = (parts, R, C) if transposed else (parts, C, R)
+    empty, wide = x.new_zeros if T * C == 0 else x.new_empty, torch.float32
+    product = None if h is None else empty(shape, dtype=wide)
+    found = Sums(product, empty((parts, C), dtype=wide) if sums else None, None if y is None else empty((parts, C), dtype=wide))
+    if T * C:
+        launch(
+            "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), *found,
+            T, C, R, parts, transposed, seed, limit, factor * inverse,
+        )  # fmt: skip
+    return found
+
+
+def finish_dy(
+    found: Sums, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dB̂ = c ⊙ product [N, R], dm = (dots + Σ_r product ⊙ B̂) / divisor [N] and Σ_t dy [N], in one launch.
+
+    Args:
+        found: The parts of the sums over dy.
+        column: c [N] float32, or None for 1.
+        B_hat: [N, R] where the dots lack the rank-R term of u, else None.
+        divisor: [N]; dm is 0 where it is 0. Needed with dots.
+    """
+    first = next((parts for parts in found if parts is not None), None)
+    if first is None:
+        return None, None, None
+    P, N = first.shape[:2]
+    R = 0 if found.product is None else found.product.shape[2]
+    if P == 1 and column is None and found.dots is None:
+        dB, _, dy_sum = (None if parts is None else parts[0] for parts in found)
+        return None if found.product is None else found.product[0], None, None if found.sums is None else found.sums[0]
+    dB = None if found.product is None else first.new_empty((N, R))
+    dm, dy_sum = (None if parts is None else first.new_empty(N) for parts in (found.dots, found.sums))
+    launch("finish_dy", *found, P, B_hat, column, divisor, dB, dm, dy_sum, N, R)
+    return dB, dm, dy_sum
+
+
+def rank_update(
+    base: Tensor | None, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
+    extra: Tensor | None = None, bias: Tensor | None = None, group: MaskGroup | None = None, mask_base: bool = False,
+) -> Tensor:  # fmt: skip
+    """out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h small)) + extra + bias, rounded once; `out` may be `base`.
+
+    Args:
+        base: [T, C] in out's dtype; or None.
+        h: [T, R], out's dtype or float32.
+        small: [R, C], any strides, in h's dtype.
+        scale: Factor of the term; 1 / (1 − p) of a mask is the caller's.
+        out: [T, C].
+        column: c [C] float32, or None.
+        extra: [T, C] in out's dtype, or None.
+        bias: [C] or None.
+        group: The mask of the term, or None.
+        mask_base: Whether it masks base too.
+    """
+    (T, C), R = out.shape, h.shape[1]
+    if T * C:
+        seed, limit, _ = _mask(group)
+        extra = None if extra is None else rows(extra)
+        launch(
+            "rank_update", base, rows(h), small, column, extra, bias, out, T, C, R, scale, seed, limit, mask_base
+        )  # fmt: skip
+    return out
+
+
+def scale_matrix(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
+    """matrix [M, C] ⊙ factor, a float32 vector of rows [M] or of columns [C]; laid out as the matrix is."""
+    if matrix.stride(0) == 1 and matrix.stride(1) > 1:
+        return scale_matrix(matrix.t(), factor, not by_row).t()
+    (M, C), out = matrix.shape, torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    if M * C:
+        launch("scaled", rows(matrix), factor, out, M, C, by_row)
+    return out
+
+
+def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """The elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
+    mask = seed.new_empty((T, K), dtype=torch.bool)
+    if T * K:
+        launch("dropout_mask", seed, threshold(dropout_p), mask, T, K)
+    return mask
+
+
+def drop(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """drop(x) and x − drop(x), [T, K] each, from one read of x."""
+    (T, K), x = x.shape, rows(x)
+    dropped, rest = x.new_empty((T, K)), x.new_empty((T, K))
+    if T * K:
+        launch("drop", x, seed, threshold(dropout_p), 1 / (1 - dropout_p), dropped, rest, T, K)
+    return dropped, rest

@@ -1,0 +1,153 @@
+"""The binding of csrc/delora_kernels.h: one call launches one kernel; a status that is not 0 becomes an error.
+
+Tensors go as pointers, strides and a dtype; nothing is copied, converted or waited for. The library is loaded at the
+first call (`cuda_library.py`). One that csrc/host_shim compiled runs the same kernels on CPU tensors, for tests.
+"""
+
+import ctypes
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import cuda_library
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""dk_dtype of the header."""
+
+
+class Matrix(ctypes.Structure):
+    """dk_matrix of the header."""
+
+    _fields_ = (("data", c_void_p), ("row_stride", c_int64), ("column_stride", c_int64), ("dtype", c_int32))
+
+
+class Vector(ctypes.Structure):
+    """dk_vector of the header."""
+
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("dtype", c_int32))
+
+
+_M, _V, _P, _L, _I, _F = Matrix, Vector, c_void_p, c_int64, c_int32, c_float
+
+LAUNCHERS: dict[str, tuple[Any, ...]] = {
+    "fold": (_M, _M, _V, _V, _M, _M, _P, _P, _L, _L, _L, _F, _F),
+    "fold_backward": (_M, _M, _M, _M, _V, _V, _M, _P, _P, _M, _M, _P, _L, _L, _L, _L, _F),
+    "row_norm": (_M, _M, _M, _V, _P, _P, _M, _L, _L, _L, _F),
+    "times_small": (_M, _M, _M, _L, _L, _L, _L, _P, _I, _F),
+    "token_sums": (_M, _M, _M, _P, _P, _P, _L, _L, _L, _L, _I, _P, _I, _F),
+    "add_parts": (_P, _L, _L, _P, _I),
+    "finish_dy": (_P, _P, _P, _L, _M, _P, _V, _P, _P, _P, _L, _L),
+    "rank_update": (_M, _M, _M, _P, _M, _V, _M, _L, _L, _L, _F, _P, _I, _I),
+    "scaled": (_M, _P, _M, _L, _L, _I),
+    "dropout_mask": (_P, _I, _P, _L, _L),
+    "drop": (_M, _P, _I, _F, _M, _M, _L, _L),
+    "route": (_M, _P, _P, _P, _M, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I),
+    "route_backward": (_M, _M, _P, _P, _P, _P, _P, _M, _P, _P, _L, _L, _L, _L, _I, _I, _I),
+}
+"""Launcher dk_<name> → the types of its arguments, but for the stream, which is the last of each."""
+
+FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens")
+"""What the library must have."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library with the types of its functions declared."""
+    loaded = cuda_library.load(FUNCTIONS)
+    for name, types in LAUNCHERS.items():
+        getattr(loaded, f"dk_{name}").argtypes = (*types, c_void_p)
+    loaded.dk_error_string.restype = c_char_p
+    loaded.dk_route_tokens.argtypes, loaded.dk_route_tokens.restype = (c_int64,), c_int64
+    return loaded
+
+
+@cache
+def on_host() -> bool:
+    """Whether the library runs kernels on CPU tensors (csrc/host_shim)."""
+    return bool(library().dk_on_host())
+
+
+def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
+    """Launch dk_<name> on the current stream of its tensors' device.
+
+    Args:
+        name: A key of `LAUNCHERS`.
+        *arguments: As in the header, without the stream. A tensor stands for a matrix, a vector (0-d: one number for
+            all) or a pointer, which must be contiguous; None for what is not there.
+
+    Raises:
+        RuntimeError: the launcher refused its arguments, or CUDA the launch.
+    """
+    function, types = getattr(library(), f"dk_{name}"), LAUNCHERS[name]
+    values = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in zip(types, arguments, strict=True)]
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            status = function(*values, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        status = function(*values, None)
+    if status:
+        words = library().dk_error_string(status).decode()
+        described = ", ".join(_describe(value) for value in arguments)
+        raise RuntimeError(f"delora_kernels: the CUDA kernel {name}({described}) failed: {words} (status {status})")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _matrix(tensor: Tensor | None) -> Matrix:
+    if tensor is None:
+        return Matrix()
+    row, column = tensor.stride()
+    if column != 1 and tensor.shape[1] <= 1:
+        column = 1  # a stride that nobody takes
+    return Matrix(tensor.data_ptr(), row, column, DTYPES.get(tensor.dtype, -1))
+
+
+def _vector(tensor: Tensor | None) -> Vector:
+    if tensor is None:
+        return Vector()
+    return Vector(tensor.data_ptr(), tensor.stride(0) if tensor.dim() else 0, DTYPES.get(tensor.dtype, -1))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError(f"a kernel takes contiguous memory here, got {_describe(tensor)}")
+    return tensor.data_ptr()
+
+
+_CONVERT = {Matrix: _matrix, Vector: _vector, c_void_p: _pointer}
+
+
+def _describe(value: Tensor | float | bool | None) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} strides {list(value.stride())}"
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if its last dimension is contiguous, else one copy."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+SPLIT_TARGET = 528
+"""Blocks that a reduction is split into: four for each of an H200's 132 multiprocessors."""
+
+TILE = 64
+"""Tokens, columns and ranks of the tiles of `times_small` and `token_sums`."""
+
+
+def tiles(size: int) -> int:
+    """How many tiles cover `size`."""
+    return -(-size // TILE)
+
+
+def splits(blocks: int, steps: int) -> int:
+    """Into how many parts a reduction of `steps` steps is split when `blocks` blocks run anyway."""
+    return max(1, min(steps, SPLIT_TARGET // max(1, blocks)))

@@ -1,0 +1,39 @@
+"""Where the compiled kernels run at all, and which calls they take."""
+
+import torch
+
+from delora_kernels import cuda_library
+from delora_kernels.backends.cuda.launch import FUNCTIONS, on_host
+from delora_kernels.call import Call, MoECall
+
+MOST_EXPERTS = 512
+"""What `dk_route` holds of one token in shared memory."""
+
+_against: dict[torch.device, str | None] = {}
+
+
+def why_not_here() -> str | None:
+    """Why they can't run on this machine, or None."""
+    return cuda_library.why_not_here(FUNCTIONS)
+
+
+def supports(call: Call | MoECall) -> str | None:
+    """Why the compiled kernels can't take `call`, or None."""
+    device, o = call.x.device, call.options
+    if device not in _against:  # a dict look-up is what torch.compile can trace
+        _against[device] = _why_not_on(device)
+    if _against[device] is not None:
+        return _against[device]
+    if torch.float64 in (o.compute_dtype, o.rank_dtype):
+        return "float64 has no fast units"
+    if isinstance(call, MoECall) and len(call.B) > MOST_EXPERTS:
+        return f"{len(call.B)} experts are more than {MOST_EXPERTS}"
+    return None
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != ("cpu" if on_host() else "cuda"):
+        return f"its tensors are on {device.type}"
+    if device.type == "cpu":
+        return None
+    return cuda_library.why_not_capability(cuda_library.build_info(), torch.cuda.get_device_capability(device))

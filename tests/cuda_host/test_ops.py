@@ -1,0 +1,144 @@
+"""The CUDA kernels on the CPU, through the host shim: every op and method against its formula, forward and backward.
+
+Run by `make test-cuda-host`, which compiles them first. The order in which threads run is drawn anew in each test.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from delora_kernels import functional as F
+from delora_kernels import ops, use_backend
+from delora_kernels.backends import eager
+from delora_kernels.backends.cuda import kernels, launch
+from delora_kernels.testing import METHODS, OPS, measure
+from delora_kernels.testing.op_problems import op_problems
+from host_backend import SANITIZED, shuffle_threads
+
+DTYPES = {
+    "float32": (torch.float32, None),
+    "float16": (torch.float16, None),
+    "bfloat16": (torch.bfloat16, None),
+    "bfloat16+float32": (torch.bfloat16, torch.float32),
+    "float16+float32": (torch.float16, torch.float32),
+}
+SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20), (130, 72, 200, 70))
+RANDOM_SIZES = 50
+if SANITIZED:  # for addresses, not for numbers
+    DTYPES = {dtype: DTYPES[dtype] for dtype in ("float32", "bfloat16+float32")}
+    SIZES, RANDOM_SIZES = SIZES[:3], 4
+OURS = [name for name in OPS if name != "weight_grad"]
+"""Ops with kernels of their own."""
+
+
+@pytest.fixture(autouse=True)
+def _threads_in_any_order(seed: int) -> None:
+    shuffle_threads(seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OURS)
+def test_op(name: str, dtype: str, seed: int) -> None:
+    narrow, wide = DTYPES[dtype]
+    for T, K, N, R in SIZES if dtype in ("float32", "bfloat16+float32") else SIZES[::2]:
+        for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=wide, seed=seed):
+            assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.skipif(SANITIZED, reason="the ops are enough for addresses")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_method(method: str, dtype: str, seed: int) -> None:
+    """y and every gradient by the autograd Function on this backend."""
+    narrow, wide = DTYPES[dtype]
+    with use_backend("cuda"):
+        problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
+        assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if "fold" not in name])
+def test_random_sizes(name: str, seed: int) -> None:
+    """Odd shapes in float32, to 1e-5 of the largest element."""
+    sizes = torch.randint(1, 90, (RANDOM_SIZES, 4), generator=torch.Generator().manual_seed(seed)).tolist()
+    for T, K, N, R in sizes:
+        variants = list(op_problems(name, T, K, N, min(R, 40), backend="cuda", seed=seed))
+        problem = variants[(T + K) % len(variants)]
+        expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
+        for what, got in problem.run(problem.inputs).items():
+            error = (got.double() - expected[what]).abs().max() / expected[what].abs().max().clamp(min=1e-30)
+            assert error <= 1e-5, (what, (T, K, N, R), error)
+
+
+@pytest.mark.parametrize("name", ["fold", "fold_backward"])
+def test_random_sizes_of_folds(name: str, seed: int) -> None:
+    """Against derived limits: a cast rounds, and a gradient that is zero but for rounding has no relative error."""
+    sizes = torch.randint(1, 90, (RANDOM_SIZES, 3), generator=torch.Generator().manual_seed(seed)).tolist()
+    for K, N, R in sizes:
+        variants = list(op_problems(name, 1, K + 1, N + 1, min(R, 40), backend="cuda", seed=seed))
+        assert [m for m in measure(variants[(K + N) % len(variants)]) if not m.ok] == []
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 4), (5, 1), (33, 130)])
+def test_masks_have_the_bits_of_the_eager_backend(shape: tuple[int, int], seed: int) -> None:
+    one = torch.tensor(seed)
+    for p in (0.1, 0.5, 0.93):
+        assert torch.equal(ops.dropout_mask(*shape, p, one, "cuda"), eager.dropout_mask(*shape, p, one))
+
+
+def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums split among blocks, rows apart in memory, rows that 16 bytes do not divide, more ranks than a tile has; and
+    the same bits every time, in whatever order threads run."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(140, 700, generator=generator)
+    small, h = torch.randn(330, 150, generator=generator), torch.randn(150, 140, generator=generator).t()
+
+    def everything(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        x, y = x.to(dtype), x.to(dtype) if x.is_contiguous() else x.flip(0).to(dtype)
+        found = kernels.token_sums(x, h, 0.5, sums=True, y=y)
+        assert found.product is not None
+        product, _, sums = kernels.finish_dy(found._replace(dots=None), None, None, None)
+        assert product is not None
+        assert sums is not None
+        return [kernels.times_small(x, small, torch.float32), product, sums, kernels.add_parts(found.dots, torch.float32)]
+
+    views = (wide[:, 100:430], wide[:, 101:431], wide.flatten()[1 : 1 + 140 * 330].view(140, 330))
+    for x, dtype in zip(views, (torch.float32, torch.float16, torch.bfloat16), strict=True):
+        for target in (1, 1000):
+            monkeypatch.setattr(launch, "SPLIT_TARGET", target)
+            shuffle_threads(seed)
+            first = everything(x, dtype)
+            z = x.to(dtype).double()
+            y = z if x.is_contiguous() else x.flip(0).to(dtype).double()
+            exact = [z @ small.double(), 0.5 * z.t() @ h.double(), z.sum(0), (z * y).sum(0)]
+            for got, expected in zip(first, exact, strict=True):
+                assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+            shuffle_threads(seed + 1)
+            assert all(torch.equal(a, b) for a, b in zip(first, everything(x, dtype), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_show_where_they_do_in_the_eager_backend(value: float, seed: int) -> None:
+    """Also where the element that has them is dropped: torch's dropout multiplies by 0."""
+    for method in ("dora-dropout", "lora-dropout"):
+        arguments = METHODS[method].draw(9, 12, 10, 3, seed=seed)
+        arguments["x"][4, 5] = value
+        results = []
+        for backend in ("eager", "cuda"):
+            with use_backend(backend):
+                results.append(METHODS[method].fused(arguments))
+        for name, eager_result in results[0].items():
+            assert torch.equal(results[1][name].isfinite(), eager_result.isfinite()), (method, name)
+
+
+def test_no_tokens() -> None:
+    tensors = {"x": torch.zeros(0, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(2, 6), "B": torch.zeros(5, 2)}
+    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+    with use_backend("cuda"):
+        y = F.lora_linear(**leaves)
+        y.sum().backward()
+    assert y.shape == (0, 5)
+    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
