@@ -12,14 +12,14 @@ __device__ __forceinline__ float total(const float *parts, int64_t i, int64_t co
   return sum;
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     add_parts(const float *in, int64_t parts, int64_t size, void *out, int dtype) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i < size) store(out, dtype, i, total(in, i, parts, size));
 }
 
 // A warp has one row n of dB, dm and dy_sum.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
               const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R) {
   const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;

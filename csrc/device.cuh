@@ -154,18 +154,6 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// The sum over a block, in every thread, in a fixed order; `scratch` has a place for each warp.
-__device__ __forceinline__ float block_sum(float x, float *scratch) {
-  x = warp_sum(x);
-  __syncthreads();  // an earlier sum has been read
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; ++w) x += scratch[w];
-  return x;
-}
-
 // Calls f with a value of the type that a dtype stands for.
 template <class F> int by_dtype(int dtype, F f) {
   if (dtype == DK_FLOAT32) return f(float{});

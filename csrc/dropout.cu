@@ -5,7 +5,7 @@
 namespace dk {
 
 // A thread has four neighbours of a row: one hash.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     dropout_mask(const int64_t *seed, int threshold, uint8_t *kept, int64_t T, int64_t K) {
   const Mask mask(seed, threshold, K);
   const int64_t across = tiles(K, 4), i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class X>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     drop(Rows<X> x, const int64_t *seed, int threshold, float factor, Rows<X> dropped, Rows<X> rest, int64_t T,
          int64_t K) {
   const Mask mask(seed, threshold, K);

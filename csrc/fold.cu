@@ -10,6 +10,18 @@ struct Scratch {
   float sums[THREADS / 32];
 };
 
+// The sum over a block, in every thread, in a fixed order. Once a kernel: the scratch is not written again.
+__device__ __forceinline__ float block_sum(float x) {
+  float *warps = shared_memory<Scratch>().sums;
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; ++w) x += warps[w];
+  return x;
+}
+
 // 1 / max(norm, eps); without a clamp 0 for a norm of 0: a vector of length 0 has no direction.
 __device__ __forceinline__ float inverse_of(float norm, float eps) {
   if (eps > 0) return 1 / fmaxf(norm, eps);
@@ -29,7 +41,7 @@ __device__ __forceinline__ dk_vector column_of(const dk_matrix &m, int64_t j) {
 __device__ __forceinline__ void put(const dk_vector &v, int64_t i, float x) { store(v.data, v.dtype, i * v.stride, x); }
 
 // Blocks up to r: rows of A; the next r: columns of B.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     fold(dk_matrix A, dk_matrix B, dk_vector lam, dk_vector weight_norm, dk_matrix A_hat, dk_matrix B_hat, float *a,
          float *b, int64_t K, int64_t N, int r, float sign, float eps) {
   const int block = blockIdx.x, j = block < r ? block : block - r;
@@ -40,7 +52,7 @@ __global__ void __launch_bounds__(THREADS)
   if (lam.data) {
     float squares = 0;
     for (int64_t e = threadIdx.x; e < length; e += THREADS) squares += load(from, e) * load(from, e);
-    const float norm = sqrtf(block_sum(squares, shared_memory<Scratch>().sums));
+    const float norm = sqrtf(block_sum(squares));
     if (threadIdx.x == 0) (is_row ? a : b)[j] = norm;
     factor = inverse_of(norm, eps);
     if (!is_row) factor *= load(lam, 0) * sign / static_cast<float>(r);
@@ -58,7 +70,7 @@ __device__ __forceinline__ float normalise_backward(const dk_vector &grad, const
   float products = 0;
   for (int64_t e = threadIdx.x; e < length; e += THREADS)
     products += load(grad, e) * (weight.data ? load(weight, e) : 1.0f) * load(factor, e);
-  const float along = block_sum(products, shared_memory<Scratch>().sums) * inverse;
+  const float along = block_sum(products) * inverse;
   if (out.data) {
     const float drop = norm >= eps ? along * inverse * inverse : 0.0f;
     for (int64_t e = threadIdx.x; e < length; e += THREADS) {
@@ -70,7 +82,7 @@ __device__ __forceinline__ float normalise_backward(const dk_vector &grad, const
 }
 
 // Blocks up to r: rows of dA; the next r: columns of dB and their parts of dlam; then those of the frozen start.
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     fold_backward(dk_matrix dA_hat, dk_matrix dB_hat, dk_matrix A, dk_matrix B, dk_vector lam, dk_vector weight_norm,
                   dk_matrix frozen_B, const float *a, const float *b, dk_matrix dA, dk_matrix dB, float *along,
                   int64_t K, int64_t N, int r, int r0, float eps) {

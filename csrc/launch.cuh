@@ -10,13 +10,14 @@
 
 namespace dk {
 
-constexpr int THREADS = 128;  // of every block
+// Of every block. Kernels say __launch_bounds__(THREADS, 1): as many registers as they like, so that nothing spills.
+constexpr int THREADS = 128;
 
-// The block's shared memory: each kernel lays it out as one struct, whose size its launch asks for.
+// The block's shared memory: each kernel lays it out as one struct.
 template <class Layout> __device__ __forceinline__ Layout &shared_memory() {
 #if defined(__CUDACC__)
-  extern __shared__ __align__(128) unsigned char memory[];
-  return *reinterpret_cast<Layout *>(memory);
+  __shared__ Layout memory;
+  return memory;
 #else
   return *reinterpret_cast<Layout *>(dk_shim::shared_memory());
 #endif
@@ -31,10 +32,10 @@ template <class T> struct Same {
 // Runs `kernel` on a grid of blocks, each with a Layout of shared memory; nothing where the grid is empty.
 template <class Layout, class... P>
 int launch(void (*kernel)(P...), dim3 grid, void *stream, typename Same<P>::type... arguments) {
-  static_assert(sizeof(Layout) <= 48 << 10, "a kernel may have no more without asking for it");
+  static_assert(sizeof(Layout) <= 48 << 10, "a block has no more without asking for it");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return DK_OK;
 #if defined(__CUDACC__)
-  kernel<<<grid, THREADS, sizeof(Layout), static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<grid, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
 #else
   (void)stream;

@@ -27,7 +27,7 @@ template <class X, class S> union Tiles {
 };
 
 template <class X, class S>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     rank_update(Rows<X> base, Strided<S> h, Strided<S> small, const float *c, Rows<X> extra, dk_vector bias,
                 Rows<X> out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int threshold,
                 bool mask_base) {

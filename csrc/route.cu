@@ -55,7 +55,7 @@ __device__ __forceinline__ void choose(const float *logits, float *chosen, int E
   }
 }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     route(dk_matrix h, const float *gates, const float *scale, const float *share, dk_matrix v, float *w_out,
           float *f_out, float *P_out, float *z_out, int64_t T, int E, int r, int64_t passed, int64_t top_k,
           bool renormalize, bool shared) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS)
 // The gradient of the logits of p = softmax(logits), where inner = sum p * dp.
 __device__ __forceinline__ float softmax_backward(float p, float dp, float inner) { return p * (dp - inner); }
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     route_backward(dk_matrix dv, dk_matrix h, const float *w_in, const float *scale, const float *share,
                    const float *dP, const float *dz, dk_matrix dh, float *dgates, float *dscale, int64_t T, int E,
                    int r, int64_t passed, bool given, bool renormalize, bool shared) {

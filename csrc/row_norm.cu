@@ -31,7 +31,7 @@ template <class X> __device__ __forceinline__ Eight load_eight(const Strided<X> 
 }
 
 template <class X, class S>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     row_norm(Strided<X> W, Rows<X> rows, Strided<S> A_hat, Strided<S> B_hat, dk_vector magnitude, float *norms,
              float *c, Rows<X> scaled, int64_t N, int64_t K, int64_t R, float scale) {
   constexpr int LDB = BK + PAD<typename Exact<X, S>::Small>, LDA = BC + PAD<typename Exact<X, S>::Small>;
@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(THREADS)
       __syncthreads();
       product.template add<false, BK, LDB, LDA>(tiles.B[0][0], tiles.A[0][0]);
     }
-    __syncthreads();
-    product.store(tiles.update);
+    product.store(tiles.update);  // the barriers above stand between this and the last tile's reads
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < BN / STEP; ++i) {

@@ -5,7 +5,7 @@
 namespace dk {
 
 template <class X>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     scaled(Rows<X> x, const float *factor, Rows<X> out, int64_t M, int64_t C, bool by_row) {
   const int64_t across = tiles(C, 8), i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   const int64_t m = i / across, column = i % across * 8;

@@ -23,7 +23,7 @@ template <class X, class S, int BR>
 constexpr int STEP = sizeof(Tiles<X, S, BR, 64>) <= 48 << 10 && sizeof(X) == 2 && BR < 64 ? 64 : 32;
 
 template <class X, class S, int BR>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     times_small(Rows<X> x, Strided<S> small, dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t part,
                 const int64_t *seed, int threshold, float factor) {
   constexpr int BK = STEP<X, S, BR>, PLANES = Meeting<X, S>::PLANES;

@@ -24,7 +24,7 @@ template <class X, class S, int BR>
 constexpr int STEP = sizeof(Tiles<X, S, BR, 64>) <= 48 << 10 && sizeof(X) == 2 && BR < 64 ? 64 : 32;
 
 template <class X, class S, int BR>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
     token_sums(Rows<X> x, Strided<S> h, Rows<X> y, float *product, float *sums, float *dots, int64_t T, int64_t C,
                int64_t R, int64_t part, bool transposed, const int64_t *seed, int threshold, float factor) {
   constexpr int BT = STEP<X, S, BR>, PLANES = Meeting<X, S>::PLANES;

@@ -13,7 +13,7 @@ from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.op_problems import op_problems
-from tests.cuda_host.host_backend import SANITIZED, shuffle_threads
+from host_backend import SANITIZED, shuffle_threads
 
 DTYPES = {
     "float32": (torch.float32, None),
@@ -101,19 +101,19 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
         assert sums is not None
         return [kernels.times_small(x, small, torch.float32), product, sums, kernels.add_parts(found.dots, torch.float32)]
 
-    for x in (wide[:, 100:430], wide[:, 101:431], wide.flatten()[1 : 1 + 140 * 330].view(140, 330)):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for target in (1, 1000):
-                monkeypatch.setattr(launch, "SPLIT_TARGET", target)
-                shuffle_threads(seed)
-                first = everything(x, dtype)
-                z = x.to(dtype).double()
-                y = z if x.is_contiguous() else x.flip(0).to(dtype).double()
-                exact = [z @ small.double(), 0.5 * z.t() @ h.double(), z.sum(0), (z * y).sum(0)]
-                for got, expected in zip(first, exact, strict=True):
-                    assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
-                shuffle_threads(seed + 1)
-                assert all(torch.equal(a, b) for a, b in zip(first, everything(x, dtype), strict=True))
+    views = (wide[:, 100:430], wide[:, 101:431], wide.flatten()[1 : 1 + 140 * 330].view(140, 330))
+    for x, dtype in zip(views, (torch.float32, torch.float16, torch.bfloat16), strict=True):
+        for target in (1, 1000):
+            monkeypatch.setattr(launch, "SPLIT_TARGET", target)
+            shuffle_threads(seed)
+            first = everything(x, dtype)
+            z = x.to(dtype).double()
+            y = z if x.is_contiguous() else x.flip(0).to(dtype).double()
+            exact = [z @ small.double(), 0.5 * z.t() @ h.double(), z.sum(0), (z * y).sum(0)]
+            for got, expected in zip(first, exact, strict=True):
+                assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+            shuffle_threads(seed + 1)
+            assert all(torch.equal(a, b) for a, b in zip(first, everything(x, dtype), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

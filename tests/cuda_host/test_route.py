@@ -6,7 +6,7 @@ import torch
 from delora_kernels.backends import eager
 from delora_kernels.backends.cuda.route import route, route_backward
 from delora_kernels.testing.draw import Draw
-from tests.cuda_host.host_backend import shuffle_threads
+from host_backend import shuffle_threads
 
 
 @pytest.mark.parametrize("E", [1, 3, 8, 33, 64])

@@ -1,0 +1,151 @@
+"""Compile every CUDA kernel of csrc/ for every GPU that nvcc knows: registers, spills, shared memory, tensor cores.
+
+    python -m benchmarks.codegen_cuda [--arch sm_90 ...] [--json FILE] [--summary]
+
+Exit status 1 where nvcc fails or warns (-Wall, -Wextra), a kernel spills, asks for more shared memory than a block has,
+or leaves the tensor cores out with 16-bit operands of one type. Rows are those of `benchmarks.codegen`.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SHARED_LIMIT = 48 * 1024
+"""Bytes of shared memory that a block has on every GPU without asking for more."""
+
+GEMM_KERNELS = ("times_small", "token_sums", "rank_update", "row_norm")
+FLAGS = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def architectures() -> list[str]:
+    """What nvcc compiles for: sm_75, sm_80, ..."""
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return sorted(("sm_" + name.split("_")[1] for name in listed.split()), key=lambda arch: int(arch[3:]))
+
+
+def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
+    """The rows of the kernels of one file.
+
+    Raises:
+        RuntimeError: nvcc failed, or warned; the text has its messages.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = ["-arch", arch, "-cubin", "-o", f"{folder}/{file.stem}.cubin", "--keep", "--keep-dir", folder]
+        done = subprocess.run(["nvcc", *FLAGS, *target, str(file)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{file.name} for {arch}:\n{done.stdout}{done.stderr}")
+        rows = parse(done.stdout + done.stderr)
+        ptx = Path(folder, f"{file.stem}.ptx").read_text(encoding="utf-8") if rows else ""
+    bodies = {part.split("(", 1)[0].strip(): part for part in ptx.split(".entry ")[1:]}
+    for row in rows:
+        row["mma"] = "wmma" if "wmma.mma" in bodies[row["kernel"]] else None
+    names = _demangle([row["kernel"] for row in rows])
+    for row, (row["kernel"], row["config"]) in zip(rows, names, strict=True):
+        pass
+    return rows
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """The rows that ptxas -v reports, with mangled names."""
+    rows: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        if found := _ENTRY.search(line):
+            rows.append({"kernel": found[1], "arch": found[2], "config": "", "registers": 0, "spill_bytes": 0})
+        elif (found := _SPILLS.search(line)) and rows:
+            rows[-1]["spill_bytes"] = max(map(int, found.groups()))
+        elif (found := _USED.search(line)) and rows:
+            rows[-1] |= {"registers": int(found[1]), "shared_bytes": int(found[2] or 0)}
+    return rows
+
+
+def _demangle(names: list[str]) -> list[tuple[str, str]]:
+    """Kernel and template arguments of each mangled name."""
+    if not names:
+        return []
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    result = []
+    for line in done.stdout.splitlines():
+        name = line.removeprefix("void ").split("(", 1)[0].removeprefix("dk::")
+        kernel, _, config = name.partition("<")
+        config = config.removesuffix(">").replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
+        result.append((kernel, config.replace("float", "fp32")))
+    return result
+
+
+def why_not(row: dict[str, Any]) -> str | None:
+    """Why this row must not be shipped, or None."""
+    if row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    if row["shared_bytes"] > SHARED_LIMIT:
+        return f"asks for {row['shared_bytes']} bytes of shared memory, {SHARED_LIMIT} are there"
+    types = row["config"].split(", ")[:2]
+    narrow = types[0] in ("fp16", "bf16") and types[0] == types[1] if len(types) == 2 else False
+    if row["kernel"] in GEMM_KERNELS and narrow and not row["mma"]:
+        if types[0] == "fp16" or int(row["arch"][3:]) >= 80:
+            return "its products do not run on tensor cores"
+    return None
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table: for each kernel the most that one configuration takes, registers by architecture."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    lines = [f"| kernel | configurations | shared bytes | spilled bytes | registers {' | '.join(archs)} |"]
+    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(archs))
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        most = [max(row["registers"] for row in mine if row["arch"] == arch) for arch in archs]
+        cells = [len({row["config"] for row in mine}), *(max(row[k] for row in mine) for k in ("shared_bytes", "spill_bytes"))]
+        lines.append(f"| {kernel} | {' | '.join(map(str, [*cells, *most]))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", help="sm_75, sm_90, ...; default: all that nvcc knows")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--summary", action="store_true", help="a Markdown table by kernel behind the rows")
+    options = parser.parse_args()
+    jobs = [(file, arch) for arch in options.arch or architectures() for file in sorted(CSRC.glob("*.cu"))]
+    rows: list[dict[str, Any]] = []
+    bad: list[str] = []
+    print(f"{'kernel':<16} {'arch':<7} {'config':<16} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(lambda job: _rows_or_error(*job), jobs):
+            if isinstance(found, RuntimeError):
+                print(found, file=sys.stderr)
+                bad.append(str(found).splitlines()[0])
+                continue
+            rows += found
+            for row in found:
+                cells = ["-" if value is None else value for value in row.values()]
+                print("{:<16} {:<7} {:<16} {:>5} {:>6} {:>7}  {}".format(*cells), flush=True)
+                if reason := why_not(row):
+                    bad.append(f"{row['kernel']} {row['arch']} {row['config']} ({reason})")
+    if options.summary:
+        print(summary(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows)} kernels" + (f", FAILED: {'; '.join(bad)}" if bad else ", no warning, no spill, all fit"))
+    return 1 if bad else 0
+
+
+def _rows_or_error(file: Path, arch: str) -> list[dict[str, Any]] | RuntimeError:
+    try:
+        return compile_file(file, arch)
+    except RuntimeError as error:
+        return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Kernels broken on purpose: without one of their barriers, or with a wrong index, their results change.
+
+Each barrier of csrc/*.cu is removed in turn. Right kernels give the same bits in whatever order threads run; a broken
+one must differ from them, or fail, for one of a few orders.
+"""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from host_backend import LIBRARY, SANITIZED, shuffle_threads
+from torch import Tensor
+
+from delora_kernels.backends.cuda import dropout_mask, launch, route
+from delora_kernels.testing.op_problems import op_problems
+
+CSRC = Path(__file__).parents[2] / "csrc"
+sys.path.insert(0, str(CSRC / "host_shim"))
+import build  # noqa: E402
+
+BARRIER = re.compile(r"__(?:syncthreads|syncwarp|pipeline_wait_prior)\(0?\);")
+OPS_OF = {
+    "add_parts": ("expand_backward",),
+    "dropout": ("project", "expand"),
+    "fold": ("fold", "fold_backward"),
+    "rank_update": ("expand", "input_backward"),
+    "route": ("route", "route_backward"),
+    "row_norm": ("row_norm",),
+    "times_small": ("project",),
+    "token_sums": ("expand_backward", "input_backward"),
+}
+ORDERS = 6
+
+WRONG = (
+    ("times_small.cu", "[now ^ 1], x, t0, k + BK, T, C)", "[now ^ 1], x, t0, k, T, C)"),
+    ("token_sums.cu", "tiles.halves[0][column] + tiles.halves[1][column]", "2 * tiles.halves[0][column]"),
+    ("rank_update.cu", "tiles.in.h[0][0], tiles.in.small[1][0]", "tiles.in.h[0][0], tiles.in.small[0][0]"),
+    ("row_norm.cu", "for (int64_t r = 0; r < R; r += BK)", "for (int64_t r = 0; r < R - BK; r += BK)"),
+    ("add_parts.cu", "p < count; ++p, i += size", "p < count - 1; ++p, i += size"),
+    ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
+    ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
+    ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
+)
+"""File, what stands there, what to write in its place: wrong, but inside its tensors."""
+
+
+def _barriers() -> list[tuple[str, int]]:
+    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(CSRC.glob("*.cu"))}
+    return [(name, i) for name, text in texts.items() for i in range(len(BARRIER.findall(text)))]
+
+
+def _results(file: str, order: int) -> list[Tensor]:
+    """What the ops that run the kernels of a file find for the same inputs."""
+    shuffle_threads(order)
+    results = []
+    for name in OPS_OF[Path(file).stem]:
+        for (T, K, N, R), wide in (((37, 150, 70, 20), torch.float32), ((70, 72, 137, 3), torch.bfloat16)):
+            narrow = torch.float32 if R == 20 else torch.bfloat16
+            for rank in {wide, torch.float32}:
+                for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=rank, seed=1):
+                    results += problem.run(problem.inputs).values()
+    if file == "route.cu":  # equal logits
+        results += route(torch.zeros(5, 24), None, torch.ones(8), None, 8, 2, 4, True, False)
+    if file == "dropout.cu":
+        results.append(dropout_mask(13, 37, 0.4, torch.tensor(7)))
+    return results
+
+
+@cache
+def _right(file: str) -> list[Tensor]:
+    return _results(file, 0)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Puts another library in the place of the right one, until the end of the test."""
+    yield monkeypatch
+    monkeypatch.undo()
+    launch.library.cache_clear()
+
+
+def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool:
+    right = _right(file)
+    library = ctypes.CDLL(str(build.build(replaced={file: text})))
+    patch.setattr("delora_kernels.cuda_library.load", lambda: library)
+    launch.library.cache_clear()
+    for order in range(ORDERS):
+        try:
+            results = _results(file, seed + order)
+        except RuntimeError:  # a guard zone, or threads that wait for ever
+            return True
+        if not all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in zip(results, right, strict=True)):
+            return True
+    return False
+
+
+@pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")
+@pytest.mark.parametrize(("file", "which"), _barriers())
+def test_a_missing_barrier_shows(file: str, which: int, seed: int, broken: pytest.MonkeyPatch) -> None:
+    text = (CSRC / file).read_text(encoding="utf-8")
+    start, end = list(BARRIER.finditer(text))[which].span()
+    assert _differs(file, text[:start] + text[end:], seed, broken), text[start - 200 : end]
+
+
+@pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")
+@pytest.mark.parametrize(("file", "right", "wrong"), WRONG, ids=[file for file, *_ in WRONG])
+def test_a_wrong_index_shows(file: str, right: str, wrong: str, seed: int, broken: pytest.MonkeyPatch) -> None:
+    text = (CSRC / file).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    assert _differs(file, text.replace(right, wrong), seed, broken)
+
+
+def test_right_kernels_do_not_differ(seed: int, broken: pytest.MonkeyPatch) -> None:
+    text = (CSRC / "token_sums.cu").read_text(encoding="utf-8")
+    assert not _differs("token_sums.cu", text, seed, broken)
+
+
+@pytest.mark.skipif(not SANITIZED, reason="needs AddressSanitizer")
+def test_a_read_outside_a_tensor_ends_the_process() -> None:
+    text = (CSRC / "times_small.cu").read_text(encoding="utf-8")
+    wrong = text.replace("tiles.in.x[0], x, t0, first, T, C", "tiles.in.x[0], x, t0, first, T + 1, C")
+    assert wrong != text
+    library = build.build(sanitize=True, replaced={"times_small.cu": wrong})
+    code = "import torch; from delora_kernels.backends.cuda.kernels import times_small; "
+    code += "times_small(torch.ones(5, 8), torch.ones(8, 3), torch.float32)"
+    for path, ends in ((LIBRARY, False), (str(library), True)):
+        environment = os.environ | {"DELORA_KERNELS_CUDA_LIBRARY": str(path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode != 0) == ends, done.stderr
+        assert ("AddressSanitizer: heap-buffer-overflow" in done.stderr) == ends, done.stderr
