@@ -87,14 +87,14 @@ def _prepare(config: Config, source: model.Source, documents: list[str]) -> tupl
     _say(f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s")
     data = _tokens(config, tokenizer, documents)
     adapted = model.adapt(base, config)
-    eager = Run("PEFT eager", adapted, scaler=_scaler(config))
     fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
+    eager = Run(config.eager_name, model.as_rival(adapted, config), scaler=_scaler(config))
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
     yardstick = None
     if config.yardstick:
         name = "eager, summed in another order" if config.reordered else "eager, nudged at the start"
-        yardstick = Run(name, model.twin(adapted), scaler=_scaler(config))
+        yardstick = Run(name, model.twin(eager.model), scaler=_scaler(config))
         if not config.reordered:
             model.nudge(yardstick.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
     return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardstick), data
