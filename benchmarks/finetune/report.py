@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.finetune import plots
+from benchmarks.finetune.config import Config
 from benchmarks.finetune.summary import ENOUGH_STEPS, STEADY, Result, largest, precision, rows, spread_ms, tokens
 from benchmarks.finetune.train import Run
 from benchmarks.finetune.verdict import WINDOW
@@ -75,7 +76,7 @@ def markdown(result: Result) -> str:
     lines = [
         f"# Fine-tuning {result.model} with {config.method}, rank {config.rank}",
         "",
-        f"{result.steps} steps each of PEFT as it comes and of the same model after `delora_kernels.accelerate()`, "
+        f"{result.steps} steps each of {_without(config)} and of the same model after `delora_kernels.accelerate()`, "
         f"{tokens(config)} per step, {precision(config)}. "
         "Both start from the same weights, see the same batches and take their steps in turn.",
         "",
@@ -85,7 +86,7 @@ def markdown(result: Result) -> str:
     verdict = result.verdict()
     if verdict is not None:
         lines += [f"**{verdict.words()}.**", ""]
-    lines += ["| | PEFT eager | accelerated | |", "|---|---:|---:|---:|"]
+    lines += [f"| | {config.eager_name} | accelerated | |", "|---|---:|---:|---:|"]
     lines += [f"| {row.label.strip()} | {' | '.join(row.cells)} | {row.remark} |" for row in rows(result)]
     lines += ["", *_explanations(result), "", "![training loss](loss.png)", "", "![step time and memory](bars.png)", ""]
     lines += ["## What was fused", "", "```text", result.fusion, "```", ""]
@@ -94,6 +95,11 @@ def markdown(result: Result) -> str:
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in config.as_json().items() if value not in (None, [])]
     return "\n".join(lines) + "\n"
+
+
+def _without(config: Config) -> str:
+    """The first run in words."""
+    return "GOAT as its authors run it" if config.method == "goat" else "PEFT as it comes"
 
 
 def _explanations(result: Result) -> list[str]:
@@ -114,15 +120,15 @@ def _explanations(result: Result) -> list[str]:
         return lines
     if result.config.reordered:
         lines.append(
-            "* Eager runs: PEFT eager, and again with the sequences of each step dealt to its parts anew: the same "
-            "gradient, summed in another order. The distance of two runs is |loss − loss|. Passed: the accelerated run "
+            f"* Eager runs: {result.config.eager_name}, and again with the sequences of each step dealt to its parts "
+            "anew: the same gradient, summed in another order. The distance of two runs is |loss − loss|. Passed: the accelerated run "
             "is no further from the eager runs, on average over them, than the two eager runs furthest apart, in its "
             f"mean over all steps and in its largest mean over {WINDOW} steps in a row."
         )
     else:
         lines.append(
-            "* Eager, nudged: PEFT eager once more, its adapter matrices changed at the start by at most one rounding "
-            f"error of {result.config.dtype}. How far that drives its losses from the eager run's is the yardstick for "
-            "the loss difference above."
+            f"* Eager, nudged: {result.config.eager_name} once more, its adapter matrices changed at the start by at "
+            f"most one rounding error of {result.config.dtype}. How far that drives its losses from the eager run's is "
+            "the yardstick for the loss difference above."
         )
     return lines

@@ -25,7 +25,7 @@ class Result:
         model: the model's name.
         machine: what it ran on.
         fusion: what `accelerate()` reported.
-        eager: PEFT as it comes.
+        eager: PEFT as it comes, or GOAT as its authors run it.
         fused: the same model, accelerated.
         yardsticks: PEFT again, with its sums in other orders, or once with its start changed by one rounding error.
         end: why the run ended early; None if it did not.
@@ -181,7 +181,7 @@ def printed(result: Result) -> Table:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    for name in ("PEFT eager", "accelerated", ""):
+    for name in (config.eager_name, "accelerated", ""):
         table.add_column(name, justify="right", no_wrap=bool(name))
     for row in rows(result):
         table.add_row(row.label, *row.cells, row.remark)

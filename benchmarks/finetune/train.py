@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.model import DTYPES
 from benchmarks.finetune.probe import MIB, kept_mib
+from delora_kernels.nn import set_loss_scale
 
 
 @dataclass
@@ -64,6 +65,7 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
         config: `batch_size`, autocast.
     """
     gpu, scale = batch.is_cuda, run.scaler.get_scale()
+    set_loss_scale(run.model, scale / config.accumulation)
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
