@@ -43,6 +43,7 @@ SHAPES = {
     "vit-l.fc1": (1024, 4096),
     "sdxl.attention": (1280, 1280),
     "sdxl.cross-k": (2048, 1280),
+    "llama3.2-1b.q": (2048, 2048),
     "llama3-8b.q": (4096, 4096),
     "llama3-8b.k": (4096, 1024),
     "llama3-8b.up": (4096, 14336),
@@ -53,6 +54,9 @@ SHAPES = {
     "llama3-70b.down": (28672, 8192),
 }
 """Model and projection → K in-features, N out-features."""
+
+MIXTURES = ("moe", "goat")
+"""Methods with experts."""
 
 SETS = ("quick", "standard", "full")
 FORWARD, BOTH = "forward", "forward+backward"
@@ -65,11 +69,12 @@ class Case:
     Args:
         method: Key of benchmarks.layer.methods.METHODS.
         shape: Where K and N come from; free text.
-        T, K, N, r: Tokens, in-features, out-features, rank.
+        T, K, N, r: Tokens, in-features, out-features, rank (of a mixture: of each expert).
         precision: Key of PRECISIONS.
         mode: FORWARD (no gradients: inference, prefill) or BOTH (with dx).
         dropout_p: On the low-rank branch's input.
         E: Experts, for methods that have them.
+        k: How many of them a token chooses.
         compiled: Whether torch.compile's rivals run: they take long to build.
     """
 
@@ -83,13 +88,14 @@ class Case:
     mode: str = BOTH
     dropout_p: float = 0.0
     E: int | None = None
+    k: int | None = None
     compiled: bool = False
 
     @property
     def key(self) -> str:
         """What tells this case from every other, in words."""
         dropout = f" p={self.dropout_p:g}" if self.dropout_p else ""
-        experts = f" E={self.E}" if self.E else ""
+        experts = f" E={self.E} k={self.k}" if self.E else ""
         sizes = f"T={self.T} K={self.K} N={self.N} r={self.r}{experts}"
         return f"{self.method} {sizes} {self.precision}{dropout} {self.mode}"
 
@@ -119,7 +125,9 @@ def cases(which: str, methods: tuple[str, ...], device: str, half: str) -> Itera
     base = half if half == "fp32" else f"{half}-autocast"
     gpu = device.startswith("cuda")
     for method in methods:
-        if which == "quick":
+        if method in MIXTURES:
+            yield from _mixtures(which, method, base, gpu)
+        elif which == "quick":
             yield from _quick(method, base, gpu)
         elif which == "standard":
             yield from _standard(method, base, gpu)
@@ -181,3 +189,31 @@ def _full(method: str, precision: str) -> Iterator[Case]:
             yield _case(method, shape, 8192, 16, other)
         yield _case(method, shape, 8192, 16, precision, mode=FORWARD)
         yield _case(method, shape, 8192, 16, precision, dropout_p=0.1)
+
+
+def _mixtures(which: str, method: str, precision: str, gpu: bool) -> Iterator[Case]:
+    """Eight experts of rank 4, two for a token, then other ranks (16 for `benchmarks.report`'s check), E and k."""
+    shape, T = (
+        ("llama3-8b.q", 8192) if gpu else ("smollm2-135m.up", 256) if which == "quick" else ("llama3.2-1b.q", 1024)
+    )
+    centre = _case(method, shape, T, 4, precision, E=8, k=2)
+    yield replace(centre, compiled=which != "quick")
+    if which == "quick" and method != MIXTURES[0]:
+        return
+    yield from (replace(centre, r=r) for r in (1, 2, 16))
+    yield replace(centre, mode=FORWARD)
+    if which == "quick":
+        return
+    yield replace(centre, dropout_p=0.05)
+    if which == "standard":
+        yield from (replace(centre, E=E) for E in (2, 4, 16, 32))
+        if gpu:
+            yield from (replace(centre, T=other) for other in (512, 2048, 32768))
+            yield replace(centre, precision=precision.removesuffix("-autocast"))
+            yield from (_case(method, name, T, 4, precision, E=8, k=2) for name in ("llama3-8b.up", "llama3-8b.down"))
+        return
+    sweep = ((E, k, r) for E in (2, 4, 8, 16, 32, 64) for k in (1, 2, 4, E) for r in (1, 2, 4, 8, 16, 32))
+    fits = dict.fromkeys((E, k, r) for E, k, r in sweep if k <= E and E * (r + 1) <= 512)
+    yield from (replace(centre, E=E, k=k, r=r) for E, k, r in fits if (E, k) != (8, 2) or r in (8, 32))
+    for name in SHAPES:
+        yield from (_case(method, name, other, 4, precision, E=8, k=2) for other in (512, 8192, 32768) if name != shape)

@@ -110,7 +110,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _architecture_variants(arch: str) -> list[Variant]:
-    return list(variants(descriptors=arch.startswith("sm_") and int(arch[3:]) >= 90))
+    return list(variants(divmod(int(arch[3:]), 10) if arch.startswith("sm_") else (0, 0)))
 
 
 def _count(arch: str) -> int:

@@ -9,7 +9,7 @@ from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
-from delora_kernels.backends.triton.rank_gemm import GROUP, RANKS, rank_gemm_kernel
+from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
 from delora_kernels.backends.triton.reflect import (
     WHOLE,
@@ -57,24 +57,24 @@ GEMM_KERNELS = ("times_small", "token_sums", "dy_sums", "rank_update", "rank_gem
 """Kernels whose 16-bit products must run on the matrix units of the newest instruction."""
 
 
-def variants(descriptors: bool = True) -> Iterator[Variant]:
+def variants(capability: tuple[int, int] = (9, 0)) -> Iterator[Variant]:
     """Every shipped configuration, with the features that cost registers switched on.
 
     Args:
-        descriptors: Whether the architecture loads tiles by descriptor.
+        capability: Of the device, (0, 0) for one that is not NVIDIA's: what is tuned for it, how it loads tiles.
     """
     for kernel in FEATURES:
         for rank_class in tables.TABLES[kernel]:
             for name, types in TYPES.items():
                 for features in FEATURES[kernel]:
-                    variant = _tabled(kernel, int(rank_class), name, *types, features)
+                    variant = _tabled(kernel, int(rank_class), name, *types, features, capability)
                     if variant is not None:
                         yield variant
     for name in ("bf16", "fp16"):
-        for way in ("descriptors", "pointers") if descriptors else ("pointers",):
+        for way in ("descriptors", "pointers") if capability >= DESCRIPTORS_FROM else ("pointers",):
             for layout in ("NT", "NN"):
                 for keep in (False, True) if layout == "NT" else (False,):
-                    yield _gemm(name, way, layout, keep)
+                    yield _gemm(name, way, layout, keep, capability)
     for small in ("fp32", "bf16"):
         yield from _folds(small)
     yield from _passes()
@@ -92,9 +92,11 @@ FEATURES: dict[str, tuple[str, ...]] = {
 """Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what is not there."""
 
 
-def _tabled(kernel: str, BR: int, name: str, big: str, small: str, features: str) -> Variant | None:
+def _tabled(
+    kernel: str, BR: int, name: str, big: str, small: str, features: str, capability: tuple[int, int]
+) -> Variant | None:
     """A configuration of tables.TABLES, or None where no launch asks for it."""
-    tile = tables.tiles(kernel, BR, "fp32" if big == "fp32" else "mixed" if big != small else "")
+    tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small else "")
     drop = features == "dropout"
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
@@ -137,8 +139,8 @@ def _tabled(kernel: str, BR: int, name: str, big: str, small: str, features: str
     return Variant(kernel, f"{name} R={BR} {features}".strip(), function, pointers, constants, options)
 
 
-def _gemm(name: str, way: str, layout: str, keep: bool) -> Variant:
-    tile = tables.GEMMS[way]
+def _gemm(name: str, way: str, layout: str, keep: bool, capability: tuple[int, int]) -> Variant:
+    tile = tables.gemm_tiles(way, capability)
     rows, tma = layout == "NT", way == "descriptors"
     right = (tile.columns, tile.inner) if rows else (tile.inner, tile.columns)
     pointers = {"H": name, "S": name, "COLUMN": "fp32", "BIAS": name, "OUT": name} | ({"KEPT": name} if keep else {})

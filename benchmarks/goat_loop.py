@@ -2,37 +2,49 @@
 
 The rival `goat-eager` of the benchmarks, written from a description of Facico/GOAT-PEFT's
 `goat/peta/src/goat/layer.py` (commit ef4d21a): a copy of x in the adapters' dtype, a whole pass of the first expert for
-a buffer's shape, then for each expert the tokens that chose it, found by `torch.where`. Dropout 0, as in our cases.
+a buffer's shape, then for each expert the tokens that chose it, found by `torch.where`, through a dropout of its own.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 
 def goat_loop(
-    x: Tensor, weight: Tensor, A: list[Tensor], B: list[Tensor], router: Tensor, top_k: int, scale: float
+    x: Tensor,
+    weight: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    router: Tensor,
+    top_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """y and the balance loss in the code's convention.
 
     Args:
         x: `[T, K]`.
-        weight: `[N, K]`, frozen.
+        weight: `[N, K]`, frozen; GOAT's has its start taken off.
         A: E tensors `[r, K]`.
         B: E tensors `[N, r]`.
         router: `[E, K]`.
         top_k: Experts a token chooses.
         scale: Of every expert.
+        dropout_p: Of every expert's input; the authors' trainers have 0.05.
     """
+
+    def expert(e: int, tokens: Tensor) -> Tensor:
+        return linear(linear(dropout(tokens, dropout_p) if dropout_p else tokens, A[e]), B[e]) * scale
+
     y = linear(x, weight)
     tokens = x.to(A[0].dtype)
     probabilities = linear(tokens, router).float().softmax(1)
     weights, chosen = probabilities.topk(top_k, dim=1)
     weights = weights / weights.sum(1, keepdim=True)
-    update = torch.zeros_like(linear(linear(tokens, A[0]), B[0]) * scale)
+    update = torch.zeros_like(expert(0, tokens))
     for e in range(len(A)):
         rows, slot = torch.where(chosen == e)
-        update[rows] += weights[rows, slot, None] * (linear(linear(tokens[rows], A[e]), B[e]) * scale)
-    y = y + update
+        update[rows] += weights[rows, slot, None] * expert(e, tokens[rows])
+    y += update
     counts = torch.bincount(chosen.flatten(), minlength=len(A))
     return y, len(A) * (counts / len(x) * probabilities.mean(0)).sum()

@@ -117,7 +117,8 @@ def _stages(row: dict[str, Any], form: str) -> list[Stage]:
     backward = row["mode"] != "forward"
     if row["impl"] in ("frozen", "frozen-again", "merged"):
         return frozen(T, K, N, element, backward)
-    return adapted(row["method"], T, K, N, row["r"] * (row["E"] or 1), element, backward, form)
+    R = (row["r"] + (row["impl"] != "lora")) * row["E"] if row["E"] else row["r"]  # a router has a column an expert
+    return adapted(row["method"], T, K, N, R, element, backward, form)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

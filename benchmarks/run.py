@@ -24,6 +24,7 @@ if __name__ == "__main__":
 from benchmarks.cases import SETS, cases
 from benchmarks.layer.methods import METHODS
 from benchmarks.record import Mismatch, Partial, Row
+from benchmarks.report.tables import mixtures
 
 SECONDS = {"quick": 1.0, "standard": 2.0, "full": 3.0}
 """How long the timing of a case may last after its least number of rounds."""
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [row for row in rows if row["status"] in ("failed", "error")]
     for row in bad:
         print(f"{row['status']}: {row['method']} {row['impl']} T={row['T']} {row['precision']}: {row['note']}")
+    print("\n".join(mixtures(rows)), end="")
     print(f"{len(rows)} rows, {len(bad)} failed → {args.out}")
     return 1 if bad else 0
 
@@ -138,7 +140,8 @@ def jobs(args: argparse.Namespace, device: str, half: str, clock: Any) -> list[J
             run_case = partial(measure, case, device, clock, budget, tuple(args.impls))
             found.append(Job(case.key, 1e9 + case.work, run_case))
     if args.only != "layer":
-        for model in model_cases(args.which, tuple(args.methods), device, half):
+        methods = tuple(name for name in args.methods if METHODS[name].peft_config is not None)
+        for model in model_cases(args.which, methods, device, half):
             run_model = partial(measure_model, model, device, clock, budget, tuple(args.impls))
             found.append(Job(model.key, 1e9 + 3 * model.work, run_model))
     return found[: args.limit]

@@ -1,9 +1,11 @@
-"""Time the three forms of a frozen GEMM with a rank-R term on this GPU, and write the table that `forms.py` reads.
+"""Time tile sizes and the three forms of a frozen GEMM with a rank-R term on this GPU, and write the tables.
 
-    python -m benchmarks.tune            rewrites this device's entries of delora_kernels/backends/triton/forms_table.py
+    python -m benchmarks.tune            rewrites this device's entries of tiles_table.py and forms_table.py
+                                         in delora_kernels/backends/triton
 
-For every class of shapes a few products of real layers are timed in each form, in turn, caches cold; the form with the
-least geometric mean over them becomes the entry. Offline: nothing is tuned at run time.
+Tiles come first (benchmarks.tune_tiles): the forms are timed with them. For every class of shapes a few products of
+real layers are timed in each form, in turn, caches cold; the form with the least geometric mean over them becomes the
+entry. Offline: nothing is tuned at run time.
 """
 
 import argparse
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import tune_tiles
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
-from delora_kernels.backends.triton import forms, forms_table, stages
+from delora_kernels.backends.triton import forms, forms_table, stages, tables
 
-TABLE = Path(forms_table.__file__)
+FOLDER = Path(forms_table.__file__).parent
 DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = (512, 1024, 4096, 8192)
 LAYERS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 2048))
@@ -86,21 +89,31 @@ def text(table: dict[tuple[tuple[int, int], torch.dtype, str], Entries]) -> str:
 
 
 def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budget | None = None) -> int:
-    """Tune, print the entries, write the table."""
+    """Tune, print the entries, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--out", type=Path, default=TABLE, help="default: the library's own table")
+    parser.add_argument("--only", choices=("tiles", "forms"), help="default: both")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the tables; default: the library's own")
     options = parser.parse_args(argv)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.tune needs a CUDA device, and there is none", file=sys.stderr)
         return 2
     clock, budget = clock or clock_of(options.device), budget or Budget(1.0, 7, 50)
+    device = forms.capability(torch.device(options.device))
+    if options.only != "forms":
+        for kernel in [kernel for own, kernel in tables.TILES if own == device]:
+            del tables.TILES[device, kernel]
+        tables.TILES |= tune_tiles.tuned(device, options.device, clock, budget)
+        print(*((name, entries) for (own, name), entries in tables.TILES.items() if own == device), sep="\n")
+        (options.out / "tiles_table.py").write_text(tune_tiles.text(tables.TILES), encoding="utf-8")
+    if options.only == "tiles":
+        return 0
     table = dict(forms_table.FORMS)
     for op, dtype in itertools.product(("expand", "dx"), DTYPES):
-        key = forms.capability(torch.device(options.device)), dtype, op
+        key = device, dtype, op
         table[key] = fastest(op, dtype, options.device, clock, budget)
         print(*key, table[key])
-    options.out.write_text(text(table), encoding="utf-8")
+    (options.out / "forms_table.py").write_text(text(table), encoding="utf-8")
     return 0
 
 

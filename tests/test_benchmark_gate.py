@@ -16,9 +16,9 @@ BUDGET = Budget(seconds=0, least=3, most=3, warmup=0)
 
 
 def rows(
-    method: str, seed: int, precision: str = "fp32", mode: str = BOTH, dropout_p: float = 0.0
+    method: str, seed: int, precision: str = "fp32", mode: str = BOTH, dropout_p: float = 0.0, **others: Any
 ) -> dict[str, dict[str, Any]]:
-    case = Case(method, "", **SIZES, precision=precision, mode=mode, dropout_p=dropout_p)
+    case = Case(method, "", **SIZES, precision=precision, mode=mode, dropout_p=dropout_p, **others)
     return {row["impl"]: row for row in measure(case, "cpu", CpuClock(), BUDGET, seed=seed)}
 
 
@@ -42,6 +42,49 @@ def test_right_implementations_are_timed(method: str, precision: str, seed: int)
     assert measured["dk-cuda"]["status"] == "absent"
     assert "no cuda kernels" in measured["dk-cuda"]["note"]
     assert "dk itself runs on eager" in measured["dk-eager"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"), [("moe", "fp32"), ("goat", "fp32"), ("goat", "bf16-autocast"), ("goat", "bf16-fp32")]
+)
+def test_mixtures_and_their_rivals_are_timed(method: str, precision: str, seed: int) -> None:
+    measured = rows(method, seed, precision, E=4, k=2)
+    for name in ("frozen", "dk", "lora", "goat-eager", "dense"):
+        assert measured[name]["status"] == "ok", measured[name]
+    assert measured["lora"]["error_to_fp64"] is None
+    assert measured["goat-eager"]["saved_mib"] > 2 * measured["dk"]["saved_mib"]
+    assert measured["peft"]["status"] == "absent"
+    inference = rows(method, seed, precision, FORWARD, E=4, k=2)
+    assert {row["status"] for row in inference.values()} == {"ok", "absent"}
+
+
+@pytest.mark.parametrize("op", ["route", "route_backward", "project"])
+def test_a_broken_mixture_is_refused(op: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    whole = getattr(eager, op)
+
+    def broken(*args: Any) -> Any:
+        result = whole(*args)
+        return (1.01 * result[0], *result[1:]) if isinstance(result, tuple) else 1.01 * result
+
+    monkeypatch.setattr(eager, op, broken)
+    measured = rows("goat", seed, E=4, k=2)
+    assert measured["dk"]["status"] == "failed"
+    assert measured["goat-eager"]["status"] == measured["dense"]["status"] == "ok"
+
+
+def test_the_authors_loop_drops_what_each_expert_sees(seed: int) -> None:
+    """With the dropout of their trainers it keeps more for backward than without; the mixture's row is timed too."""
+    kept = {p: rows("goat", seed, dropout_p=p, E=4, k=2) for p in (0.0, 0.5)}
+    assert all(measured["dk"]["status"] == "ok" for measured in kept.values())
+    assert kept[0.5]["goat-eager"]["saved_mib"] > kept[0.0]["goat-eager"]["saved_mib"]
+
+
+def test_packages_for_gpus_are_named(seed: int) -> None:
+    cases = [Case(method, "", **SIZES, precision="fp32") for method in ("lora", "dora", "delora")]
+    named = [set(rivals.Layer(case, "cpu", seed).names()) & {"unsloth", "axolotl"} for case in cases]
+    assert named == [{"unsloth", "axolotl"}, {"axolotl"}, set()]
+    with pytest.raises(rivals.Absent, match="addmm is their form"):
+        rivals.Layer(cases[0], "cpu", seed).implementation("unsloth")
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])

@@ -57,6 +57,21 @@ def test_a_report_shows_losses_refusals_and_noise() -> None:
     assert "Some CPU, 2 threads, torch 2.13, PEFT 0.21, commit abc" in text
 
 
+def test_mixtures_are_held_to_what_they_must_show() -> None:
+    """r=4 costs 1.3 / 1.2 of its LoRA and 1.3 / 1.22 of r=16: one limit passed, one kept."""
+
+    def of(r: int, ours: float) -> list[dict[str, Any]]:
+        ratios = {"frozen": 1.0, "dk": ours, "lora": 1.2, "goat-eager": 2.6}
+        return [row("goat", impl, ratio, r=r, E=8, k=2) for impl, ratio in ratios.items()]
+
+    text = report({"machine": MACHINE, "rows": [*record()["rows"], *of(4, 1.26), *of(16, 1.19), *of(1, 1.36)]})
+    assert "| GOAT | 64, 32 → 48, 4, E=8, k=2 | fp32 | 1.05 | 1.06 (> 1.05) | 2.06 |" in text
+    assert "| GOAT | 64, 32 → 48, 16, E=8, k=2 | fp32 | 0.99 |  | 2.18 |" in text
+    assert "| GOAT | 64, 32 → 48, 1, E=8, k=2 | fp32 | 1.13 (> 1.10) | 1.14 (> 1.05) | 1.91 |" in text
+    assert "| GOAT | shape | 64, 32 → 48, 4, E=8, k=2 | fp32 | 2 | **1.26** (2.52)" in text
+    assert "Mixtures" not in report(record())
+
+
 def test_a_comparison_names_what_became_slower() -> None:
     text = compare(record(1.2), record(1.5))
     assert "2 of 2 slower by more than 5%, 0 faster" in text

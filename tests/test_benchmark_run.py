@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import run, whole_model
-from benchmarks.cases import SHAPES, Case, cases
+from benchmarks.cases import BOTH, SHAPES, Case, cases
 from benchmarks.record import Mismatch, Partial, load
 from benchmarks.timing import Budget, CpuClock
 
@@ -106,10 +106,17 @@ def test_a_refused_kernel_is_the_exit_status(
 @pytest.mark.parametrize("which", ["quick", "standard", "full"])
 @pytest.mark.parametrize(("device", "half"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")])
 def test_every_case_of_a_set_is_there_once(which: str, device: str, half: str) -> None:
-    found = list(cases(which, ("lora", "dora"), device, half))
+    found = list(cases(which, ("lora", "dora", "moe", "goat"), device, half))
     assert len({case.key for case in found}) == len(found) > 0
     assert all((case.K, case.N) == SHAPES[case.shape] for case in found)
-    assert {case.method for case in found} == {"lora", "dora"}
+    assert {case.method for case in found} == {"lora", "dora", "moe", "goat"}
+    assert all((case.E is None) == (case.method in ("lora", "dora")) for case in found)
+    mixtures = [case for case in found if case.method == "moe" and case.mode == BOTH]
+    assert {case.r for case in mixtures} >= {1, 2, 4, 16}  # what the check of ranks compares
+    if which == "full":
+        assert {case.E for case in mixtures} == {2, 4, 8, 16, 32, 64}
+        assert {case.k for case in mixtures} >= {1, 2, 4, 8, 64}
+        assert {case.r for case in mixtures} == {1, 2, 4, 8, 16, 32}
 
 
 def model_case(method: str, **others: Any) -> whole_model.ModelCase:

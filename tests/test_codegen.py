@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import codegen, codegen_variants
+from benchmarks import codegen, codegen_variants, tune_tiles
 from delora_kernels.backends.triton import tables
 
 KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}
@@ -31,10 +31,27 @@ def test_every_table_entry_is_compiled() -> None:
     assert {f"bf16 {layout} {way}" for layout in ("NT", "NN") for way in tables.GEMMS} <= gemms
 
 
+def test_what_is_tuned_for_a_device_is_compiled_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tables.TILES, ((9, 0), "token_sums fp32"), {"16": (32, 32, 4, 1)})
+    monkeypatch.setitem(tables.TILES, ((9, 0), tables.GEMM), {"pointers": (64, 64, 32, 4, 2, 7)})
+    for capability, token, inner in (((9, 0), 32, 32), ((8, 0), 64, 64)):
+        made = {(v.kernel, v.config): v for v in codegen.variants(capability)}
+        fp32 = made["token_sums", "fp32 R=16"]
+        assert (fp32.constants["BT"], fp32.options["num_stages"]) == (token, 1 if token == 32 else 3)
+        assert made["token_sums", "bf16 R=16"].constants["BT"] == 64
+        assert made["rank_gemm", "bf16 NT pointers"].constants["BD"] == inner
+        assert (("rank_gemm", "bf16 NT descriptors") in made) == (capability == (9, 0))
+
+
+def test_tuned_tiles_that_spill_are_not_written() -> None:
+    assert tune_tiles._compiles((9, 0), "dy_sums mixed", "16", (32, 64, 4, 2))
+    assert not tune_tiles._compiles((9, 0), "times_small", "128", (128, 128, 1, 1))
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_record(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [v for v in codegen.variants() if v.config in ("bf16 R=16", "fp32 R=16", "") and v.kernel != "row_norm"]
-    monkeypatch.setattr(codegen, "variants", lambda descriptors: chosen)
+    monkeypatch.setattr(codegen, "variants", lambda capability: chosen)
     monkeypatch.setattr(codegen, "ProcessPoolExecutor", lambda: ThreadPoolExecutor(1))
     file = tmp_path / "codegen.json"
     monkeypatch.setattr("sys.argv", ["codegen", "--arch", arch, "--json", str(file)])
@@ -52,7 +69,7 @@ def test_what_does_not_fit_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert codegen.why_not(codegen.compile_variant(chosen[0], "sm_90")) is None
     spilling = [chosen[0]._replace(options={"num_warps": 1, "num_stages": 1})]
     for made, limit in ((spilling, 1 << 30), (chosen, 100)):
-        monkeypatch.setattr(codegen, "variants", lambda descriptors, made=made: made)
+        monkeypatch.setattr(codegen, "variants", lambda capability, made=made: made)
         monkeypatch.setitem(codegen.SHARED_LIMIT, "sm_90", limit)
         monkeypatch.setattr("sys.argv", ["codegen", "--arch", "sm_90"])
         assert codegen.main() == 1

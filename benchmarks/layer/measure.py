@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.cases import BOTH, Case
 from benchmarks.layer.gate import Gate, Verdict
-from benchmarks.layer.rivals import FROZEN, Absent, Implementation, Layer
+from benchmarks.layer.rivals import FROZEN, YARDSTICKS, Absent, Implementation, Layer
 from benchmarks.memory import MIB, allocations, kept_bytes
 from benchmarks.timing import Budget, Clock, captured, interleaved
 
@@ -99,7 +99,7 @@ class _Bench:
             return
         if name.startswith("dk"):
             row["backend"] = layer.backend() if name == "dk" else name.removeprefix("dk-")
-        if name not in FROZEN:
+        if name not in YARDSTICKS:
             verdict = self.attempt(name, lambda: _judge(name, built, gated, layer, gate))
             if verdict is None:
                 return

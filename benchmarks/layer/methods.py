@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import PRECISIONS, Case
+from benchmarks.layer import mixtures
 
-SCALE = 2.0
+SCALE = mixtures.SCALE
 """LoRA's alpha / r, as in alpha = 2 r."""
 
 Inputs = dict[str, Any]
@@ -27,7 +28,7 @@ class Method:
         name: Key in METHODS.
         title: What tables call it.
         function: Name in delora_kernels.functional and delora_kernels.reference.
-        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B.
+        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B, or in place of them.
         trained: Names of the arguments that get gradients, beside x.
         peft_config: (r, dropout_p) → PEFT's configuration for a module named "0"; None: PEFT has no such method.
         in_peft: PEFT's layer → name of each argument that is a tensor of it → that tensor.
@@ -43,10 +44,10 @@ class Method:
 
 
 class Draw:
-    """Random numbers on the device itself, from one seed."""
+    """Random numbers for a case on the device itself, from one seed."""
 
-    def __init__(self, device: str, seed: int) -> None:
-        self.device = device
+    def __init__(self, case: Case, device: str, seed: int) -> None:
+        self.case, self.device = case, device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,7 +57,7 @@ class Draw:
 
 def inputs(case: Case, device: str, seed: int) -> Inputs:
     """x [T, K], weight [N, K], A [r, K], B [N, r], what the method adds, and grad_out [T, N]: all random."""
-    draw, (dtype, adapter_dtype, *_) = Draw(device, seed), PRECISIONS[case.precision]
+    draw, (dtype, adapter_dtype, *_) = Draw(case, device, seed), PRECISIONS[case.precision]
     T, K, N, r = case.T, case.K, case.N, case.r
     made: Inputs = {
         "x": draw.normal(T, K, dtype=dtype),
@@ -81,6 +82,14 @@ def _dora(draw: Draw, made: Inputs) -> Inputs:
 def _delora(draw: Draw, made: Inputs) -> Inputs:
     lam = torch.full((1,), 2.0, device=draw.device, dtype=made["A"].dtype)
     return {"lam": lam, "weight_norm": made["weight"].norm(dim=0).to(lam.dtype)}
+
+
+def _moe(draw: Draw, made: Inputs) -> Inputs:
+    return mixtures.experts(draw.case, draw.normal, made)
+
+
+def _goat(draw: Draw, made: Inputs) -> Inputs:
+    return mixtures.goat(draw.case, draw.normal, made)
 
 
 def _lora_config(r: int, dropout_p: float, use_dora: bool = False) -> Any:
@@ -124,6 +133,8 @@ METHODS = {
         Method("lora", "LoRA", "lora_linear", _lora, ("A", "B"), _lora_config, _in_lora),
         Method("dora", "DoRA", "dora_linear", _dora, ("A", "B", "magnitude"), _dora_config, _in_dora),
         Method("delora", "DeLoRA", "delora_linear", _delora, ("A", "B", "lam"), _delora_config, _in_delora),
+        Method("moe", "mixture of LoRA experts", "moe_lora_linear", _moe, ("A", "B", "router")),
+        Method("goat", "GOAT", "moe_lora_linear", _goat, ("A", "B", "router")),
     )
 }
 

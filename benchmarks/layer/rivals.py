@@ -10,6 +10,8 @@ dk-<backend>    the same on one backend
 peft            PEFT's eager layer; peft-<dtype>: its adapters in x's dtype; peft-compile: through torch.compile;
                 peft-no-dropout: without the dropout that the case has
 addmm           see benchmarks.layer.addmm
+unsloth, axolotl  named where their kernels would apply, not run: `addmm` is their form
+of mixtures     see benchmarks.layer.mixtures; PEFT has none
 merged          inference with the adapter merged into the weight: one linear, so it must take what `frozen` takes
 """
 
@@ -27,10 +29,16 @@ import delora_kernels as dk
 from benchmarks.cases import BOTH, FORWARD, PRECISIONS, Case
 from benchmarks.layer.addmm import addmm
 from benchmarks.layer.methods import METHODS, inputs, peft_layer
+from benchmarks.layer.mixtures import RIVALS, MixtureRivals
 from delora_kernels import backends, functional, reference
 
 BACKENDS = tuple(f"dk-{name}" for name in backends.NAMES)
 FROZEN = ("frozen", "frozen-again")
+YARDSTICKS = (*FROZEN, "lora")
+"""What computes something else than the method, to compare with."""
+
+NAMED = {"unsloth": ("lora",), "axolotl": ("lora", "dora")}
+"""Packages whose kernels would be rivals on a GPU → methods that they have kernels for."""
 
 
 class Absent(Exception):
@@ -86,17 +94,22 @@ class Layer:
             self.peft = peft_layer(case, self.inputs)
             self.inputs |= self.method.in_peft(self.peft)
         self.leaves = {name: self.inputs[name].requires_grad_() for name in self.method.trained}
+        self.mixture = MixtureRivals(self.inputs, case.dropout_p) if case.E else None
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that is there before a pass begins."""
-        return [value for value in self.inputs.values() if isinstance(value, Tensor)]
+        held = [] if self.mixture is None else self.mixture.tensors
+        return held + [value for value in self.inputs.values() if isinstance(value, Tensor)]
 
     def names(self) -> list[str]:
         """Every implementation that this case is compared with, there or not."""
+        if self.mixture is not None:
+            return [*FROZEN, "dk", *BACKENDS, "peft", *RIVALS, *(["dense-compile"] if self.case.compiled else [])]
         names = [*FROZEN, "dk", *BACKENDS, "peft" if self.case.precision == "fp32" or self._wide else self._peft_narrow]
         names += ["peft-compile"] if self.case.compiled else []
         names += ["peft-no-dropout"] if self.case.dropout_p else ["addmm"]
+        names += [name for name, methods in NAMED.items() if self.case.method in methods]
         return names + (["merged"] if self.case.mode == FORWARD else [])
 
     @property
@@ -123,6 +136,10 @@ class Layer:
             forward = self._merged()
         elif name.startswith("dk"):
             forward = self._ours(name)
+        elif name in NAMED:
+            raise Absent(f"{name}'s kernels are for whole modules on a GPU, and not run here: addmm is their form")
+        elif self.mixture is not None and name != "peft":
+            forward, leaves = self.mixture.forward(name)
         else:
             layer = self._theirs(name)
             forward = partial(layer, self.inputs["x"])
@@ -183,7 +200,8 @@ class Layer:
     def _fused(self) -> Callable[[], Tensor]:
         if self.no_peft is not None:
             function = getattr(functional, self.method.function)
-            return partial(function, **self.arguments(), dropout_p=self.case.dropout_p)
+            call = partial(function, **self.arguments(), dropout_p=self.case.dropout_p)
+            return call if self.mixture is None else lambda: call()[0]
         shared = {id(tensor): tensor for tensor in (*self.peft.parameters(), *self.peft.buffers())}
         fused = copy.deepcopy(self.peft, memo=shared)
         dk.accelerate(fused, strict=True)

@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 COLOURS = {"dk": "#0072B2", "peft": "#E69F00", "addmm": "#009E73", "peft-compile": "#CC79A7", "frozen": "#777777"}
 COLOURS |= {"dk-triton": "#56B4E9", "dk-eager": "#004466", "peft-bf16": "#D55E00", "merged": "#999933"}
+COLOURS |= {"goat-eager": "#D55E00", "dense": "#E69F00", "dense-compile": "#CC79A7"}
 """Okabe and Ito's, told apart by everyone."""
 OTHER = "#BBBBBB"
 SHOWN = tuple(name for name in COLOURS if name not in ("frozen", "merged"))

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import BOTH, PRECISIONS
+from benchmarks.report.mixtures import HEAD, OVER_LORA, OVER_RANK_16, mixture_lines
 
 Row = dict[str, Any]
 
-NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
-CASE = ("method", "shape", "T", "K", "N", "r", "E", "precision", "dropout_p", "mode")
+NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA", "moe": "LoRA experts", "goat": "GOAT"}
+CASE = ("method", "shape", "T", "K", "N", "r", "E", "precision", "k", "dropout_p", "mode")
 NOISE = 0.05
 """A comparison calls nothing a change that is smaller."""
 
@@ -35,7 +36,7 @@ def by_case(rows: Iterable[Row], kind: str = "layer") -> dict[tuple[Any, ...], d
     for row in rows:
         if row["kind"] == kind:
             extra = (row["checkpointing"],) if kind == "model" else ()
-            found.setdefault((*(row[name] for name in CASE), *extra), {})[row["impl"]] = row
+            found.setdefault((*(row.get(name) for name in CASE), *extra), {})[row["impl"]] = row
     return found
 
 
@@ -66,7 +67,7 @@ def report(record: dict[str, Any]) -> str:
             f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).",
             "",
         ]
-    lines += _layers(rows) + _models(rows) + _not_there(rows)
+    lines += _layers(rows) + mixtures(rows) + _models(rows) + _not_there(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -100,6 +101,15 @@ def _layers(rows: list[Row]) -> list[str]:
     return lines
 
 
+def mixtures(rows: list[Row]) -> list[str]:
+    """The mixtures' table; nothing without mixtures."""
+    body = [[name_of(method), *cells] for method, *cells in mixture_lines(by_case(rows))]
+    if not body:
+        return []
+    note = f"Over our LoRA of the whole rank ≤ {OVER_LORA:.2f}, over rank 16 ≤ {OVER_RANK_16:.2f} for ranks 1, 2, 4."
+    return ["## Mixtures of experts, forward + backward", "", note, "", *_table(HEAD, 3, body), ""]
+
+
 def _implementations(cases: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
     """Those that any case has measured or refused, in the order of the first."""
     names = {name: None for impls in cases.values() for name, row in impls.items() if row["status"] != "absent"}
@@ -108,7 +118,9 @@ def _implementations(cases: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
 
 def _what(key: tuple[Any, ...]) -> list[str]:
     case = dict(zip(CASE, key, strict=False))
-    sizes = f"{case['T']}, {case['K']} → {case['N']}, {case['r']}" + (f", E={case['E']}" if case["E"] else "")
+    sizes = f"{case['T']}, {case['K']} → {case['N']}, {case['r']}" + (
+        f", E={case['E']}, k={case['k']}" if case["E"] else ""
+    )
     dropout = f", dropout {case['dropout_p']:g}" if case["dropout_p"] else ""
     return [name_of(case["method"]), str(case["shape"] or ""), sizes, str(case["precision"]) + dropout]
 

@@ -1,5 +1,6 @@
 """Which form a product takes: a table's entry for its device, dtype and class of shapes, else the default."""
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
-from benchmarks import tune
+from benchmarks import tune, tune_tiles
 from benchmarks.timing import Budget
-from delora_kernels.backends.triton import forms, forms_table, stages
+from delora_kernels.backends.triton import forms, forms_table, stages, tables, tiles_table
 
 
 def test_a_table_decides_by_device_dtype_and_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,14 +63,68 @@ class _Partial:
 def test_tune_writes_a_table_that_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tune, "TOKENS", (3, 5))
     monkeypatch.setattr(tune, "LAYERS", ((8, 16), (16, 8)))
-    clock, file = _Partial(), tmp_path / "table.py"
-    assert tune.main(["--device", "cpu", "--out", str(file)], clock, Budget(0, 1, 1, 0)) == 0
+    arguments = ["--device", "cpu", "--only", "forms", "--out", str(tmp_path)]
+    assert tune.main(arguments, _Partial(), Budget(0, 1, 1, 0)) == 0
     found: dict[str, Any] = {}
-    exec(file.read_text(), found)
+    exec((tmp_path / "forms_table.py").read_text(), found)
     assert set(found["FORMS"]) == {((0, 0), dtype, op) for dtype in tune.DTYPES for op in ("expand", "dx")}
     assert all(entries == {"few narrow short": forms.OWN} for entries in found["FORMS"].values())
     assert forms.DEFAULT == forms.PREFILL
     assert tune.text({}) == Path(forms_table.__file__).read_text().replace("= {}", "= {\n}")
+
+
+class _Tiles:
+    """A clock that knows which tiles a pass runs in, by the names of the passes; some do not launch."""
+
+    def __init__(self, fast: dict[tuple[int, ...], float], broken: tuple[int, ...]) -> None:
+        self.fast, self.broken, self.run = fast, str(broken), 0
+
+    def round(self, passes: Mapping[str, Callable[[], None]]) -> dict[str, Any]:
+        next(iter(passes.values()))()  # an interpreted pass takes long
+        self.run += 1
+        times = {str(entry): ms for entry, ms in self.fast.items()}
+        return {n: RuntimeError("out of resources") if n == self.broken else (times.get(n, 2.0), None) for n in passes}
+
+
+def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The fastest that launches on every product; none where the shipped tiles are as fast but for the margin."""
+    monkeypatch.setattr(tune_tiles, "SIZES", ((17, 20), (5, 36)))
+    monkeypatch.setattr(tables, "TILES", {((0, 0), "times_small"): {"64": (1, 2, 3, 4)}, ((9, 0), "dy_sums"): {}})
+    shipped = tables.TABLES["row_norm"]["16"]
+    fast = {(32, 64, 8, 3): 1.0, (32, 64, 4, 2): 0.5, (64, 256, 32, 4, 4, 128): 1.5, tuple(shipped): 1.01}
+    clock = _Tiles(fast, broken=(32, 64, 4, 2))
+    arguments = ["--device", "cpu", "--only", "tiles", "--out", str(tmp_path)]
+    assert tune.main(arguments, clock, Budget(0, 1, 1, 0)) == 0
+    found: dict[str, Any] = {}
+    exec((tmp_path / "tiles_table.py").read_text(), found)
+    table = found["TILES"]
+    assert table.pop(((9, 0), "dy_sums")) == {}  # another device's are kept
+    assert table.pop(((0, 0), tables.GEMM)) == {"pointers": (64, 256, 32, 4, 4, 128)}
+    kernels = {name: limits for (capability, name), limits in table.items()}
+    assert set(kernels) == set(tables.TABLES) - {"row_norm"}  # 1.0 over 1.01 is within the margin
+    for name, limits in kernels.items():
+        slow = {limit for limit, tile in tables.TABLES[name].items() if tuple(tile) not in fast}
+        assert limits == dict.fromkeys(slow, (32, 64, 8, 3))
+    monkeypatch.setattr(tables, "TILES", found["TILES"])
+    assert tables.tiles("times_small", 64, (0, 0)) == tables.Tiles(32, 64, 8, 3)
+    assert tables.tiles("times_small", 64, (8, 0)) == tables.TABLES["times_small"]["64"]
+    assert tables.tiles("row_norm", 16, (0, 0)) == shipped
+    assert tune_tiles.text({}) == Path(tiles_table.__file__).read_text().replace("= {}", "= {\n}")
+
+
+def test_each_launch_runs_in_the_tiles_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the table while a pass runs, for every kernel; before and after it is as it was."""
+    before = dict(tables.TILES)
+    for name in [*tables.TABLES, tables.GEMM]:
+        limit, entry = ("pointers", (16, 16, 16, 4, 1, 0)) if name == tables.GEMM else ("16", (16, 16, 4, 1))
+        asked: list[Any] = []
+        function = "gemm_tiles" if name == tables.GEMM else "tiles"
+        module = importlib.import_module(f"delora_kernels.backends.triton.{name.split()[0]}")
+        real = getattr(tables, function)
+        monkeypatch.setattr(module, function, lambda *a, r=real, to=asked: to.append(r(*a)) or to[-1])
+        tune_tiles._in_tiles((0, 0), name, limit, entry, tune_tiles._launch(name, 16, 5, 20, "cpu"))()
+        assert {tuple(tile) for tile in asked} == {entry}, name
+        assert before == tables.TILES
 
 
 def test_tune_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:

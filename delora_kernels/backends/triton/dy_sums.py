@@ -12,6 +12,7 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
+from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
@@ -78,7 +79,7 @@ def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: 
     (T, N), R = dy.shape, h.shape[1]
     dy, h, y = rows(dy), rows(h), None if y is None else rows(y)
     BR = rank_tile("dy_sums", R)
-    tile = tiles("dy_sums", BR, dtypes(dy.dtype, small.dtype, h.dtype))
+    tile = tiles("dy_sums", BR, capability(dy.device), dtypes(dy.dtype, small.dtype, h.dtype))
     chunks, steps = triton.cdiv(N, tile.columns), triton.cdiv(T, tile.tokens)
     part = triton.cdiv(steps, splits(chunks, steps)) * tile.tokens
     parts = triton.cdiv(T, part)

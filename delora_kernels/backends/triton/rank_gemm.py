@@ -16,7 +16,7 @@ from delora_kernels.backends.eager.hashed_dropout import MaskGroup
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, guard, precision, rows
-from delora_kernels.backends.triton.tables import GEMMS
+from delora_kernels.backends.triton.tables import gemm_tiles
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -145,8 +145,9 @@ def rank_gemm(
     x, h = rows(x), rows(h)
     by_rows = w.stride(0) == 1
     matrix = w.t() if by_rows else rows(w)
-    tma = capability(x.device) >= DESCRIPTORS_FROM and _loads_by_descriptor(x) and _loads_by_descriptor(matrix)
-    tile = GEMMS["descriptors" if tma else "pointers"]
+    device = capability(x.device)
+    tma = device >= DESCRIPTORS_FROM and _loads_by_descriptor(x) and _loads_by_descriptor(matrix)
+    tile = gemm_tiles("descriptors" if tma else "pointers", device)
     tiles = triton.cdiv(T, tile.tokens) * triton.cdiv(C, tile.columns)
     programs = min(tile.programs, tiles) or tiles
     left, right = (tile.tokens, tile.inner), (tile.columns, tile.inner) if by_rows else (tile.inner, tile.columns)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
+from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting_in_rank, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
@@ -76,7 +77,7 @@ def rank_update(
         return out
     h, extra = rows(h), None if extra is None else rows(extra)
     BR = rank_tile("rank_update", R)
-    tile = tiles("rank_update", BR)
+    tile = tiles("rank_update", BR, capability(out.device))
     how = meeting_in_rank(h.dtype, small.dtype, out.dtype)
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     with guard(out):

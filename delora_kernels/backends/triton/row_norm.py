@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.device import mixed_dot
+from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, WIDE, guard, precision
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
@@ -59,7 +60,7 @@ def row_norm(
     column = norm.new_empty(0 if magnitude is None else N)
     out = weight.new_empty((N, K) if scaled else 0)
     BR = rank_tile("row_norm", R)
-    tile = tiles("row_norm", BR)
+    tile = tiles("row_norm", BR, capability(weight.device))
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays float32
     how = PLAIN if B_hat.dtype == A_hat.dtype == weight.dtype else WIDE
     with guard(weight):

@@ -1,12 +1,19 @@
 """Launch configurations: plain tables by kernel, never keyed on the exact number of tokens.
 
 Chosen so that every configuration compiles for sm_80 and sm_90 without a spill and within their shared memory
-(`python -m benchmarks.codegen`); no device has timed them yet.
+(`python -m benchmarks.codegen`); no device has timed them yet. What `python -m benchmarks.tune` finds faster on a
+device stands in `tiles_table.py` and takes their place there.
 """
 
 from typing import NamedTuple
 
 import torch
+
+from delora_kernels.backends.triton import tiles_table
+
+TILES = tiles_table.TILES
+"""(device capability, name in TABLES or GEMM) → rank class or GEMM's way → the fields of its Tiles or GemmTiles."""
+GEMM = "rank_gemm"
 
 
 class Tiles(NamedTuple):
@@ -73,10 +80,18 @@ def dtypes(big: torch.dtype, *small: torch.dtype) -> str:
     return "mixed" if any(dtype != big for dtype in small) else ""
 
 
-def tiles(kernel: str, rank_tile: int, dtypes: str = "") -> Tiles:
-    """The configuration of a kernel for a tile of ranks."""
-    table = TABLES.get(f"{kernel} {dtypes}", TABLES[kernel])
-    return next(found for limit, found in table.items() if rank_tile <= int(limit))
+def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str = "") -> Tiles:
+    """The configuration of a kernel for a tile of ranks on a device of this compute capability."""
+    name = f"{kernel} {dtypes}" if f"{kernel} {dtypes}" in TABLES else kernel
+    limit, shipped = next(entry for entry in TABLES[name].items() if rank_tile <= int(entry[0]))
+    tuned = TILES.get((capability, name), {}).get(limit)
+    return shipped if tuned is None else Tiles(*tuned)
+
+
+def gemm_tiles(way: str, capability: tuple[int, int]) -> GemmTiles:
+    """The configuration of our own GEMM, for the way its tiles are loaded."""
+    tuned = TILES.get((capability, GEMM), {}).get(way)
+    return GEMMS[way] if tuned is None else GemmTiles(*tuned)
 
 
 def splits(programs: int, steps: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
+from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
@@ -53,7 +54,7 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
         return x.new_zeros((T, R), dtype=dtype)
     x = rows(x)
     BR = rank_tile("times_small", R)
-    tile = tiles("times_small", BR)
+    tile = tiles("times_small", BR, capability(x.device))
     grid = (triton.cdiv(T, tile.tokens), triton.cdiv(R, BR))
     steps = triton.cdiv(C, tile.columns)
     parts = splits(grid[0] * grid[1], steps)

@@ -15,6 +15,7 @@ from torch import Tensor
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.add_parts import DyParts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
+from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
@@ -109,7 +110,7 @@ def token_sums(
         return DyParts(None, product, zeros if sums else None, None if y is None else zeros.clone())
     x, h, y = rows(x), None if h is None else rows(h), None if y is None else rows(y)
     BR = rank_tile("token_sums", R)
-    tile = tiles("token_sums", BR, dtypes(x.dtype))
+    tile = tiles("token_sums", BR, capability(x.device), dtypes(x.dtype))
     grid = (triton.cdiv(C, tile.columns), max(1, triton.cdiv(R, BR)))
     steps = triton.cdiv(T, tile.tokens)
     part = triton.cdiv(steps, splits(grid[0] * grid[1], steps)) * tile.tokens
