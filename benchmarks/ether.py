@@ -44,7 +44,7 @@ def passes_of(method: str, options: Any) -> tuple[dict[str, Callable[[], Tensor]
     for name in METHODS[method]:
         features = N if name.endswith("_out") else K
         trained[name] = torch.randn(n, features // n, generator=generator).requires_grad_()
-    ours = F.ether_plus_linear if "v" in trained else F.ether_linear
+    ours: Callable[..., Tensor] = F.ether_plus_linear if "v" in trained else F.ether_linear
     passes = {
         "frozen": lambda: linear(trained["x"], weight),
         "dk": lambda: ours(weight=weight, **trained),
