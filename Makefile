@@ -1,7 +1,9 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
 # make lint   ruff and mypy            make bench  time and weigh layers and a model against PEFT on this machine
 # make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
+# make test-cuda-host    the CUDA kernels on CPU tensors, compiled by g++, with sanitizers and without
 # make codegen           compile every Triton kernel for GPUs that are not here: spills, shared memory
+# make codegen-cuda      the same of every CUDA kernel, where nvcc is
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
@@ -23,7 +25,7 @@ PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_mod
 	tests/test_call_time_safety.py tests/test_offloading.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: test test-interpreter codegen gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: test test-interpreter test-cuda-host codegen codegen-cuda gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
@@ -31,8 +33,19 @@ test: .venv/installed
 test-interpreter: .venv/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/interpreter $(ARGS)
 
+# A process that runs under sanitizers loads their runtimes before Python.
+test-cuda-host: .venv/installed
+	library=$$($(PY) csrc/host_shim/build.py) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
+	library=$$($(PY) csrc/host_shim/build.py --sanitize) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
+		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
+
 codegen: .venv/installed
 	$(PY) -m benchmarks.codegen $(ARGS)
+
+codegen-cuda: .venv/installed
+	$(PY) -m benchmarks.codegen_cuda $(ARGS)
 
 # compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel.
 gpu-check:

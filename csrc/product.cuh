@@ -185,24 +185,26 @@ private:
   };
 };
 
-// A tile [ROWS, COLUMNS] of a token-sized matrix on its way to shared memory, asynchronously from sm_80; outside: 0.
-// Each thread brings 16 bytes of every so many-th row.
+// A tile [ROWS, COLUMNS] of a token-sized matrix on its way to shared memory, asynchronously from sm_80; outside: 0. A
+// tile that is outside altogether is left alone. Each thread brings 16 bytes of every so many-th row.
 template <int ROWS, int COLUMNS, int LD, class T>
 __device__ __forceinline__ void start_tile(T (*tile)[LD], const Rows<T> &m, int64_t row, int64_t column, int64_t rows,
                                            int64_t columns) {
   constexpr int SIZE = 16 / sizeof(T), CHUNKS = COLUMNS / SIZE, STEP = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a tile that threads can share");
-  const int c = threadIdx.x % CHUNKS * SIZE, first = threadIdx.x / CHUNKS;
-  const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS) - c;
-  const T *from = m.data + (row + first) * m.stride + column + c;
-  const bool whole = m.aligned && c_left >= SIZE;
+  if (row < rows && column < columns) {
+    const int c = threadIdx.x % CHUNKS * SIZE, first = threadIdx.x / CHUNKS;
+    const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS) - c;
+    const T *from = m.data + (row + first) * m.stride + column + c;
+    const bool whole = m.aligned && c_left >= SIZE;
 #pragma unroll
-  for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
-    if (whole && r < r_left) {
-      __pipeline_memcpy_async(&tile[r][c], from, 16);
-    } else {
+    for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
+      if (whole && r < r_left) {
+        __pipeline_memcpy_async(&tile[r][c], from, 16);
+      } else {
 #pragma unroll
-      for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && j < c_left ? from[j] : narrow<T>(0.0f);
+        for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && j < c_left ? from[j] : narrow<T>(0.0f);
+      }
     }
   }
   __pipeline_commit();

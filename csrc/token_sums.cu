@@ -1,6 +1,6 @@
 // What one read of a token-sized matrix sums up over tokens: x^T h (dA_hat, dy^T h), sum_t x, sum_t x * y.
 //
-// A block has 64 columns and BR ranks and walks along its part of the tokens, the next tile on its way while this one
+// A block has 64 columns and BR ranks and walks along its part of the tokens, the next tiles on their way while one
 // is multiplied; blocks with the first ranks sum the vectors too. The caller adds the parts.
 
 #include "product.cuh"
@@ -9,27 +9,30 @@ namespace dk {
 
 constexpr int BC = 64;
 
-template <class X, class S, int BR, int BT> union Tiles {
+template <class X, class S, int BR, int BT, int STAGES> union Tiles {
   using M = Meeting<X, S>;
   struct {
-    alignas(128) X x[2][BT][BC + PAD<X>];
+    alignas(128) X x[STAGES][BT][BC + PAD<X>];
     alignas(128) typename M::Small h[2][M::PLANES][BT][BR + PAD<typename M::Small>];
   } in;
   alignas(128) float out[BC][BR + 4];
   float halves[2][BC];
 };
 
-// Tokens of a step: 64 where that fits, in registers too.
+// Tokens of a step: 64 where that fits, in registers too; and the tiles of x that are there or on their way.
 template <class X, class S, int BR>
-constexpr int STEP = sizeof(Tiles<X, S, BR, 64>) <= 48 << 10 && sizeof(X) == 2 && BR < 64 ? 64 : 32;
+constexpr int STEP = sizeof(Tiles<X, S, BR, 64, 2>) <= 48 << 10 && sizeof(X) == 2 && BR < 64 ? 64 : 32;
+template <class X, class S, int BR>
+constexpr int STAGES = sizeof(Tiles<X, S, BR, STEP<X, S, BR>, 3>) <= 48 << 10 ? 3 : 2;
+template <class X, class S, int BR> using Shared = Tiles<X, S, BR, STEP<X, S, BR>, STAGES<X, S, BR>>;
 
 template <class X, class S, int BR>
 __global__ void __launch_bounds__(THREADS, 1)
     token_sums(Rows<X> x, Strided<S> h, Rows<X> y, float *product, float *sums, float *dots, int64_t T, int64_t C,
                int64_t R, int64_t part, bool transposed, const int64_t *seed, int threshold, float factor) {
-  constexpr int BT = STEP<X, S, BR>, PLANES = Meeting<X, S>::PLANES;
+  constexpr int BT = STEP<X, S, BR>, AHEAD = STAGES<X, S, BR> - 1, PLANES = Meeting<X, S>::PLANES;
   constexpr int LDX = BC + PAD<X>, LDH = BR + PAD<typename Meeting<X, S>::Small>;
-  auto &tiles = shared_memory<Tiles<X, S, BR, BT>>();
+  auto &tiles = shared_memory<Shared<X, S, BR>>();
   const int64_t c0 = static_cast<int64_t>(blockIdx.x) * BC, r0 = static_cast<int64_t>(blockIdx.y) * BR;
   const int64_t first = blockIdx.z * part, last = first + part < T ? first + part : T;
   const Mask mask(seed, threshold, C);
@@ -40,16 +43,15 @@ __global__ void __launch_bounds__(THREADS, 1)
   typename Meeting<X, S>::template Product<BC / 16, BR / 16> total;
   SmallTile<S, BT, BR> next;
   total.clear();
-  if (first < last) {
-    start_tile<BT, BC>(tiles.in.x[0], x, first, c0, last, C);
-    if (product) {
-      next.load(h, first, r0, last, R);
-      next.template store<PLANES>(h, tiles.in.h[0]);
-    }
+  for (int stage = 0; stage < AHEAD; ++stage)
+    start_tile<BT, BC>(tiles.in.x[stage], x, first + stage * BT, c0, last, C);
+  if (product && first < last) {
+    next.load(h, first, r0, last, R);
+    next.template store<PLANES>(h, tiles.in.h[0]);
   }
-  int now = 0;
-  for (int64_t t = first; t < last; t += BT, now ^= 1) {
-    __pipeline_wait_prior(0);
+  int now = 0, side = 0;
+  for (int64_t t = first; t < last; t += BT, now = now == AHEAD ? 0 : now + 1, side ^= 1) {
+    __pipeline_wait_prior(AHEAD - 1);
     __syncthreads();
     if (sums_here || dots_here)
 #pragma unroll 4
@@ -63,15 +65,13 @@ __global__ void __launch_bounds__(THREADS, 1)
       drop_tile<BT, BC>(tiles.in.x[now], mask, t, c0);
       __syncthreads();
     }
-    if (t + BT < last) {
-      start_tile<BT, BC>(tiles.in.x[now ^ 1], x, t + BT, c0, last, C);
-      if (product) next.load(h, t + BT, r0, last, R);
-    }
+    start_tile<BT, BC>(tiles.in.x[now ? now - 1 : AHEAD], x, t + AHEAD * BT, c0, last, C);
     if (product) {
+      if (t + BT < last) next.load(h, t + BT, r0, last, R);
 #pragma unroll
       for (int p = PLANES - 1; p >= 0; --p)
-        total.template add<true, BT, LDX, LDH>(tiles.in.x[now][0], tiles.in.h[now][p][0]);
-      if (t + BT < last) next.template store<PLANES>(h, tiles.in.h[now ^ 1]);
+        total.template add<true, BT, LDX, LDH>(tiles.in.x[now][0], tiles.in.h[side][p][0]);
+      if (t + BT < last) next.template store<PLANES>(h, tiles.in.h[side ^ 1]);
     }
   }
   __syncthreads();
@@ -103,7 +103,7 @@ int launch_token_sums(const dk_matrix &x, const dk_matrix &h, const dk_matrix &y
                       int threshold, float factor, void *stream) {
   constexpr int BT = STEP<X, S, BR>;
   const int64_t part = tiles(tiles(T, BT), parts) * BT, ranks = product ? tiles(R, BR) : 1;
-  return launch<Tiles<X, S, BR, BT>>(token_sums<X, S, BR>, dim3(tiles(C, BC), ranks, parts), stream, Rows<X>(x),
+  return launch<Shared<X, S, BR>>(token_sums<X, S, BR>, dim3(tiles(C, BC), ranks, parts), stream, Rows<X>(x),
                                      Strided<S>(h), Rows<X>(y), product, sums, dots, T, C, R, part, transposed, seed,
                                      threshold, factor);
 }

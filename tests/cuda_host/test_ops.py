@@ -23,7 +23,10 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
 }
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20), (130, 72, 200, 70))
-RANDOM_SIZES = 4 if SANITIZED else 50
+RANDOM_SIZES = 50
+if SANITIZED:  # for addresses, not for numbers
+    DTYPES = {dtype: DTYPES[dtype] for dtype in ("float32", "bfloat16+float32")}
+    SIZES, RANDOM_SIZES = SIZES[:3], 4
 OURS = [name for name in OPS if name != "weight_grad"]
 """Ops with kernels of their own."""
 
@@ -42,6 +45,7 @@ def test_op(name: str, dtype: str, seed: int) -> None:
             assert [m for m in measure(problem) if not m.ok] == []
 
 
+@pytest.mark.skipif(SANITIZED, reason="the ops are enough for addresses")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_method(method: str, dtype: str, seed: int) -> None:
