@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delora_kernels import backends, cuda_library, explain, use_backend
+from delora_kernels import backends, cuda_library, explain, functional, use_backend
 from delora_kernels.backends.cuda import launch, support
 from delora_kernels.environment import environment
 
@@ -170,3 +170,25 @@ def test_what_machine_code_and_ptx_serve(info: str, serves: list[str], not_: lis
 
     assert [version for version in serves if ask(version) is not None] == []
     assert [version for version in not_ if ask(version) is None] == []
+
+
+@compiler
+@pytest.mark.parametrize("asked", ["at first in the compiled call", "before it"])
+def test_a_compiled_call_may_be_the_first(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile can trace neither an import nor a look at files: both happen, and the graph has no break."""
+    monkeypatch.setenv(cuda_library.ENVIRONMENT_VARIABLE, compiled(tmp_path))
+    monkeypatch.setattr(backends, "_requested", "cuda")
+    if asked == "before it":
+        assert backends.unavailable("cuda") is None
+    graphs: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, example_inputs: object) -> object:
+        graphs.append(module.print_readable(print_output=False))
+        return module.forward
+
+    torch._dynamo.reset()
+    x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+    torch.compile(functional.lora_linear, fullgraph=True, backend=keep)(x, W, A, B)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    assert "'cuda')" in graph

@@ -56,13 +56,18 @@ def unavailable(name: str) -> str | None:
 
 
 def _why_not_here(name: str) -> str | None:
-    if name == "cuda":
-        return str(reason) if (reason := load(name).why_not_here()) else None
+    if name == "cuda" and (reason := load(name).why_not_here()) is not None:
+        return str(reason)
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU (with TRITON_INTERPRET=1 its kernels run on CPU tensors, slowly, on request)"
+    load(name)  # here, because torch.compile can't trace an import
     return None
+
+
+# Nor can it trace how the answer is found: it takes it as a constant. torch.compiler's function for that imports a lot.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_against(name: str, call: "AnyCall") -> str | None:

@@ -9,21 +9,27 @@ from delora_kernels.call import Call, MoECall
 MOST_EXPERTS = 512
 """What `dk_route` holds of one token in shared memory."""
 
-_against: dict[torch.device, str | None] = {}
+_against: dict[tuple[str, int | None], str | None] = {}
+"""Type and index of a device → why they can't run on it; filled by `why_not_here`."""
 
 
 def why_not_here() -> str | None:
-    """Why they can't run on this machine, or None."""
-    return cuda_library.why_not_here(FUNCTIONS)
+    """Why they can't run on this machine, or None; what each of its devices lacks is found out with it."""
+    reason = cuda_library.why_not_here(FUNCTIONS)
+    if reason is None:
+        gpus = range(0 if on_host() else torch.cuda.device_count())
+        for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)):
+            _against[device.type, device.index] = _why_not_on(device)
+    return reason
 
 
 def supports(call: Call | MoECall) -> str | None:
     """Why the compiled kernels can't take `call`, or None."""
     device, o = call.x.device, call.options
-    if device not in _against:  # a dict look-up is what torch.compile can trace
-        _against[device] = _why_not_on(device)
-    if _against[device] is not None:
-        return _against[device]
+    key = (device.type, device.index)  # torch.compile can trace a dict look-up, and not what fills it
+    reason = _against[key] if key in _against else f"its tensors are on {device.type}"
+    if reason is not None:
+        return reason
     if torch.float64 in (o.compute_dtype, o.rank_dtype):
         return "float64 has no fast units"
     if isinstance(call, MoECall) and len(call.B) > MOST_EXPERTS:
