@@ -84,6 +84,10 @@ def test_start_that_is_not_saved_is_made_again_or_refused(low_cpu_mem_usage: boo
     for ours, theirs in zip(layers(again).values(), layers(made).values(), strict=True):
         assert torch.equal(ours.goat_start_B["default"], theirs.goat_start_B["default"])
     assert torch.equal(again(x), made.eval()(x))
+    again.add_adapter("other", config())
+    again.delete_adapter("other"), again.delete_adapter("default")
+    again.add_adapter("default", config())  # under the name of one that was not saved
+    assert sum("goat_start_A.default" in key for key in again.state_dict()) == 3
     with pytest.raises(RuntimeError, match="start of adapter 'default' can't be made again from this base weight"):
         load(tmp_path, small(seed + 1, torch.bfloat16), low_cpu_mem_usage=low_cpu_mem_usage)
 
