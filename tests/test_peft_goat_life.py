@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 import delora_kernels as dk
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -40,6 +38,11 @@ def load(folder: Path, onto: nn.Module, **options: Any) -> Any:
         return peft.PeftModel.from_pretrained(copy.deepcopy(onto), folder, **options)
 
 
+def goat_llama(seed: int) -> Any:
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(base(seed), dk.GoatConfig(r=2, **options))
+
+
 def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
     state, other = ours.state_dict(), theirs.state_dict()
     assert state.keys() == other.keys()
@@ -47,8 +50,11 @@ def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
     assert [k for k in state if state[k].dtype != other[k].dtype] == []
 
 
-@every_kind
-@pytest.mark.parametrize(("low_cpu_mem_usage", "dtype"), [(False, torch.float64), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "low_cpu_mem_usage", "dtype"),
+    [(kind, False, torch.float64) for kind in KINDS]
+    + [(kind, True, torch.bfloat16) for kind in ("goat", "shared", "normalised")],
+)
 def test_saved_and_loaded_it_goes_on_bit_for_bit(
     kind: str, low_cpu_mem_usage: bool, dtype: torch.dtype, seed: int, tmp_path: Path
 ) -> None:
@@ -84,6 +90,10 @@ def test_start_that_is_not_saved_is_made_again_or_refused(low_cpu_mem_usage: boo
     for ours, theirs in zip(layers(again).values(), layers(made).values(), strict=True):
         assert torch.equal(ours.goat_start_B["default"], theirs.goat_start_B["default"])
     assert torch.equal(again(x), made.eval()(x))
+    again.add_adapter("other", config())
+    again.delete_adapter("other"), again.delete_adapter("default")
+    again.add_adapter("default", config())  # under the name of one that was not saved
+    assert sum("goat_start_A.default" in key for key in again.state_dict()) == 3
     with pytest.raises(RuntimeError, match="start of adapter 'default' can't be made again from this base weight"):
         load(tmp_path, small(seed + 1, torch.bfloat16), low_cpu_mem_usage=low_cpu_mem_usage)
 
@@ -184,7 +194,7 @@ def test_injected_without_a_peft_model(seed: int) -> None:
 def test_whole_model_on_a_device_map(seed: int, tmp_path: Path) -> None:
     """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change nothing."""
     hf = pytest.importorskip("accelerate")
-    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    made = goat_llama(seed)
     batch = tokens(seed, 2, 5)
     logits = made(batch).logits
     hf.dispatch_model(made, {"": "cpu"}, force_hooks=True)
@@ -196,7 +206,7 @@ def test_whole_model_on_a_device_map(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, seed: int) -> None:
-    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    made = goat_llama(seed)
     batch, grads = tokens(seed, 2, 5), []
     for checkpointing in (False, True):
         if checkpointing:

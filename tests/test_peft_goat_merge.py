@@ -87,9 +87,10 @@ def test_undecided_routers_merge_exactly(seed: int) -> None:
 
 
 def test_language_model(seed: int) -> None:
-    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(base(seed), dk.GoatConfig(r=2, **options))
     report = dk.merge_mean_gate(made, {"input_ids": tokens(seed, 2, 5)})
-    assert len(report.layers) == 14
+    assert len(report.layers) == 4
     assert 0 < report.difference < 1
 
 

@@ -14,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from delora_kernels import checks, functional
+from delora_kernels import functional
 from delora_kernels.frozen import FrozenLinear
 from delora_kernels.integrations.goat.config import GoatConfig
 from delora_kernels.integrations.goat.start import StartedLayer, Starts, make_start
@@ -56,9 +56,6 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GoatConfig, r: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        base = self.get_base_layer()
-        if not hasattr(base, "weight"):
-            raise TypeError(f"PeftGoatLinear: base_layer must be a linear layer, got {type(base).__name__}")
         self.out_features, self.in_features = self._base_weight().shape
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -79,10 +76,9 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
     def update_layer(self, adapter_name: str, config: GoatConfig, r: int) -> None:
         """Add an adapter; PEFT calls it where the layer has one already."""
         weight, E, K, N = self._base_weight(), config.num_experts, self.in_features, self.out_features
-        dtype = weight.dtype if weight.dtype in checks.FLOATS else torch.float32
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+            return nn.Parameter(torch.empty(shape, device=weight.device, dtype=weight.dtype))
 
         self.r[adapter_name], self.options[adapter_name] = r, config
         self.goat_A[adapter_name] = parameter(r, K) if config.shared_A else parameter(E, r, K)
@@ -101,10 +97,6 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
         if A.is_meta:
             self._reserve(adapter_name)
             return
-        if weight.is_meta:
-            raise checks.fail(
-                ValueError, "PeftGoatLinear", "the base weight", "on a device", "offloaded or on meta", "load it first"
-            )
         start = make_start(c, self.r[adapter_name], weight)
         A.copy_(start.A[0] if c.shared_A else start.A)
         B.copy_(torch.randn_like(start.B) / math.sqrt(B.shape[2]) if c.start == "random" else start.B)

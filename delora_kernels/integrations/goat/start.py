@@ -75,8 +75,7 @@ class StartedLayer(nn.Module):
     def _keep_start(self, name: str, A: Tensor, B: Tensor) -> None:
         """Keep A⁰ and B⁰, and their probe if they are not saved."""
         for starts, value in ((self.goat_start_A, A), (self.goat_start_B, B)):
-            if not self.options[name].save_start:
-                starts.unsaved.add(name)
+            (starts.unsaved.discard if self.options[name].save_start else starts.unsaved.add)(name)
             starts[name] = value
         if not self.options[name].save_start:
             self.goat_probe[name] = probe(self.goat_scale[name], A, B)
