@@ -130,8 +130,9 @@ def _ceilings(device: str, clock: Any) -> dict[str, Any]:
 def jobs(args: argparse.Namespace, device: str, half: str, clock: Any) -> list[Job]:
     """Everything to measure, in order."""
     from benchmarks.layer.measure import measure
+    from benchmarks.model_cases import model_cases
     from benchmarks.timing import Budget
-    from benchmarks.whole_model import measure_model, model_cases
+    from benchmarks.whole_model import measure_model
 
     budget = Budget(seconds=args.seconds if args.seconds is not None else SECONDS[args.which])
     found = []

@@ -9,16 +9,17 @@ BLOCKS blocks in float64 too: loss and gradients of the accelerated model may be
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from benchmarks.cases import BOTH, PRECISIONS
+from benchmarks.cases import PRECISIONS
 from benchmarks.layer.measure import MEASURED, failure, out_of_memory
 from benchmarks.memory import MIB, allocations, kept_bytes
+from benchmarks.model_cases import ModelCase
 from benchmarks.timing import Budget, Clock, interleaved
 from delora_kernels.testing import relative_error
 
@@ -26,96 +27,6 @@ Row = dict[str, Any]
 BLOCKS = 2
 GRANULE = 32
 """Sequence lengths are multiples of it."""
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """One model, method and way to train it.
-
-    Args:
-        method: Key of benchmarks.layer.methods.METHODS.
-        name: Of the model whose sizes these are.
-        hidden, intermediate, heads, kv_heads, vocabulary, blocks: Its sizes.
-        batch, sequence: Tokens of a step.
-        r: Rank.
-        precision: Key of PRECISIONS.
-        checkpointing: Whether blocks are computed again in the backward pass.
-        limit_mib: For the longest sequence, above what is resident; None: not searched.
-        compiled: Whether torch.compile's rival runs.
-    """
-
-    method: str
-    name: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    blocks: int
-    batch: int
-    sequence: int
-    r: int
-    precision: str
-    checkpointing: bool = False
-    limit_mib: int | None = None
-    compiled: bool = False
-
-    @property
-    def key(self) -> str:
-        """What tells this case from every other, in words."""
-        checkpointing = ", checkpointing" if self.checkpointing else ""
-        return f"{self.method} {self.name} {self.blocks} blocks, {self.batch} × {self.sequence} tokens{checkpointing}"
-
-    @property
-    def work(self) -> float:
-        """Multiply-adds of a step's linears, about."""
-        block = 2 * self.hidden**2 + 3 * self.hidden * self.intermediate
-        return 2.0 * self.batch * self.sequence * self.blocks * block
-
-    def columns(self) -> dict[str, Any]:
-        """The record's columns that say what was measured; K and N are those of the MLP."""
-        narrow, wide, *_ = PRECISIONS[self.precision]
-        sizes = {"T": self.batch * self.sequence, "K": self.hidden, "N": self.intermediate, "r": self.r, "E": None}
-        dtypes = {"dtype": str(narrow).removeprefix("torch."), "adapter_dtype": str(wide).removeprefix("torch.")}
-        facts = {"method": self.method, "shape": self.name, "precision": self.precision, "mode": BOTH, "dropout_p": 0.0}
-        own = {name: asdict(self)[name] for name in ("blocks", "batch", "sequence", "checkpointing", "limit_mib")}
-        return facts | sizes | dtypes | own
-
-
-SMALL: dict[str, Any] = {"name": "Llama-shaped, SmolLM2's widths", "hidden": 576, "intermediate": 1536}
-SMALL |= {
-    "heads": 9,
-    "kv_heads": 3,
-    "vocabulary": 1024,
-    "blocks": 2,
-    "batch": 1,
-    "sequence": 128,
-    "r": 16,
-    "limit_mib": 32,
-}
-LARGE: dict[str, Any] = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
-LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}
-
-
-def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) -> list[ModelCase]:
-    """The whole models of a set, with and without checkpointing."""
-    gpu = device.startswith("cuda")
-    precision = half if half == "fp32" else f"{half}-autocast"
-    sizes: dict[str, Any] = dict(LARGE if gpu else SMALL)
-    if gpu and torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
-        sizes |= {"blocks": 2, "sequence": 2048, "limit_mib": 4096}
-    if which != "quick":
-        sizes |= {"compiled": gpu}
-    if which == "full" and gpu:
-        sizes |= {"blocks": 32}
-    elif which != "quick" and not gpu:
-        sizes |= {"blocks": 6, "sequence": 256, "limit_mib": 256}
-    chosen = [
-        ModelCase(method, precision=precision, checkpointing=checkpointing, **sizes)
-        for method in methods
-        for checkpointing in (False, True)
-    ]
-    return [case for case in chosen if which != "quick" or not case.checkpointing or case.method == methods[0]]
 
 
 def measure_model(case: ModelCase, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = ()) -> list[Row]:

@@ -40,8 +40,8 @@ def written(text: str) -> str:
     return _BLOCK.sub(fill, text)
 
 
-def _pairs(record: dict[str, Any], column: str) -> Iterator[tuple[str, str, Impls]]:
-    """Precision, method, implementations: cases of the record's first shape where PEFT and we have `column`."""
+def _pairs(record: dict[str, Any], column: str, every_shape: bool = False) -> Iterator[tuple[str, str, Impls]]:
+    """Precision, method, impls: cases of the record's first shape, or all, in which PEFT and we have `column`."""
     cases = [
         (key, impls)
         for key, impls in by_case(record["rows"]).items()
@@ -49,7 +49,7 @@ def _pairs(record: dict[str, Any], column: str) -> Iterator[tuple[str, str, Impl
         if impls["dk"]["mode"] == "forward+backward"
     ]
     for key, impls in cases:
-        if key[2:6] == cases[0][0][2:6]:
+        if every_shape or key[2:6] == cases[0][0][2:6]:
             yield key[7], key[0], impls
 
 
@@ -88,14 +88,20 @@ def layer_memory(path: Path) -> str:
 
 
 def layer_range(path: Path) -> str:
-    """One sentence: between which parts of PEFT's time each method lies."""
+    """One sentence: between which parts of PEFT's time each method lies, over all that the record trains."""
     record = load(path)
     parts: dict[str, list[float]] = {}
-    for _, method, impls in _pairs(record, "median_ms"):
+    cases = list(_pairs(record, "median_ms", every_shape=True))
+    for _, method, impls in cases:
         parts.setdefault(method, []).append(impls["dk"]["median_ms"] / (peft_of(impls) or {})["median_ms"])
     ranges = [f"{min(found):.2f} to {max(found):.2f} for {name_of(method)}" for method, found in parts.items()]
     where = f"[record]({path.relative_to(ROOT).as_posix()})"
-    return f"On {device_of(record['machine'])}, the parts were {', '.join(ranges)} ({where})."
+    sizes = [sorted({impls["dk"][letter] for *_, impls in cases}) for letter in "TKNr"]
+    spans = [f"{n[0]} to {n[-1]}" if len(n) > 1 else str(n[0]) for n in sizes]
+    shapes = ", ".join(f"{letter} {span}" for letter, span in zip("TKNr", spans, strict=True))
+    precisions = " and ".join(dict.fromkeys(precision_text(precision) for precision, *_ in cases))
+    on = f"On {device_of(record['machine'])}, {precisions}, {shapes}"
+    return f"{on}, the parts were {', '.join(ranges)} ({where})."
 
 
 def finetune(path: Path) -> str:

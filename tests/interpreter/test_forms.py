@@ -29,7 +29,22 @@ def test_a_table_decides_by_device_dtype_and_class(monkeypatch: pytest.MonkeyPat
 def test_classes_do_not_follow_the_token_count() -> None:
     assert len({forms.shape_class(T, 4096, 4096) for T in range(2048, 9000, 7)}) == 1
     assert forms.shape_class(2047, 4096, 4096) != forms.shape_class(2048, 4096, 4096)
-    assert forms.shape_class(8192, 4096, 14336) == "many wide long"
+    assert forms.shape_class(2048, 4096, 8192) == "many wide long"
+    assert forms.shape_class(2047, 4095, 8191) == "few narrow short"
+    assert forms.shape_class(1, 4096, 8191) == "few wide short"
+
+
+def test_each_op_asks_for_the_form_of_its_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """y has N columns and sums over K, dx K columns and sums over N."""
+    asked: list[Any] = []
+    choose = forms.choose
+    monkeypatch.setattr(forms, "choose", lambda *a: asked.append((a[0], *a[2:])) or choose(*a))
+    T, K, N, R = 5, 7, 6, 3
+    x, W, dy, h, A, B = (torch.ones(s) for s in ((T, K), (N, K), (T, N), (T, R), (R, K), (N, R)))
+    stages.expand(x, W, None, h, B, 1.0, None, None, False, 0.0, None)
+    stages.wants_scaled(x, W)
+    stages.input_backward(dy, W, h, A, x, R, 1.0, None, [], [0.0], None, False)
+    assert asked == [("expand", N, K), ("expand", N, K), ("dx", K, N)]
 
 
 @pytest.mark.parametrize("form", [forms.UPDATE, forms.PREFILL, forms.OWN])
@@ -52,12 +67,33 @@ def test_the_form_that_was_chosen_runs(form: str, monkeypatch: pytest.MonkeyPatc
 
 
 class _Partial:
-    """A clock that runs every pass and finds form (c) the fastest."""
+    """A clock that runs every pass and finds form (c) the fastest in the geometric mean, not in the arithmetic one."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.chosen: list[tuple[str, str]] = []
 
     def round(self, passes: Mapping[str, Callable[[], None]]) -> dict[str, tuple[float, None]]:
-        for run in passes.values():
-            run()
-        return {form: (1.0 if form == forms.OWN else 2.0, None) for form in passes}
+        choose, self.rounds = forms.choose, self.rounds + 1
+        with pytest.MonkeyPatch.context() as patch:
+            for form, run in passes.items():
+                patch.setattr(forms, "choose", lambda *a, f=form: self.chosen.append((f, choose(*a))) or choose(*a))
+                run()
+        return {form: ((1.0, 100.0)[self.rounds % 2] if form == forms.OWN else 30.0, None) for form in passes}
+
+
+def test_tune_times_each_form_in_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a table has an entry; the class is that of the product: [T, inner] · [inner, columns]."""
+    monkeypatch.setattr(tune, "TOKENS", (3, 5))
+    monkeypatch.setattr(tune, "LAYERS", ((8, 16),))
+    monkeypatch.setattr(forms, "shape_class", lambda T, columns, inner: f"{columns} columns of {inner}")
+    for op in ("expand", "dx"):
+        monkeypatch.setitem(forms.FORMS, ((0, 0), torch.bfloat16, op), {"16 columns of 8": forms.UPDATE})
+        clock = _Partial()
+        found = tune.fastest(op, torch.bfloat16, "cpu", clock, Budget(0, 1, 1, 0))
+        assert found == {"16 columns of 8": forms.OWN}
+        assert {form for form, _ in clock.chosen} == {forms.UPDATE, forms.PREFILL, forms.OWN}
+        assert all(form == chosen for form, chosen in clock.chosen)
 
 
 def test_tune_writes_a_table_that_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
