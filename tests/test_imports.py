@@ -39,6 +39,7 @@ PUBLIC = {
         "MergeableLinear",
         "MoELoRALinear",
         "lambda_parameter_groups",
+        "load_ether_checkpoint",
         "set_loss_scale",
     ],
 }

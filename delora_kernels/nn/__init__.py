@@ -5,6 +5,7 @@ from delora_kernels.nn.delora import DeLoRALinear, lambda_parameter_groups
 from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
 from delora_kernels.nn.ether import EtherLinear, EtherPlusLinear
+from delora_kernels.nn.ether_checkpoint import load_ether_checkpoint
 from delora_kernels.nn.goat import GoatLinear
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
@@ -21,5 +22,6 @@ __all__ = [
     "MergeableLinear",
     "MoELoRALinear",
     "lambda_parameter_groups",
+    "load_ether_checkpoint",
     "set_loss_scale",
 ]
