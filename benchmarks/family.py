@@ -64,7 +64,10 @@ def spectral(linear: nn.Linear) -> float:
 
 
 class Rung(NamedTuple):
-    """One method: how it is made of a frozen layer, and the bound of ‖ΔW‖_F, from its module and the layer."""
+    """One method: how it is made of a frozen layer, and the bound of ‖ΔW‖_F, from its module and the layer.
+
+    In `formula` λ stands for its absolute value.
+    """
 
     name: str
     make: Callable[[nn.Linear], nn.Module]
@@ -78,12 +81,12 @@ def _lam(module: nn.Module) -> float:
 
 RUNGS = (
     Rung("LoRA", lambda w: LoRALinear.from_linear(w, R), lambda m, w: math.inf, "none"),
-    Rung("+ normalisation and bound", scaled_by_one, lambda m, w: _lam(m), "|λ|"),
+    Rung("+ normalisation and bound", scaled_by_one, lambda m, w: _lam(m), "λ"),
     Rung(
         "+ weight-norm scaling = DeLoRA",
         lambda w: DeLoRALinear.from_linear(w, r=R, lam=0.5, weight_norm="frobenius"),
         lambda m, w: _lam(m) * float(w.weight.norm()),
-        "|λ| ‖W‖_F",
+        "λ ‖W‖_F",
     ),
     Rung("ETHER", lambda w: EtherLinear.from_linear(w, side="output"), lambda m, w: 2 * spectral(w), "2 ‖W‖₂"),
     Rung(
@@ -96,25 +99,25 @@ RUNGS = (
         "+ controllable scale",
         lambda w: Multiplicative(w, 1, relaxed=False),
         lambda m, w: _lam(m) / math.sqrt(2) * spectral(w),
-        "|λ| ‖W‖₂ / √2",
+        "λ ‖W‖₂ / √2",
     ),
     Rung(
         "+ rank",
         lambda w: Multiplicative(w, R // 2, relaxed=False),
         lambda m, w: _lam(m) * spectral(w),
-        "|λ| ‖W‖₂",
+        "λ ‖W‖₂",
     ),
     Rung(
         "+ relaxed vectors",
         lambda w: Multiplicative(w, R // 2, relaxed=True),
         lambda m, w: _lam(m) * spectral(w),
-        "|λ| ‖W‖₂",
+        "λ ‖W‖₂",
     ),
     Rung(
         "+ additive = DeLoRA",
         lambda w: DeLoRALinear.from_linear(w, r=R, lam=0.5, weight_norm="frobenius", start="frozen_paper"),
         lambda m, w: (_lam(m) + float(m.frozen_lam)) * float(w.weight.norm()),  # type: ignore[arg-type]
-        "(|λ| + λ₀) ‖W‖_F",
+        "(λ + λ₀) ‖W‖_F",
     ),
 )
 

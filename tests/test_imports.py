@@ -47,6 +47,7 @@ PUBLIC = {
         "MoELoRALinear",
         "convert",
         "lambda_parameter_groups",
+        "load_ether_checkpoint",
         "router_parameter_groups",
         "set_loss_scale",
     ],

@@ -6,6 +6,7 @@ from delora_kernels.nn.delora import DeLoRALinear
 from delora_kernels.nn.delora_moe import DeLoRAMoELinear
 from delora_kernels.nn.dora import DoRALinear
 from delora_kernels.nn.ether import EtherLinear, EtherPlusLinear
+from delora_kernels.nn.ether_checkpoint import load_ether_checkpoint
 from delora_kernels.nn.goat import GoatLinear
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
@@ -24,6 +25,7 @@ __all__ = [
     "MoELoRALinear",
     "convert",
     "lambda_parameter_groups",
+    "load_ether_checkpoint",
     "router_parameter_groups",
     "set_loss_scale",
 ]

@@ -52,7 +52,7 @@ def _load(POINTER, t, c, stride, inside):
     return tl.load(POINTER + t[:, None] * stride + c[None, :], inside, 0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reflect_kernel(
     X, U, V, BIAS, OUT, T, C, D, n, stride_x,
     WITH_V: tl.constexpr, WITH_BIAS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -93,7 +93,7 @@ def reflect_kernel(
         tl.store(OUT + t[:, None] * C + c[None, :], out.to(OUT.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reflect_backward_kernel(
     DY, X, U, V, DX, PARTS, T, C, D, n, stride_dy, stride_x, part,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -135,7 +135,7 @@ def reflect_backward_kernel(
         tl.store(PARTS + which * C + c, tl.sum(g_u, 0), d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def reflect_backward_chunked_kernel(
     DY, X, U, V, DX, PARTS, T, C, D, n, stride_dy, stride_x, part,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
