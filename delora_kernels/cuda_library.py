@@ -95,7 +95,12 @@ def driver() -> int | None:
 
 
 def why_not_driver(info: str, version: int | None) -> str | None:
-    """Why a driver for CUDA `version` does not serve a library of `info`, or None: it serves its whole major version."""
+    """Why a driver for CUDA `version` does not serve a library of `info`, or None: it serves its whole major.
+
+    Args:
+        info: Of `build_info`.
+        version: Of `driver`.
+    """
     compiled = re.match(r"CUDA (\d+)", info)
     if version is None or compiled is None or version // 1000 >= int(compiled[1]):
         return None
