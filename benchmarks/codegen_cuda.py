@@ -8,6 +8,7 @@ or leaves the tensor cores out with 16-bit operands of one type. Rows are those 
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,9 +50,8 @@ def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
     bodies = {part.split("(", 1)[0].strip(): part for part in ptx.split(".entry ")[1:]}
     for row in rows:
         row["mma"] = "wmma" if "wmma.mma" in bodies[row["kernel"]] else None
-    names = _demangle([row["kernel"] for row in rows])
-    for row, (row["kernel"], row["config"]) in zip(rows, names, strict=True):
-        pass
+    for row, (kernel, config) in zip(rows, _demangle([row["kernel"] for row in rows]), strict=True):
+        row |= {"kernel": kernel, "config": config}
     return rows
 
 
@@ -104,8 +104,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         mine = [row for row in rows if row["kernel"] == kernel]
         most = [max(row["registers"] for row in mine if row["arch"] == arch) for arch in archs]
-        cells = [len({row["config"] for row in mine}), *(max(row[k] for row in mine) for k in ("shared_bytes", "spill_bytes"))]
-        lines.append(f"| {kernel} | {' | '.join(map(str, [*cells, *most]))} |")
+        worst = [max(row[key] for row in mine) for key in ("shared_bytes", "spill_bytes")]
+        cells = [len({row["config"] for row in mine}), *worst, *most]
+        lines.append(f"| {kernel} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -120,7 +121,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
     print(f"{'kernel':<16} {'arch':<7} {'config':<16} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(lambda job: _rows_or_error(*job), jobs):
             if isinstance(found, RuntimeError):
                 print(found, file=sys.stderr)

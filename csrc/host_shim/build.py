@@ -18,7 +18,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parents[1]
 BUILD = SOURCES.parent / "build/host_shim"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-mavx2", "-mfma", "-mf16c"] if platform.machine() == "x86_64" else []
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
@@ -34,7 +35,7 @@ def build(sanitize: bool = False, replaced: dict[str, str] | None = None) -> Pat
         RuntimeError: there is no compiler, or it fails; the text has its messages.
     """
     if shutil.which(COMPILER) is None:
-        raise RuntimeError(f"the host build of csrc/ needs a C++ compiler: {COMPILER} is not installed (CXX names another)")
+        raise RuntimeError(f"compiling csrc/ for the host needs a C++ compiler: no {COMPILER} here (CXX names another)")
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = FLAGS + (SANITIZE if sanitize else [])
     texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.cu"))} | (replaced or {})

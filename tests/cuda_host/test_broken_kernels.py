@@ -132,6 +132,7 @@ def test_a_read_outside_a_tensor_ends_the_process() -> None:
     code += "times_small(torch.ones(5, 8), torch.ones(8, 3), torch.float32)"
     for path, ends in ((LIBRARY, False), (str(library), True)):
         environment = os.environ | {"DELORA_KERNELS_CUDA_LIBRARY": str(path)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode != 0) == ends, done.stderr
         assert ("AddressSanitizer: heap-buffer-overflow" in done.stderr) == ends, done.stderr

@@ -5,6 +5,7 @@ Run by `make test-cuda-host`, which compiles them first. The order in which thre
 
 import pytest
 import torch
+from host_backend import SANITIZED, shuffle_threads
 from torch import Tensor
 
 from delora_kernels import functional as F
@@ -13,7 +14,6 @@ from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.op_problems import op_problems
-from host_backend import SANITIZED, shuffle_threads
 
 DTYPES = {
     "float32": (torch.float32, None),
@@ -103,7 +103,12 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
         product, _, sums = kernels.finish_dy(found._replace(dots=None), None, None, None)
         assert product is not None
         assert sums is not None
-        return [kernels.times_small(x, small, torch.float32), product, sums, kernels.add_parts(found.dots, torch.float32)]
+        return [
+            kernels.times_small(x, small, torch.float32),
+            product,
+            sums,
+            kernels.add_parts(found.dots, torch.float32),
+        ]
 
     views = (wide[:, 100:430], wide[:, 101:431], wide.flatten()[1 : 1 + 140 * 330].view(140, 330))
     for x, dtype in zip(views, (torch.float32, torch.float16, torch.bfloat16), strict=True):

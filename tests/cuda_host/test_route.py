@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from host_backend import shuffle_threads
 
 from delora_kernels.backends import eager
 from delora_kernels.backends.cuda.route import route, route_backward
 from delora_kernels.testing.draw import Draw
-from host_backend import shuffle_threads
 
 
 @pytest.mark.parametrize("E", [1, 3, 8, 33, 64])

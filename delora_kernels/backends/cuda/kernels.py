@@ -71,9 +71,12 @@ def token_sums(
     seed, limit, inverse = _mask(group)
     parts = splits(tiles(C) * max(1, tiles(R)), tiles(T))
     shape = (parts, R, C) if transposed else (parts, C, R)
-    empty, wide = x.new_zeros if T * C == 0 else x.new_empty, torch.float32
-    product = None if h is None else empty(shape, dtype=wide)
-    found = Sums(product, empty((parts, C), dtype=wide) if sums else None, None if y is None else empty((parts, C), dtype=wide))
+    new = x.new_zeros if T * C == 0 else x.new_empty
+    found = Sums(
+        None if h is None else new(shape, dtype=torch.float32),
+        new((parts, C), dtype=torch.float32) if sums else None,
+        None if y is None else new((parts, C), dtype=torch.float32),
+    )
     if T * C:
         launch(
             "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), *found,
@@ -99,7 +102,6 @@ def finish_dy(
     P, N = first.shape[:2]
     R = 0 if found.product is None else found.product.shape[2]
     if P == 1 and column is None and found.dots is None:
-        dB, _, dy_sum = (None if parts is None else parts[0] for parts in found)
         return None if found.product is None else found.product[0], None, None if found.sums is None else found.sums[0]
     dB = None if found.product is None else first.new_empty((N, R))
     dm, dy_sum = (None if parts is None else first.new_empty(N) for parts in (found.dots, found.sums))
