@@ -147,3 +147,14 @@ def test_no_tokens() -> None:
         y.sum().backward()
     assert y.shape == (0, 5)
     assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
+
+
+def test_a_status_becomes_an_error() -> None:
+    """It names the kernel, its arguments and what is wrong."""
+    x, small, out = torch.zeros(4, 6), torch.zeros(6, 2), torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match=r"times_small\(float32\[4, 6\] strides \[6, 1\], float16.*a dtype that"):
+        kernels.times_small(x, small.half(), torch.float32)
+    with pytest.raises(RuntimeError, match=r"scaled\(.*rows that are not contiguous \(status -2\)"):
+        launch.launch("scaled", x.t(), x[:, 0].contiguous(), out, 6, 4, True)
+    with pytest.raises(ValueError, match=r"contiguous memory here, got float32\[4\] strides \[6\]"):
+        launch.launch("scaled", x, x[:, 0], x.clone(), 4, 6, True)
