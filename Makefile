@@ -38,9 +38,9 @@ test-interpreter: .venv/installed
 
 # A process that runs under sanitizers loads their runtimes before Python.
 test-cuda-host: .venv/installed
-	library=$$($(PY) csrc/host_shim/build.py) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+	library=$$($(PY) csrc/host_shim/host_build.py) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
-	library=$$($(PY) csrc/host_shim/build.py --sanitize) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+	library=$$($(PY) csrc/host_shim/host_build.py --sanitize) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
 		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
 		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
 

@@ -23,7 +23,7 @@ from delora_kernels.testing.op_problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC / "host_shim"))
-import build  # noqa: E402
+import host_build  # noqa: E402
 
 BARRIER = re.compile(r"__(?:syncthreads|syncwarp|pipeline_wait_prior)\([^)]*\);")
 OPS_OF = {
@@ -88,7 +88,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool:
     right = _right(file)
-    library = ctypes.CDLL(str(build.build(replaced={file: text})))
+    library = ctypes.CDLL(str(host_build.build(replaced={file: text})))
     patch.setattr("delora_kernels.cuda_library.load", lambda functions=(): library)
     launch.library.cache_clear()
     for order in range(ORDERS):
@@ -127,7 +127,7 @@ def test_a_read_outside_a_tensor_ends_the_process() -> None:
     text = (CSRC / "times_small.cu").read_text(encoding="utf-8")
     wrong = text.replace("x, t0, first + stage * BK, T, last)", "x, t0, first + stage * BK, T + 1, last)")
     assert wrong != text
-    library = build.build(sanitize=True, replaced={"times_small.cu": wrong})
+    library = host_build.build(sanitize=True, replaced={"times_small.cu": wrong})
     code = "import torch; from delora_kernels.backends.cuda.kernels import times_small; "
     code += "times_small(torch.ones(5, 8), torch.ones(8, 3), torch.float32)"
     for path, ends in ((LIBRARY, False), (str(library), True)):
