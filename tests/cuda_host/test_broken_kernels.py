@@ -61,7 +61,7 @@ def _results(file: str, order: int) -> list[Tensor]:
     shuffle_threads(order)
     results = []
     for name in OPS_OF[Path(file).stem]:
-        for (T, K, N, R), wide in (((37, 150, 70, 20), torch.float32), ((70, 72, 137, 3), torch.bfloat16)):
+        for (T, K, N, R), wide in (((170, 300, 70, 20), torch.float32), ((200, 330, 90, 3), torch.bfloat16)):
             narrow = torch.float32 if R == 20 else torch.bfloat16
             for rank in {wide, torch.float32}:
                 for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=rank, seed=1):
@@ -71,6 +71,12 @@ def _results(file: str, order: int) -> list[Tensor]:
     if file == "dropout.cu":
         results.append(dropout_mask(13, 37, 0.4, torch.tensor(7)))
     return results
+
+
+@pytest.fixture(autouse=True)
+def _sums_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a block walks through more tiles than it holds at a time."""
+    monkeypatch.setattr(launch, "SPLIT_TARGET", 1)
 
 
 @cache
