@@ -8,7 +8,10 @@
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
-# make gpu-check PY=python3  on a machine with a CUDA device and torch installed: checks, tests/gpu, a record of layers
+# make cuda              compile the CUDA kernels into the package in place, for TORCH_CUDA_ARCH_LIST or all GPUs (needs nvcc)
+# make test-cuda-build   the wheel with the CUDA kernels, by the real nvcc: what it holds, that it loads
+# make gpu-check PY=python3  on a machine with a CUDA device, nvcc and torch: checks, tests/gpu, a record of layers
+#                        (without nvcc: GPU_BACKENDS=triton)
 # Every other target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
 
 PYTHON ?= python3
@@ -25,7 +28,7 @@ PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_mod
 	tests/test_call_time_safety.py tests/test_offloading.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: test test-interpreter test-cuda-host codegen codegen-cuda gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
@@ -35,9 +38,9 @@ test-interpreter: .venv/installed
 
 # A process that runs under sanitizers loads their runtimes before Python.
 test-cuda-host: .venv/installed
-	library=$$($(PY) csrc/host_shim/build.py) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+	library=$$($(PY) csrc/host_shim/host_build.py) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
-	library=$$($(PY) csrc/host_shim/build.py --sanitize) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
+	library=$$($(PY) csrc/host_shim/host_build.py --sanitize) && DELORA_KERNELS_CUDA_LIBRARY=$$library OMP_NUM_THREADS=1 \
 		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
 		$(PY) -m pytest -q -n auto tests/cuda_host $(ARGS)
 
@@ -47,12 +50,22 @@ codegen: .venv/installed
 codegen-cuda: .venv/installed
 	$(PY) -m benchmarks.codegen_cuda $(ARGS)
 
+cuda:
+	$(PYTHON) csrc/nvcc_build.py
+
+test-cuda-build: .venv/installed
+	DELORA_KERNELS_CUDA=1 $(PY) -m pytest -q tests/cuda_build $(ARGS)
+
 # compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel.
+GPU_BACKENDS ?= triton cuda
+SANITIZED := -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'
 gpu-check:
-	PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend triton --dtype bfloat16 --dtype float32
-	PYTHONPATH=. $(PY) -m pytest -q tests/gpu $(ARGS)
-	if command -v compute-sanitizer; then PYTHONPATH=. compute-sanitizer --error-exitcode 1 \
-		$(PY) -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'; fi
+	case '$(GPU_BACKENDS)' in *cuda*) $(PY) csrc/nvcc_build.py;; esac
+	for backend in $(GPU_BACKENDS); do PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend $$backend \
+		--dtype bfloat16 --dtype float16 --dtype float32 || exit 1; done
+	PYTHONPATH=. $(PY) -m pytest -q -rs tests/gpu $(ARGS)
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+		PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) $(SANITIZED) || exit 1; done; fi
 	PYTHONPATH=. $(PY) -m benchmarks.run --set standard --out runs/gpu.json
 
 test-smollm2: .venv/demo

@@ -1,8 +1,8 @@
 """Packaging of delora_kernels; settings of the tools are in pyproject.toml.
 
-The wheel is pure Python, or where nvcc is, Python and one library of compiled kernels that serves every Python and every
-torch of the platform (csrc/nvcc_build.py, which has the environment variables). An editable install leaves the library
-alone unless DELORA_KERNELS_CUDA=1 asks for it: `make cuda` compiles it in place.
+The wheel is pure Python, or where nvcc is, Python and one library of compiled kernels that serves every Python and
+every torch of the platform (csrc/nvcc_build.py, which has the environment variables). An editable install leaves the
+library alone unless DELORA_KERNELS_CUDA=1 asks for it: `make cuda` compiles it in place.
 """
 
 import os
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 import nvcc_build  # noqa: E402
+
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "delora_kernels/version.py").read_text(encoding="utf-8"))[1]
 
 PEFT = ["peft>=0.18", "transformers>=4.56"]

@@ -50,7 +50,9 @@ def load(functions: tuple[str, ...] = ()) -> ctypes.CDLL:
     file = path()
     if not file.is_file():
         if os.environ.get(ENVIRONMENT_VARIABLE):
-            raise LibraryError(f"no file {file}", f"the library that {ENVIRONMENT_VARIABLE} names", "correct or unset it")
+            raise LibraryError(
+                f"no file {file}", f"the library that {ENVIRONMENT_VARIABLE} names", "correct or unset it"
+            )
         raise LibraryError("no compiled kernels in the package", str(file), _REBUILD)
     try:
         library = ctypes.CDLL(str(file.resolve()))
@@ -93,7 +95,12 @@ def driver() -> int | None:
 
 
 def why_not_driver(info: str, version: int | None) -> str | None:
-    """Why a driver for CUDA `version` does not serve a library of `info`, or None; drivers serve a whole major version."""
+    """Why a driver for CUDA `version` does not serve a library of `info`, or None: it serves its whole major.
+
+    Args:
+        info: Of `build_info`.
+        version: Of `driver`.
+    """
     compiled = re.match(r"CUDA (\d+)", info)
     if version is None or compiled is None or version // 1000 >= int(compiled[1]):
         return None

@@ -16,7 +16,7 @@ echo "$all" > "$2"
 FAILS = {
     "nothing_to_run": "",
     "no_host_compiler": "echo 'nvcc fatal   : Failed to preprocess host compiler properties.' >&2; exit 1",
-    "an_error_in_a_kernel": "echo 'route.cu(7): warning: odd'; echo 'route.cu(9): error: no such thing'; echo more; exit 2",
+    "an_error_in_a_kernel": "echo 'route.cu(7): odd'; echo 'route.cu(9): error: no such thing'; echo more; exit 2",
     "writes_nothing": "exit 0",
 }
 """What is wrong with a toolkit → what its nvcc does when it should compile; the first is empty: no program at all."""

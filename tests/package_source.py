@@ -24,18 +24,19 @@ def copy_source(folder: Path, names: tuple[str, ...] = IN_SDIST) -> Path:
     return source
 
 
-def build(source: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def build(source: Path, *arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m build` to `source`/../dist, with these environment variables.
 
     Args:
         source: Of `copy_source`.
         *arguments: `--wheel`: no sdist; else the wheel is made from the sdist.
+        timeout: Seconds.
         **variables: DELORA_KERNELS_CUDA, CUDA_HOME ...; what else says how kernels are compiled is not set.
     """
     command = [sys.executable, "-m", "build", "--no-isolation", *arguments]
     command += ["--outdir", str(source.parent / "dist"), str(source)]
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_NVCC}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=inherited | variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=inherited | variables)
 
 
 _OF_NVCC = ("DELORA_KERNELS_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")

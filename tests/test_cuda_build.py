@@ -72,7 +72,7 @@ def test_wheel_with_nvcc_from_an_sdist_and_then_without(tmp_path: Path) -> None:
 
 
 def test_install_with_a_broken_nvcc(tmp_path: Path) -> None:
-    """The pure package is installed; where the kernels were demanded, nothing is, and the compiler's words are shown."""
+    """The pure package is installed; where the kernels were demanded, nothing is, and the compiler's words are said."""
     source = copy_source(tmp_path, ("delora_kernels", "csrc"))
     home = toolkit(tmp_path / "cuda", FAILS["an_error_in_a_kernel"])
     target = tmp_path / "installed"

@@ -33,7 +33,9 @@ def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
         cached.cache_clear()
 
 
-def compiled(folder: Path, *, abi: int = cuda_library.ABI_VERSION, on_host: int = 1, without: str = "", more: str = "") -> str:
+def compiled(
+    folder: Path, *, abi: int = cuda_library.ABI_VERSION, on_host: int = 1, without: str = "", more: str = ""
+) -> str:
     """A library of functions that do nothing, but for what it says of itself."""
     bodies = {
         "dk_abi_version": f"int dk_abi_version(void) {{ return {abi}; }}",
@@ -85,9 +87,8 @@ def broken(what: str, folder: Path) -> tuple[str, str]:
         (folder / "text.so").write_text("not a library")
         return str(folder / "text.so"), f"found {folder / 'text.so'}, which does not load ("
     if what == "an unresolved symbol":
-        library = compiled(folder, more="extern int cudaNoSuchThing(void); int dk_more(void) { return cudaNoSuchThing(); }"
-                           " int (*dk_now)(void) = cudaNoSuchThing;")  # fmt: skip
-        return library, "undefined symbol: cudaNoSuchThing"
+        more = "extern int cudaNoSuchThing(void); int (*dk_more)(void) = cudaNoSuchThing;"
+        return compiled(folder, more=more), "undefined symbol: cudaNoSuchThing"
     if what == "another ABI":
         return compiled(folder, abi=99), f"of ABI version 99; expected ABI version {cuda_library.ABI_VERSION}, that of"
     if what == "no ABI":
@@ -143,7 +144,11 @@ def test_a_library_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_library.why_not_here() == f"there is no GPU (the library loads: {INFO})"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for version, says in ((13000, None), (13010, None), (12080, "found a driver for CUDA 12.8 and kernels compiled by")):
+    for version, says in (
+        (13000, None),
+        (13010, None),
+        (12080, "found a driver for CUDA 12.8 and kernels compiled by"),
+    ):
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda version=version: version, raising=False)
         reason = cuda_library.why_not_here()
         assert reason is None if says is None else str(reason).startswith(says)

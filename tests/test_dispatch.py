@@ -1,7 +1,6 @@
 """Which backend an automatic choice takes, with stand-ins for those that can't run here."""
 
 import logging
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,19 +15,21 @@ REFUSES = "a stand-in that takes nothing"
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str | None]]:
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Every backend runs and has eager's ops; the dict holds why a name does not take calls."""
     refused: dict[str, str | None] = dict.fromkeys(backends.NAMES)
 
     def stand_in(name: str) -> Any:
-        return SimpleNamespace(**{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: refused[name]})
+        return SimpleNamespace(
+            **{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: refused[name]}
+        )
 
     monkeypatch.setattr(backends, "_loaded", {name: stand_in(name) for name in backends.NAMES})
     monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(backends, "ON_REQUEST", {})
     monkeypatch.setattr(backends, "_requested", None)
-    yield refused
+    return refused
 
 
 def arguments() -> tuple[torch.Tensor, ...]:
@@ -41,7 +42,7 @@ def test_triton_then_cuda_then_eager(stand_ins: dict[str, str | None], caplog: p
     for name in ("triton", "cuda", "eager"):
         found = explain("lora_linear", *arguments())
         order.append(found.backend)
-        behind = {other: f"{name} comes first" for other in list(backends.NAMES)[len(order) :]}
+        behind = dict.fromkeys(list(backends.NAMES)[len(order) :], f"{name} comes first")
         assert found.reasons == dict.fromkeys(order[:-1], REFUSES) | behind
         stand_ins[name] = REFUSES
     assert order == list(backends.NAMES)
@@ -52,9 +53,7 @@ def test_triton_then_cuda_then_eager(stand_ins: dict[str, str | None], caplog: p
         F.lora_linear(*arguments())
 
 
-def test_what_does_not_run_here_is_not_asked(
-    stand_ins: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_run_here_is_not_asked(stand_ins: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._unavailable, "triton", "triton is not installed")
     monkeypatch.delitem(backends._loaded, "triton")
     assert explain("dora_linear", *arguments(), torch.ones(4)).backend == "cuda"
@@ -83,9 +82,7 @@ def test_every_backend_has_every_op(name: str) -> None:
     assert module.weight_grad is eager.weight_grad, "what a backend lacks, it takes from another"
 
 
-def test_backward_takes_each_op_from_where_the_backend_has_it(
-    stand_ins: dict[str, str | None], seed: int
-) -> None:
+def test_backward_takes_each_op_from_where_the_backend_has_it(stand_ins: dict[str, str | None], seed: int) -> None:
     """A backend with one op of its own: the call and its gradients meet both, and are what they were."""
     torch.manual_seed(seed)
     x, W, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 3), (4, 3), (2, 3), (4, 2)))

@@ -107,7 +107,8 @@ def test_functions_have_the_references_names_and_arguments() -> None:
 LAYERS = [
     ("reference", {"reference"}),
     ("ops", {"backends"}),
-    ("backends", {"backends", "call", "ops"}),
+    ("backends", {"backends", "call", "cuda_library", "ops"}),
+    ("cuda_library", set()),
     ("adapted_linear", {"ops", "call", "frozen"}),
     ("frozen", {"checks"}),
     ("checks", set()),

@@ -23,7 +23,7 @@ from delora_kernels.testing.op_problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC / "host_shim"))
-import build  # noqa: E402
+import host_build  # noqa: E402
 
 BARRIER = re.compile(r"__(?:syncthreads|syncwarp|pipeline_wait_prior)\([^)]*\);")
 OPS_OF = {
@@ -61,7 +61,7 @@ def _results(file: str, order: int) -> list[Tensor]:
     shuffle_threads(order)
     results = []
     for name in OPS_OF[Path(file).stem]:
-        for (T, K, N, R), wide in (((37, 150, 70, 20), torch.float32), ((70, 72, 137, 3), torch.bfloat16)):
+        for (T, K, N, R), wide in (((170, 300, 70, 20), torch.float32), ((200, 330, 90, 3), torch.bfloat16)):
             narrow = torch.float32 if R == 20 else torch.bfloat16
             for rank in {wide, torch.float32}:
                 for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=rank, seed=1):
@@ -71,6 +71,12 @@ def _results(file: str, order: int) -> list[Tensor]:
     if file == "dropout.cu":
         results.append(dropout_mask(13, 37, 0.4, torch.tensor(7)))
     return results
+
+
+@pytest.fixture(autouse=True)
+def _sums_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a block walks through more tiles than it holds at a time."""
+    monkeypatch.setattr(launch, "SPLIT_TARGET", 1)
 
 
 @cache
@@ -88,7 +94,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool:
     right = _right(file)
-    library = ctypes.CDLL(str(build.build(replaced={file: text})))
+    library = ctypes.CDLL(str(host_build.build(replaced={file: text})))
     patch.setattr("delora_kernels.cuda_library.load", lambda functions=(): library)
     launch.library.cache_clear()
     for order in range(ORDERS):
@@ -127,7 +133,7 @@ def test_a_read_outside_a_tensor_ends_the_process() -> None:
     text = (CSRC / "times_small.cu").read_text(encoding="utf-8")
     wrong = text.replace("x, t0, first + stage * BK, T, last)", "x, t0, first + stage * BK, T + 1, last)")
     assert wrong != text
-    library = build.build(sanitize=True, replaced={"times_small.cu": wrong})
+    library = host_build.build(sanitize=True, replaced={"times_small.cu": wrong})
     code = "import torch; from delora_kernels.backends.cuda.kernels import times_small; "
     code += "times_small(torch.ones(5, 8), torch.ones(8, 3), torch.float32)"
     for path, ends in ((LIBRARY, False), (str(library), True)):

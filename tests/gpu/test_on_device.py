@@ -1,4 +1,4 @@
-"""The Triton backend on a CUDA device: every op in every form, and what an interpreter can't show.
+"""The Triton and the compiled kernels on a CUDA device: every op in every form, and what no CPU can show.
 
 Run by `make gpu-check`. Errors are held against eager PyTorch's on the same device and dtype, as everywhere.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device (make gpu-check)", allow_module_level=True)
 
+from delora_kernels import backends, use_backend
 from delora_kernels import functional as F
-from delora_kernels import use_backend
 from delora_kernels.backends.triton import forms
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.op_problems import op_problems
@@ -27,27 +27,34 @@ DTYPES = {
 }
 
 
-@pytest.fixture(params=[forms.UPDATE, forms.PREFILL, forms.OWN])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(forms, "DEFAULT", request.param)
-    return str(request.param)
+WAYS = {"cuda": None} | {f"triton-{name}": name for name in (forms.UPDATE, forms.PREFILL, forms.OWN)}
 
 
-@pytest.fixture(autouse=True)
-def _triton() -> Iterator[None]:
-    with use_backend("triton"):
-        yield
+@pytest.fixture(params=WAYS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backend that runs all, in one of its forms."""
+    name, form = request.param.partition("-")[0], WAYS[request.param]
+    reason = backends.unavailable(name)
+    if reason is not None:
+        pytest.skip(reason)
+    if form is not None:
+        monkeypatch.setattr(forms, "DEFAULT", form)
+    with use_backend(name):
+        yield name
 
 
 @pytest.mark.parametrize("sizes", [(7, 19, 13, 3), (300, 264, 520, 20), (1, 128, 64, 16)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
-def test_op(name: str, dtype: str, sizes: tuple[int, ...], form: str, seed: int) -> None:
+def test_op(
+    name: str, dtype: str, sizes: tuple[int, ...], backend: str, request: pytest.FixtureRequest, seed: int
+) -> None:
     """(300, 264, 520): several tiles, strides that descriptors take."""
-    if form != forms.UPDATE and name not in ("expand", "input_backward"):
-        pytest.skip("the forms differ in two ops")
+    if WAYS[request.node.callspec.params["backend"]] in (forms.PREFILL, forms.OWN):
+        if name not in ("expand", "input_backward"):
+            pytest.skip("the forms differ in two ops")
     narrow, wide = DTYPES[dtype]
-    for problem in op_problems(name, *sizes, backend="triton", dtype=narrow, rank_dtype=wide, device="cuda", seed=seed):
+    for problem in op_problems(name, *sizes, backend=backend, dtype=narrow, rank_dtype=wide, device="cuda", seed=seed):
         assert [m for m in measure(problem) if not m.ok] == []
 
 
@@ -68,14 +75,14 @@ def step(made: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_bits_every_time(method: str, form: str, seed: int) -> None:
+def test_the_same_bits_every_time(method: str, backend: str, seed: int) -> None:
     arguments = METHODS[method].draw(520, 264, 392, 16, dtype=torch.bfloat16, device="cuda", seed=seed)
     first = METHODS[method].fused(arguments)
     for _ in range(3):
         assert all(torch.equal(value, first[name]) for name, value in METHODS[method].fused(arguments).items())
 
 
-def test_cuda_graph(form: str, seed: int) -> None:
+def test_cuda_graph(backend: str, seed: int) -> None:
     """A replay gives what the same kernels gave when they were launched one by one."""
     made, dy = lora(seed), torch.ones(512, 768, device="cuda", dtype=torch.bfloat16)
     expected = _on_side_stream(lambda: step(made, dy))  # warm-up, as capture wants it
@@ -87,7 +94,7 @@ def test_cuda_graph(form: str, seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_another_stream(form: str, seed: int) -> None:
+def test_another_stream(backend: str, seed: int) -> None:
     """Kernels run on the current stream: a slow producer on it is waited for."""
     made, dy = lora(seed), torch.ones(512, 768, device="cuda", dtype=torch.bfloat16)
     expected, right = step(made, dy), made["x"].detach().clone()
@@ -112,7 +119,7 @@ def _on_side_stream(run: Callable[[], list[Tensor]]) -> list[Tensor]:
     return results
 
 
-def test_more_elements_than_an_int32_counts(form: str, seed: int) -> None:
+def test_more_elements_than_an_int32_counts(backend: str, seed: int) -> None:
     """The last rows of a [T, N] tensor beyond 2³¹ elements are what they are alone."""
     T, K, N = 520_000, 64, 4224
     assert T * N > 2**31

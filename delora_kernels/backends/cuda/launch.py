@@ -5,6 +5,7 @@ first call (`cuda_library.py`). One that csrc/host_shim compiled runs the same k
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -122,7 +123,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-_CONVERT = {Matrix: _matrix, Vector: _vector, c_void_p: _pointer}
+_CONVERT: dict[Any, Callable[[Any], Any]] = {Matrix: _matrix, Vector: _vector, c_void_p: _pointer}
 
 
 def _describe(value: Tensor | float | bool | None) -> str:

@@ -27,7 +27,7 @@ def supports(call: Call | MoECall) -> str | None:
     """Why the compiled kernels can't take `call`, or None."""
     device, o = call.x.device, call.options
     key = (device.type, device.index)  # torch.compile can trace a dict look-up, and not what fills it
-    reason = _against[key] if key in _against else f"its tensors are on {device.type}"
+    reason = _against.get(key, f"its tensors are on {device.type}")
     if reason is not None:
         return reason
     if torch.float64 in (o.compute_dtype, o.rank_dtype):

@@ -1,6 +1,6 @@
 """Compile the kernels of csrc/ for the CPU, with the host shim in the place of CUDA; prints the library's path.
 
-    python csrc/host_shim/build.py [--sanitize]
+    python csrc/host_shim/host_build.py [--sanitize]
 
 Object files are kept under build/host_shim by a hash of what they are made of: only what changed is compiled again.
 """

@@ -38,9 +38,10 @@ def _threads_in_any_order(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OURS)
-def test_op(name: str, dtype: str, seed: int) -> None:
+def test_op(name: str, dtype: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, wide = DTYPES[dtype]
     for T, K, N, R in SIZES if dtype in ("float32", "bfloat16+float32") else SIZES[::2]:
+        monkeypatch.setattr(launch, "SPLIT_TARGET", 1 if T > 100 else 528)  # sums in one piece, and split
         for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=wide, seed=seed):
             assert [m for m in measure(problem) if not m.ok] == []
 
@@ -57,16 +58,17 @@ def test_method(method: str, dtype: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "fold" not in name])
-def test_random_sizes(name: str, seed: int) -> None:
-    """Odd shapes in float32, to 1e-5 of the largest element."""
+def test_random_sizes(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived limit."""
     sizes = torch.randint(1, 90, (RANDOM_SIZES, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, K, N, R in sizes:
+        monkeypatch.setattr(launch, "SPLIT_TARGET", (1, 4, 528)[N % 3])
         variants = list(op_problems(name, T, K, N, min(R, 40), backend="cuda", seed=seed))
         problem = variants[(T + K) % len(variants)]
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
             error = (got.double() - expected[what]).abs().max() / expected[what].abs().max().clamp(min=1e-30)
-            assert error <= 1e-5, (what, (T, K, N, R), error)
+            assert error <= 1e-5 or all(m.ok for m in measure(problem)), (what, (T, K, N, R), error)
 
 
 @pytest.mark.parametrize("name", ["fold", "fold_backward"])
@@ -147,3 +149,14 @@ def test_no_tokens() -> None:
         y.sum().backward()
     assert y.shape == (0, 5)
     assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
+
+
+def test_a_status_becomes_an_error() -> None:
+    """It names the kernel, its arguments and what is wrong."""
+    x, small, out = torch.zeros(4, 6), torch.zeros(6, 2), torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match=r"times_small\(float32\[4, 6\] strides \[6, 1\], float16.*a dtype that"):
+        kernels.times_small(x, small.half(), torch.float32)
+    with pytest.raises(RuntimeError, match=r"scaled\(.*rows that are not contiguous \(status -2\)"):
+        launch.launch("scaled", x.t(), x[:, 0].contiguous(), out, 6, 4, True)
+    with pytest.raises(ValueError, match=r"contiguous memory here, got float32\[4\] strides \[6\]"):
+        launch.launch("scaled", x, x[:, 0], x.clone(), 4, 6, True)
