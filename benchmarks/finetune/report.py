@@ -121,9 +121,9 @@ def _explanations(result: Result) -> list[str]:
     if result.config.reordered:
         lines.append(
             f"* Eager runs: {result.config.eager_name}, and again with the sequences of each step dealt to its parts "
-            "anew: the same gradient, summed in another order. The distance of two runs is |loss − loss|. Passed: the accelerated run "
-            "is no further from the eager runs, on average over them, than the two eager runs furthest apart, in its "
-            f"mean over all steps and in its largest mean over {WINDOW} steps in a row."
+            "anew: the same gradient, summed in another order. The distance of two runs is |loss − loss|. Passed: the "
+            "accelerated run is no further from the eager runs, on average over them, than the two eager runs furthest "
+            f"apart, in its mean over all steps and in its largest mean over {WINDOW} steps in a row."
         )
     else:
         lines.append(

@@ -11,7 +11,7 @@ from delora_kernels.backends.cuda.route import route, route_backward
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.cuda.support import supports, why_not_here
-from delora_kernels.backends.eager import weight_grad
+from delora_kernels.backends.eager import reflect, reflect_backward, weight_grad
 
 __all__ = [
     "dropout_mask",
@@ -21,6 +21,8 @@ __all__ = [
     "fold_backward",
     "input_backward",
     "project",
+    "reflect",
+    "reflect_backward",
     "route",
     "route_backward",
     "row_norm",

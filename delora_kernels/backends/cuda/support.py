@@ -4,7 +4,7 @@ import torch
 
 from delora_kernels import cuda_library
 from delora_kernels.backends.cuda.launch import FUNCTIONS, on_host
-from delora_kernels.call import Call, MoECall
+from delora_kernels.call import AnyCall, MoECall
 
 MOST_EXPERTS = 512
 """What `dk_route` holds of one token in shared memory."""
@@ -23,7 +23,7 @@ def why_not_here() -> str | None:
     return reason
 
 
-def supports(call: Call | MoECall) -> str | None:
+def supports(call: AnyCall) -> str | None:
     """Why the compiled kernels can't take `call`, or None."""
     device, o = call.x.device, call.options
     key = (device.type, device.index)  # torch.compile can trace a dict look-up, and not what fills it
