@@ -1,6 +1,7 @@
 """The package's surface: what importing costs, what is public, and that the layers only look down."""
 
 import ast
+import importlib
 import inspect
 import os
 import subprocess
@@ -82,8 +83,6 @@ def test_without_peft_accelerate_says_what_to_install() -> None:
 
 
 def test_public_names() -> None:
-    import importlib
-
     for module, names in PUBLIC.items():
         assert sorted(importlib.import_module(module).__all__) == sorted(names)
     with pytest.raises(AttributeError, match="has no attribute 'speed_up'"):
@@ -141,6 +140,15 @@ def test_layers_look_down_only(layer: str, allowed: set[str]) -> None:
                 names = [node.module] if node.module != "delora_kernels" else [f"x.{a.name}" for a in node.names]
                 imported |= {str(name).split(".")[1] for name in names}
     assert imported <= allowed
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_backends_have_every_op(name: str) -> None:
+    """Their own, or another backend's: `ops.py` asks the backend of the call for each."""
+    theirs = importlib.import_module(f"delora_kernels.backends.{name}")
+    eager = importlib.import_module("delora_kernels.backends.eager")
+    assert set(eager.__all__) <= set(theirs.__all__)
+    assert all(callable(getattr(theirs, op)) for op in eager.__all__)
 
 
 def test_environment_variable_is_read(tmp_path: Path) -> None:
