@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (dots_here && t + i < last) dot += value * wide(y.data[(t + i) * y.stride + c0 + column]);
       }
     if (mask.drops) {
-      if (sums_here || dots_here) __syncthreads();
+      if (blockIdx.y == 0) __syncthreads();  // not by thread: the sums above read what others drop
       drop_tile<BT, BC>(tiles.in.x[now], mask, t, c0);
       __syncthreads();
     }
