@@ -43,13 +43,15 @@ def goat(seed: int, **options: Any) -> Any:
 def test_logs_come_with_the_routers_numbers(mode: dict[str, Any], seed: int, tmp_path: Path) -> None:
     callback = dk.ExpertCallback()
     made = goat(seed, target_modules=["q_proj", "down_proj"])
+    made.enable_input_require_grads()  # which reentrant checkpointing needs
     trained = trainer(tmp_path, made, seed, [callback], logging_steps=2, eval_strategy="steps", eval_steps=1, **mode)
     trained.train()
     entries = [entry for entry in trained.state.log_history if "loss" in entry]
     assert [step for step, _ in callback.history] == [entry["step"] for entry in entries] == [2, 4]
     for entry, (_, report) in zip(entries, callback.history, strict=True):
         assert {key: value for key, value in entry.items() if key.startswith("router/")} == report.summary()
-        assert 0 < entry["router/entropy"] <= 1 <= entry["router/balance"]
+        assert 0 < entry["router/entropy"] < 1 + 1e-9
+        assert 0.5 < entry["router/balance"] <= 2  # at most E / k
         # two steps of two rows of twelve tokens; a checkpointed pass runs twice; evaluation is not counted
         recomputed = 2 if "gradient_checkpointing" in mode else 1
         assert {use.tokens for use in report.layers} == {48 * recomputed}
@@ -64,7 +66,9 @@ def test_balance_loss_is_the_mean_over_accumulated_batches(seed: int, tmp_path: 
     rows = tokens(seed, 2, 12)
     options = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
     trained = trainer(tmp_path, made, seed, [dk.ExpertCallback()], **options)
-    trained.train_dataset = [{"input_ids": row, "labels": row} for row in rows]
+    labels = rows.clone()
+    labels[:, 0] = -100  # nothing predicts it; older Trainers count it where they divide the loss
+    trained.train_dataset = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
     trained.optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=1.0)
     trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda _: 1.0)
     before = {name: p.detach().clone() for name, p in made.named_parameters() if p.requires_grad}
