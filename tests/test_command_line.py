@@ -97,7 +97,9 @@ def test_cuda_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check_from_the_shell() -> None:
+    before = os.times()
     done = python("-m", "delora_kernels", "check", "--device", "cpu")
+    after = os.times()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     first, header, *rows, summary = done.stdout.splitlines()
@@ -111,10 +113,11 @@ def test_check_from_the_shell() -> None:
         mixed = {"bfloat16+float32", "float16+float32"}
         assert dtypes == {"float64", "float32", "bfloat16", "float16"} | mixed
         assert sum(row.split()[:2] == [name, "gradcheck"] for row in rows) == 1
-    results, seconds = (int(summary.split()[0]), float(summary.split(" in ")[1].split()[0]))
     assert summary.endswith("all within their limits")
-    assert results > 500
-    assert seconds < 60
+    assert int(summary.split()[0]) > 500
+    if hasattr(os, "wait4"):  # elsewhere the time of ended processes isn't told
+        busy = after.children_user + after.children_system - before.children_user - before.children_system
+        assert 0 < busy < 60, "seconds of the processor: on a busy machine it lasts longer"
 
 
 def test_check_as_json(capsys: pytest.CaptureFixture[str], seed: int) -> None:
