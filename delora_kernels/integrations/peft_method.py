@@ -13,8 +13,8 @@ from typing import Any
 
 from delora_kernels.integrations import supported
 
-METHODS = ("goat",)
-"""The packages of delora_kernels.integrations that register a method when they are imported."""
+METHODS = ("ether", "goat")
+"""The packages of delora_kernels.integrations that register methods when they are imported."""
 
 
 def register_peft_methods() -> None:
