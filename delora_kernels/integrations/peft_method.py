@@ -21,7 +21,7 @@ def register_peft_methods() -> None:
     """Register every method of this library with PEFT, so that it loads adapters of them; again is harmless.
 
         dk.register_peft_methods()
-        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT adapter
+        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT or ETHER adapter
 
     Naming a method's config, such as `dk.GoatConfig`, registers that method too.
 
