@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import peft
-import torch
 from goat_models import TARGETS, move, small
 from torch import Tensor, nn
 

@@ -17,7 +17,6 @@ from delora_kernels.frozen import FrozenLinear
 from delora_kernels.integrations.ether.config import EtherConfig, EtherPlusConfig
 from delora_kernels.integrations.own_method import MergesAndKeeps, move_parameters
 from delora_kernels.nn.ether import check_blocks
-from delora_kernels.ops import accumulate_dtype
 from delora_kernels.reflected_linear import reflected_weight
 
 Config = EtherConfig | EtherPlusConfig
@@ -110,7 +109,6 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         if not names:
             return
         merged = self._base_weight()
-        merged = merged.to(accumulate_dtype(merged.dtype))
         with torch.no_grad(), torch.autocast(merged.device.type, enabled=False):
             for name in names:
                 merged = reflected_weight(merged, self.options[name].blocks, **self._vectors(name))
