@@ -42,9 +42,9 @@ class _EtherBase(MergeableLinear):
         """The arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, n_blocks={self.n_blocks}, side={self.side!r}, blocks={self.blocks!r}"
 
-    def _vectors(self, suffixes: tuple[str, ...] = ("", "_out")) -> dict[str, Tensor]:
+    def _vectors(self) -> dict[str, Tensor]:
         """The vectors that there are, by argument name."""
-        names = [name + suffix for suffix in suffixes for name in self._NAMES]
+        names = [name + suffix for suffix in ("", "_out") for name in self._NAMES]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _reset_adapter(self) -> None:
