@@ -116,11 +116,13 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
 
     def _around_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same around whatever the base layer's own forward does; slow, with GEMMs of the identity."""
+        reason = FrozenLinear.of(self.base_layer)
+        reason = reason if isinstance(reason, str) else "the call has more arguments than x"
         for name in names:
             if self.options[name].blocks == "official" and self.options[name].n_blocks > 1:
                 raise RuntimeError(
                     f'{type(self).__name__}: blocks="official" of adapter {name!r} reflects parts of the base weight, '
-                    f'which can\'t be read here: {FrozenLinear.of(self.base_layer)}; use blocks="paper", or merge'
+                    f'which can\'t be read here: {reason}; use blocks="paper", or merge'
                 )
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
         for name in reversed(names):
