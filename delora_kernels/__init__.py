@@ -18,6 +18,7 @@ from delora_kernels.explanation import explain
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from delora_kernels.integrations.ether import EtherConfig, EtherPlusConfig
     from delora_kernels.integrations.expert_callback import ExpertCallback
     from delora_kernels.integrations.export import export_lora
     from delora_kernels.integrations.goat import GoatConfig, import_goat, merge_mean_gate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccelerateCallback",
+    "EtherConfig",
+    "EtherPlusConfig",
     "ExpertCallback",
     "GoatConfig",
     "__version__",
@@ -51,6 +54,8 @@ _LAZY = {
     "export_lora": "export",
     "AccelerateCallback": "transformers",
     "ExpertCallback": "expert_callback",
+    "EtherConfig": "ether",
+    "EtherPlusConfig": "ether",
     "GoatConfig": "goat",
     "import_goat": "goat",
     "merge_mean_gate": "goat",

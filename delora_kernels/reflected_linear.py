@@ -49,6 +49,28 @@ def row_groups_reflected(weight: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         return chunks.reshape(weight.shape).to(weight.dtype)
 
 
+def reflected_weight(
+    weight: Tensor,
+    blocks: str,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    u_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+) -> Tensor:
+    """H_out W H_in [N, K] for merging, in float32 or wider; not differentiable."""
+    dtype = weight.dtype
+    for vectors in (u, u_out):
+        dtype = dtype if vectors is None else torch.promote_types(dtype, vectors.dtype)
+    turned = weight.to(ops.accumulate_dtype(dtype))
+    if u is not None and blocks == "official" and u.shape[0] > 1:
+        turned = row_groups_reflected(turned, u, v)
+    elif u is not None:
+        turned = ops.reflect(turned, u, v, None, "eager")
+    if u_out is not None:
+        turned = ops.reflect(turned.t(), u_out, v_out, None, "eager").t()
+    return turned
+
+
 def _forward(call: ReflectCall) -> tuple[Tensor, Tensor, Tensor]:
     """x in its compute dtype, z, y."""
     device = call.x.device.type

@@ -18,6 +18,8 @@ PACKAGE = Path(dk.__file__).parent
 PUBLIC = {
     "delora_kernels": [
         "AccelerateCallback",
+        "EtherConfig",
+        "EtherPlusConfig",
         "ExpertCallback",
         "GoatConfig",
         "__version__",

@@ -90,6 +90,11 @@ def test_all_methods_of_this_library_are_registered() -> None:
     config, tuner, prefix = (table["GOAT"] for table in _tables())
     assert (config, tuner.__name__, prefix) == (dk.GoatConfig, "GoatModel", "goat_")
     assert config(target_modules=["a"]).peft_type is peft_types.PeftType("GOAT")
+    for name, config in (("ETHER", dk.EtherConfig), ("ETHER_PLUS", dk.EtherPlusConfig)):
+        assert _tables()[0][name] is config
+        assert config(target_modules=["a"]).peft_type is peft_types.PeftType(name)
+    prefixes = [_tables()[2][name] for name in ("ETHER", "ETHER_PLUS", "GOAT")]
+    assert not any(one in other for one in prefixes for other in prefixes if one is not other)
 
 
 def test_again_is_harmless(odd: Any) -> None:

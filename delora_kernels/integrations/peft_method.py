@@ -13,15 +13,15 @@ from typing import Any
 
 from delora_kernels.integrations import supported
 
-METHODS = ("goat",)
-"""The packages of delora_kernels.integrations that register a method when they are imported."""
+METHODS = ("ether", "goat")
+"""The packages of delora_kernels.integrations that register methods when they are imported."""
 
 
 def register_peft_methods() -> None:
     """Register every method of this library with PEFT, so that it loads adapters of them; again is harmless.
 
         dk.register_peft_methods()
-        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT adapter
+        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT or ETHER adapter
 
     Naming a method's config, such as `dk.GoatConfig`, registers that method too.
 

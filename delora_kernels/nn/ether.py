@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from delora_kernels import checks, functional, ops
+from delora_kernels import checks, functional
 from delora_kernels.nn.base import MergeableLinear
-from delora_kernels.reflected_linear import row_groups_reflected
+from delora_kernels.reflected_linear import reflected_weight
 
 SIDES = ("input", "output", "both")
 
@@ -30,7 +30,7 @@ class _EtherBase(MergeableLinear):
         self.n_blocks = n_blocks
         for suffix, features, without in (("", in_features, "output"), ("_out", out_features, "input")):
             if side != without:
-                _check_blocks(kind, n_blocks, features, "out_features" if suffix else "in_features")
+                check_blocks(kind, n_blocks, features, "out_features" if suffix else "in_features")
             for name in self._NAMES:
                 vectors = None
                 if side != without:
@@ -42,9 +42,9 @@ class _EtherBase(MergeableLinear):
         """The arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, n_blocks={self.n_blocks}, side={self.side!r}, blocks={self.blocks!r}"
 
-    def _vectors(self, suffixes: tuple[str, ...] = ("", "_out")) -> dict[str, Tensor]:
+    def _vectors(self) -> dict[str, Tensor]:
         """The vectors that there are, by argument name."""
-        names = [name + suffix for suffix in suffixes for name in self._NAMES]
+        names = [name + suffix for suffix in ("", "_out") for name in self._NAMES]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _reset_adapter(self) -> None:
@@ -59,18 +59,7 @@ class _EtherBase(MergeableLinear):
 
     def _merged_weight(self) -> Tensor:
         """H_out W H_in, in float32 or wider, rounded once."""
-        dtype = self.weight.dtype
-        for vectors in self._vectors().values():
-            dtype = torch.promote_types(dtype, vectors.dtype)
-        turned = self.weight.to(ops.accumulate_dtype(dtype))
-        into, out_of = self._vectors(("",)), self._vectors(("_out",))
-        if into and self.blocks == "official" and self.n_blocks > 1:
-            turned = row_groups_reflected(turned, into["u"], into.get("v"))
-        elif into:
-            turned = ops.reflect(turned, into["u"], into.get("v"), None, "eager")
-        if out_of:
-            turned = ops.reflect(turned.t(), out_of["u_out"], out_of.get("v_out"), None, "eager").t()
-        return turned.to(self.weight.dtype).contiguous()
+        return reflected_weight(self.weight, self.blocks, **self._vectors()).to(self.weight.dtype).contiguous()
 
 
 class EtherLinear(_EtherBase):
@@ -257,7 +246,8 @@ class EtherPlusLinear(_EtherBase):
                     vectors.copy_(-getattr(self, name.replace("v", "u")))
 
 
-def _check_blocks(kind: str, n_blocks: Any, features: int, what: str) -> None:
+def check_blocks(kind: str, n_blocks: Any, features: int, what: str) -> None:
+    """Check that `n_blocks` is an int that divides `features`, which the error calls `what`."""
     if isinstance(n_blocks, bool) or not isinstance(n_blocks, int):
         raise checks.fail(TypeError, kind, "n_blocks", "an int", type(n_blocks).__name__, "pass a number of blocks")
     if n_blocks < 1 or features % n_blocks:

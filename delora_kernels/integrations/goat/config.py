@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.config import PeftConfig
-
 from delora_kernels import checks
 from delora_kernels.init import SCALINGS, STARTS
 from delora_kernels.integrations import peft_method
+from delora_kernels.integrations.own_method import TargetedConfig
 from delora_kernels.routing import CONVENTIONS
 
 _NAME = "GoatConfig"
 
 
 @dataclass
-class GoatConfig(PeftConfig):
+class GoatConfig(TargetedConfig):
     """GOAT, and its family of LoRA mixtures of experts, as a PEFT method.
 
         model = peft.get_peft_model(base_model, dk.GoatConfig(r=4, target_modules="all-linear"))
@@ -78,31 +77,18 @@ class GoatConfig(PeftConfig):
     balance_coef: float = 1e-3
     balance: str = "code"
     z_coef: float = 0.0
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
     bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> "GoatConfig":
         if "init_type" in options:  # PEFT would drop what it doesn't know, and go on
             remedy = "load a checkpoint of GOAT's own training code with dk.import_goat"
-            raise _fail("init_type", "left out", options["init_type"], remedy)
+            raise checks.fail(ValueError, _NAME, "init_type", "left out", options["init_type"], remedy)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_method.peft_type("goat")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            remedy = "list the modules, or leave layers_to_transform out"
-            raise _fail("layers_to_transform", "None with a string as target_modules", self.layers_to_transform, remedy)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise _fail("layers_to_transform", "given with layers_pattern", None, "say which layers")
         self._check_numbers()
         self._check_choices()
 
@@ -127,12 +113,12 @@ class GoatConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
-            _positive("r", rank)
-        _positive("num_experts", self.num_experts)
+            self._check_positive("r", rank)
+        self._check_positive("num_experts", self.num_experts)
         if self.top_k is not None:
-            _positive("top_k", self.top_k)
+            self._check_positive("top_k", self.top_k)
             if self.top_k > self.num_experts:
-                raise _fail("top_k", f"at most num_experts = {self.num_experts}", self.top_k, "None: all of them")
+                raise self._fail("top_k", f"at most num_experts = {self.num_experts}", self.top_k, "None: all of them")
         checks.probability(_NAME, self.dropout)
         for name in ("balance_coef", "z_coef"):
             checks.not_negative(_NAME, name, getattr(self, name))
@@ -149,17 +135,8 @@ class GoatConfig(PeftConfig):
             checks.option(_NAME, "scaling", self.scaling, SCALINGS)
         if self.start not in ("zero", "random") and (self.normalize or self.shared_A):
             option = "normalize" if self.normalize else "shared_A"
-            raise _fail("init_weights", f'True, "zero" or False with {option}=True', self.init_weights, "pass True")
+            raise self._fail(
+                "init_weights", f'True, "zero" or False with {option}=True', self.init_weights, "pass True"
+            )
         if self.normalize and self.shared_A:
-            raise _fail("shared_A", "False with normalize=True", True, "give each expert its own A")
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise checks.fail(TypeError, _NAME, name, "an int", type(value).__name__, "pass an int")
-    if value < 1:
-        raise _fail(name, "≥ 1", value, "leave the layer out of target_modules to leave it as it is")
-
-
-def _fail(argument: str, expected: str, got: object, remedy: str) -> Exception:
-    return checks.fail(ValueError, _NAME, argument, expected, got, remedy)
+            raise self._fail("shared_A", "False with normalize=True", True, "give each expert its own A")

@@ -6,7 +6,6 @@ subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to b
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from delora_kernels import functional
 from delora_kernels.frozen import FrozenLinear
 from delora_kernels.integrations.goat.config import GoatConfig
 from delora_kernels.integrations.goat.start import StartedLayer, Starts, make_start
+from delora_kernels.integrations.own_method import MergesAndKeeps
 from delora_kernels.nn.delora_moe import normalised_experts
 from delora_kernels.nn.moe import Routed
 from delora_kernels.ops import accumulate_dtype
 from delora_kernels.routing import RouterStats
 
 
-class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
+class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
     """A linear layer of the base model with GOAT adapters.
 
     Args:
@@ -67,7 +67,6 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
         self.options: dict[str, GoatConfig] = {}
         self.router_stats: dict[str, RouterStats] = {}
         self._missing: set[str] = set()
-        self._unmerged: Tensor | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -153,25 +152,10 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
         """
         if not adapter_names:
             return
-        base: Any = self.get_base_layer()
-        with torch.no_grad():
-            dtype = accumulate_dtype(base.weight.dtype)
-            merged = self._base_weight().to(dtype) + sum(self.mean_update(name).to(dtype) for name in adapter_names)
-            merged = merged.to(base.weight.dtype)
-        if safe_merge and not bool(merged.isfinite().all()):
-            raise ValueError(f"NaNs detected in the merged weights: an adapter of {adapter_names} seems to be broken")
-        if self._unmerged is None:
-            self._unmerged = base.weight.data
-        base.weight.data = merged.t().contiguous() if self._transposed else merged
-        self.merged_adapters.extend(adapter_names)
-
-    def unmerge(self) -> None:
-        """Give the base layer its own weight back, bit for bit."""
-        if not self.merged or self._unmerged is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.get_base_layer().weight.data, self._unmerged = self._unmerged, None
-        self.merged_adapters.clear()
+        weight = self._base_weight()
+        dtype = accumulate_dtype(weight.dtype)
+        merged = weight.to(dtype) + sum(self.mean_update(name).to(dtype) for name in adapter_names)
+        self._put(merged, adapter_names, safe_merge)
 
     @torch.no_grad()
     def mean_update(self, adapter_name: str) -> Tensor:
@@ -213,15 +197,6 @@ class PeftGoatLinear(StartedLayer, BaseTunerLayer, Routed):
             frozen = {"frozen_A": self.goat_start_A[name], "frozen_B": self.goat_start_B[name]}
             mixture |= frozen | {"residual": self.options[name].residual * scale}
         return mixture
-
-    @property
-    def _transposed(self) -> bool:
-        return type(self.get_base_layer()).__name__ == "Conv1D"
-
-    def _base_weight(self) -> Tensor:
-        """W, [N, K]."""
-        base: Any = self.get_base_layer()
-        return base.weight.detach().t() if self._transposed else base.weight.detach()
 
     def __repr__(self) -> str:
         return "goat." + super().__repr__()

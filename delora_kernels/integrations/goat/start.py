@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from delora_kernels.init import Start, moe_start
 from delora_kernels.integrations.goat.config import GoatConfig
+from delora_kernels.integrations.own_method import move_parameters
 
 TOLERANCE = 1e-3
 """Largest relative difference of a probe: rounding gives 1e-5, another weight about 1."""
@@ -126,9 +127,7 @@ class StartedLayer(nn.Module):
             return
         device = self._base_weight().device if device is None else device
         for parts in (self.goat_A, self.goat_B, self.goat_router, self.goat_lambda):
-            if adapter_name in parts and parts[adapter_name].device != device:
-                old = parts[adapter_name]
-                parts[adapter_name] = nn.Parameter(old.detach().to(device), old.requires_grad)
+            move_parameters(parts, adapter_name, device)
         for constants in (self.goat_scale, self.goat_w_norm, self.goat_probe, self.goat_start_A, self.goat_start_B):
             if adapter_name in constants:
                 constants[adapter_name] = constants[adapter_name].to(device)
