@@ -11,6 +11,9 @@ from torch import Tensor
 from delora_kernels.backends.eager.chunks import chunks_in
 from delora_kernels.ops import accumulate_dtype
 
+_GROUP = 16
+"""Rows whose products are summed by a GEMM."""
+
 
 def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tensor:
     """Each chunk is read once from memory, then reflected in cache."""
@@ -29,8 +32,7 @@ def reflect_backward(
     dx, dS = dy.new_empty(dy.shape if need_dx else 0), torch.zeros_like(S)
     for (rows, dy_chunk), (_, x_chunk) in zip(chunks_in(S.dtype, dy), chunks_in(S.dtype, x), strict=True):
         along_dy = _along(dy_chunk, S)
-        dS.baddbmm_(_along(x_chunk, S).transpose(1, 2), _by_block(dy_chunk, S))
-        dS.baddbmm_(along_dy.transpose(1, 2), _by_block(x_chunk, S))
+        dS += _token_sum(_along(x_chunk, S), _by_block(dy_chunk, S)) + _token_sum(along_dy, _by_block(x_chunk, S))
         if need_dx:
             _update(dx[rows], dy_chunk, along_dy, S, signs, None, scratch=dy.dtype != S.dtype)
     dS *= signs[:, None]
@@ -55,6 +57,16 @@ def _by_block(chunk: Tensor, S: Tensor) -> Tensor:
 def _along(chunk: Tensor, S: Tensor) -> Tensor:
     """x Sᵀ, [blocks, t, m]."""
     return torch.bmm(_by_block(chunk, S), S.transpose(1, 2))
+
+
+def _token_sum(along: Tensor, blocks: Tensor) -> Tensor:
+    """Σ_t along [blocks, t, m] blocks [blocks, t, D] → [blocks, m, D], of groups of rows, whose sums torch adds in pairs.
+
+    A GEMM this small adds one row after the other, and rounds each time.
+    """
+    whole = along.shape[1] // _GROUP * _GROUP
+    left, right = (each[:, :whole].unflatten(1, (-1, _GROUP)) for each in (along, blocks))
+    return (left.mT @ right).sum(1) + along[:, whole:].mT @ blocks[:, whole:]
 
 
 def _update(
