@@ -60,7 +60,7 @@ def _along(chunk: Tensor, S: Tensor) -> Tensor:
 
 
 def _token_sum(along: Tensor, blocks: Tensor) -> Tensor:
-    """Σ_t along [blocks, t, m] blocks [blocks, t, D] → [blocks, m, D], of groups of rows, whose sums torch adds in pairs.
+    """Σ_t along [n, t, m] blocks [n, t, D] → [n, m, D], by groups of rows, whose sums torch adds in pairs.
 
     A GEMM this small adds one row after the other, and rounds each time.
     """
