@@ -19,6 +19,8 @@ from host_backend import LIBRARY, SANITIZED, shuffle_threads
 from torch import Tensor
 
 from delora_kernels.backends.cuda import dropout_mask, launch, route
+from delora_kernels.backends.cuda.kernels import token_sums
+from delora_kernels.backends.eager.hashed_dropout import MaskGroup
 from delora_kernels.testing.op_problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -69,6 +71,9 @@ def _results(file: str, order: int) -> list[Tensor]:
                     results += problem.run(problem.inputs).values()
     if file == "route.cu":  # equal logits
         results += route(torch.zeros(5, 24), None, torch.ones(8), None, 8, 2, 4, True, False)
+    if file == "token_sums.cu":  # the vectors, beside a masked product
+        x, y = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(1))
+        results += token_sums(x, x[:, :5], sums=True, y=y, group=MaskGroup(slice(0, 5), 0.5, torch.tensor(7)))
     if file == "dropout.cu":
         results.append(dropout_mask(13, 37, 0.4, torch.tensor(7)))
     return results
@@ -113,7 +118,7 @@ def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool
 def test_a_missing_barrier_shows(file: str, which: int, seed: int, broken: pytest.MonkeyPatch) -> None:
     text = (CSRC / file).read_text(encoding="utf-8")
     start, end = list(BARRIER.finditer(text))[which].span()
-    assert _differs(file, text[:start] + text[end:], seed, broken), text[start - 200 : end]
+    assert _differs(file, text[:start] + "{}" + text[end:], seed, broken), text[start - 200 : end]
 
 
 @pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")
