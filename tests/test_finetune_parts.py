@@ -1,5 +1,6 @@
 """The pieces of `make demo`, one by one: text, memory probe, order of the runs, summary, verdict, machine."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -19,12 +20,13 @@ import peft
 from benchmarks.busy import wait_politely_if_busy
 from benchmarks.finetune import text, train
 from benchmarks.finetune.config import Config
-from benchmarks.finetune.orders import orders
+from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.plots import running_mean
 from benchmarks.finetune.probe import MIB, kept_mib
 from benchmarks.finetune.summary import Result, largest, speed
 from benchmarks.finetune.verdict import WINDOW, judge
 from benchmarks.machine import machine_info
+from delora_kernels.testing import relative_error
 
 
 def test_split_keeps_a_repeated_paragraph_once() -> None:
@@ -94,6 +96,27 @@ def test_orders_are_all_that_sum_differently(parts: int, part_size: int, count: 
     found = [order.tolist() for order in orders(parts, part_size)]
     assert len(found) == count
     assert all(sorted(order) == list(range(parts * part_size)) for order in found)
+
+
+def test_sums_in_parts_differ_by_rounding_alone() -> None:
+    """y, dx and dW of a float32 layer all round otherwise, by float32's precision; a 16-bit layer is left alone."""
+    layer = torch.nn.Linear(370, 230)
+    parts, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    sum_in_parts(parts, 1 / 3)
+    x, dy = torch.randn(2, 190, 370), torch.randn(2, 190, 230)
+    found = []
+    for each in (layer, parts, exact):
+        given = x.to(each.weight.dtype, copy=True).requires_grad_()
+        y = each(given)
+        y.backward(dy.to(y.dtype))
+        found.append([y.detach(), given.grad, each.weight.grad, each.bias.grad])
+    names = ("y", "dx", "dW", "db")
+    for name, plain, other, true in zip(names, *found, strict=True):
+        assert relative_error(other, true) <= 2 * relative_error(plain, true) + 1e-7, name
+        assert name == "db" or not torch.equal(plain, other), name
+    small = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    sum_in_parts(small, 0.5)
+    assert "forward" not in vars(small)
 
 
 def test_orders_sum_to_different_roundings() -> None:

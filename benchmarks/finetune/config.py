@@ -33,7 +33,8 @@ class Config:
         threads: CPU threads; None: torch's choice.
         minutes: the whole run, loading included, takes fewer steps if that keeps it within this; None: no limit.
         yardstick: steps of further eager runs that show how far rounding alone drives losses apart: summed in other
-            orders where `accumulation` > 1, else one slightly nudged at its start.
+            orders (within layers, and over the parts of a step) where `accumulation` > 1, else one slightly nudged at
+            its start.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.
         checkpointing: recompute each block's activations in the backward pass (Transformers', non-reentrant).

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.finetune import model, text
 from benchmarks.finetune.config import Config, Problem
-from benchmarks.finetune.orders import orders
+from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.report import FILES, write
 from benchmarks.finetune.summary import Result, printed
 from benchmarks.finetune.train import Run, evaluate, probe, race
@@ -101,8 +101,11 @@ def _prepare(config: Config, source: model.Source, documents: list[str]) -> tupl
 def _yardsticks(config: Config, eager: torch.nn.Module) -> Iterator[Run]:
     """Eager runs that show how far rounding alone drives losses apart."""
     if config.reordered:
-        for order in islice(orders(config.accumulation, config.batch_size), config.orders):
-            yield Run("eager, summed in other orders", model.twin(eager), scaler=_scaler(config), order=order)
+        found = islice(orders(config.accumulation, config.batch_size), config.orders)
+        for number, order in enumerate(found, start=2):
+            other = Run("eager, summed in other orders", model.twin(eager), scaler=_scaler(config), order=order)
+            sum_in_parts(other.model, 1 / number)
+            yield other
     else:
         nudged = Run("eager, nudged at the start", model.twin(eager), scaler=_scaler(config))
         model.nudge(nudged.model, torch.finfo(model.DTYPES[config.dtype]).eps / 2.0, config.seed)
