@@ -18,25 +18,72 @@ class _EtherBase(MergeableLinear):
     """What EtherLinear and EtherPlusLinear share: vectors for each side and block, and W' = H_out W H_in."""
 
     _NAMES: tuple[str, ...]
+    _SIDE: str
     _function: Any
 
     def __init__(
-        self, in_features: int, out_features: int, n_blocks: int, *, side: str, blocks: str, **options: Any
+        self,
+        in_features: int,
+        out_features: int,
+        n_blocks: int = 1,
+        *,
+        side: str | None = None,
+        blocks: str = "paper",
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, **options)
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            dropout_p=dropout_p,
+            adapter_dtype=adapter_dtype,
+            device=device,
+            dtype=dtype,
+        )
         kind = type(self).__name__
-        self.side = checks.option(kind, "side", side, SIDES)
+        self.side = checks.option(kind, "side", self._SIDE if side is None else side, SIDES)
         self.blocks = checks.option(kind, "blocks", blocks, ("paper", "official"))
         self.n_blocks = n_blocks
         for suffix, features, without in (("", in_features, "output"), ("_out", out_features, "input")):
-            if side != without:
+            if self.side != without:
                 check_blocks(kind, n_blocks, features, "out_features" if suffix else "in_features")
             for name in self._NAMES:
                 vectors = None
-                if side != without:
+                if self.side != without:
                     vectors = nn.Parameter(torch.empty(n_blocks, features // n_blocks, **self._trained_as))
                 self.register_parameter(name + suffix, vectors)
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        n_blocks: int = 1,
+        *,
+        side: str | None = None,
+        blocks: str = "paper",
+        dropout_p: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The module on the weight and bias of `linear`: the same tensors, frozen.
+
+        Args:
+            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
+            n_blocks, side, blocks, dropout_p, adapter_dtype: as for the class.
+
+        Returns:
+            The module, on linear's device and in its training mode.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+        """
+        return cls._around(
+            linear, n_blocks=n_blocks, side=side, blocks=blocks, dropout_p=dropout_p, adapter_dtype=adapter_dtype
+        )
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""
@@ -76,7 +123,7 @@ class EtherLinear(_EtherBase):
         in_features: K.
         out_features: N.
         n_blocks: Blocks of each reflected side; divides its features.
-        side: "input" (`u`, as in the paper), "output" (`u_out`, the authors' flip_side) or "both".
+        side: "input" (`u`, as in the paper; the default), "output" (`u_out`, the authors' flip_side) or "both".
         blocks: "paper" or "official" (what the authors' code does with several blocks on the input side).
         bias: Give the base a bias.
         dropout_p: Probability of dropping an element of the whole layer's input, in [0, 1); only in training mode.
@@ -92,61 +139,8 @@ class EtherLinear(_EtherBase):
     """
 
     _NAMES = ("u",)
+    _SIDE = "input"
     _function = functional.ether_linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        n_blocks: int = 1,
-        *,
-        side: str = "input",
-        blocks: str = "paper",
-        bias: bool = True,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            n_blocks,
-            side=side,
-            blocks=blocks,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        n_blocks: int = 1,
-        *,
-        side: str = "input",
-        blocks: str = "paper",
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """An EtherLinear on the weight and bias of `linear`: the same tensors, frozen.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            n_blocks, side, blocks, dropout_p, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(
-            linear, n_blocks=n_blocks, side=side, blocks=blocks, dropout_p=dropout_p, adapter_dtype=adapter_dtype
-        )
 
     def unmerge(self) -> None:
         """Take the reflections out of the weight: W itself where `merge` kept it, else W' reflected again.
@@ -173,7 +167,7 @@ class EtherPlusLinear(_EtherBase):
 
     Args:
         in_features, out_features, n_blocks, blocks, bias, dropout_p, adapter_dtype, device, dtype: as in `EtherLinear`.
-        side: "both" (`u`, `v`, `u_out`, `v_out`, as in the paper), "input" (`u`, `v`) or "output" (`u_out`, `v_out`).
+        side: "both" (`u`, `v`, `u_out`, `v_out`, as in the paper; the default), "input" (`u`, `v`) or "output".
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
@@ -182,61 +176,8 @@ class EtherPlusLinear(_EtherBase):
     """
 
     _NAMES = ("u", "v")
+    _SIDE = "both"
     _function = functional.ether_plus_linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        n_blocks: int = 1,
-        *,
-        side: str = "both",
-        blocks: str = "paper",
-        bias: bool = True,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            n_blocks,
-            side=side,
-            blocks=blocks,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        n_blocks: int = 1,
-        *,
-        side: str = "both",
-        blocks: str = "paper",
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """An EtherPlusLinear on the weight and bias of `linear`: the same tensors, frozen.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            n_blocks, side, blocks, dropout_p, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(
-            linear, n_blocks=n_blocks, side=side, blocks=blocks, dropout_p=dropout_p, adapter_dtype=adapter_dtype
-        )
 
     def _reset_adapter(self) -> None:
         super()._reset_adapter()
