@@ -4,12 +4,14 @@ Nothing is compiled or run: benchmarks/stand_in.py takes the driver's place, and
 """
 
 import importlib
+import json
 import os
 import pkgutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks import launch_overhead
 from benchmarks.stand_in import Launcher, StandIn, standing_in
+from benchmarks.timing import Budget
 from delora_kernels import use_backend
 from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import forms, launch
@@ -325,3 +329,37 @@ def test_a_kernel_in_another_order_is_refused(seen: Seen, monkeypatch: pytest.Mo
     monkeypatch.setattr(add_parts_kernel, "do_not_specialize", ["M"])
     with pytest.raises(TypeError, match="must follow its tensors"):
         _direct(seen)
+
+
+def test_the_benchmark_launches_every_kernel_both_ways(
+    seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks.launch_overhead: as many launches by one way as by the other, by the way that it says."""
+    monkeypatch.setattr(launch_overhead, "REPEATS", 1)
+    monkeypatch.setattr(launch_overhead, "standing_in", lambda: nullcontext())
+    spent: dict[str, list[int]] = {}
+
+    class Clock:
+        def __init__(self, device: str) -> None:
+            assert device == "cpu"
+
+        def round(self, passes: Any) -> dict[str, Any]:
+            for way, run in passes.items():
+                run()  # Triton's path, where it is new
+                direct, count = seen.direct, len(seen.launches)
+                run()
+                spent.setdefault(way, []).append(len(seen.launches) - count)
+                assert seen.direct - direct == (spent[way][-1] if way == "direct" else 0)
+            return {"triton": (0.5, None), "direct": (0.125, None)}
+
+    monkeypatch.setattr(launch_overhead, "HostClock", Clock)
+    file = tmp_path / "rows.json"
+    assert launch_overhead.main(["--json", str(file)], Budget(0, 1, 1, 0)) == 0
+    rows = json.loads(file.read_text())
+    assert all((row["triton_us"], row["direct_us"]) == (500, 125) for row in rows)
+    assert spent["triton"] == spent["direct"] == [row.get("launches", 1) for row in rows]
+    kernels = {row["kernel"]: row["arguments"] for row in rows if "kernel" in row}
+    assert set(KERNELS) - set(kernels) == {"rank_gemm_kernel", "reflect_backward_chunked_kernel", "mask_kernel"}
+    assert kernels["add_parts_kernel"] == 5
+    assert "| add_parts_kernel | 5 | 500.0 | 125.0 | 0.25 |" in capsys.readouterr().out
+    assert all(module.launch is launch.launch for module in launch_overhead._launchers())
