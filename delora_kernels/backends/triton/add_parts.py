@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.gemm_stages import DyParts
-from delora_kernels.backends.triton.launch import guard
+from delora_kernels.backends.triton.launch import launch
 
 BLOCK = 1024
 """Elements that a program adds up."""
@@ -43,8 +43,8 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts[0].to(dtype)
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     if out.numel():
-        with guard(out):
-            add_parts_kernel[(triton.cdiv(out.numel(), BLOCK),)](parts, out, len(parts), out.numel(), BLOCK=BLOCK)
+        M = out.numel()
+        launch(add_parts_kernel, (triton.cdiv(M, BLOCK),), (parts, out), (len(parts), M), BLOCK=BLOCK)
     return out
 
 
@@ -113,13 +113,13 @@ def finish_dy(
     BR = max(16, triton.next_power_of_2(R))
     BN = BLOCK // BR
     elements = 0 if dv is None else dv.numel()
-    with guard(anchor):
-        finish_dy_kernel[(triton.cdiv(N, BN) + triton.cdiv(elements, BLOCK),)](
-            parts.dv, parts.product, parts.sums, parts.dots, B_hat, column, divisor, dv, dB_hat, sums, dm,
-            0 if parts.dv is None else len(parts.dv), count, elements, N, R,
-            *((0, 0) if B_hat is None else B_hat.stride()),
-            WITH_DV=dv is not None, WITH_PRODUCT=dB_hat is not None, WITH_SUMS=sums is not None,
-            WITH_DOTS=dm is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
-            BN=BN, BR=BR, BLOCK=BLOCK,
-        )  # fmt: skip
+    dv_count, strides = 0 if parts.dv is None else len(parts.dv), (0, 0) if B_hat is None else B_hat.stride()
+    launch(
+        finish_dy_kernel, (triton.cdiv(N, BN) + triton.cdiv(elements, BLOCK),),
+        (parts.dv, parts.product, parts.sums, parts.dots, B_hat, column, divisor, dv, dB_hat, sums, dm),
+        (dv_count, count, elements, N, R, *strides),
+        WITH_DV=dv is not None, WITH_PRODUCT=dB_hat is not None, WITH_SUMS=sums is not None,
+        WITH_DOTS=dm is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
+        BN=BN, BR=BR, BLOCK=BLOCK,
+    )  # fmt: skip
     return dv, dB_hat, dm, sums

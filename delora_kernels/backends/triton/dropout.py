@@ -7,7 +7,7 @@ from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import threshold
 from delora_kernels.backends.triton.device import keep_tile
-from delora_kernels.backends.triton.launch import guard, rows
+from delora_kernels.backends.triton.launch import launch, rows
 
 _BT, _BC = 32, 128
 
@@ -40,8 +40,7 @@ def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
     mask = seed.new_empty((T, K), dtype=torch.bool)
     if T * K:
-        with guard(seed):
-            mask_kernel[_grid(T, K)](seed, mask, T, K, threshold(dropout_p), BT=_BT, BC=_BC)
+        launch(mask_kernel, _grid(T, K), (seed, mask), (T, K, threshold(dropout_p)), BT=_BT, BC=_BC)
     return mask
 
 
@@ -50,10 +49,10 @@ def drop(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     x, (T, K) = rows(x), x.shape
     dropped, rest = x.new_empty((T, K)), x.new_empty((T, K))
     if T * K:
-        with guard(x):
-            drop_kernel[_grid(T, K)](
-                x, seed, dropped, rest, T, K, x.stride(0), threshold(dropout_p), 1 / (1 - dropout_p), BT=_BT, BC=_BC
-            )
+        launch(
+            drop_kernel, _grid(T, K), (x, seed, dropped, rest),
+            (T, K, x.stride(0), threshold(dropout_p)), (1 / (1 - dropout_p),), BT=_BT, BC=_BC,
+        )  # fmt: skip
     return dropped, rest
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from delora_kernels.backends.gemm_stages import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, guard, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, launch, meeting, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 LARGEST_RANK = 32
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "part"])
 def dy_sums_kernel(
-    DY, S, H, Y, DV, PRODUCT, SUMS, DOTS, T, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, part, factor,
+    DY, S, H, Y, DV, PRODUCT, SUMS, DOTS, T, part, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, factor,
     WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
@@ -87,12 +87,11 @@ def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: 
     product = dy.new_empty((parts, N, R), dtype=torch.float32)
     summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
     how, how_h = meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype)
-    with guard(dy):
-        dy_sums_kernel[(chunks, parts)](
-            dy, small, h, y, dv, product, summed, dots, T, N, R,
-            dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0), part, factor,
-            WITH_SUMS=sums, WITH_DOTS=y is not None,
-            HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        dy_sums_kernel, (chunks, parts), (dy, small, h, y, dv, product, summed, dots),
+        (T, part, N, R, dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0)), (factor,),
+        WITH_SUMS=sums, WITH_DOTS=y is not None,
+        HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return DyParts(dv, product, summed, dots)

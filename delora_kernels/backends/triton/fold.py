@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.fold import frozen_dlam
-from delora_kernels.backends.triton.launch import guard
+from delora_kernels.backends.triton.launch import launch
 
 BLOCK, WARPS = 4096, 8
 """Elements of one step of a program: few steps, because few programs run and each waits for memory."""
@@ -84,13 +84,12 @@ def fold(
     offset = 0
     for one_A, one_B, one_lam, sign in pairs:
         r = one_A.shape[0]
-        with guard(A):
-            fold_kernel[(2 * r,)](
-                one_A, one_B, one_lam, weight_norm, A_hat, B_hat, a, b, K, N, r, R, offset,
-                *one_A.stride(), *one_B.stride(), sign, eps,
-                NORMALISE=lam is not None, CLAMP=eps > 0,
-                WITH_VECTOR=weight_norm is not None and weight_norm.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            fold_kernel, (2 * r,), (one_A, one_B, one_lam, weight_norm, A_hat, B_hat, a, b),
+            (K, N, r, R, offset, *one_A.stride(), *one_B.stride()), (sign, eps),
+            NORMALISE=lam is not None, CLAMP=eps > 0,
+            WITH_VECTOR=weight_norm is not None and weight_norm.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
         offset += r
     return A_hat, B_hat, a, b
 
@@ -164,13 +163,12 @@ def fold_backward(
         *(dA_hat.stride() if dA_hat is not None else (0, 0)),
         *(dB_hat.stride() if dB_hat is not None else (0, 0)),
     )
-    with guard(A):
-        fold_backward_kernel[(2 * r,)](
-            dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along, K, N, r,
-            *strides, *A.stride(), *B.stride(), eps,
-            CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, WITH_A=dA_hat is not None, WITH_B=dB_hat is not None,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        fold_backward_kernel, (2 * r,), (dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along),
+        (K, N, r, *strides, *A.stride(), *B.stride()), (eps,),
+        CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, WITH_A=dA_hat is not None, WITH_B=dB_hat is not None,
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     if dB_hat is None:
         return dA, dB, b.new_empty(0)
     dlam = along.sum(0, keepdim=True)

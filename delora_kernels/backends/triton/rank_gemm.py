@@ -15,13 +15,8 @@ from torch import Tensor
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, guard, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, TensorDescriptor, launch, precision, rows
 from delora_kernels.backends.triton.tables import gemm_tiles
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton 3.3
-    TensorDescriptor = None
 
 RANKS = 32
 """Ranks that the term is summed by: the tile with which every variant compiles without a spill."""
@@ -73,7 +68,7 @@ def _store(
 
 @triton.jit(do_not_specialize=["T", "programs"])
 def rank_gemm_kernel(
-    X, W, H, S, COLUMN, BIAS, OUT, KEPT, T, C, D, R, programs,
+    X, W, H, S, COLUMN, BIAS, OUT, KEPT, T, programs, C, D, R,
     stride_x, stride_w, stride_h, stride_sr, stride_sc, scale,
     TMA: tl.constexpr, ROWS: tl.constexpr, WITH_COLUMN: tl.constexpr, WITH_BIAS: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -151,17 +146,16 @@ def rank_gemm(
     tiles = triton.cdiv(T, tile.tokens) * triton.cdiv(C, tile.columns)
     programs = min(tile.programs, tiles) or tiles
     left, right = (tile.tokens, tile.inner), (tile.columns, tile.inner) if by_rows else (tile.inner, tile.columns)
-    with guard(x):
-        rank_gemm_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, list(left)) if tma else x,
-            TensorDescriptor.from_tensor(matrix, list(right)) if tma else matrix,
-            h, small, column, bias, out, kept, T, C, D, R, programs,
-            x.stride(0), matrix.stride(0), h.stride(0), *small.stride(), scale,
-            TMA=tma, ROWS=by_rows, WITH_COLUMN=column is not None, WITH_BIAS=bias is not None, KEEP=keep,
-            PRECISION=precision(x.dtype, PLAIN), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BD=tile.inner, BR=RANKS, GROUP=GROUP,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    X = TensorDescriptor.from_tensor(x, list(left)) if tma else x
+    W = TensorDescriptor.from_tensor(matrix, list(right)) if tma else matrix
+    launch(
+        rank_gemm_kernel, (programs,), (X, W, h, small, column, bias, out, kept),
+        (T, programs, C, D, R, x.stride(0), matrix.stride(0), h.stride(0), *small.stride()), (scale,),
+        TMA=tma, ROWS=by_rows, WITH_COLUMN=column is not None, WITH_BIAS=bias is not None, KEEP=keep,
+        PRECISION=precision(x.dtype, PLAIN), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BD=tile.inner, BR=RANKS, GROUP=GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out, kept
 
 

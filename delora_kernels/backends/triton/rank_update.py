@@ -13,14 +13,14 @@ from torch import Tensor
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting_in_rank, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting_in_rank, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
 def rank_update_kernel(
     BASE, H, S, COLUMN, EXTRA, BIAS, SEED, OUT, T, C, R,
-    stride_base, stride_h, stride_sr, stride_sc, stride_extra, scale, threshold,
+    stride_base, stride_h, stride_sr, stride_sc, stride_extra, threshold, scale,
     WITH_BASE: tl.constexpr, WITH_COLUMN: tl.constexpr, WITH_EXTRA: tl.constexpr, WITH_BIAS: tl.constexpr,
     MASK_TERM: tl.constexpr, MASK_BASE: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -80,14 +80,14 @@ def rank_update(
     tile = tiles("rank_update", BR, capability(out.device))
     how = meeting_in_rank(h.dtype, small.dtype, out.dtype)
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
-    with guard(out):
-        rank_update_kernel[(triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens))](
-            base, h, small, column, extra, bias, seed, out, T, C, R,
-            0 if base is None else base.stride(0), h.stride(0), *small.stride(),
-            0 if extra is None else extra.stride(0), scale, threshold(p),
-            WITH_BASE=base is not None, WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None,
-            WITH_BIAS=bias is not None, MASK_TERM=seed is not None, MASK_BASE=mask_base,
-            HOW=how, PRECISION=precision(out.dtype, how), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    stride_base, stride_extra = (0 if t is None else t.stride(0) for t in (base, extra))
+    launch(
+        rank_update_kernel, (triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens)),
+        (base, h, small, column, extra, bias, seed, out),
+        (T, C, R, stride_base, h.stride(0), *small.stride(), stride_extra, threshold(p)), (scale,),
+        WITH_BASE=base is not None, WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None,
+        WITH_BIAS=bias is not None, MASK_TERM=seed is not None, MASK_BASE=mask_base,
+        HOW=how, PRECISION=precision(out.dtype, how), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import add_parts
-from delora_kernels.backends.triton.launch import guard, rows
+from delora_kernels.backends.triton.launch import launch, rows
 from delora_kernels.backends.triton.tables import splits
 
 WHOLE = 4096
@@ -93,9 +93,9 @@ def reflect_kernel(
         tl.store(OUT + t[:, None] * C + c[None, :], out.to(OUT.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "part"])
 def reflect_backward_kernel(
-    DY, X, U, V, DX, PARTS, T, C, D, n, stride_dy, stride_x, part,
+    DY, X, U, V, DX, PARTS, T, part, C, D, n, stride_dy, stride_x,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Whole block i of `part` tokens: dx, and the sums g_u and g_v of this part, [parts, 1 or 2, C]."""
@@ -135,9 +135,9 @@ def reflect_backward_kernel(
         tl.store(PARTS + which * C + c, tl.sum(g_u, 0), d < D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "part"])
 def reflect_backward_chunked_kernel(
-    DY, X, U, V, DX, PARTS, T, C, D, n, stride_dy, stride_x, part,
+    DY, X, U, V, DX, PARTS, T, part, C, D, n, stride_dy, stride_x,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The same for a block that a program can't hold: PARTS starts at 0, and this program alone adds to its part."""
@@ -227,11 +227,10 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
     if T * C == 0:
         return out
     tile = tile_of(D)
-    with guard(x):
-        reflect_kernel[(n * triton.cdiv(T, tile.tokens),)](
-            x, u, v, bias, out, T, C, D, n, x.stride(0),
-            WITH_V=v is not None, WITH_BIAS=bias is not None, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
-        )  # fmt: skip
+    launch(
+        reflect_kernel, (n * triton.cdiv(T, tile.tokens),), (x, u, v, bias, out), (T, C, D, n, x.stride(0)),
+        WITH_V=v is not None, WITH_BIAS=bias is not None, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 
@@ -253,11 +252,10 @@ def reflect_backward(
     whole = D <= WHOLE
     parts = (du.new_empty if whole else du.new_zeros)((count, m, C))
     kernel = reflect_backward_kernel if whole else reflect_backward_chunked_kernel
-    with guard(x):
-        kernel[(n * count,)](
-            dy, x, u, v, dx, parts, T, C, D, n, dy.stride(0), x.stride(0), part,
-            WITH_V=v is not None, WITH_DX=need_dx, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
-        )  # fmt: skip
-        sums = add_parts(parts, torch.float32)
-        across_kernel[(n * m,)](sums, u, v, du, dv, C, D, n, WITH_V=v is not None, BD=min(1024, tile.features))
+    launch(
+        kernel, (n * count,), (dy, x, u, v, dx, parts), (T, part, C, D, n, dy.stride(0), x.stride(0)),
+        WITH_V=v is not None, WITH_DX=need_dx, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
+    )  # fmt: skip
+    sums = add_parts(parts, torch.float32)
+    launch(across_kernel, (n * m,), (sums, u, v, du, dv), (C, D, n), WITH_V=v is not None, BD=min(1024, tile.features))
     return dx, du, dv

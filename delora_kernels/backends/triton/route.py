@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.launch import guard, rows
+from delora_kernels.backends.triton.launch import launch, rows
 
 NUMBERS = 1024
 """What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
@@ -215,15 +215,18 @@ def route(
     programs = max(1, triton.cdiv(T, sizes["BT"]))
     sums = scale.new_empty((programs, 2 * experts + 1))
     fraction, probability, z = (scale.new_empty(size) for size in (experts, experts, 1))
-    with guard(h):
-        route_kernel[(programs,)](
-            h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w,
-            sums, T, experts, rank, passed, h.stride(0), v.stride(0),
-            GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
-            RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
-        )  # fmt: skip
-        count = float(max(1, T)) if token_share is None else 1.0
-        route_totals_kernel[(1,)](sums, fraction, probability, z, programs, experts, count, **totals_blocks(experts))
+    launch(
+        route_kernel, (programs,),
+        (h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w, sums),
+        (T, experts, rank, passed, h.stride(0), v.stride(0)),
+        GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
+        RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
+    )  # fmt: skip
+    count = float(max(1, T)) if token_share is None else 1.0
+    launch(
+        route_totals_kernel, (1,), (sums, fraction, probability, z), (programs, experts), (count,),
+        **totals_blocks(experts),
+    )  # fmt: skip
     return v, w, fraction, probability, z
 
 
@@ -250,11 +253,11 @@ def route_backward(
     sizes = blocks(experts, rank)
     programs = max(1, triton.cdiv(T, sizes["BT"]))
     dscale = scale.new_empty((programs, experts))
-    with guard(h):
-        route_backward_kernel[(programs,)](
-            dv, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz, dh, dgates, dscale,
-            T, experts, rank, passed, dv.stride(0), h.stride(0), dh.stride(0), 1 / max(1, T),
-            GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, RENORMALIZE=renormalize,
-            **sizes, num_warps=warps(experts),
-        )  # fmt: skip
+    launch(
+        route_backward_kernel, (programs,),
+        (dv, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz, dh, dgates, dscale),
+        (T, experts, rank, passed, dv.stride(0), h.stride(0), dh.stride(0)), (1 / max(1, T),),
+        GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, RENORMALIZE=renormalize,
+        **sizes, num_warps=warps(experts),
+    )  # fmt: skip
     return dh, dgates, dscale.sum(0)

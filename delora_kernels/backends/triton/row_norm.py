@@ -10,7 +10,7 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, WIDE, guard, precision
+from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, WIDE, launch, precision
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
 
@@ -63,12 +63,12 @@ def row_norm(
     tile = tiles("row_norm", BR, capability(weight.device))
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays float32
     how = PLAIN if B_hat.dtype == A_hat.dtype == weight.dtype else WIDE
-    with guard(weight):
-        row_norm_kernel[(triton.cdiv(N, tile.tokens),)](
-            weight, A_hat, B_hat, magnitude, norm, column, out, N, K, R,
-            *weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)), scale,
-            WITH_COLUMN=magnitude is not None, WITH_SCALED=scaled,
-            HOW=how, PRECISION=precision(weight.dtype, how), INTERPRETED=INTERPRETED,
-            BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    strides = (*weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)))
+    launch(
+        row_norm_kernel, (triton.cdiv(N, tile.tokens),),
+        (weight, A_hat, B_hat, magnitude, norm, column, out), (N, K, R, *strides), (scale,),
+        WITH_COLUMN=magnitude is not None, WITH_SCALED=scaled,
+        HOW=how, PRECISION=precision(weight.dtype, how), INTERPRETED=INTERPRETED,
+        BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return norm, column, out

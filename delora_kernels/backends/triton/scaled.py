@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.launch import guard, rows
+from delora_kernels.backends.triton.launch import launch, rows
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 512
 
@@ -29,8 +29,8 @@ def scaled(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
     matrix, (M, C) = rows(matrix), matrix.shape
     out = matrix.new_empty((M, C))
     if M * C:
-        with guard(matrix):
-            scaled_kernel[(triton.cdiv(M, BLOCK_ROWS), triton.cdiv(C, BLOCK_COLUMNS))](
-                matrix, factor, out, M, C, matrix.stride(0), BY_ROW=by_row, BM=BLOCK_ROWS, BC=BLOCK_COLUMNS
-            )
+        launch(
+            scaled_kernel, (triton.cdiv(M, BLOCK_ROWS), triton.cdiv(C, BLOCK_COLUMNS)),
+            (matrix, factor, out), (M, C, matrix.stride(0)), BY_ROW=by_row, BM=BLOCK_ROWS, BC=BLOCK_COLUMNS,
+        )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
 
@@ -63,11 +63,10 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, small.dtype)
-    with guard(x):
-        times_small_kernel[(grid[0], grid[1], parts)](
-            x, small, out, seed, T, C, R, x.stride(0), *small.stride(), part,
-            threshold(p), 1 / (1 - p),
-            DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        times_small_kernel, (*grid, parts), (x, small, out, seed),
+        (T, C, R, x.stride(0), *small.stride(), part, threshold(p)), (1 / (1 - p),),
+        DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out[0] if parts == 1 else add_parts(out, dtype)

@@ -16,14 +16,14 @@ from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.gemm_stages import DyParts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "part"])
 def token_sums_kernel(
-    X, H, Y, S, SEED, PRODUCT, SUMS, DOTS, OUT, T, C, R,
-    stride_x, stride_h, stride_y, stride_sr, stride_sc, part, threshold, factor,
+    X, H, Y, S, SEED, PRODUCT, SUMS, DOTS, OUT, T, part, C, R,
+    stride_x, stride_h, stride_y, stride_sr, stride_sc, threshold, factor,
     DROP: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
     WITH_OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -122,14 +122,13 @@ def token_sums(
     seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, x.dtype if h is None else h.dtype)
     small, out = (None, None) if term is None else term
-    with guard(x):
-        token_sums_kernel[(grid[0], grid[1], parts)](
-            x, h, y, small, seed, product, summed, dots, out, T, C, R,
-            x.stride(0), 0 if h is None else h.stride(0), 0 if y is None else y.stride(0),
-            *((0, 0) if small is None else small.stride()), part, threshold(p), factor / (1 - p),
-            DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
-            WITH_OUT=out is not None, TRANSPOSED=transposed,
-            HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    strides = (0 if t is None else t.stride(0) for t in (x, h, y))
+    launch(
+        token_sums_kernel, (*grid, parts), (x, h, y, small, seed, product, summed, dots, out),
+        (T, part, C, R, *strides, *((0, 0) if small is None else small.stride()), threshold(p)), (factor / (1 - p),),
+        DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
+        WITH_OUT=out is not None, TRANSPOSED=transposed,
+        HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return DyParts(None, product, summed, dots)

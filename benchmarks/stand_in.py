@@ -1,0 +1,86 @@
+"""A stand-in for a GPU: Triton compiles for one, and every launch ends where the driver would be called.
+
+    with standing_in(): ...     the Triton backend takes CPU tensors; its kernels are compiled for sm_90 and never run
+
+What calls compute is left undefined: this is for what happens on the host.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from delora_kernels import backends
+from delora_kernels.backends.triton import forms, support
+
+
+class Launcher:
+    """Stands where the driver's launcher does; hands what it gets to `StandIn.seen`."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, gridX: int, gridY: int, gridZ: int, stream: int, function: Any, *args: Any) -> None:
+        """One launch."""
+        seen = driver.active.seen
+        if seen is not None:
+            seen((gridX, gridY, gridZ), stream, function, args)
+
+
+class StandIn:
+    """The driver of one device, that of CPU tensors.
+
+    Args:
+        capability: The compute capability that kernels are compiled for.
+        seen: Called with grid, stream, function and arguments of every launch; or None.
+    """
+
+    launcher_cls = Launcher
+
+    def __init__(self, capability: tuple[int, int] = (9, 0), seen: Callable[..., None] | None = None) -> None:
+        self.capability, self.seen = capability, seen
+        self.device, self.stream = -1, 0
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        """What torch says of a CPU tensor, unless it was set to another."""
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        """Any number."""
+        return self.stream
+
+    def get_current_target(self) -> GPUTarget:
+        """What kernels are compiled for."""
+        return GPUTarget("cuda", self.capability[0] * 10 + self.capability[1], 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """What Triton asks for: an H100's shared memory."""
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills and the most threads of a program."""
+        return 1, 1, 32, 0, 1024
+
+
+@contextmanager
+def standing_in(stand_in: StandIn | None = None) -> Iterator[StandIn]:
+    """The Triton backend available, on CPU tensors, in front of a stand-in."""
+    stand_in, cpu = stand_in or StandIn(), torch.device("cpu")
+    before = driver.__dict__.get("_active", driver.__dict__.get("active"))
+    unavailable, interpreted = dict(backends._unavailable), support.INTERPRETED
+    driver.set_active(stand_in)
+    backends._unavailable["triton"] = None
+    support.INTERPRETED = True  # that is what lets CPU tensors in
+    forms._capabilities[cpu] = stand_in.capability
+    try:
+        yield stand_in
+    finally:
+        driver.set_active(before)
+        backends._unavailable.clear()
+        backends._unavailable.update(unavailable)
+        support.INTERPRETED = interpreted
+        forms._capabilities.pop(cpu)
