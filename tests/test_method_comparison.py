@@ -27,6 +27,9 @@ def record(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     assert main([*words, *files, "--methods", *METHODS]) == 0
     assert (folder / "plot.png").stat().st_size > 1000
     found: dict[str, Any] = json.loads((folder / "record.json").read_text())
+    again = ["--record", str(folder / "record.json"), "--plot", str(folder / "again.png")]
+    assert main(again) == 0  # shown without running
+    assert (folder / "again.png").read_bytes() == (folder / "plot.png").read_bytes()
     return found
 
 
