@@ -229,11 +229,16 @@ def plot(record: dict[str, Any]) -> Any:
         panels[0].plot(fmean(after), index, "|", color="black", markersize=16)
         panels[1].barh(index, fmean(row["median_ms"] for row in rows), color="#0072B2", height=0.6)
         panels[2].barh(index, fmean(row["kept_mib"] for row in rows), color="#E69F00", height=0.6)
-    before = fmean(row["heldout_loss"][0] for row in record["rows"] if not row["method"].startswith("goat"))
-    panels[0].axvline(before, color="0.6", linestyle="--")
+    before = [row["heldout_loss"][0] for row in record["rows"] if not row["method"].startswith("goat")]
+    if before:  # these start as the base model
+        panels[0].axvline(fmean(before), color="0.6", linestyle="--")
     panels[0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
     panels[0].invert_yaxis()
-    titles = ("held-out loss (dashed: before)", "ms a step (median)", "kept for backward (MiB)")
+    titles = (
+        "held-out loss" + (" (dashed: base model)" if before else ""),
+        "ms a step (median)",
+        "kept for backward (MiB)",
+    )
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -241,7 +246,7 @@ def plot(record: dict[str, Any]) -> Any:
     device = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     figure.suptitle(
         f"{record['model']}, rank {c['rank']}, {c['steps']} steps of {c['batch_size']} x {c['seq_len']} tokens, "
-        f"{c['seeds']} seeds, {device}, torch {machine['torch']}, commit {machine['commit'][:12]}",
+        f"{c['seeds']} seeds, {c['dtype']}, {device}, torch {machine['torch']}, commit {machine['commit'][:12]}",
         fontsize=9,
     )
     return figure
