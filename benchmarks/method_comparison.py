@@ -1,8 +1,9 @@
 """`python -m benchmarks.method_comparison`: LoRA, DeLoRA, DoRA and GOAT on one model at the same total rank.
 
-Every method is fine-tuned from the same start on the same batches, all of them one step each in turn, so that a noisy
-machine disturbs them alike; again for each seed, which draws the adapters and the order of the batches. All layers run
-fused. The record has every loss and duration; --plot FILE shows held-out loss, time and memory.
+Every method is fine-tuned from the same base model on the same batches, all of them one step each in turn, in an order
+that rotates, so that a noisy machine disturbs them alike; again for each seed, which draws the adapters and the order
+of the batches. All layers run fused; the learning rates are tuned for none of them. The record has every loss and
+duration; --plot FILE shows held-out loss, time and memory, --record FILE shows a record that is there.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.finetune.config import Problem
 
     try:
-        record = run(args)
+        record = run(args) if args.record is None else json.loads(args.record.read_text(encoding="utf-8"))
     except Problem as problem:
         print(f"method_comparison: {problem}", file=sys.stderr)
         return 2
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--note", help="kept in the record")
     add("--out", type=Path, default=Path("runs/methods.json"), help="the record [%(default)s]")
     add("--plot", type=Path, metavar="FILE", help="draw the record too")
+    add("--record", type=Path, metavar="FILE", help="run nothing: show this record")
     return parser
 
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
+    import delora_kernels as dk
     from benchmarks.finetune import model, text
     from benchmarks.finetune.train import Run, evaluate, probe, step
     from benchmarks.machine import machine_info
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     base, tokenizer = model.load(source, first)
     train, heldout = (text.blocks(part, tokenizer, args.seq_len) for part in text.split(text.documents()))
     heldout = text.spread(heldout, args.heldout)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "model")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "record", "model")}
     record: dict[str, Any] = {
         "machine": machine_info(args.device),
         "model": source.name,
@@ -98,13 +101,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             stream = text.batches(train, args.batch_size, seed)
             for done in range(args.steps):
                 batch = next(stream).to(args.device)
-                for method, each in runs.items():
+                turn = done % len(runs)
+                for method, each in [*runs.items()][turn:] + [*runs.items()][:turn]:
                     bar.set_description(f"seed {seed}, {LABELS[method]}")
                     step(each, batch, configs[method].lr * min(1.0, (done + 1) / (first.warmup + 1)), configs[method])
                     bar.update()
             for method, each in runs.items():
-                each.heldout.append(evaluate(each, heldout, configs[method]))
-                record["rows"].append(_row(method, seed, each, configs[method]))
+                with dk.watch_experts(each.model) as watch:
+                    each.heldout.append(evaluate(each, heldout, configs[method]))
+                record["rows"].append(_row(method, seed, each, configs[method], watch))
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -170,10 +175,8 @@ def _seeded(start: Any, seed: int) -> Any:
     return made
 
 
-def _row(method: str, seed: int, each: Any, config: Any) -> dict[str, Any]:
-    """What one run gave."""
-    import delora_kernels as dk
-
+def _row(method: str, seed: int, each: Any, config: Any, watch: Any) -> dict[str, Any]:
+    """What one run gave; `watch` saw its routers on the held-out text after training."""
     row = {
         "method": method,
         "seed": seed,
@@ -186,7 +189,7 @@ def _row(method: str, seed: int, each: Any, config: Any) -> dict[str, Any]:
         "losses": each.losses,
         "step_ms": each.step_ms,
     }
-    return row | ({"experts": dk.expert_report(each.model).summary()} if method.startswith("goat") else {})
+    return row | ({"experts": watch.report().summary()} if watch.counted else {})
 
 
 def table(record: dict[str, Any]) -> Any:
@@ -226,11 +229,16 @@ def plot(record: dict[str, Any]) -> Any:
         panels[0].plot(fmean(after), index, "|", color="black", markersize=16)
         panels[1].barh(index, fmean(row["median_ms"] for row in rows), color="#0072B2", height=0.6)
         panels[2].barh(index, fmean(row["kept_mib"] for row in rows), color="#E69F00", height=0.6)
-    before = fmean(row["heldout_loss"][0] for row in record["rows"] if not row["method"].startswith("goat"))
-    panels[0].axvline(before, color="0.6", linestyle="--")
+    before = [row["heldout_loss"][0] for row in record["rows"] if not row["method"].startswith("goat")]
+    if before:  # these start as the base model
+        panels[0].axvline(fmean(before), color="0.6", linestyle="--")
     panels[0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
     panels[0].invert_yaxis()
-    titles = ("held-out loss (dashed: before)", "ms a step (median)", "kept for backward (MiB)")
+    titles = (
+        "held-out loss" + (" (dashed: base model)" if before else ""),
+        "ms a step (median)",
+        "kept for backward (MiB)",
+    )
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -238,7 +246,7 @@ def plot(record: dict[str, Any]) -> Any:
     device = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     figure.suptitle(
         f"{record['model']}, rank {c['rank']}, {c['steps']} steps of {c['batch_size']} x {c['seq_len']} tokens, "
-        f"{c['seeds']} seeds, {device}, torch {machine['torch']}, commit {machine['commit'][:12]}",
+        f"{c['seeds']} seeds, {c['dtype']}, {device}, torch {machine['torch']}, commit {machine['commit'][:12]}",
         fontsize=9,
     )
     return figure

@@ -18,7 +18,7 @@ class ExpertWatch:
         self._sums: dict[str, Tensor] = {}
         self._top_k: dict[str, int] = {}
 
-    def add(self, name: str, stats: RouterStats, tokens: int) -> None:
+    def add(self, name: str, stats: RouterStats, tokens: int | Tensor) -> None:
         """Count one pass of one router over `tokens` tokens."""
         sums = torch.stack([stats.fraction, stats.probability, torch.ones_like(stats.fraction)]).double() * tokens
         self._sums[name] = sums + self._sums[name] if name in self._sums else sums
@@ -55,7 +55,8 @@ def watch_experts(model: nn.Module, training: bool | None = None) -> Iterator[Ex
             evaluate(model)
         print(watch.report())
 
-    Every token counts, padding too. A recomputed pass (checkpointing) counts again, which leaves the shares alone.
+    The tokens that a layer's losses count are counted, all of them where it has no mask. A recomputed pass
+    (checkpointing) counts again, which leaves the shares alone.
 
     Args:
         model: Any module with mixtures of `nn`, or with GOAT layers in PEFT.
@@ -64,14 +65,16 @@ def watch_experts(model: nn.Module, training: bool | None = None) -> Iterator[Ex
     watch = ExpertWatch()
 
     def counter(layer_name: str) -> Any:
-        def count(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if training is None or layer.training is training:
+                mask = layer.counted_tokens(*args, **kwargs)
+                tokens = output.shape[:-1].numel() if mask is None else mask.sum()
                 for name, stats in stats_of(layer_name, layer):
-                    watch.add(name, stats, output.shape[:-1].numel())
+                    watch.add(name, stats, tokens)
 
         return count
 
-    hooks = [layer.register_forward_hook(counter(name)) for name, layer in routed_layers(model)]
+    hooks = [layer.register_forward_hook(counter(name), with_kwargs=True) for name, layer in routed_layers(model)]
     try:
         yield watch
     finally:

@@ -1,5 +1,6 @@
 """What people read of records: README's figures, tables and plots with losses in them, comparisons, the cost model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def record(ours: float = 1.2) -> dict[str, Any]:
 def test_readmes_figures_are_what_the_records_give() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert text.count("<!-- figures: ") == text.count("<!-- end of figures -->") == 4
-    assert readme.written(text) == text, "run python -m benchmarks.report --readme"
+    for page in readme.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert readme.written(text) == text, "run python -m benchmarks.report --readme"
 
 
 def test_a_changed_figure_is_put_right() -> None:
@@ -46,6 +49,25 @@ def test_a_changed_figure_is_put_right() -> None:
     assert readme.written(text.replace("22.4 (**0.30**)", "20.0 (**0.27**)")) == text
     with pytest.raises(ValueError, match="names the figures 'nonsense'"):
         readme.written(text.replace("figures: layer-time", "figures: nonsense"))
+
+
+def test_figures_of_a_comparison_of_methods(tmp_path: Path) -> None:
+    """Means over the seeds, the spread, the learning rate of each method."""
+    rows = [
+        {"method": method, "seed": seed, "lr": 1e-3 / (1 + number), "median_ms": 100.0 + seed, "kept_mib": 20.0}
+        | {"heldout_loss": [3.0, 2.5 + 0.1 * seed + number]}
+        for number, method in enumerate(["lora", "goat-theory"])
+        for seed in range(3)
+    ]
+    settings = {"methods": ["lora", "goat-theory"], "steps": 60, "batch_size": 2, "seq_len": 128, "seeds": 3}
+    written = {"machine": MACHINE, "model": "Some", "config": settings | {"rank": 16, "dtype": "fp32"}, "rows": rows}
+    (tmp_path / "record.json").write_text(json.dumps(written))
+    before = f"Text.\n<!-- figures: methods {tmp_path / 'record.json'} -->\nold\n<!-- end of figures -->\n"
+    text = readme.written(before)
+    assert "*Some, total rank 16 on every linear, 60 steps of 2 × 128 tokens, 3 seeds, all fp32. Some CPU, 2" in text
+    assert "| LoRA | 0.001 | 3.000 → **2.600** (2.500 to 2.700) | 101 | 20 |" in text
+    assert "| GOAT, s = √(3ηK/r) | 0.0005 | 3.000 → **3.600** (3.500 to 3.700) | 101 | 20 |" in text
+    assert "old" not in text
 
 
 def test_a_report_shows_losses_refusals_and_noise() -> None:

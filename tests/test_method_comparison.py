@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 
 from test_finetune import tiny  # noqa: F401 (a fixture)
 
-from benchmarks.method_comparison import LABELS, main
+from benchmarks.finetune import model
+from benchmarks.method_comparison import LABELS, _adapted, _config, _parser, _seeded, main, plot
 
-METHODS = ["lora", "dora", "goat-alpha", "goat-theory"]
+METHODS = ["lora", "delora", "dora", "goat-alpha", "goat-theory"]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,9 @@ def record(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     assert main([*words, *files, "--methods", *METHODS]) == 0
     assert (folder / "plot.png").stat().st_size > 1000
     found: dict[str, Any] = json.loads((folder / "record.json").read_text())
+    again = ["--record", str(folder / "record.json"), "--plot", str(folder / "again.png")]
+    assert main(again) == 0  # shown without running
+    assert (folder / "again.png").read_bytes() == (folder / "plot.png").read_bytes()
     return found
 
 
@@ -46,9 +50,12 @@ def test_methods_start_alike_and_seeds_do_not(record: dict[str, Any]) -> None:
     for seed in range(2):
         lora, dora = by["lora", seed], by["dora", seed]
         assert dora["losses"][0] == pytest.approx(lora["losses"][0], abs=1e-5)  # B = 0: both are the base model
+        assert by["delora", seed]["heldout_loss"][0] == pytest.approx(lora["heldout_loss"][0], abs=1e-5)
         assert by["goat-alpha", seed]["losses"][0] == pytest.approx(by["goat-theory", seed]["losses"][0], abs=1e-5)
     for method in METHODS:
         assert by[method, 0]["losses"] != by[method, 1]["losses"]
+    assert by["lora", 0]["losses"][0] != by["lora", 1]["losses"][0]  # the base model's: other batches
+    assert by["lora", 0]["heldout_loss"][0] == by["lora", 1]["heldout_loss"][0]  # the same text
     assert by["goat-theory", 0]["heldout_loss"][0] != by["goat-theory", 1]["heldout_loss"][0]  # another router
 
 
@@ -57,4 +64,24 @@ def test_total_rank_is_equal(record: dict[str, Any]) -> None:
     count = {row["method"]: row["trained_parameters"] for row in record["rows"]}
     inputs = 2 * (6 * 32 + 64)  # of q, k, v, o, gate, up and down in two blocks
     assert count["goat-theory"] - count["lora"] == 8 * inputs
-    assert [row["lr"] for row in record["rows"]][:4] == [1e-2, 1e-2, 1e-2 / 16, 1e-2]
+    assert [row["lr"] for row in record["rows"]][:5] == [1e-2, 1e-2, 1e-2, 1e-2 / 16, 1e-2]
+    assert count["delora"] - count["lora"] == 14  # a λ for each layer
+    assert count["goat-alpha"] == count["goat-theory"]
+
+
+def test_seed_draws_what_is_random_and_nothing_else(tiny: Path) -> None:  # noqa: F811
+    args = _parser().parse_args(["--model", str(tiny), "--rank", "8"])
+    drawn = {"lora": "lora_A", "delora": "delora_A", "dora": "lora_A", "goat-alpha": "goat_router"}
+    for method, name in drawn.items():
+        config = _config(args, method)
+        start = _adapted(model.load(model.find(args.model), config)[0], config)
+        one, again, other = (dict(_seeded(start, seed).named_parameters()) for seed in (0, 0, 1))
+        assert all(one[key].equal(again[key]) for key in one)
+        assert {key for key in one if not one[key].equal(other[key])} == {key for key in one if name in key}
+
+
+def test_plot_of_methods_that_do_not_start_as_the_base_model(record: dict[str, Any]) -> None:
+    alone = record | {"config": record["config"] | {"methods": ["goat-alpha"]}}
+    alone["rows"] = [row for row in record["rows"] if row["method"] == "goat-alpha"]
+    titles = [axes.get_title() for axes in plot(alone).axes]
+    assert titles[0] == "held-out loss" != plot(record).axes[0].get_title()

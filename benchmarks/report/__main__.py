@@ -2,7 +2,7 @@
 
 python -m benchmarks.report FILE...                  # report.md and plots of each, into runs/report-<name>
 python -m benchmarks.report FILE --base OTHER        # what changed between two
-python -m benchmarks.report --readme                 # write README's figures from the records it names
+python -m benchmarks.report --readme                 # write the figures of README and docs/goat.md from records
 """
 
 import argparse
@@ -23,14 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="records, or .partial files of a run")
     parser.add_argument("--base", type=Path, metavar="FILE", help="the record to compare with")
-    parser.add_argument("--readme", action="store_true", help="write README's figures")
+    parser.add_argument("--readme", action="store_true", help="write the pages' figures")
     parser.add_argument("--out", type=Path, help="folder [runs/report-<name of the file>]")
     args = parser.parse_args(argv)
     if not args.files and not args.readme:
         parser.error("name a record, or --readme")
     try:
         if args.readme:
-            readme.README.write_text(readme.written(readme.README.read_text(encoding="utf-8")), encoding="utf-8")
+            for page in readme.PAGES:
+                page.write_text(readme.written(page.read_text(encoding="utf-8")), encoding="utf-8")
         for path in args.files:
             _show(path, args.base, args.out or Path("runs") / f"report-{path.stem}")
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""README's figures, each between two comments that name a kind and the record it comes from.
+"""The figures of README and docs/goat.md, each between two comments that name a kind and the record it comes from.
 
     <!-- figures: layer-time benchmarks/results/cpu-xeon-2c/FILE.json -->
     ...
@@ -11,13 +11,16 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks.method_comparison import LABELS
 from benchmarks.record import load
 from benchmarks.report.tables import by_case, condition, device_of, name_of, peft_of, precision_text
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "goat.md")
 _BLOCK = re.compile(
     r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
 )
@@ -26,7 +29,7 @@ Impls = dict[str, dict[str, Any]]
 
 
 def written(text: str) -> str:
-    """The README with every figure as its record gives it.
+    """The text of a page with every figure as its record gives it.
 
     Raises:
         ValueError: a block names a kind of figure that there is not, or a record that is none.
@@ -34,7 +37,7 @@ def written(text: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         if block["kind"] not in KINDS:
-            raise ValueError(f"README names the figures {block['kind']!r}, there are {', '.join(KINDS)}")
+            raise ValueError(f"a page names the figures {block['kind']!r}, there are {', '.join(KINDS)}")
         return block["head"] + KINDS[block["kind"]](ROOT / block["file"]) + block["foot"]
 
     return _BLOCK.sub(fill, text)
@@ -116,9 +119,28 @@ def finetune(path: Path) -> str:
     return f"{record['machine']['cpu']}: {speed}, {kept}, {losses} ({where})."
 
 
+def methods(path: Path) -> str:
+    """Held-out loss, time and memory of every method of a record of `benchmarks.method_comparison`."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    c, rows = record["config"], record["rows"]
+    precision = "bf16 base, autocast" if c["dtype"] == "bf16" else "all fp32"
+    size = f"{c['steps']} steps of {c['batch_size']} × {c['seq_len']} tokens, {c['seeds']} seeds, {precision}"
+    lines = [f"*{record['model']}, total rank {c['rank']} on every linear, {size}. {condition(record['machine'])}.*\n"]
+    lines += ["| method | learning rate | held-out loss before → after (lowest to highest) | ms a step | MiB kept |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for method in c["methods"]:
+        own = [row for row in rows if row["method"] == method]
+        before, after = ([row["heldout_loss"][at] for row in own] for at in (0, -1))
+        losses = f"{fmean(before):.3f} → **{fmean(after):.3f}** ({min(after):.3f} to {max(after):.3f})"
+        cost = f"{fmean(row['median_ms'] for row in own):.0f} | {fmean(row['kept_mib'] for row in own):.0f}"
+        lines.append(f"| {LABELS[method]} | {own[0]['lr']:.3g} | {losses} | {cost} |")
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[Path], str]] = {
     "layer-time": layer_time,
     "layer-memory": layer_memory,
     "layer-range": layer_range,
     "finetune": finetune,
+    "methods": methods,
 }

@@ -176,6 +176,10 @@ class MoELoRALinear(Routed, AdapterLinear):
         self.stats = stats.detach()
         return y
 
+    def counted_tokens(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor | None:
+        """Of the arguments of `forward` the mask of the tokens that count; None: all."""
+        return token_mask
+
     def merge(self, *, check_finite: bool = True, keep_weight: bool = True) -> None:
         """Refused: every token has a W' of its own.
 

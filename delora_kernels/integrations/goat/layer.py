@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from delora_kernels import functional
 from delora_kernels.frozen import FrozenLinear
 from delora_kernels.integrations.goat.config import GoatConfig
+from delora_kernels.integrations.goat.padding import Padding
 from delora_kernels.integrations.goat.start import StartedLayer, Starts, make_start
 from delora_kernels.integrations.own_method import MergesAndKeeps
 from delora_kernels.nn.delora_moe import normalised_experts
@@ -35,6 +36,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
 
     Attributes:
         router_stats: The detached `RouterStats` of each adapter's last forward pass.
+        padding: What tells the layer which tokens are padding; None outside a model.
     """
 
     adapter_layer_names = ("goat_A", "goat_B", "goat_router", "goat_lambda")
@@ -66,6 +68,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         self.r: dict[str, int] = {}
         self.options: dict[str, GoatConfig] = {}
         self.router_stats: dict[str, RouterStats] = {}
+        self.padding: Padding | None = None
         self._missing: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -175,6 +178,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
             x,
             weight,
             bias=bias,
+            token_mask=self.counted_tokens(x),
             top_k=c.top_k,
             renormalize=c.renormalize,
             dropout_p=c.dropout if self.training else 0.0,
@@ -184,6 +188,11 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         )
         self.router_stats[name] = stats.detach()
         return y
+
+    def counted_tokens(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Which tokens of x [..., K] count in losses and statistics, `[...]`, bool; None: all."""
+        mask = None if self.padding is None or hasattr(self, "_is_replica") else self.padding.mask
+        return None if mask is None or mask.shape != x.shape[:-1] else mask.to(x.device)
 
     def _mixture(self, name: str) -> dict[str, Any]:
         """The tensors of the call, but the base layer's."""

@@ -114,11 +114,21 @@ class StartedLayer(nn.Module):
                 "save_start=True"
             )
 
+    def _check_given(self, name: str, key: str, state_dict: Any) -> None:
+        if key not in state_dict:
+            raise RuntimeError(
+                f"adapter {name!r} subtracts its start, and the state dict that it should load has none ({key}), so it "
+                "is another adapter's or incomplete; make the model with the config it was trained with, and take the "
+                "state dict from state_dict() or get_peft_model_state_dict(), with its buffers"
+            )
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name, start in self.goat_start_A.items():
             saved = state_dict.get(f"{prefix}goat_probe.{name}")
             if saved is not None and name not in self._missing:
                 self._check_start(name, saved, self.goat_scale[name], start, self.goat_start_B[name])
+            elif saved is None and f"{prefix}goat_A.{name}" in state_dict:
+                self._check_given(name, f"{prefix}goat_start_A.{name}", state_dict)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
