@@ -1,8 +1,8 @@
 """The compiled backend: the ops of `ops.py` as CUDA C++ kernels (csrc/), for machines where Triton can't run.
 
 `launch.py` binds them, `kernels.py`, `dy_sums.py`, `fold.py`, `row_norm.py` and `route.py` are their functions of
-tensors, `stages.py` has the ops in which they meet a library GEMM. ETHER's reflections are the eager backend's. A library
-compiled by csrc/host_shim runs the same kernels on CPU tensors: slow, for tests.
+tensors, `stages.py` has the ops in which they meet a library GEMM. ETHER's reflections are the eager backend's. A
+library compiled by csrc/host_shim runs the same kernels on CPU tensors: slow, for tests.
 """
 
 from delora_kernels.backends.cuda.fold import fold, fold_backward
