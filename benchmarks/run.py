@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from benchmarks.cases import SETS, cases
 from benchmarks.layer.methods import METHODS
 from benchmarks.record import Mismatch, Partial, Row
-from benchmarks.report.tables import mixtures
+from benchmarks.report.tables import requirements
 
 SECONDS = {"quick": 1.0, "standard": 2.0, "full": 3.0}
 """How long the timing of a case may last after its least number of rounds."""
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [row for row in rows if row["status"] in ("failed", "error")]
     for row in bad:
         print(f"{row['status']}: {row['method']} {row['impl']} T={row['T']} {row['precision']}: {row['note']}")
-    print("\n".join(mixtures(rows)), end="")
+    print("\n".join(requirements(rows, record["machine"])), end="")
     print(f"{len(rows)} rows, {len(bad)} failed → {args.out}")
     return 1 if bad else 0
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import run, whole_model
-from benchmarks.cases import BOTH, SHAPES, Case, cases
+from benchmarks.cases import BOTH, REFLECTIONS, SHAPES, Case, cases
 from benchmarks.record import Mismatch, Partial, load
+from benchmarks.report import reflections
 from benchmarks.timing import Budget, CpuClock
 
 COLUMNS = {"method", "impl", "mode", "T", "K", "N", "r", "E", "dtype", "adapter_dtype", "median_ms", "p20_ms", "p80_ms"}
@@ -106,17 +107,31 @@ def test_a_refused_kernel_is_the_exit_status(
 @pytest.mark.parametrize("which", ["quick", "standard", "full"])
 @pytest.mark.parametrize(("device", "half"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")])
 def test_every_case_of_a_set_is_there_once(which: str, device: str, half: str) -> None:
-    found = list(cases(which, ("lora", "dora", "moe", "goat"), device, half))
+    methods = ("lora", "dora", "moe", "goat", *REFLECTIONS)
+    found = list(cases(which, methods, device, half))
     assert len({case.key for case in found}) == len(found) > 0
     assert all((case.K, case.N) == SHAPES[case.shape] for case in found)
-    assert {case.method for case in found} == {"lora", "dora", "moe", "goat"}
-    assert all((case.E is None) == (case.method in ("lora", "dora")) for case in found)
+    assert {case.method for case in found} == set(methods)
+    assert all((case.E is None) == (case.method not in ("moe", "goat")) for case in found)
+    assert all((case.n_blocks is None) == (case.method not in REFLECTIONS) for case in found)
+    assert {case.n_blocks for case in found if case.method == REFLECTIONS[-1]} == {1, 4, 32}
+    assert all(case.K % case.n_blocks == case.N % case.n_blocks == 0 for case in found if case.n_blocks)
     mixtures = [case for case in found if case.method == "moe" and case.mode == BOTH]
     assert {case.r for case in mixtures} >= {1, 2, 4, 16}  # what the check of ranks compares
     if which == "full":
         assert {case.E for case in mixtures} == {2, 4, 8, 16, 32, 64}
         assert {case.k for case in mixtures} >= {1, 2, 4, 8, 64}
         assert {case.r for case in mixtures} == {1, 2, 4, 8, 16, 32}
+
+
+@pytest.mark.parametrize("half", ["fp32", "bf16"])
+def test_the_standard_set_has_what_the_check_of_reflections_looks_at(half: str) -> None:
+    found = list(cases("standard", REFLECTIONS, "cpu", half))
+    place = [case for case in found if (case.T, case.K, case.N, case.precision) == reflections.CPU_PLACE]
+    assert {case.method for case in place if case.mode == BOTH and case.n_blocks == 1} == set(REFLECTIONS)
+    found = list(cases("standard", REFLECTIONS, "cuda", "bf16"))
+    place = [case for case in found if (case.T, case.K, case.N) == reflections.GPU_PLACE]
+    assert {case.method for case in place if case.mode == BOTH} >= set(reflections.OVER_FROZEN)
 
 
 def model_case(method: str, **others: Any) -> whole_model.ModelCase:
