@@ -1,6 +1,7 @@
 """What people read of records: README's figures, tables and plots with losses in them, comparisons, the cost model."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_every_committed_record_can_be_shown(path: Path, tmp_path: Path, capsys:
     assert main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "time.png").stat().st_size > 10_000
     assert load(path)["machine"]["commit"] in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_are_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.report.plots", None)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record()))
+    assert main([str(path), "--out", str(tmp_path)]) == 0
+    assert "| LoRA | shape | 64, 32 → 48, 4 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "no plots" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record(tmp_path: Path, capsys: Any) -> None:

@@ -84,6 +84,20 @@ def test_a_killed_run_loses_only_the_case_in_flight(
     assert [row["T"] for row in load(out)["rows"] if row["impl"] == "dk"] == [3, 5, 7]
 
 
+def test_a_run_pauses_when_its_minutes_are_over(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """On a clock that goes on a minute at each look, two cases begin within 2.5; the same command does the third."""
+    minutes = iter(range(100))
+    monkeypatch.setattr(run, "monotonic", lambda: 60.0 * next(minutes))
+    out = tmp_path / "bench.json"
+    assert run.main([*command(out), "--minutes", "2.5"]) == 3
+    assert "2 of 3 cases are in" in capsys.readouterr().err
+    assert not out.exists()
+    assert run.main(command(out)) == 0
+    assert [row["T"] for row in load(out)["rows"] if row["impl"] == "dk"] == [3, 5, 7]
+
+
 def test_a_partial_file_of_another_run_is_refused(tiny: None, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bench.json"
     Partial(out, {"set": "full"}, HERE).begin()
