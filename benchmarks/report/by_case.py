@@ -85,8 +85,10 @@ def peft_of(impls: Impls) -> Row | None:
 
 
 def device_of(machine: dict[str, Any]) -> str:
-    """The device and its threads."""
-    return f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else str(machine["device"])
+    """The device, and a CPU's threads."""
+    if machine["device"] != "cpu":
+        return str(machine["device"])
+    return f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def condition(machine: dict[str, Any]) -> str:
