@@ -57,6 +57,8 @@ SHAPES = {
 
 MIXTURES = ("moe", "goat")
 """Methods with experts."""
+REFLECTIONS = ("ether", "ether-both", "ether-plus", "ether-plus-both")
+"""Methods without a rank: blocks of reflections, of the input side or of both."""
 
 SETS = ("quick", "standard", "full")
 FORWARD, BOTH = "forward", "forward+backward"
@@ -69,12 +71,13 @@ class Case:
     Args:
         method: Key of benchmarks.layer.methods.METHODS.
         shape: Where K and N come from; free text.
-        T, K, N, r: Tokens, in-features, out-features, rank (of a mixture: of each expert).
+        T, K, N, r: Tokens, in-features, out-features, rank (of a mixture: of each expert; of reflections 0).
         precision: Key of PRECISIONS.
         mode: FORWARD (no gradients: inference, prefill) or BOTH (with dx).
         dropout_p: On the low-rank branch's input.
         E: Experts, for methods that have them.
         k: How many of them a token chooses.
+        n_blocks: Of each side, for methods that reflect.
         compiled: Whether torch.compile's rivals run: they take long to build.
     """
 
@@ -89,6 +92,7 @@ class Case:
     dropout_p: float = 0.0
     E: int | None = None
     k: int | None = None
+    n_blocks: int | None = None
     compiled: bool = False
 
     @property
@@ -96,7 +100,8 @@ class Case:
         """What tells this case from every other, in words."""
         dropout = f" p={self.dropout_p:g}" if self.dropout_p else ""
         experts = f" E={self.E} k={self.k}" if self.E else ""
-        sizes = f"T={self.T} K={self.K} N={self.N} r={self.r}{experts}"
+        inner = f"n={self.n_blocks}" if self.n_blocks else f"r={self.r}{experts}"
+        sizes = f"T={self.T} K={self.K} N={self.N} {inner}"
         return f"{self.method} {sizes} {self.precision}{dropout} {self.mode}"
 
     @property
@@ -127,6 +132,8 @@ def cases(which: str, methods: tuple[str, ...], device: str, half: str) -> Itera
     for method in methods:
         if method in MIXTURES:
             yield from _mixtures(which, method, base, gpu)
+        elif method in REFLECTIONS:
+            yield from _reflections(which, method, base, gpu)
         elif which == "quick":
             yield from _quick(method, base, gpu)
         elif which == "standard":
@@ -191,11 +198,16 @@ def _full(method: str, precision: str) -> Iterator[Case]:
         yield _case(method, shape, 8192, 16, precision, dropout_p=0.1)
 
 
+def _place(which: str, gpu: bool) -> tuple[str, int]:
+    """Shape and T that mixtures and reflections are varied around."""
+    if gpu:
+        return "llama3-8b.q", 8192
+    return ("smollm2-135m.up", 256) if which == "quick" else ("llama3.2-1b.q", 1024)
+
+
 def _mixtures(which: str, method: str, precision: str, gpu: bool) -> Iterator[Case]:
     """Eight experts of rank 4, two for a token, then other ranks (16 for `benchmarks.report`'s check), E and k."""
-    shape, T = (
-        ("llama3-8b.q", 8192) if gpu else ("smollm2-135m.up", 256) if which == "quick" else ("llama3.2-1b.q", 1024)
-    )
+    shape, T = _place(which, gpu)
     centre = _case(method, shape, T, 4, precision, E=8, k=2)
     yield replace(centre, compiled=which != "quick")
     if which == "quick" and method != MIXTURES[0]:
@@ -217,3 +229,27 @@ def _mixtures(which: str, method: str, precision: str, gpu: bool) -> Iterator[Ca
     yield from (replace(centre, E=E, k=k, r=r) for E, k, r in fits if (E, k) != (8, 2) or r in (8, 32))
     for name in SHAPES:
         yield from (_case(method, name, other, 4, precision, E=8, k=2) for other in (512, 8192, 32768) if name != shape)
+
+
+def _reflections(which: str, method: str, precision: str, gpu: bool) -> Iterator[Case]:
+    """One block a side, where the authors' code computes what the paper says, then other n, T, shapes, inference."""
+    shape, T = _place(which, gpu)
+    centre = _case(method, shape, T, 0, precision, n_blocks=1)
+    yield centre
+    if which == "quick" and method != REFLECTIONS[-1]:
+        return
+    yield from (replace(centre, n_blocks=n) for n in (4, 32))
+    yield replace(centre, mode=FORWARD)
+    if which == "quick":
+        return
+    if which == "standard":
+        tokens = (512, 2048, 32768) if gpu else (256, 4096)
+        others = ("llama3-8b.up", "llama3-8b.down") if gpu else ("smollm2-135m.down", "vit-l.qkv")
+        yield from (replace(centre, T=other) for other in tokens)
+        yield from (_case(method, name, T, 0, precision, n_blocks=1) for name in others)
+        if precision != "fp32":  # on a CPU the figures of `benchmarks.report`'s check are float32's
+            yield replace(centre, precision=precision.removesuffix("-autocast") if gpu else "fp32")
+        return
+    for name in SHAPES:
+        swept = ((other, n) for other in (512, 8192, 32768) for n in (1, 4, 32) if (name, other) != (shape, T))
+        yield from (_case(method, name, other, 0, precision, n_blocks=n) for other, n in swept)

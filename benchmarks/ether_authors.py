@@ -2,7 +2,8 @@
 
 The rival `authors` of the benchmarks, written from a description of mwbini/ether's `ether-instruct/lit_gpt/ether.py`
 (commit ddc1038): H of every block through an identity matrix, W' = H_out (W H_in) by batched products over row groups
-(see blocks="official" in delora_kernels.reference), then one linear. Dropout 0, as in our cases.
+(see blocks="official" in delora_kernels.reference), then one linear. Dropout 0, as in our cases. Beside a narrower
+weight, without autocast, H is made in the vectors' dtype and rounded to the weight's.
 """
 
 import torch
@@ -38,8 +39,8 @@ def ether_authors(
     """
     N, K = weight.shape
     n = len(u)
-    adapted = torch.bmm(weight.reshape(n, N, K // n), reflections(u, v)).reshape(N, K)
+    adapted = torch.bmm(weight.reshape(n, N, K // n), reflections(u, v).to(weight.dtype)).reshape(N, K)
     if u_out is not None:
         n = len(u_out)
-        adapted = torch.bmm(reflections(u_out, v_out), adapted.reshape(n, N // n, K)).reshape(N, K)
+        adapted = torch.bmm(reflections(u_out, v_out).to(weight.dtype), adapted.reshape(n, N // n, K)).reshape(N, K)
     return linear(x, adapted)

@@ -47,6 +47,21 @@ def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
+@contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Collect garbage once, then let every further gc.collect() look at new objects alone.
+
+    Whole libraries are loaded, and looking through all they have made takes a good part of a second; what a
+    measurement must be rid of, before it weighs or after it failed, is its own.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 @dataclass(frozen=True)
 class Allocations:
     """Bytes allocated in all, and the most that were alive at once beyond what was alive before."""

@@ -9,6 +9,8 @@ frozen linear moves x, W and y; what a method adds depends on how the rank term 
     b   library GEMM, then one pass over its result that reads and writes it
     d   the rank term is written first, the library GEMM accumulates onto it: one write
     c   a GEMM of our own with the rank term in its epilogue: no pass at all
+
+A reflection has one form: a pass over what it turns, and in the backward pass one over the gradient beside it.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.cases import REFLECTIONS
 from benchmarks.record import load
 
 FORMS = {"b": 2, "d": 1, "c": 0}
@@ -55,16 +58,31 @@ def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
     return [gemm, Stage("dy W", *gemm[1:])] if backward else [gemm]
 
 
+def reflected(method: str, T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
+    """One layer of ETHER or ETHER+: x turned, and for an output side z = x' Wᵀ, and the way back of each."""
+    sides = {"x": K, "z": N} if method.endswith("-both") else {"x": K}
+    stages = frozen(T, K, N, element, backward)
+    for side, C in sides.items():
+        flops = 4.0 * T * C * (2 if "plus" in method else 1)
+        stages.append(Stage(f"{side} turned", 2 * element * T * C, flops))
+        if backward:
+            stages.append(Stage(f"d{side} turned, {side} read", 3 * element * T * C, 2 * flops))
+    return stages
+
+
 def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward: bool, form: str = "b") -> list[Stage]:
     """One adapted layer by the traffic contract; R: total rank.
 
     Args:
-        method: "dora" has a norm, a column scale and a kept [T, N] tensor; every other is x Wᵀ + h B̂ᵀ.
+        method: One of REFLECTIONS: see `reflected`. "dora" has a norm, a column scale and a kept [T, N] tensor; every
+            other is x Wᵀ + h B̂ᵀ.
         T, K, N, R: Sizes.
         element: Bytes of an element of x and W.
         backward: Whether the backward pass counts.
         form: Key of FORMS.
     """
+    if method in REFLECTIONS:
+        return reflected(method, T, K, N, element, backward)
     dora = method == "dora"
     x, y, W = element * T * K, element * T * N, element * N * K
     rank = {side: 2.0 * T * R * side for side in (K, N)}
@@ -85,7 +103,9 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
 
 
 def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int:
-    """Kept for backward beside x: h, folded or cast factors, and for DoRA one [T, N] tensor."""
+    """Kept for backward beside x: h, folded or cast factors; one [T, N] for DoRA or where an output is reflected."""
+    if method in REFLECTIONS:
+        return element * T * N if method.endswith("-both") else 0
     return element * (T * R + R * (K + N) + (T * N if method == "dora" else 0))
 
 
@@ -129,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--copy-tbps", type=float, help="TB/s of a copy, reads and writes both counted")
     add("--gemm-tflops", type=float, help="TFLOP/s of a GEMM in the dtype")
     add("--form", choices=list(FORMS), default="b", help="how the rank term meets the GEMM [%(default)s]")
-    add("--methods", nargs="+", default=["lora", "dora", "delora"])
+    methods = ("lora", "dora", "delora", *REFLECTIONS)
+    add("--methods", nargs="+", choices=methods, default=list(methods), help="[all]")
     for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):
         add(f"--{letter}", type=int, default=default, help="[%(default)s]")
     add("--element", type=int, default=2, help="bytes of an element of x and W [%(default)s]")
@@ -152,7 +173,7 @@ def _print_prediction(args: argparse.Namespace, ceilings: Ceilings) -> None:
     print("| method | form | ms | over frozen | kept for backward, MiB |\n| --- | --- | ---: | ---: | ---: |")
     for method in args.methods:
         kept = kept_bytes(method, *sizes, args.r, args.element) / 2**20
-        for form in FORMS:
+        for form in ("-",) if method in REFLECTIONS else FORMS:
             ms = 1e3 * ceilings.seconds(adapted(method, *sizes, args.r, args.element, True, form))
             print(f"| {method} | {form} | {ms:.3f} | {ms / bare:.3f} | {kept:.1f} |")
 

@@ -3,7 +3,7 @@
 for case in model_cases("standard", methods=("lora", "dora"), device="cuda", half="bf16"):
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ SMALL |= {
     "limit_mib": 32,
 }
 LARGE: dict[str, Any] = {"name": "Llama-3-8B-shaped", "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8}
-LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 16384}
+LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 16, "limit_mib": 8192}
 
 
 def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) -> list[ModelCase]:
@@ -90,7 +90,7 @@ def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) ->
     if which != "quick":
         sizes |= {"compiled": gpu}
     if which == "full" and gpu:
-        sizes |= {"blocks": 32}
+        sizes |= {"blocks": 32, "limit_mib": 16384}
     elif which != "quick" and not gpu:
         sizes |= {"blocks": 6, "sequence": 256, "limit_mib": 256}
     chosen = [
@@ -98,4 +98,5 @@ def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) ->
         for method in methods
         for checkpointing in (False, True)
     ]
+    chosen = [replace(case, compiled=case.compiled and (which == "full" or not case.checkpointing)) for case in chosen]
     return [case for case in chosen if which != "quick" or not case.checkpointing or case.method == methods[0]]

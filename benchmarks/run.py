@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from benchmarks.busy import wait_politely_if_busy
@@ -24,10 +25,14 @@ if __name__ == "__main__":
 from benchmarks.cases import SETS, cases
 from benchmarks.layer.methods import METHODS
 from benchmarks.record import Mismatch, Partial, Row
-from benchmarks.report.tables import mixtures
+from benchmarks.report.tables import requirements
 
 SECONDS = {"quick": 1.0, "standard": 2.0, "full": 3.0}
-"""How long the timing of a case may last after its least number of rounds."""
+"""How long the timing of a case may last after its least number of rounds, plain and as CUDA graphs together."""
+
+
+class Paused(Exception):
+    """The time that was given is over; the text says what is there and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a set and write its record; 0: done, 1: a gate refused something or something broke, 2: bad input."""
+    """Run a set and write its record; 0: done, 1: something was refused or broke, 2: bad input, 3: paused."""
     args = _parser().parse_args(argv)
     import torch
 
@@ -49,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         record = run(args, device)
-    except Mismatch as error:
-        print(f"benchmarks.run: {error}", file=sys.stderr)
-        return 2
+    except (Mismatch, Paused) as stopped:
+        print(f"benchmarks.run: {stopped}", file=sys.stderr)
+        return 2 if isinstance(stopped, Mismatch) else 3
     rows = record["rows"]
     bad = [row for row in rows if row["status"] in ("failed", "error")]
     for row in bad:
         print(f"{row['status']}: {row['method']} {row['impl']} T={row['T']} {row['precision']}: {row['note']}")
-    print("\n".join(mixtures(rows)), end="")
+    print("\n".join(requirements(rows, record["machine"])), end="")
     print(f"{len(rows)} rows, {len(bad)} failed → {args.out}")
     return 1 if bad else 0
 
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, ... [a GPU if there is one]")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--seconds", type=float, help="of timing a case, beyond its least number of rounds")
+    add("--minutes", type=float, help="begin no case after this long; the same command goes on where it stopped")
     add("--limit", type=int, metavar="N", help="the first N cases alone: a trial")
     return parser
 
@@ -81,6 +87,9 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
     Returns:
         The record.
+
+    Raises:
+        Paused: `args.minutes` are over.
     """
     from tqdm import tqdm
 
@@ -88,7 +97,7 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
     from benchmarks.model import roofline_fraction
     from benchmarks.timing import clock_of
 
-    clock = clock_of(device)
+    began, clock = monotonic(), clock_of(device)
     partial_file = Partial(args.out, _settings(args), machine_info(device))
     if not partial_file.begun:
         partial_file.begin(**_ceilings(device, clock))
@@ -98,6 +107,9 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
         for job in todo:
             bar.set_description_str(job.key[:90])
             if job.key not in partial_file.done:
+                if args.minutes is not None and monotonic() - began >= 60 * args.minutes:
+                    done = f"{len(partial_file.done)} of {len(todo)} cases are in {partial_file.path}"
+                    raise Paused(f"{done}; give the same command again")
                 rows = job.run()
                 for row in rows:
                     if row["kind"] == "layer":
@@ -134,7 +146,8 @@ def jobs(args: argparse.Namespace, device: str, half: str, clock: Any) -> list[J
     from benchmarks.timing import Budget
     from benchmarks.whole_model import measure_model
 
-    budget = Budget(seconds=args.seconds if args.seconds is not None else SECONDS[args.which])
+    seconds = args.seconds if args.seconds is not None else SECONDS[args.which]
+    budget = Budget(seconds=seconds / 2 if device.startswith("cuda") else seconds)
     found = []
     if args.only != "model":
         for case in cases(args.which, tuple(args.methods), device, half):

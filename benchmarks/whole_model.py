@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from benchmarks.cases import PRECISIONS
 from benchmarks.layer.measure import MEASURED, failure, out_of_memory
-from benchmarks.memory import MIB, allocations, kept_bytes
+from benchmarks.memory import MIB, allocations, kept_bytes, only_new_garbage
 from benchmarks.model_cases import ModelCase
 from benchmarks.timing import Budget, Clock, interleaved
 from delora_kernels.testing import relative_error
@@ -29,6 +29,7 @@ GRANULE = 32
 """Sequence lengths are multiples of it."""
 
 
+@only_new_garbage()
 def measure_model(case: ModelCase, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = ()) -> list[Row]:
     """The rows of one case: PEFT's model, its compiled form, ours."""
     names = ["peft", "dk", *(["peft-compile"] if case.compiled else [])]

@@ -19,7 +19,7 @@ class Explanation:
         backend: Name of the backend that takes the call.
         reasons: Every other backend → why it does not take the call.
         compute_dtype: Dtype of x, weight and y inside the call.
-        rank_dtype: Dtype of the low-rank branch.
+        rank_dtype: Dtype of the low-rank branch, or of the reflections' vectors.
     """
 
     function: str
@@ -29,7 +29,8 @@ class Explanation:
     rank_dtype: torch.dtype
 
     def __str__(self) -> str:
-        dtypes = f"GEMMs in {_short(self.compute_dtype)}, low-rank branch in {_short(self.rank_dtype)}"
+        small = "reflections" if self.function.startswith("ether") else "low-rank branch"
+        dtypes = f"GEMMs in {_short(self.compute_dtype)}, {small} in {_short(self.rank_dtype)}"
         lines = [f"{self.function} runs on the {self.backend} backend ({dtypes})"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
 
@@ -50,7 +51,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         raise ValueError(
             f"explain: function must be one of {', '.join(calls.CALLS)}, got {name!r}; pass one or its name"
         )
-    if kwargs.get("seed") is None:
+    if kwargs.get("dropout_p") and kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
     call: AnyCall = calls.CALLS[name](*args, **kwargs)
     reasons = {other: _why_not(other, call) for other in backends.NAMES if other != call.options.backend}

@@ -1,13 +1,14 @@
 """What people read of records: README's figures, tables and plots with losses in them, comparisons, the cost model."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import model
-from benchmarks.cases import Case
+from benchmarks.cases import REFLECTIONS, Case
 from benchmarks.layer.measure import MEASURED
 from benchmarks.record import load
 from benchmarks.report import readme
@@ -94,6 +95,47 @@ def test_mixtures_are_held_to_what_they_must_show() -> None:
     assert "Mixtures" not in report(record())
 
 
+REFLECTED = {"n_blocks": 1, "r": 0, "T": 1024, "K": 2048, "N": 2048}
+
+
+def reflected(method: str, ours: float, authors: float | None, kept: float, **others: Any) -> list[dict[str, Any]]:
+    ratios = {"frozen": 1.0, "dk": ours, "authors": authors}
+    wanted = REFLECTED | others
+    return [row(method, impl, ratio, **wanted) | {"saved_mib": kept} for impl, ratio in ratios.items()]
+
+
+def test_reflections_are_held_to_what_they_must_show() -> None:
+    """3.00 / 1.50 of the authors' form and 8 MiB, one [T, N], are enough, 2.55 / 1.50 and 8.1 MiB are not."""
+    rows = reflected("ether", 1.5, 3.0, 0.0) + reflected("ether-plus-both", 1.5, 2.55, 8.1)
+    text = report({"machine": MACHINE, "rows": [*rows, *reflected("ether-both", 1.5, 1.6, 0.4, T=100)]})
+    assert "| ETHER | 1024, 2048 → 2048, n=1 | fp32 | 1.50 | 2.00 | 0.00 | 0.00 |" in text
+    assert "| ETHER+, both sides | 1024, 2048 → 2048, n=1 | fp32 | 1.50 | 1.70 (< 1.80) | 8.10 (> 8.03) |" in text
+    assert "| ETHER, both sides | 100, 2048 → 2048, n=1 | fp32 | 1.50 | 1.07 | 0.40 | 0.40 |" in text
+    assert "**3 of 5 limits kept.**" in text
+    assert "ETHER and ETHER+" not in report(record())
+
+
+def test_reflections_on_a_gpu_are_held_to_the_frozen_linear() -> None:
+    gpu = MACHINE | {"device": "Some GPU"}
+    sizes = {"T": 8192, "K": 4096, "N": 4096}
+    rows = reflected("ether", 1.16, 3.0, 0.0, **sizes) + reflected("ether-plus-both", 1.30, None, 128.0, **sizes)
+    text = report({"machine": gpu, "rows": [*rows, *reflected("ether-plus", 2.0, 3.0, 0.0, **sizes)]})
+    assert "| ETHER | 8192, 4096 → 4096, n=1 | fp32 | 1.16 (> 1.15) | 2.59 |" in text
+    assert "| ETHER+, both sides | 8192, 4096 → 4096, n=1 | fp32 | 1.30 |  | 128.00 |  |" in text
+    assert "**4 of 5 limits kept.**" in text
+
+
+def test_readmes_sentence_on_reflections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    rows = reflected("ether", 1.5, 3.0, 0.0) + reflected("ether-both", 1.6, 1.7, 0.0, T=100)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"machine": MACHINE, "rows": rows + reflected("ether-plus", 1.75, None, 0.0)}))
+    assert readme.layer_reflections(path) == (
+        "On Some CPU, 2 threads, all fp32, T=1024, K=2048, N=2048, forward + backward over the frozen linear: "
+        "ETHER 1.50 (the authors' form 3.00); ETHER+ 1.75 ([record](record.json))."
+    )
+
+
 def test_a_comparison_names_what_became_slower() -> None:
     text = compare(record(1.2), record(1.5))
     assert "2 of 2 slower by more than 5%, 0 faster" in text
@@ -107,8 +149,28 @@ def test_plots_of_what_a_record_has() -> None:
     assert drawn.keys() == {"time", "memory", "scaling", "roofline"}
     lora = drawn["time"].axes[0]
     assert [round(patch.get_height(), 3) for patch in lora.patches] == [1.2, 1.1]
+    assert [text.get_text() for text in lora.texts] == ["1.20", "1.10"]
     lines = [list(line.get_ydata()) for line in drawn["scaling"].axes[0].lines if len(line.get_xdata()) == 2]
     assert [1.2, 1.2] in lines
+
+
+def test_mixtures_and_reflections_have_plots_of_their_own(tmp_path: Path) -> None:
+    """A rival without memory is there in words, and a series in n is drawn."""
+    rows = reflected("ether", 1.5, None, 1.0) + reflected("ether", 1.25, 3.0, 1.0, n_blocks=4)
+    rows[2] |= {"status": "out of memory"}
+    rows += reflected("ether-plus", 1.4, 2.8, 1.0)  # n=1 is what most share
+    rows += [row("goat", impl, ratio, E=8, k=2) for impl, ratio in (("frozen", 1.0), ("dk", 1.3), ("goat-eager", 2.6))]
+    drawn = draw({"machine": MACHINE, "rows": record()["rows"] + rows})
+    assert drawn.keys() >= {"time", "time-mixtures", "time-reflections", "scaling-reflections"}
+    assert "scaling-mixtures" not in drawn
+    ether, ether_plus = drawn["time-reflections"].axes
+    assert [text.get_text() for text in ether.texts] == ["1.50", " out of memory"]
+    assert [text.get_text() for text in ether_plus.texts] == ["1.40", "2.80"]
+    scaling = drawn["scaling-reflections"].axes[0]
+    assert list(scaling.lines[0].get_xydata().ravel()) == [1, 1.5, 4, 1.25]
+    assert scaling.get_xlabel() == "n, blocks of a side"
+    for name, figure in drawn.items():
+        figure.savefig(tmp_path / f"{name}.png")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +180,15 @@ def test_every_committed_record_can_be_shown(path: Path, tmp_path: Path, capsys:
     assert main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "time.png").stat().st_size > 10_000
     assert load(path)["machine"]["commit"] in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_are_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.report.plots", None)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record()))
+    assert main([str(path), "--out", str(tmp_path)]) == 0
+    assert "| LoRA | shape | 64, 32 → 48, 4 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "no plots" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record(tmp_path: Path, capsys: Any) -> None:
@@ -148,11 +219,22 @@ def test_the_model_predicts_what_is_kept(seed: int) -> None:
         layer = Layer(Case(method, "", 512, 96, 128, 8, "bf16-autocast"), "cpu", seed)
         kept = kept_bytes(layer.implementation("dk").forward, layer.tensors)
         assert kept == pytest.approx(model.kept_bytes(method, 512, 96, 128, 8, 2), rel=0.05)
+    for method in REFLECTIONS:
+        layer = Layer(Case(method, "", 512, 96, 128, 0, "bf16-autocast", n_blocks=4), "cpu", seed)
+        kept = kept_bytes(layer.implementation("dk").forward, layer.tensors)
+        assert kept == model.kept_bytes(method, 512, 96, 128, 0, 2)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("ether", 5), ("ether-plus-both", 10)])
+def test_the_cost_model_counts_the_passes_of_reflections(method: str, passes: int) -> None:
+    """Forward a read and a write of what is turned, backward a read of it and of the gradient and a write: by hand."""
+    ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=2 * 8192 * 4096**2 / 348e-6)
+    bare = ceilings.seconds(model.frozen(8192, 4096, 4096, 2, True))
+    ours = ceilings.seconds(model.adapted(method, 8192, 4096, 4096, 0, 2, True))
+    assert ours / bare == pytest.approx(1 + passes * 15.6 / (2 * 348), rel=1e-3)
 
 
 def test_measured_over_predicted(tmp_path: Path, capsys: Any) -> None:
-    import json
-
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record()))
     assert model.main(["--record", str(path)]) == 0

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import run, whole_model
-from benchmarks.cases import BOTH, SHAPES, Case, cases
+from benchmarks.cases import BOTH, REFLECTIONS, SHAPES, Case, cases
 from benchmarks.record import Mismatch, Partial, load
+from benchmarks.report import reflections
 from benchmarks.timing import Budget, CpuClock
 
 COLUMNS = {"method", "impl", "mode", "T", "K", "N", "r", "E", "dtype", "adapter_dtype", "median_ms", "p20_ms", "p80_ms"}
@@ -83,6 +84,20 @@ def test_a_killed_run_loses_only_the_case_in_flight(
     assert [row["T"] for row in load(out)["rows"] if row["impl"] == "dk"] == [3, 5, 7]
 
 
+def test_a_run_pauses_when_its_minutes_are_over(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """On a clock that goes on a minute at each look, two cases begin within 2.5; the same command does the third."""
+    minutes = iter(range(100))
+    monkeypatch.setattr(run, "monotonic", lambda: 60.0 * next(minutes))
+    out = tmp_path / "bench.json"
+    assert run.main([*command(out), "--minutes", "2.5"]) == 3
+    assert "2 of 3 cases are in" in capsys.readouterr().err
+    assert not out.exists()
+    assert run.main(command(out)) == 0
+    assert [row["T"] for row in load(out)["rows"] if row["impl"] == "dk"] == [3, 5, 7]
+
+
 def test_a_partial_file_of_another_run_is_refused(tiny: None, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bench.json"
     Partial(out, {"set": "full"}, HERE).begin()
@@ -106,17 +121,31 @@ def test_a_refused_kernel_is_the_exit_status(
 @pytest.mark.parametrize("which", ["quick", "standard", "full"])
 @pytest.mark.parametrize(("device", "half"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")])
 def test_every_case_of_a_set_is_there_once(which: str, device: str, half: str) -> None:
-    found = list(cases(which, ("lora", "dora", "moe", "goat"), device, half))
+    methods = ("lora", "dora", "moe", "goat", *REFLECTIONS)
+    found = list(cases(which, methods, device, half))
     assert len({case.key for case in found}) == len(found) > 0
     assert all((case.K, case.N) == SHAPES[case.shape] for case in found)
-    assert {case.method for case in found} == {"lora", "dora", "moe", "goat"}
-    assert all((case.E is None) == (case.method in ("lora", "dora")) for case in found)
+    assert {case.method for case in found} == set(methods)
+    assert all((case.E is None) == (case.method not in ("moe", "goat")) for case in found)
+    assert all((case.n_blocks is None) == (case.method not in REFLECTIONS) for case in found)
+    assert {case.n_blocks for case in found if case.method == REFLECTIONS[-1]} == {1, 4, 32}
+    assert all(case.K % case.n_blocks == case.N % case.n_blocks == 0 for case in found if case.n_blocks)
     mixtures = [case for case in found if case.method == "moe" and case.mode == BOTH]
     assert {case.r for case in mixtures} >= {1, 2, 4, 16}  # what the check of ranks compares
     if which == "full":
         assert {case.E for case in mixtures} == {2, 4, 8, 16, 32, 64}
         assert {case.k for case in mixtures} >= {1, 2, 4, 8, 64}
         assert {case.r for case in mixtures} == {1, 2, 4, 8, 16, 32}
+
+
+@pytest.mark.parametrize("half", ["fp32", "bf16"])
+def test_the_standard_set_has_what_the_check_of_reflections_looks_at(half: str) -> None:
+    found = list(cases("standard", REFLECTIONS, "cpu", half))
+    place = [case for case in found if (case.T, case.K, case.N, case.precision) == reflections.CPU_PLACE]
+    assert {case.method for case in place if case.mode == BOTH and case.n_blocks == 1} == set(REFLECTIONS)
+    found = list(cases("standard", REFLECTIONS, "cuda", "bf16"))
+    place = [case for case in found if (case.T, case.K, case.N) == reflections.GPU_PLACE]
+    assert {case.method for case in place if case.mode == BOTH} >= set(reflections.OVER_FROZEN)
 
 
 def model_case(method: str, **others: Any) -> whole_model.ModelCase:

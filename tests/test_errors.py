@@ -261,3 +261,14 @@ def test_explain() -> None:
         explain(torch.relu, t(1))
     with pytest.raises(ValueError, match="B must be"):
         explain("lora_linear", t(T, K), t(N, K), t(R, K), t(R, N))
+
+
+@pytest.mark.parametrize("function", list(calls.CALLS))
+def test_explain_takes_every_function_and_draws_no_seed(function: str) -> None:
+    """A call with dropout would draw one; explaining it leaves torch's generator as it was."""
+    state = torch.get_rng_state()
+    dropout = {} if function.startswith("ether") else {"dropout_p": 0.5}
+    found = explain(function, **arguments(function), **dropout)
+    assert found.backend == "eager"
+    assert ("reflections in" in str(found)) == function.startswith("ether")
+    assert torch.equal(torch.get_rng_state(), state)

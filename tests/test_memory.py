@@ -1,5 +1,6 @@
 """What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the measures."""
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.layer.rivals import Implementation, Layer
-from benchmarks.memory import Allocations, allocations, kept_bytes
+from benchmarks.memory import Allocations, allocations, kept_bytes, only_new_garbage
 
 T, K, N, R = 128, 512, 1408, 16  # a CPU without bfloat16 units takes minutes for more
 TWO_BYTES = 2
@@ -125,6 +126,24 @@ def test_allocations_sees_inside_and_the_peak() -> None:
         del a, b
 
     assert allocations(run) == Allocations(total=5 << 20, peak=2 << 20)
+
+
+class _InACycle:
+    """Gone only once the garbage collector has been there."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_of_before_and_of_the_measurement_is_collected() -> None:
+    before = weakref.ref(_InACycle())
+    with only_new_garbage():
+        assert before() is None
+        assert gc.get_freeze_count() > 0
+        own = weakref.ref(_InACycle())
+        gc.collect()
+        assert own() is None
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("implementation", ["dk", "peft", "addmm"])

@@ -56,14 +56,15 @@ class Gate:
 
     Args:
         layer: Of a case without dropout.
+        **conventions: Further arguments of the reference: see Layer.conventions.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.expected = _oracle(layer, layer.inputs)
+    def __init__(self, layer: Layer, **conventions: Any) -> None:
+        self.expected = _oracle(layer, layer.inputs | conventions)
         narrow, wide, autocast, _ = layer.precision
         coarsest = max(torch.finfo(dtype).eps for dtype in (narrow, wide))
         errors: dict[str, float] = dict.fromkeys(self.expected, 0.0)
-        for number, near in enumerate(_neighbours(layer.inputs)):
+        for number, near in enumerate(_neighbours(layer.inputs | conventions)):
             truth = self.expected if number == 0 else _oracle(layer, near)
             for name, result in _eager(layer, _cast(near, narrow) if autocast else near).items():
                 errors[name] = max(errors[name], error(result, truth[name]))

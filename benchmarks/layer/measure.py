@@ -15,7 +15,7 @@ import torch
 from benchmarks.cases import BOTH, Case
 from benchmarks.layer.gate import Gate, Verdict
 from benchmarks.layer.rivals import FROZEN, YARDSTICKS, Absent, Implementation, Layer
-from benchmarks.memory import MIB, allocations, kept_bytes
+from benchmarks.memory import MIB, allocations, kept_bytes, only_new_garbage
 from benchmarks.timing import Budget, Clock, captured, interleaved
 
 Row = dict[str, Any]
@@ -34,6 +34,7 @@ MEASURED += ("host_ms", "graph_ms", "rounds", "allocated_mib", "backend", "error
 """The columns of a row beyond the case's own, `kind` and `impl`."""
 
 
+@only_new_garbage()
 def measure(
     case: Case, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = (), seed: int = 0
 ) -> list[Row]:
@@ -146,6 +147,8 @@ class _Bench:
 
 def _judge(name: str, built: Implementation, gated: Layer, layer: Layer, gate: Gate) -> Verdict:
     same = gated is layer or name == "peft-no-dropout"
+    conventions = layer.conventions(name)
+    gate = Gate(layer, **conventions) if conventions else gate
     return gate.judge((built if same else gated.implementation(name)).results())
 
 

@@ -28,7 +28,7 @@ class Method:
         name: Key in METHODS.
         title: What tables call it.
         function: Name in delora_kernels.functional and delora_kernels.reference.
-        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B, or in place of them.
+        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B, or in their place; None takes one away.
         trained: Names of the arguments that get gradients, beside x.
         peft_config: (r, dropout_p) → PEFT's configuration for a module named "0"; None: PEFT has no such method.
         in_peft: PEFT's layer → name of each argument that is a tensor of it → that tensor.
@@ -66,7 +66,8 @@ def inputs(case: Case, device: str, seed: int) -> Inputs:
         "B": (draw.normal(N, r) / K**0.5).to(adapter_dtype),
     }
     made |= METHODS[case.method].arguments(draw, made)
-    return made | {"grad_out": draw.normal(T, N, dtype=dtype)}
+    made["grad_out"] = draw.normal(T, N, dtype=dtype)
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def _lora(draw: Draw, made: Inputs) -> Inputs:
@@ -90,6 +91,14 @@ def _moe(draw: Draw, made: Inputs) -> Inputs:
 
 def _goat(draw: Draw, made: Inputs) -> Inputs:
     return mixtures.goat(draw.case, draw.normal, made)
+
+
+def _reflections(draw: Draw, made: Inputs) -> Inputs:
+    """The vectors that the method trains, [n_blocks, K / n_blocks] or [n_blocks, N / n_blocks], and no factors."""
+    case, n = draw.case, draw.case.n_blocks or 1
+    sides = {name: case.N if name.endswith("_out") else case.K for name in METHODS[case.method].trained}
+    vectors = {name: draw.normal(n, C // n, dtype=made["A"].dtype) for name, C in sides.items()}
+    return {"A": None, "B": None} | vectors
 
 
 def _lora_config(r: int, dropout_p: float, use_dora: bool = False) -> Any:
@@ -127,6 +136,8 @@ def _in_delora(layer: Any) -> dict[str, Tensor]:
     return {name: tensors["default"] for name, tensors in held.items()}
 
 
+_TURNED = ("u", "v", "u_out", "v_out")
+
 METHODS = {
     method.name: method
     for method in (
@@ -135,6 +146,10 @@ METHODS = {
         Method("delora", "DeLoRA", "delora_linear", _delora, ("A", "B", "lam"), _delora_config, _in_delora),
         Method("moe", "mixture of LoRA experts", "moe_lora_linear", _moe, ("A", "B", "router")),
         Method("goat", "GOAT", "moe_lora_linear", _goat, ("A", "B", "router")),
+        Method("ether", "ETHER", "ether_linear", _reflections, ("u",)),
+        Method("ether-both", "ETHER, both sides", "ether_linear", _reflections, ("u", "u_out")),
+        Method("ether-plus", "ETHER+", "ether_plus_linear", _reflections, _TURNED[:2]),
+        Method("ether-plus-both", "ETHER+, both sides", "ether_plus_linear", _reflections, _TURNED),
     )
 }
 

@@ -12,6 +12,7 @@ peft            PEFT's eager layer; peft-<dtype>: its adapters in x's dtype; pef
 addmm           see benchmarks.layer.addmm
 unsloth, axolotl  named where their kernels would apply, not run: `addmm` is their form
 of mixtures     see benchmarks.layer.mixtures; PEFT has none
+authors         of ETHER and ETHER+, which PEFT has not either: see benchmarks.ether_authors
 merged          inference with the adapter merged into the weight: one linear, so it must take what `frozen` takes
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import delora_kernels as dk
 from benchmarks.cases import BOTH, FORWARD, PRECISIONS, Case
+from benchmarks.ether_authors import ether_authors
 from benchmarks.layer.addmm import addmm
 from benchmarks.layer.methods import METHODS, inputs, peft_layer
 from benchmarks.layer.mixtures import RIVALS, MixtureRivals
@@ -106,9 +108,13 @@ class Layer:
         """Every implementation that this case is compared with, there or not."""
         if self.mixture is not None:
             return [*FROZEN, "dk", *BACKENDS, "peft", *RIVALS, *(["dense-compile"] if self.case.compiled else [])]
-        names = [*FROZEN, "dk", *BACKENDS, "peft" if self.case.precision == "fp32" or self._wide else self._peft_narrow]
-        names += ["peft-compile"] if self.case.compiled else []
-        names += ["peft-no-dropout"] if self.case.dropout_p else ["addmm"]
+        names = [*FROZEN, "dk", *BACKENDS]
+        if self.case.n_blocks:
+            names += ["peft", "authors"]
+        else:
+            names += ["peft" if self.case.precision == "fp32" or self._wide else self._peft_narrow]
+            names += ["peft-compile"] if self.case.compiled else []
+            names += ["peft-no-dropout"] if self.case.dropout_p else ["addmm"]
         names += [name for name, methods in NAMED.items() if self.case.method in methods]
         return names + (["merged"] if self.case.mode == FORWARD else [])
 
@@ -132,6 +138,8 @@ class Layer:
             forward, leaves = self._frozen, {}
         elif name == "addmm":
             forward = partial(addmm, self.inputs)
+        elif name == "authors":
+            forward = partial(ether_authors, **self.arguments())
         elif name == "merged":
             forward = self._merged()
         elif name.startswith("dk"):
@@ -200,7 +208,8 @@ class Layer:
     def _fused(self) -> Callable[[], Tensor]:
         if self.no_peft is not None:
             function = getattr(functional, self.method.function)
-            call = partial(function, **self.arguments(), dropout_p=self.case.dropout_p)
+            dropout = {"dropout_p": self.case.dropout_p} if self.case.dropout_p else {}
+            call = partial(function, **self.arguments(), **dropout)
             return call if self.mixture is None else lambda: call()[0]
         shared = {id(tensor): tensor for tensor in (*self.peft.parameters(), *self.peft.buffers())}
         fused = copy.deepcopy(self.peft, memo=shared)
@@ -210,6 +219,11 @@ class Layer:
     def arguments(self) -> dict[str, Any]:
         """The arguments of the method's functions."""
         return {name: value for name, value in self.inputs.items() if name != "grad_out"}
+
+    def conventions(self, name: str) -> dict[str, Any]:
+        """Arguments that make the reference compute what this implementation does: not every rival does the method."""
+        several = name == "authors" and self.case.n_blocks != 1
+        return {"blocks": "official"} if several else {}
 
     def backend(self) -> str:
         """What an automatic choice takes for this layer."""

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import load
 from benchmarks.report import readme
-from benchmarks.report.plots import draw
 from benchmarks.report.tables import compare, report
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(path: Path, base: Path | None, out: Path) -> None:
     record = load(path)
     text = report(record) if base is None else compare(load(base), record)
-    figures = draw(record) if base is None else {}
+    figures = _figures(record) if base is None else {}
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
@@ -51,6 +51,16 @@ def _show(path: Path, base: Path | None, out: Path) -> None:
     (out / "report.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"→ {out / 'report.md'}" + (f", {len(figures)} plots" if figures else ""))
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
+    """The plots; none where matplotlib is not installed, as on a machine that only measures."""
+    try:
+        from benchmarks.report.plots import draw
+    except ImportError as error:
+        print(f"benchmarks.report: no plots ({error}); pip install matplotlib", file=sys.stderr)
+        return {}
+    return draw(record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from typing import Any
 
 from benchmarks.method_comparison import LABELS
 from benchmarks.record import load
-from benchmarks.report.tables import by_case, condition, device_of, name_of, peft_of, precision_text
+from benchmarks.report.by_case import Impls, by_case, condition, device_of, name_of, peft_of
+from benchmarks.report.mixtures import over_frozen
+from benchmarks.report.reflections import at_its_place
+from benchmarks.report.tables import precision_text
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -24,8 +27,6 @@ PAGES = (README, ROOT / "docs" / "goat.md")
 _BLOCK = re.compile(
     r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
 )
-
-Impls = dict[str, dict[str, Any]]
 
 
 def written(text: str) -> str:
@@ -48,12 +49,13 @@ def _pairs(record: dict[str, Any], column: str, every_shape: bool = False) -> It
     cases = [
         (key, impls)
         for key, impls in by_case(record["rows"]).items()
-        if "dk" in impls and peft_of(impls) and impls["dk"][column] and not impls["dk"]["dropout_p"]
-        if impls["dk"]["mode"] == "forward+backward"
+        if key.backward and not key.dropout_p
+        if impls.get("dk", {}).get(column) and (peft_of(impls) or {}).get(column)
     ]
+    first = cases[0][0][2:6] if cases else ()  # T, K, N, r
     for key, impls in cases:
-        if every_shape or key[2:6] == cases[0][0][2:6]:
-            yield key[7], key[0], impls
+        if every_shape or (key.T, key.K, key.N, key.r) == first:
+            yield key.precision, key.method, impls
 
 
 def _title(text: str, record: dict[str, Any], row: dict[str, Any]) -> str:
@@ -107,6 +109,23 @@ def layer_range(path: Path) -> str:
     return f"{on}, the parts were {', '.join(ranges)} ({where})."
 
 
+def layer_reflections(path: Path) -> str:
+    """One sentence: ETHER and ETHER+, and the authors' form of them, over the frozen linear, where limits apply."""
+    record = load(path)
+    cases = {k: impls for k, impls in by_case(record["rows"]).items() if at_its_place(k, record["machine"])}
+    cases = {key: impls for key, impls in cases.items() if over_frozen(impls, "dk") and key.n_blocks == 1}
+    first = next(iter(cases))
+    parts = []
+    for key, impls in cases.items():
+        if key.precision == first.precision:
+            authors = over_frozen(impls, "authors")
+            theirs = f" (the authors' form {authors:.2f})" if authors else ""
+            parts.append(f"{name_of(key.method)} {over_frozen(impls, 'dk'):.2f}{theirs}")
+    where = f"[record]({path.relative_to(ROOT).as_posix()})"
+    on = f"On {device_of(record['machine'])}, {precision_text(first.precision)}, T={first.T}, K={first.K}, N={first.N}"
+    return f"{on}, forward + backward over the frozen linear: {'; '.join(parts)} ({where})."
+
+
 def finetune(path: Path) -> str:
     """One sentence on a record of `make demo`."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -141,6 +160,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "layer-time": layer_time,
     "layer-memory": layer_memory,
     "layer-range": layer_range,
+    "layer-reflections": layer_reflections,
     "finetune": finetune,
     "methods": methods,
 }

@@ -1,48 +1,13 @@
 """Markdown tables of one record, losses shown as plainly as wins, and the comparison of two."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import BOTH, PRECISIONS
-from benchmarks.report.mixtures import HEAD, OVER_LORA, OVER_RANK_16, mixture_lines
+from benchmarks.report import mixtures, reflections
+from benchmarks.report.by_case import Cases, Key, Row, by_case, condition, device_of, name_of
 
-Row = dict[str, Any]
-
-NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA", "moe": "LoRA experts", "goat": "GOAT"}
-CASE = ("method", "shape", "T", "K", "N", "r", "E", "precision", "k", "dropout_p", "mode")
 NOISE = 0.05
 """A comparison calls nothing a change that is smaller."""
-
-
-def name_of(method: str) -> str:
-    """A method's name as people write it."""
-    return NAMES.get(method, method)
-
-
-def device_of(machine: dict[str, Any]) -> str:
-    """The device and its threads."""
-    return f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else str(machine["device"])
-
-
-def condition(machine: dict[str, Any]) -> str:
-    """The line under every figure: device, versions, commit."""
-    versions = f"torch {machine['torch']}, PEFT {machine['peft']}, commit {machine['commit']}"
-    return f"{device_of(machine)}, {versions}"
-
-
-def by_case(rows: Iterable[Row], kind: str = "layer") -> dict[tuple[Any, ...], dict[str, Row]]:
-    """Case → implementation → row."""
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        if row["kind"] == kind:
-            extra = (row["checkpointing"],) if kind == "model" else ()
-            found.setdefault((*(row.get(name) for name in CASE), *extra), {})[row["impl"]] = row
-    return found
-
-
-def peft_of(impls: dict[str, Row]) -> Row | None:
-    """PEFT's eager row of a case, whatever dtype its adapters have."""
-    return next((row for name, row in impls.items() if name in ("peft", "peft-bf16", "peft-fp16")), None)
 
 
 def _table(head: list[str], left: int, lines: list[list[str]]) -> list[str]:
@@ -67,7 +32,7 @@ def report(record: dict[str, Any]) -> str:
             f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).",
             "",
         ]
-    lines += _layers(rows) + mixtures(rows) + _models(rows) + _not_there(rows)
+    lines += _layers(rows) + requirements(rows, machine) + _models(rows) + _not_there(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -82,47 +47,51 @@ def noise_of(rows: list[Row]) -> float | None:
 def _layers(rows: list[Row]) -> list[str]:
     lines: list[str] = []
     cases = {key: impls for key, impls in by_case(rows).items() if any(row["median_ms"] for row in impls.values())}
-    for mode in dict.fromkeys(key[-1] for key in cases):
+    for mode in dict.fromkeys(key.mode for key in cases):
         what = "forward + backward with dx" if mode == BOTH else f"{mode}, no gradients"
         lines += [f"## One layer, {what}", "", "Times over the frozen linear (**bold**: ours); ms in brackets.", ""]
-        chosen = {key: impls for key, impls in cases.items() if key[-1] == mode}
+        chosen = {key: impls for key, impls in cases.items() if key.mode == mode}
         shown = [name for name in _implementations(chosen) if name not in ("frozen", "frozen-again")]
         body = []
         for key, impls in chosen.items():
             body.append([*_what(key), _ms(impls.get("frozen")), *(_cell(impls.get(name), name) for name in shown)])
-        lines += [*_table(["method", "shape", "T, K → N, r", "precision", "frozen, ms", *shown], 4, body), ""]
-    memory = [(key, impls) for key, impls in cases.items() if any(r["peak_mib"] is not None for r in impls.values())]
-    memory = [(key, impls) for key, impls in memory if key[-1] == BOTH]
+        lines += [*_table([*_HEAD, "frozen, ms", *shown], 4, body), ""]
+    memory = {key: impls for key, impls in cases.items() if any(r["peak_mib"] is not None for r in impls.values())}
+    memory = {key: impls for key, impls in memory.items() if key.backward}
     if memory:
-        shown = [n for n in _implementations(dict(memory)) if n not in ("frozen-again", "merged")]
+        shown = [n for n in _implementations(memory) if n not in ("frozen-again", "merged")]
         lines += ["## Memory of one layer", "", "MiB kept for backward / at the peak, above what was there before.", ""]
-        body = [[*_what(key), *(_weights(impls.get(name)) for name in shown)] for key, impls in memory]
-        lines += [*_table(["method", "shape", "T, K → N, r", "precision", *shown], 4, body), ""]
+        body = [[*_what(key), *(_weights(impls.get(name)) for name in shown)] for key, impls in memory.items()]
+        lines += [*_table([*_HEAD, *shown], 4, body), ""]
     return lines
 
 
-def mixtures(rows: list[Row]) -> list[str]:
-    """The mixtures' table; nothing without mixtures."""
-    body = [[name_of(method), *cells] for method, *cells in mixture_lines(by_case(rows))]
-    if not body:
-        return []
-    note = f"Over our LoRA of the whole rank ≤ {OVER_LORA:.2f}, over rank 16 ≤ {OVER_RANK_16:.2f} for ranks 1, 2, 4."
-    return ["## Mixtures of experts, forward + backward", "", note, "", *_table(HEAD, 3, body), ""]
+def requirements(rows: list[Row], machine: dict[str, Any]) -> list[str]:
+    """The tables of mixtures and of reflections against their limits; nothing where there are none."""
+    lines: list[str] = []
+    cases = by_case(rows)
+    gated = mixtures.mixture_lines(cases)
+    if gated:
+        lines += ["## Mixtures of experts, forward + backward", "", mixtures.NOTE, ""]
+        lines += [*_table(mixtures.HEAD, 3, gated), ""]
+    reflected, note = reflections.reflection_lines(cases, machine)
+    if reflected:
+        lines += ["## ETHER and ETHER+, forward + backward", "", note, ""]
+        lines += [*_table(reflections.HEAD, 3, reflected), ""]
+    return lines
 
 
-def _implementations(cases: dict[tuple[Any, ...], dict[str, Row]]) -> list[str]:
+def _implementations(cases: Cases) -> list[str]:
     """Those that any case has measured or refused, in the order of the first."""
     names = {name: None for impls in cases.values() for name, row in impls.items() if row["status"] != "absent"}
     return list(names)
 
 
-def _what(key: tuple[Any, ...]) -> list[str]:
-    case = dict(zip(CASE, key, strict=False))
-    sizes = f"{case['T']}, {case['K']} → {case['N']}, {case['r']}" + (
-        f", E={case['E']}, k={case['k']}" if case["E"] else ""
-    )
-    dropout = f", dropout {case['dropout_p']:g}" if case["dropout_p"] else ""
-    return [name_of(case["method"]), str(case["shape"] or ""), sizes, str(case["precision"]) + dropout]
+_HEAD = ["method", "shape", "T, K → N, r", "precision"]
+
+
+def _what(key: Key) -> list[str]:
+    return [name_of(key.method), key.shape or "", key.sizes, key.conditions]
 
 
 def _ms(row: Row | None) -> str:
@@ -200,7 +169,7 @@ def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
                 change = row["ratio_to_frozen"] / old["ratio_to_frozen"]
                 word = "slower" if change > 1 + NOISE else "faster" if change < 1 - NOISE else ""
                 ratios = [f"{old['ratio_to_frozen']:.2f}", f"{row['ratio_to_frozen']:.2f}", f"{change:.2f}", word]
-                body.append((change, [*_what(key), str(key[-1]), name, *ratios]))
+                body.append((change, [*_what(key), key.mode, name, *ratios]))
     lines = [
         "# What changed",
         "",
@@ -219,7 +188,7 @@ def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
         f"Time over the frozen linear: {slower} of {len(cells)} slower by more than {NOISE:.0%}, {faster} faster.",
         "",
     ]
-    head = ["method", "shape", "T, K → N, r", "precision", "mode", "", "before", "after", "after / before", ""]
+    head = [*_HEAD, "mode", "", "before", "after", "after / before", ""]
     return "\n".join(lines + _table(head, 6, cells)) + "\n"
 
 
