@@ -1,5 +1,6 @@
 """Calls that a fused layer leaves to PEFT: replaced methods of classes, odd layouts and dtypes, odd numbers."""
 
+import io
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft_models import config, model
-from peft_pairs import check_same, step
+from peft_pairs import add, check_same, pair, step
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -152,6 +153,23 @@ def _result(layer: Any, x: Tensor) -> Any:
     except (RuntimeError, TypeError) as error:
         return type(error)
     return [part.tolist() for part in y.unbind()] if y.is_nested else y.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_traces_are_pefts(method: str, active: list[str], x: Tensor, seed: int) -> None:
+    """They can be saved, and hold the operations that PEFT's hold: none of this library."""
+    loaded, kinds = [], []
+    for made in pair(method, seed):
+        add(made, "other", method)
+        made.base_model.set_adapter(active)
+        traced = torch.jit.trace(made.eval().base_model.model, x, check_trace=False)
+        torch.jit.save(traced, buffer := io.BytesIO())
+        loaded.append(torch.jit.load(io.BytesIO(buffer.getvalue())))
+        kinds.append([node.kind() for node in traced.inlined_graph.nodes()])
+    assert kinds[0] == kinds[1]
+    check_same({"y": loaded[0](x + 1).detach()}, {"y": made(x + 1).detach()})
 
 
 def test_numbers_that_are_not_finite_or_train(x: Tensor, seed: int) -> None:

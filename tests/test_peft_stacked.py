@@ -278,14 +278,3 @@ def test_compiles_with_scales_that_change(x: Tensor, seed: int) -> None:
         for scale in (1.5, 3.0, 0.25, -1.0):
             layer.set_scale("default", scale)
             torch.testing.assert_close(compiled(x.double()), layer(x.double()))
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
-def test_traces(x: Tensor, seed: int) -> None:
-    for method in ("lora", "delora"):
-        made = stacked(method, seed).eval()
-        dk.accelerate(made, strict=True)
-        traced = torch.jit.trace(
-            made.base_model.model, x, check_trace=False
-        )  # the check wants equal graphs, to the letter
-        torch.testing.assert_close(traced(x + 1), made(x + 1))

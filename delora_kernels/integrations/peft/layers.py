@@ -82,7 +82,8 @@ def swap_class(layer: nn.Module, kind: type) -> None:
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    plan = plan_of(layer)
+    # a trace that is saved or exported to ONNX must run without this library
+    plan = "it is traced (torch.jit.trace, ONNX)" if torch.jit.is_tracing() else plan_of(layer)
     if not isinstance(plan, str):
         reason = _why_not_call(layer, x, args, kwargs)
         if reason is None:

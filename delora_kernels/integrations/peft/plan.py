@@ -217,7 +217,7 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Frozen
         scale,
         base.bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
-        ranks=[int(a.shape[0]) for a in A],  # torch.jit.trace makes tensors of sizes
+        ranks=[a.shape[0] for a in A],
     )
 
 
