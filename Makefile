@@ -56,17 +56,20 @@ cuda:
 test-cuda-build: .venv/installed
 	DELORA_KERNELS_CUDA=1 $(PY) -m pytest -q tests/cuda_build $(ARGS)
 
-# compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel.
+# compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel. Most of the
+# time goes into compiling kernels, on as many processes as there are (where pytest-xdist is installed).
 GPU_BACKENDS ?= triton cuda
 SANITIZED := -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'
 gpu-check:
 	case '$(GPU_BACKENDS)' in *cuda*) $(PY) csrc/nvcc_build.py;; esac
 	for backend in $(GPU_BACKENDS); do PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend $$backend \
 		--dtype bfloat16 --dtype float16 --dtype float32 || exit 1; done
-	PYTHONPATH=. $(PY) -m pytest -q -rs tests/gpu $(ARGS)
+	PYTHONPATH=. $(PY) -m pytest -q -rs $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/gpu $(ARGS)
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) $(SANITIZED) || exit 1; done; fi
-	PYTHONPATH=. $(PY) -m benchmarks.run --set standard --out runs/gpu.json
+	case '$(GPU_BACKENDS)' in *triton*) PYTHONPATH=. $(PY) -m benchmarks.kernel_figures && \
+		PYTHONPATH=. $(PY) -m benchmarks.launch_overhead || exit 1;; esac
+	PYTHONPATH=. $(PY) -m benchmarks.run --set quick --only layer --out runs/gpu.json
 
 test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)

@@ -19,6 +19,7 @@ from delora_kernels.backends import eager
 from delora_kernels.backends.triton import forms, tables
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
+from delora_kernels.backends.triton.support import LARGEST_RANK
 from delora_kernels.backends.triton.times_small import times_small
 from delora_kernels.backends.triton.token_sums import token_sums
 from delora_kernels.testing import METHODS, OPS, measure
@@ -69,6 +70,16 @@ def test_method(method: str, dtype: str, form: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
         problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
+        assert [m for m in measure(problem) if not m.ok] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16+float32"])
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_most_ranks(method: str, dtype: str, seed: int) -> None:
+    """512, in one piece and in as many turns as each kernel takes."""
+    narrow, wide = DTYPES[dtype]
+    with use_backend("triton"):
+        problem = METHODS[method].problem(3, 21, 18, LARGEST_RANK, dtype=narrow, adapter_dtype=wide, seed=seed)
         assert [m for m in measure(problem) if not m.ok] == []
 
 

@@ -111,7 +111,7 @@ def reflect_backward_kernel(
     g_u = tl.zeros((BT, BD), tl.float32)
     g_v = tl.zeros((BT, BD), tl.float32)
     for t0 in range(which * part, tl.minimum(which * part + part, T), BT):
-        t = t0 + tl.arange(0, BT)
+        t = t0 + tl.arange(0, BT).to(tl.int64)
         inside = (t[:, None] < T) & (d[None, :] < D)
         x = _load(X, t, c, stride_x, inside)
         dy = _load(DY, t, c, stride_dy, inside)
@@ -145,7 +145,7 @@ def reflect_backward_chunked_kernel(
     which = (tl.program_id(0) // n).to(tl.int64)
     own = PARTS + which * (2 if WITH_V else 1) * C
     for t0 in range(which * part, tl.minimum(which * part + part, T), BT):
-        t = t0 + tl.arange(0, BT)
+        t = t0 + tl.arange(0, BT).to(tl.int64)
         xu = tl.zeros((BT,), tl.float32)
         yu = tl.zeros((BT,), tl.float32)
         xv = tl.zeros((BT,), tl.float32)
