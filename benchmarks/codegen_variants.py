@@ -9,6 +9,7 @@ from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
+from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, project_route_kernel
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
 from delora_kernels.backends.triton.reflect import (
@@ -20,13 +21,14 @@ from delora_kernels.backends.triton.reflect import (
     tile_of,
 )
 from delora_kernels.backends.triton.route import (
+    REGISTERS,
     blocks,
-    route_backward_kernel,
     route_kernel,
     route_totals_kernel,
     totals_blocks,
     warps,
 )
+from delora_kernels.backends.triton.route_backward import route_backward_kernel
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
 from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, scaled_kernel
 from delora_kernels.backends.triton.times_small import times_small_kernel
@@ -53,7 +55,7 @@ class Variant(NamedTuple):
     options: dict[str, int]
 
 
-GEMM_KERNELS = ("times_small", "token_sums", "dy_sums", "rank_update", "rank_gemm")
+GEMM_KERNELS = ("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "rank_gemm")
 """Kernels whose 16-bit products must run on the matrix units of the newest instruction."""
 
 
@@ -79,6 +81,7 @@ def variants(capability: tuple[int, int] = (9, 0)) -> Iterator[Variant]:
         yield from _folds(small)
     yield from _passes()
     yield from _gating()
+    yield from _gated_projections(capability)
     yield from _reflections()
 
 
@@ -201,13 +204,32 @@ def _gating() -> Iterator[Variant]:
                     way = "gates" if given else "shared A" if shared else "top-2"
                     flags: dict[str, Any] = {"GIVEN": given, "SHARED": shared, "WITH_SHARE": True}
                     flags |= {"RENORMALIZE": not given} | blocks(E, r)
-                    config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E)}
-                    forward = {"H": small, "GATES": "fp32", "SCALE": "fp32", "SHARE": "fp32", "V": small, "W": "fp32"}
-                    forward["SUMS"] = "fp32"
-                    yield Variant("route", config, route_kernel, forward, flags | {"K": 0 if given else 2}, options)
-                    backward = {"DV": small, "H": small, "DH": small, "W": "fp32", "SCALE": "fp32", "SHARE": "fp32"}
-                    backward |= dict.fromkeys(("DP", "DZ", "DGATES", "DS_SUM"), "fp32")
+                    config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E), "maxnreg": REGISTERS}
+                    vectors = dict.fromkeys(("GATES", "SCALE", "SHARE", "W", "SUMS"), "fp32")
+                    forward = vectors | {"PARTS": "fp32", "H": small, "V": small}
+                    adds = {"ADDS": True, "K": 0 if given else 2}
+                    yield Variant("route", config, route_kernel, forward, flags | adds, options)
+                    names = ("DV_PARTS", "PRODUCT_PARTS", "SUM_PARTS", "DP", "DZ", "DB", "DGATES", "DS_SUM")
+                    backward = vectors | dict.fromkeys(names, "fp32") | {"H": small, "DH": small}
+                    del backward["GATES"]
+                    flags |= {"ADDS_PRODUCT": True, "ADDS_SUMS": True, "WITH_DS": True, "BLOCK": PARTS_BLOCK}
                     yield Variant("route_backward", config, route_backward_kernel, backward, flags, options)
+
+
+def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
+    """The projection that gates in its epilogue, with a router and with given gates."""
+    for rank_class in tables.TABLES["times_small"]:
+        for name, (big, small) in TYPES.items():
+            for given in (False, True):
+                plain = _tabled("times_small", int(rank_class), name, big, small, "", capability)
+                assert plain is not None
+                pointers = dict.fromkeys(("GATES", "SCALE", "SHARE", "W", "SUMS"), "fp32")
+                pointers |= {"X": big, "S": small, "H": small, "V": small}
+                constants = plain.constants | {"GIVEN": given, "WITH_SHARE": True, "K": 0 if given else 2}
+                constants |= {"RENORMALIZE": not given, "BE": LARGEST_EXPERTS}
+                del constants["DROP"]
+                config = f"{name} R={rank_class} {'gates' if given else 'top-2'}"
+                yield Variant("project_route", config, project_route_kernel, pointers, constants, plain.options)
 
 
 BLOCK_SIZES = (128, WHOLE, 14336)

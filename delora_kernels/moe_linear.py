@@ -95,9 +95,20 @@ def _forward(call: MoECall) -> _Stages:
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
     stages = ops.stages(o.backend, call.tensors)
     f = _factors(call.A, call.B, call.router, call.frozen_A, call.frozen_B, call.residual, o.rank_dtype)
-    h = stages.project(x, f.rows, o.ranks, o.dropout_p, call.seed)
-    v, w, fraction, probability, z = stages.route(
-        h, call.gates, call.scale, call.token_share, f.experts, f.rank, o.top_k, o.renormalize, f.shared
+    h, v, w, fraction, probability, z = stages.project_route(
+        x,
+        f.rows,
+        o.ranks,
+        o.dropout_p,
+        call.seed,
+        call.gates,
+        call.scale,
+        call.token_share,
+        f.experts,
+        f.rank,
+        o.top_k,
+        o.renormalize,
+        f.shared,
     )
     y, _ = stages.expand(x, weight, call.bias, v, f.columns, 1.0, None, None, False, 0.0, None)
     w = w if call.gates is None else call.gates
@@ -198,20 +209,35 @@ def _gradients(ctx: Any, dy: Tensor, dP: Tensor, dz: Tensor, saved: Any) -> tupl
     f = _factors(saved.A, saved.B, saved.router, saved.frozen_A, saved.frozen_B, saved.residual, o.rank_dtype)
     E, R, Ra = f.experts, f.experts * f.rank, saved.A.flatten(0, -2).shape[0]
     grad: dict[str, Any] = {}
-    need_dv = need.x or need.A or need.router or need.gates or need.scale
-    dv, dB_hat, _, grad["bias"] = stages.expand_backward(
-        dy, saved.v, f.columns if need_dv else None, 1.0, None, None, False, None, bool(need.bias)
-    )
-    if need.B:
-        grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
-    if need_dv:
+    if need.x or need.A or need.router or need.gates or need.scale:
         if saved.balance_coef is not None:  # of balance_loss("code")
             dP = torch.addcmul(dP, saved.fraction, saved.balance_coef, value=E)
         if saved.z_coef is not None:
             dz = dz + saved.z_coef
-        dh, grad["gates"], grad["scale"] = stages.route_backward(
-            dv, saved.h, saved.w, saved.scale, saved.token_share, dP, dz, ctx.given, E, f.rank, o.renormalize, f.shared
+        dh, dB_hat, grad["bias"], grad["gates"], grad["scale"] = stages.expand_route_backward(
+            dy,
+            saved.v,
+            f.columns,
+            bool(need.bias),
+            saved.h,
+            saved.w,
+            saved.scale,
+            saved.token_share,
+            dP,
+            dz,
+            bool(need.scale),
+            ctx.given,
+            E,
+            f.rank,
+            o.renormalize,
+            f.shared,
         )
+    else:
+        _, dB_hat, _, grad["bias"] = stages.expand_backward(
+            dy, saved.v, None, 1.0, None, None, False, None, bool(need.bias)
+        )
+    if need.B:
+        grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
         grad["x"], trained = stages.input_backward(

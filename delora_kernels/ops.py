@@ -227,8 +227,12 @@ dropout_p > 0 (PEFT's two-term DoRA): dyᵀ (x − drop(x)) + c ⊙ (dyᵀ drop(
 """
 
 
-def _route_fake(
-    h: Tensor,
+def _project_route_fake(
+    x: Tensor,
+    A_hat: Tensor,
+    ranks: Any,
+    dropout_p: Any,
+    seed: Tensor | None,
     gates: Tensor | None,
     scale: Tensor,
     token_share: Tensor | None,
@@ -238,39 +242,67 @@ def _route_fake(
     renormalize: bool,
     shared: bool,
 ) -> Outputs:
-    T = h.shape[0]
-    passed = h.shape[1] - (rank if shared else experts * rank) - (experts if gates is None else 0)
+    T, columns = x.shape[0], A_hat.shape[0]
+    passed = columns - (rank if shared else experts * rank) - (experts if gates is None else 0)
+    h, v = (A_hat.new_empty((T, width)) for width in (columns, experts * rank + passed))
     w = _acc(h, T, experts) if gates is None else _acc(h, 0)
-    return h.new_empty((T, experts * rank + passed)), w, _acc(h, experts), _acc(h, experts), _acc(h, 1)
+    return h, v, w, _acc(h, experts), _acc(h, experts), _acc(h, 1)
 
 
-route = _register(
-    "route(Tensor h, Tensor? gates, Tensor scale, Tensor? token_share, int experts, int rank, int top_k,"
-    " bool renormalize, bool shared, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fake,
+project_route = _register(
+    "project_route(Tensor x, Tensor A_hat, int[] ranks, float[] dropout_p, Tensor? seed, Tensor? gates, Tensor scale,"
+    " Tensor? token_share, int experts, int rank, int top_k, bool renormalize, bool shared, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _project_route_fake,
 )
-"""A mixture's gating, in rank space: h = [u | logits | rest] → v = [w_te · s_e · u_te | rest] in h's dtype,
-w [T, E] (acc), and sums over tokens (acc): chosen f [E], mean probability P [E], mean logsumexp² [1].
+"""A mixture's project, and its gating in rank space: h = [u | logits | rest] as `project` finds it, then
+v = [w_te · s_e · u_te | rest] in h's dtype, w [T, E] (acc), and sums over tokens (acc): chosen f [E], mean probability
+P [E], mean logsumexp² [1].
 
 u has `rank` columns for each of `experts`, or with `shared` `rank` columns for all. w is the softmax of the logits
 (`experts` columns), zero but for the `top_k` largest (the lowest index wins ties), with `renormalize` divided by its
-sum; or `gates` [T, E] (acc), then h has no logits, and the second result has size 0. Where w is 0, v is 0, whatever u.
+sum; or `gates` [T, E] (acc), then h has no logits, and the third result has size 0. Where w is 0, v is 0, whatever u.
 `scale` is s [E] (acc); `token_share` [T] (acc) weighs the tokens in f, P and z, 0: not counted; None: all alike.
 """
 
-route_backward = _register(
-    "route_backward(Tensor dv, Tensor h, Tensor w, Tensor scale, Tensor? token_share, Tensor dP, Tensor dz,"
-    " bool given, int experts, int rank, bool renormalize, bool shared, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda dv, h, w, scale, token_share, dP, dz, given, experts, *_: (
-        torch.empty_like(h),
-        _acc(h, *w.shape) if given else _acc(h, 0),
-        _acc(h, experts),
-    ),
-)
-"""dv of route's v, dP [E] and dz [1] of its mean probability and mean logsumexp² → dh = [du | dlogits | drest] in h's
-layout and dtype, d gates [T, E] (acc; size 0 unless `given`), ds [E] (acc).
 
-w is the one that route found, or with `given` its `gates`. An expert with w = 0 gets no du and no ds.
+def _expand_route_backward_fake(
+    dy: Tensor,
+    v: Tensor | None,
+    B_hat: Tensor,
+    need_bias: bool,
+    h: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    token_share: Tensor | None,
+    dP: Tensor,
+    dz: Tensor,
+    need_scale: bool,
+    given: bool,
+    experts: int,
+    *_: Any,
+) -> Outputs:
+    return (
+        torch.empty_like(h),
+        _acc(dy, 0) if v is None else _acc(v, dy.shape[1], v.shape[1]),
+        _acc(dy, dy.shape[1] if need_bias else 0),
+        _acc(h, *w.shape) if given else _acc(h, 0),
+        _acc(h, experts if need_scale else 0),
+    )
+
+
+expand_route_backward = _register(
+    "expand_route_backward(Tensor dy, Tensor? v, Tensor B_hat, bool need_bias, Tensor h, Tensor w, Tensor scale,"
+    " Tensor? token_share, Tensor dP, Tensor dz, bool need_scale, bool given, int experts, int rank, bool renormalize,"
+    " bool shared, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _expand_route_backward_fake,
+)
+"""Of a mixture, expand's backward and the gating's: with dv = dy B̂, and dP [E] and dz [1] of the mean probability and
+mean logsumexp², → dh = [du | dlogits | drest] in h's layout and dtype, dB̂ = dyᵀ v [N, R] (acc; size 0 without v),
+Σ_t dy [N] (acc; size 0 unless `need_bias`), d gates [T, E] (acc; size 0 unless `given`), ds [E] (acc; size 0 unless
+`need_scale`).
+
+w is the one that project_route found, or with `given` its `gates`. An expert with w = 0 gets no du and no ds.
 """
 
 

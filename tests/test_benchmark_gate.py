@@ -59,7 +59,7 @@ def test_mixtures_and_their_rivals_are_timed(method: str, precision: str, seed: 
     assert {row["status"] for row in inference.values()} == {"ok", "absent"}
 
 
-@pytest.mark.parametrize("op", ["route", "route_backward", "project"])
+@pytest.mark.parametrize("op", ["project_route", "expand_route_backward", "input_backward"])
 def test_a_broken_mixture_is_refused(op: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     whole = getattr(eager, op)
 

@@ -94,7 +94,9 @@ def test_sizes_of_one() -> None:
         "fold",
         "fold_backward",
         "finish_dy",
+        "project_route",
         "route",
+        "route_backward",
     }
     for variant in first.values():
         assert codegen.compile_variant(variant, "sm_90", ones=True)["registers"] > 0

@@ -176,7 +176,27 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask:
     return dW if mask is None else dW + _mm(dy.T, x - dropped)
 
 
-def route(
+def project_route(
+    x: Tensor,
+    A_hat: Tensor,
+    ranks: list[int],
+    dropout_p: list[float],
+    mask: Tensor | None,
+    gates: Tensor | None,
+    scale: Tensor,
+    token_share: Tensor | None,
+    experts: int,
+    rank: int,
+    top_k: int,
+    renormalize: bool,
+    shared: bool,
+) -> Results:
+    """project, then the gating."""
+    h = project(x, A_hat, ranks, dropout_p, mask)
+    return h, *_route(h, gates, scale, token_share, experts, rank, top_k, renormalize, shared)
+
+
+def _route(
     h: Tensor,
     gates: Tensor | None,
     scale: Tensor,
@@ -216,32 +236,38 @@ def _columns(e: int, rank: int) -> slice:
     return slice(e * rank, (e + 1) * rank)
 
 
-def route_backward(
-    dv: Tensor,
+def expand_route_backward(
+    dy: Tensor,
+    v: Tensor | None,
+    B_hat: Tensor,
+    need_bias: bool,
     h: Tensor,
     w: Tensor,
     scale: Tensor,
     token_share: Tensor | None,
     dP: Tensor,
     dz: Tensor,
+    need_scale: bool,
     given: bool,
     experts: int,
     rank: int,
     renormalize: bool,
     shared: bool,
 ) -> Results:
-    """What autograd makes of the formula above, with the same experts chosen."""
+    """dv = dy B̂ and what autograd makes of the gating's formula, with the same experts chosen; dB̂ = dyᵀ v, Σ_t dy."""
+    dv, dB_hat, _, dy_sum = expand_backward(dy, v, B_hat, 1.0, None, None, False, None, need_bias)
     with torch.enable_grad():
         leaves = [value.detach().clone().requires_grad_() for value in (h, w, scale)]
         top_k = int((w[0] != 0).sum()) if not given and len(w) else experts
         gates = leaves[1] if given else None
-        v, _, _, P, z = route(leaves[0], gates, leaves[2], token_share, experts, rank, top_k, renormalize, shared)
-        assert v is not None
+        gated, _, _, P, z = _route(leaves[0], gates, leaves[2], token_share, experts, rank, top_k, renormalize, shared)
+        assert gated is not None
+        assert dv is not None
         assert P is not None
         assert z is not None
-        total = (v * dv).sum() + (P * dP).sum() + (z * dz).sum()
+        total = (gated * dv).sum() + (P * dP).sum() + (z * dz).sum()
         dh, dw, dscale = torch.autograd.grad(total, leaves, allow_unused=True)
-    return dh, (dw if given else None), dscale
+    return dh, dB_hat, dy_sum, (dw if given else None), (dscale if need_scale else None)
 
 
 def _drop(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from delora_kernels import ops
 from delora_kernels.testing import naive_ops
 from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods import DROPOUT_P, STACKED_P, stacked_ranks
-from delora_kernels.testing.mixtures import EXPERTS, TOP_K, sure_logits
+from delora_kernels.testing.mixtures import TOP_K, routed
 from delora_kernels.testing.problem import moved
 from delora_kernels.testing.reflections import blocks_of
 
@@ -64,9 +64,15 @@ class OpDraw:
         """As the factors and every [T, R] tensor."""
         return self._draw.normal(*shape).to(self._device, self.rank_dtype)
 
-    def logits(self) -> Tensor:
-        """As a router's, [T, EXPERTS], far enough apart."""
-        return sure_logits(self._draw, EXPERTS).to(self._device, self.rank_dtype)
+    def routed(self) -> tuple[Tensor, Tensor]:
+        """As x, and a router [E, K] whose logits on it are far enough apart."""
+        made = routed(self._draw, {"x": self._draw.normal(self.T, self.K)})
+        return made["x"].to(self._device, self._dtype), made["router"].to(self._device, self.rank_dtype)
+
+    def mask_of_first(self, columns: int, others: int) -> Arguments:
+        """One mask for the first columns of h; the others see x itself."""
+        seeds = self.dropout["seed"] + torch.arange(2, device=self._device)
+        return {"ranks": [columns, others], "dropout_p": [DROPOUT_P, 0.0], "seed": seeds}
 
     def acc(self, *shape: int) -> Tensor:
         """As norms, c and the gradients of Â and B̂."""
@@ -169,34 +175,52 @@ def _weight_grad(d: OpDraw) -> Variants:
     yield made | {"c": d.acc(d.N)} | d.dropout
 
 
-def _route(d: OpDraw) -> Variants:
-    """Every way to weigh, with and without columns that are passed on, with one u for all experts or one for each."""
-    u, rest = d.small(d.T, EXPERTS * d.R), d.small(d.T, 2)
-    made: Arguments = {"h": torch.cat([u, d.logits()], dim=1), "gates": None, "scale": d.acc(EXPERTS)}
-    made |= {"token_share": None, "experts": EXPERTS, "rank": d.R, "top_k": TOP_K, "renormalize": True, "shared": False}
+def _project_route(d: OpDraw) -> Variants:
+    """Every way to weigh, with and without columns that are passed on, one u for all experts or one for each, masks."""
+    x, router = d.routed()
+    E, K = router.shape
+    u, rest = d.small(E * d.R, K), d.small(2, K)
+    made: Arguments = {"x": x, "A_hat": torch.cat([u, router]), "gates": None, "scale": d.acc(E), "token_share": None}
+    made |= {"experts": E, "rank": d.R, "top_k": min(TOP_K, E), "renormalize": True, "shared": False} | NO_MASKS
     yield made
     yield made | {"renormalize": False}
     yield made | {"top_k": 1}
-    yield made | {"top_k": EXPERTS}
-    share = (torch.arange(d.T, device=u.device) % 3 != 1).to(made["scale"]) / max(1, d.T - (d.T + 1) // 3)
-    yield made | {"token_share": share, "h": torch.cat([made["h"], rest], dim=1)}
-    yield made | {"shared": True, "h": torch.cat([u[:, : d.R], d.logits(), rest], dim=1)}
-    gates = d.acc(d.T, EXPERTS)
-    given = made | {"gates": torch.where(gates.abs() < 0.3, 0.0, gates)}
-    yield given | {"h": u}
-    yield given | {"h": torch.cat([u[:, : d.R], rest], dim=1), "shared": True, "token_share": share}
+    yield made | {"top_k": E}
+    share = (torch.arange(d.T, device=x.device) % 3 != 1).to(made["scale"]) / max(1, d.T - (d.T + 1) // 3)
+    yield made | {"token_share": share, "A_hat": torch.cat([u, router, rest])}
+    yield made | {"shared": True, "A_hat": torch.cat([u[: d.R], router, rest])}
+    yield made | {"A_hat": torch.cat([u, router, rest])} | d.mask_of_first(E * d.R, E + 2)
+    gates = d.acc(d.T, E)
+    gates[:, 1:] = torch.where(gates[:, 1:].abs() < 0.3, 0.0, gates[:, 1:])
+    given = made | {"gates": gates}
+    yield given | {"A_hat": u}
+    yield given | {"A_hat": torch.cat([u[: d.R], rest]), "shared": True, "token_share": share}
+    yield given | {"A_hat": torch.cat([u, rest])} | d.mask_of_first(E * d.R, 2)
 
 
-def _route_backward(d: OpDraw) -> Variants:
-    for made in _route(d):
+def _expand_route_backward(d: OpDraw) -> Variants:
+    for i, made in enumerate(_project_route(d)):
+        if made["seed"] is not None:
+            continue
         wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
-        v, w, *_ = naive_ops.route(**wide)
+        wide["mask"] = wide.pop("seed")
+        h, v, w, *_ = naive_ops.project_route(**wide)
+        assert h is not None
         assert v is not None
-        kept = ("h", "scale", "token_share", "experts", "rank", "renormalize", "shared")
-        given = made["gates"] is not None
-        grads: Arguments = {"dv": d.small(*v.shape), "dP": d.acc(EXPERTS), "dz": d.acc(1)}
-        weights = made["gates"] if w is None else w
-        yield grads | {name: made[name] for name in kept} | {"w": weights, "given": given}
+        kept = ("scale", "token_share", "experts", "rank", "renormalize", "shared")
+        E, given = made["experts"], made["gates"] is not None
+        yield {name: made[name] for name in kept} | {
+            "dy": d.base(d.T, d.N),
+            "v": None if i == 1 else v.to(d.rank_dtype),
+            "B_hat": d.small(d.N, v.shape[1]),
+            "need_bias": i % 2 == 0,
+            "h": h.to(d.rank_dtype),
+            "w": made["gates"] if w is None else w,
+            "dP": d.acc(E),
+            "dz": d.acc(1),
+            "need_scale": i % 3 != 1,
+            "given": given,
+        }
 
 
 def _reflect(d: OpDraw) -> Variants:
@@ -229,8 +253,8 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "expand_backward": (_expand_backward, ("dv", "dB_hat", "dm", "dy_sum")),
     "input_backward": (_input_backward, ("dx", "dA_hat")),
     "weight_grad": (_weight_grad, ("dW",)),
-    "route": (_route, ("v", "w", "fraction", "probability", "z")),
-    "route_backward": (_route_backward, ("dh", "dgates", "dscale")),
+    "project_route": (_project_route, ("h", "v", "w", "fraction", "probability", "z")),
+    "expand_route_backward": (_expand_route_backward, ("dh", "dB_hat", "dy_sum", "dgates", "dscale")),
     "reflect": (_reflect, ("y",)),
     "reflect_backward": (_reflect_backward, ("dx", "du", "dv")),
 }

@@ -51,7 +51,8 @@ def op_problems(
             inputs["mask"] = dropout_masks(T, width, inputs["dropout_p"], inputs["seed"], backend)
         eager = partial(_eager, name, torch.promote_types(dtype, rank_dtype or dtype))
         dtypes = _dtypes(name, inputs, backend)
-        yield Problem(name, inputs, partial(_run, name, backend), eager, partial(_naive, name), dtypes)
+        through = dict.fromkeys(("w", "probability", "z"), dtypes["h"]) if name == "project_route" else {}  # by logits
+        yield Problem(name, inputs, partial(_run, name, backend), eager, partial(_naive, name), dtypes, through)
 
 
 def _run(name: str, backend: str, inputs: Inputs) -> Outputs:

@@ -34,7 +34,7 @@ OPS_OF = {
     "dy_sums": ("expand_backward",),
     "fold": ("fold", "fold_backward"),
     "rank_update": ("expand", "input_backward"),
-    "route": ("route", "route_backward"),
+    "route": ("project_route", "expand_route_backward"),
     "row_norm": ("row_norm",),
     "times_small": ("project",),
     "token_sums": ("expand_backward", "input_backward"),

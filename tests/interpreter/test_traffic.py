@@ -18,7 +18,7 @@ from traffic import Traffic
 
 from delora_kernels import functional as F
 from delora_kernels import use_backend
-from delora_kernels.backends.triton import forms
+from delora_kernels.backends.triton import forms, tables
 from delora_kernels.testing.errors import relative_error
 
 T, K, N, R, E = 96, 56, 72, 5, 2
@@ -53,10 +53,10 @@ LAUNCHES = {
     ("dora", forms.UPDATE): (5, 7),
     ("dora", forms.PREFILL): (5, 6),
     ("dora", forms.OWN): (4, 6),
-    # the gating and its sums over tokens, in place of the cast of the factors; the gating's gradient
-    ("moe_lora", forms.UPDATE): (5, 7),
-    ("moe_lora", forms.PREFILL): (5, 6),
-    ("moe_lora", forms.OWN): (4, 6),
+    # the gating rides in the projection, its gradient in what adds up the sums of dy; statistics in place of the cast
+    ("moe_lora", forms.UPDATE): (4, 6),
+    ("moe_lora", forms.PREFILL): (4, 5),
+    ("moe_lora", forms.OWN): (3, 5),
 }
 """Launches of a forward and of a backward pass with float32 adapters under bfloat16 autocast, library GEMM included."""
 
@@ -138,6 +138,17 @@ def test_dora_in_form_d_without_a_private_tensor(saved: str, seed: int, monkeypa
     with use_backend("eager"), torch.autocast("cpu", torch.bfloat16):
         expected = F.dora_linear(**made)
     assert relative_error(y, expected.double()) <= 4 * torch.finfo(torch.bfloat16).eps  # each rounds W, h and y
+
+
+@pytest.mark.parametrize("method", ["lora", "delora", "moe_lora"])
+def test_a_split_projection_is_one_launch_more(method: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that adds the parts; it gates a mixture too."""
+    monkeypatch.setitem(tables.TABLES, "times_small", {"128": tables.Tiles(64, 16, 4, 2)})
+    split, _ = counted(method, seed)
+    monkeypatch.setattr(tables, "SPLIT_TARGET", 1)
+    whole, _ = counted(method, seed)
+    assert split.launches == whole.launches + 1
+    assert token_sized(split.read) == token_sized(whole.read)
 
 
 def test_an_extra_read_is_seen() -> None:

@@ -23,6 +23,7 @@ from delora_kernels.backends.triton.support import LARGEST_RANK
 from delora_kernels.backends.triton.times_small import times_small
 from delora_kernels.backends.triton.token_sums import token_sums
 from delora_kernels.testing import METHODS, OPS, measure
+from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.op_problems import op_problems
 
 DTYPES = {
@@ -113,7 +114,7 @@ def test_random_sizes_of_folds(name: str, seed: int) -> None:
             assert [m for m in measure(problem) if not m.ok] == []
 
 
-@pytest.mark.parametrize("name", ["project", "expand_backward", "row_norm"])
+@pytest.mark.parametrize("name", ["project", "expand_backward", "row_norm", "project_route", "expand_route_backward"])
 def test_random_sizes(name: str, seed: int) -> None:
     _check_random_sizes(name, seed)
 
@@ -126,7 +127,7 @@ def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None
         problem = variants[(T + K) % len(variants)]
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
-            error = (got.double() - expected[what]).abs().max() / expected[what].abs().max()
+            error = relative_error(got, expected[what])
             assert error <= 1e-5, (what, (T, K, N, R), error)
 
 

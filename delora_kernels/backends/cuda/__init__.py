@@ -7,7 +7,7 @@ library compiled by csrc/host_shim runs the same kernels on CPU tensors: slow, f
 
 from delora_kernels.backends.cuda.fold import fold, fold_backward
 from delora_kernels.backends.cuda.kernels import dropout_mask
-from delora_kernels.backends.cuda.route import route, route_backward
+from delora_kernels.backends.cuda.route import expand_route_backward, project_route
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.cuda.support import supports, why_not_here
@@ -17,14 +17,14 @@ __all__ = [
     "dropout_mask",
     "expand",
     "expand_backward",
+    "expand_route_backward",
     "fold",
     "fold_backward",
     "input_backward",
     "project",
+    "project_route",
     "reflect",
     "reflect_backward",
-    "route",
-    "route_backward",
     "row_norm",
     "supports",
     "wants_scaled",

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda.kernels import add_parts
 from delora_kernels.backends.cuda.launch import launch, library, rows
+from delora_kernels.backends.cuda.stages import expand_backward, project
+from delora_kernels.backends.two_stages import expand_then_route_backward, project_then_route
 
 
 def route(
@@ -44,24 +46,25 @@ def route_backward(
     token_share: Tensor | None,
     dP: Tensor,
     dz: Tensor,
+    need_scale: bool,
     given: bool,
     experts: int,
     rank: int,
     renormalize: bool,
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One read of dv and of h for every gradient."""
+    """dh, d gates, ds, from one read of dv and of h."""
     T, passed = h.shape[0], dv.shape[1] - experts * rank
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dgates = w.new_empty((T, experts) if given else 0)
     if T == 0:
-        return dh, dgates, scale.new_zeros(experts)
+        return dh, dgates, scale.new_zeros(experts if need_scale else 0)
     dscale = scale.new_empty((_blocks(T, experts), experts))
     launch(
         "route_backward", rows(dv), rows(h), w.contiguous(), scale.contiguous(), _vector(token_share), dP.contiguous(),
         dz, dh, dgates if given else None, dscale, T, experts, rank, passed, given, renormalize, shared,
     )  # fmt: skip
-    return dh, dgates, add_parts(dscale, torch.float32)
+    return dh, dgates, add_parts(dscale, torch.float32) if need_scale else scale.new_empty(0)
 
 
 def _blocks(T: int, experts: int) -> int:
@@ -70,3 +73,7 @@ def _blocks(T: int, experts: int) -> int:
 
 def _vector(token_share: Tensor | None) -> Tensor | None:
     return None if token_share is None else token_share.contiguous()
+
+
+project_route = project_then_route(project, route)
+expand_route_backward = expand_then_route_backward(expand_backward, route_backward)

@@ -12,21 +12,21 @@ from delora_kernels.backends.eager.low_rank import (
     weight_grad,
 )
 from delora_kernels.backends.eager.reflect import reflect, reflect_backward
-from delora_kernels.backends.eager.route import route, route_backward
+from delora_kernels.backends.eager.route import expand_route_backward, project_route
 from delora_kernels.call import AnyCall
 
 __all__ = [
     "dropout_mask",
     "expand",
     "expand_backward",
+    "expand_route_backward",
     "fold",
     "fold_backward",
     "input_backward",
     "project",
+    "project_route",
     "reflect",
     "reflect_backward",
-    "route",
-    "route_backward",
     "row_norm",
     "supports",
     "wants_scaled",

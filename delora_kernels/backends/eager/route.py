@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from delora_kernels.backends.eager.low_rank import expand_backward, project
+from delora_kernels.backends.two_stages import expand_then_route_backward, project_then_route
 from delora_kernels.ops import accumulate_dtype
 
 
@@ -77,13 +79,14 @@ def route_backward(
     token_share: Tensor | None,
     dP: Tensor,
     dz: Tensor,
+    need_scale: bool,
     given: bool,
     experts: int,
     rank: int,
     renormalize: bool,
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything the gates' gradients need is ⟨u_te, dv_te⟩, a [T, E] tensor."""
+    """dh, d gates, ds; everything the gates' gradients need is ⟨u_te, dv_te⟩, a [T, E] tensor."""
     acc = w.dtype
     width = rank if shared else experts * rank
     u, logits, _ = _parts(h, 0 if given else experts, width)
@@ -94,7 +97,7 @@ def route_backward(
     du_each = _gate(w, scale, dgated)
     du.copy_(du_each.sum(1) if shared else du_each.flatten(1))
     aligned = (u.unflatten(1, (-1, rank)).to(acc) * dgated).sum(2)
-    dscale = (w * aligned).masked_fill_(w == 0, 0).sum(0)
+    dscale = (w * aligned).masked_fill_(w == 0, 0).sum(0) if need_scale else w.new_empty(0)
     dw = aligned * scale
     share = w.new_full((1, 1), 1 / max(1, h.shape[0])) if token_share is None else token_share.unsqueeze(1)
     if given:
@@ -112,3 +115,7 @@ def route_backward(
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """Gradient of the logits of p = softmax(logits)."""
     return p * (dp - (p * dp).sum(1, keepdim=True))
+
+
+project_route = project_then_route(project, route)
+expand_route_backward = expand_then_route_backward(expand_backward, route_backward)

@@ -7,8 +7,9 @@ tensors in Triton's interpreter: slow, for tests.
 from delora_kernels.backends.eager import weight_grad
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
+from delora_kernels.backends.triton.project_route import project_route
 from delora_kernels.backends.triton.reflect import reflect, reflect_backward
-from delora_kernels.backends.triton.route import route, route_backward
+from delora_kernels.backends.triton.route_backward import expand_route_backward
 from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.triton.support import supports
@@ -17,14 +18,14 @@ __all__ = [
     "dropout_mask",
     "expand",
     "expand_backward",
+    "expand_route_backward",
     "fold",
     "fold_backward",
     "input_backward",
     "project",
+    "project_route",
     "reflect",
     "reflect_backward",
-    "route",
-    "route_backward",
     "row_norm",
     "supports",
     "wants_scaled",

@@ -17,7 +17,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _total(PARTS, i, parts, M, inside):
+def total(PARTS, i, parts, M, inside):
     """Σ_p PARTS[p, i] of parts with M elements each, in their order; i is int64."""
     total = tl.zeros(i.shape, tl.float32)
     for _ in range(parts):
@@ -27,14 +27,14 @@ def _total(PARTS, i, parts, M, inside):
 
 
 @triton.jit
-def _add(PARTS, OUT, i, parts, M):
-    tl.store(OUT + i, _total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
+def add(PARTS, OUT, i, parts, M):
+    tl.store(OUT + i, total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
     """BLOCK elements of OUT [M] = Σ_p PARTS[p]."""
-    _add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
+    add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
 
 
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,13 +61,13 @@ def finish_dy_kernel(
     if tl.program_id(0) < rows:
         n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
         if WITH_SUMS:
-            tl.store(SUMS + n, _total(SUM_PARTS, n, parts, N, n < N), n < N)
+            tl.store(SUMS + n, total(SUM_PARTS, n, parts, N, n < N), n < N)
         if WITH_DOTS:
-            dots = _total(DOT_PARTS, n, parts, N, n < N)
+            dots = total(DOT_PARTS, n, parts, N, n < N)
         if WITH_PRODUCT:
             r = tl.arange(0, BR)
             inside = (n[:, None] < N) & (r[None, :] < R)
-            product = _total(PRODUCT_PARTS, n[:, None] * R + r[None, :], parts, N * R, inside)
+            product = total(PRODUCT_PARTS, n[:, None] * R + r[None, :], parts, N * R, inside)
             if WITH_DOTS:
                 if WITH_B:  # what was kept is x Wᵀ: the rest of u is in dB̂ already
                     b = tl.load(B + n[:, None] * stride_bn + r[None, :] * stride_br, inside, 0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def finish_dy_kernel(
     if WITH_DV:
         if tl.program_id(0) >= rows:
             i = (tl.program_id(0) - rows).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            _add(DV_PARTS, DV, i, dv_parts, elements)
+            add(DV_PARTS, DV, i, dv_parts, elements)
 
 
 def finish_dy(

@@ -1,7 +1,8 @@
-"""A mixture's gating and its gradient: one kernel each over blocks of tokens, everything between in registers.
+"""A mixture's gating in Triton: v, w and the sums over tokens, from the parts of h = x Âᵀ that projecting left.
 
-Sums over tokens (f, P, z) are written for each block of tokens, [blocks, 2E + 1], and added up in their order by one
-more launch: no atomics.
+The kernel that adds the parts gates what it has added: h is written, not read again. Everything between is in
+registers. Sums over tokens (f, P, z) are written for each block of tokens, [blocks, 2E + 1], and added up in their
+order by one more launch: no atomics. `project_route.py` uses the same gating where nothing has to be added.
 """
 
 import torch
@@ -9,14 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.launch import launch, rows
+from delora_kernels.backends.triton.add_parts import total
+from delora_kernels.backends.triton.launch import launch
 
 NUMBERS = 1024
 """What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
 
+REGISTERS = 255
+"""What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a time, and spills."""
+
 
 @triton.jit
-def _weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
+def weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
     """p and w [BT, BE] of logits whose columns outside are −∞, and logsumexp [BT]; the lowest index wins ties."""
     top = tl.max(logits, 1)
     powers = tl.where(inside, tl.exp(logits - top[:, None]), 0.0)
@@ -40,14 +45,27 @@ def _weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
     return p, w, chosen & inside, top + tl.log(total)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def write_sums(SUMS, SHARE, block, t, e, p, chosen, z, T, E, WITH_SHARE: tl.constexpr):
+    """A block's parts of f, P and z; a token whose share is 0 has no say, even if NaN."""
+    counted = tl.where(t < T, 1.0, 0.0)
+    if WITH_SHARE:
+        counted = tl.load(SHARE + t, t < T, 0.0)
+    says = counted[:, None] != 0
+    out = SUMS + (2 * block.to(tl.int64) * E + block)
+    tl.store(out + e, tl.sum(tl.where(chosen & says, counted[:, None], 0.0), 0), e < E)
+    tl.store(out + E + e, tl.sum(tl.where(says, p * counted[:, None], 0.0), 0), e < E)
+    tl.store(out + 2 * E, tl.sum(tl.where(counted != 0, z * counted, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["T", "parts", "elements"])
 def route_kernel(
-    H, GATES, SCALE, SHARE, V, W, SUMS,
-    T, E, R, passed, stride_h, stride_v,
-    GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
+    PARTS, GATES, SCALE, SHARE, H, V, W, SUMS,
+    T, parts, elements, E, R, passed, stride_p, stride_v,
+    ADDS: tl.constexpr, GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr,
+    RENORMALIZE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of v = [w · s · u | rest] and of w, and their parts of the sums f, P and z."""
+    """BT tokens of h = Σ PARTS, of v = [w · s · u | rest] and of w, and their parts of the sums f, P and z."""
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
@@ -59,38 +77,39 @@ def route_kernel(
         p = w
         chosen = (w != 0) & inside
         z = tl.zeros((BT,), tl.float32)
+        after = width
     else:
-        logits = tl.load(H + row * stride_h + width + e[None, :], inside, 0.0).to(tl.float32)
+        of_logits = row * stride_p + width + e[None, :]
+        rounded = total(PARTS, of_logits, parts, elements, inside).to(V.dtype.element_ty)  # as backward will see them
+        if ADDS:
+            tl.store(H + of_logits, rounded, inside)
         column = (e[None, :] < E) & (t[:, None] >= 0)
-        p, w, chosen, lse = _weights(tl.where(column, logits, float("-inf")), e, column, K, RENORMALIZE)
+        logits = tl.where(column, rounded.to(tl.float32), float("-inf"))
+        p, w, chosen, lse = weights(logits, e, column, K, RENORMALIZE)
         tl.store(W + row * E + e[None, :], w, inside)
         z = lse * lse
-    counted = tl.where(t < T, 1.0, 0.0)
-    if WITH_SHARE:
-        counted = tl.load(SHARE + t, t < T, 0.0)
-    says = counted[:, None] != 0
-    out = SUMS + (2 * block.to(tl.int64) * E + block)
-    tl.store(out + e, tl.sum(tl.where(chosen & says, counted[:, None], 0.0), 0), e < E)
-    tl.store(out + E + e, tl.sum(tl.where(says, p * counted[:, None], 0.0), 0), e < E)
-    tl.store(out + 2 * E, tl.sum(tl.where(counted != 0, z * counted, 0.0), 0))
-    scale = tl.load(SCALE + e, e < E, 0.0)
-    for expert in range(E):
-        mine = e[None, :] == expert
-        w_e = tl.sum(tl.where(mine, w, 0.0), 1)
-        s_e = tl.sum(tl.where(e == expert, scale, 0.0), 0)
-        first = 0 if SHARED else expert * R
-        for r0 in range(0, R, BR):
-            r = r0 + tl.arange(0, BR)
-            within = (t[:, None] < T) & (r[None, :] < R)
-            u = tl.load(H + row * stride_h + first + r[None, :], within, 0.0).to(tl.float32)
-            v = tl.where(w_e[:, None] == 0, 0.0, (w_e * s_e)[:, None] * u)
-            tl.store(V + row * stride_v + expert * R + r[None, :], v.to(V.dtype.element_ty), within)
-    after = width if GIVEN else width + E
-    for c0 in range(0, passed, BR):
-        c = c0 + tl.arange(0, BR)
-        within = (t[:, None] < T) & (c[None, :] < passed)
-        rest = tl.load(H + row * stride_h + after + c[None, :], within, 0.0)
-        tl.store(V + row * stride_v + R * E + c[None, :], rest, within)
+        after = width + E
+    write_sums(SUMS, SHARE, block, t, e, p, chosen, z, T, E, WITH_SHARE)
+    gate = w * tl.load(SCALE + e, e < E, 0.0)[None, :]
+    token, expert = row[:, :, None], e[None, :, None]
+    between = 0 if SHARED else R  # two experts' first columns of u
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)[None, None, :]
+        within = inside[:, :, None] & (r < R)
+        of_u = token * stride_p + expert * between + r
+        u = total(PARTS, of_u, parts, elements, within)
+        if ADDS:
+            tl.store(H + of_u, u.to(H.dtype.element_ty), within & ((expert == 0) | (between > 0)))
+        v = tl.where(w[:, :, None] == 0, 0.0, gate[:, :, None] * u)
+        tl.store(V + token * stride_v + expert * R + r, v.to(V.dtype.element_ty), within)
+    for c0 in range(0, passed, BE):
+        c = c0 + e[None, :]
+        passes = (t[:, None] < T) & (c < passed)
+        of_rest = row * stride_p + after + c
+        rest = total(PARTS, of_rest, parts, elements, passes).to(V.dtype.element_ty)
+        if ADDS:
+            tl.store(H + of_rest, rest, passes)
+        tl.store(V + row * stride_v + R * E + c, rest, passes)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -108,79 +127,11 @@ def route_totals_kernel(SUMS, FRACTION, PROBABILITY, Z, blocks, E, count, BP: tl
     tl.store(Z + c - 2 * E, total, c == 2 * E)
 
 
-@triton.jit
-def _softmax_backward(p, dp):
-    return p * (dp - tl.sum(p * dp, 1)[:, None])
-
-
-@triton.jit(do_not_specialize=["T"])
-def route_backward_kernel(
-    DV, H, W, SCALE, SHARE, DP, DZ, DH, DGATES, DS_SUM,
-    T, E, R, passed, stride_dv, stride_h, stride_dh, inverse,
-    GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """BT tokens of dh = [du | dlogits | rest] and of the gates' gradient, and their part of ds."""
-    block = tl.program_id(0)
-    t = block * BT + tl.arange(0, BT)
-    e = tl.arange(0, BE)
-    inside = (t[:, None] < T) & (e[None, :] < E)
-    row = t[:, None].to(tl.int64)
-    width = R if SHARED else R * E
-    w = tl.load(W + row * E + e[None, :], inside, 0.0)
-    scale = tl.load(SCALE + e, e < E, 0.0)
-    aligned = tl.zeros((BT, BE), tl.float32)
-    for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
-        within = (t[:, None] < T) & (r[None, :] < R)
-        shared_du = tl.zeros((BT, BR), tl.float32)
-        for expert in range(E):
-            mine = e[None, :] == expert
-            w_e = tl.sum(tl.where(mine, w, 0.0), 1)
-            s_e = tl.sum(tl.where(e == expert, scale, 0.0), 0)
-            first = 0 if SHARED else expert * R
-            u = tl.load(H + row * stride_h + first + r[None, :], within, 0.0).to(tl.float32)
-            dv = tl.load(DV + row * stride_dv + expert * R + r[None, :], within, 0.0).to(tl.float32)
-            aligned += tl.where(mine, tl.sum(u * dv, 1)[:, None], 0.0)
-            du = tl.where(w_e[:, None] == 0, 0.0, (w_e * s_e)[:, None] * dv)
-            if SHARED:
-                shared_du += du
-            else:
-                tl.store(DH + row * stride_dh + first + r[None, :], du.to(DH.dtype.element_ty), within)
-        if SHARED:
-            tl.store(DH + row * stride_dh + r[None, :], shared_du.to(DH.dtype.element_ty), within)
-    tl.store(DS_SUM + block.to(tl.int64) * E + e, tl.sum(tl.where(w == 0, 0.0, w * aligned), 0), e < E)
-    counted = tl.where(t < T, inverse, 0.0)
-    if WITH_SHARE:
-        counted = tl.load(SHARE + t, t < T, 0.0)
-    dP = tl.load(DP + e, e < E, 0.0)[None, :]
-    dw = aligned * scale[None, :]
-    if GIVEN:
-        tl.store(DGATES + row * E + e[None, :], dw + dP * counted[:, None], inside)
-        after = width
-    else:
-        logits = tl.load(H + row * stride_h + width + e[None, :], inside, 0.0).to(tl.float32)
-        column = (e[None, :] < E) & (t[:, None] >= 0)
-        p, _, _, lse = _weights(tl.where(column, logits, float("-inf")), e, column, 0, False)
-        dw = tl.where(w == 0, 0.0, dw)
-        kept = w if RENORMALIZE else p
-        dz = tl.load(DZ)
-        mean = (_softmax_backward(p, dP + tl.zeros_like(p)) + 2 * dz * lse[:, None] * p) * counted[:, None]
-        task = tl.where(kept == 0, 0.0, _softmax_backward(kept, dw))
-        dlogits = task + tl.where(counted[:, None] == 0, 0.0, mean)
-        tl.store(DH + row * stride_dh + width + e[None, :], dlogits.to(DH.dtype.element_ty), inside)
-        after = width + E
-    for c0 in range(0, passed, BR):
-        c = c0 + tl.arange(0, BR)
-        within = (t[:, None] < T) & (c[None, :] < passed)
-        rest = tl.load(DV + row * stride_dv + R * E + c[None, :], within, 0.0)
-        tl.store(DH + row * stride_dh + after + c[None, :], rest, within)
-
-
 def blocks(experts: int, rank: int) -> dict[str, int]:
-    """Tile sizes: powers of two that hold E, and R or 16 of it at a time."""
+    """Tile sizes: powers of two that hold E, and R or as much of it at a time as registers take."""
     BE = triton.next_power_of_2(experts)
-    return {"BT": max(1, min(32, NUMBERS // BE)), "BE": BE, "BR": min(16, triton.next_power_of_2(rank))}
+    BT = max(1, min(32, NUMBERS // BE))
+    return {"BT": BT, "BE": BE, "BR": min(triton.next_power_of_2(rank), max(4, 4 * NUMBERS // (BT * BE)))}
 
 
 def totals_blocks(experts: int) -> dict[str, int]:
@@ -195,7 +146,8 @@ def warps(experts: int) -> int:
 
 
 def route(
-    h: Tensor,
+    parts: Tensor,
+    dtype: torch.dtype,
     gates: Tensor | None,
     scale: Tensor,
     token_share: Tensor | None,
@@ -204,60 +156,42 @@ def route(
     top_k: int,
     renormalize: bool,
     shared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax, choice, gate and the tokens' statistics, from one read of h."""
-    T = h.shape[0]
-    h, given = rows(h), gates is not None
-    passed = h.shape[1] - (rank if shared else experts * rank) - (0 if given else experts)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them, from one read of the parts.
+
+    Args:
+        parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
+        dtype: Of h and v.
+        gates, scale, token_share, experts, rank, top_k, renormalize, shared: as in the op.
+    """
+    (count, T, columns), given = parts.shape, gates is not None
+    passed = columns - (rank if shared else experts * rank) - (0 if given else experts)
+    adds = count > 1 or parts.dtype != dtype
+    h = parts.new_empty((T, columns), dtype=dtype) if adds else parts[0]
     v = h.new_empty((T, experts * rank + passed))
     w = scale.new_empty(0 if given else (T, experts))
     sizes = blocks(experts, rank)
     programs = max(1, triton.cdiv(T, sizes["BT"]))
     sums = scale.new_empty((programs, 2 * experts + 1))
-    fraction, probability, z = (scale.new_empty(size) for size in (experts, experts, 1))
     launch(
         route_kernel, (programs,),
-        (h, None if gates is None else gates.contiguous(), scale.contiguous(), token_share, v, w, sums),
-        (T, experts, rank, passed, h.stride(0), v.stride(0)),
-        GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
-        RENORMALIZE=renormalize and not given, **sizes, num_warps=warps(experts),
+        (
+            parts, None if gates is None else gates.contiguous(), scale.contiguous(), token_share,
+            h if adds else None, v, w, sums,
+        ),
+        (T, count, T * columns, experts, rank, passed, columns, v.stride(0)),
+        ADDS=adds, GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None,
+        K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given,
+        **sizes, num_warps=warps(experts), maxnreg=REGISTERS,
     )  # fmt: skip
-    count = float(max(1, T)) if token_share is None else 1.0
+    return h, v, w, *route_totals(sums, experts, T if token_share is None else 1)
+
+
+def route_totals(sums: Tensor, experts: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """f [E], P [E] and z [1] of the blocks' sums [blocks, 2E + 1], over the number of tokens."""
+    fraction, probability, z = (sums.new_empty(size) for size in (experts, experts, 1))
     launch(
-        route_totals_kernel, (1,), (sums, fraction, probability, z), (programs, experts), (count,),
+        route_totals_kernel, (1,), (sums, fraction, probability, z), (len(sums), experts), (float(max(1, tokens)),),
         **totals_blocks(experts),
     )  # fmt: skip
-    return v, w, fraction, probability, z
-
-
-def route_backward(
-    dv: Tensor,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One read of dv and of h for every gradient."""
-    T = h.shape[0]
-    dv, h = rows(dv), rows(h)
-    passed = dv.shape[1] - experts * rank
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dgates = w.new_empty((T, experts) if given else 0)
-    sizes = blocks(experts, rank)
-    programs = max(1, triton.cdiv(T, sizes["BT"]))
-    dscale = scale.new_empty((programs, experts))
-    launch(
-        route_backward_kernel, (programs,),
-        (dv, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz, dh, dgates, dscale),
-        (T, experts, rank, passed, dv.stride(0), h.stride(0), dh.stride(0)), (1 / max(1, T),),
-        GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None, RENORMALIZE=renormalize,
-        **sizes, num_warps=warps(experts),
-    )  # fmt: skip
-    return dh, dgates, dscale.sum(0)
+    return fraction, probability, z

@@ -4,6 +4,8 @@ One read of the token-sized matrix for each 128 ranks. Where there are few token
 programs, and the parts are added in a fixed order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
 @triton.jit(do_not_specialize=["T"])
 def times_small_kernel(
-    X, S, OUT, SEED, T, C, R, stride_x, stride_sc, stride_sr, part, threshold, factor,
+    X, S, OUT, SEED, T, C, R, stride_x, stride_sc, stride_sr, stride_out, part, threshold, factor,
     DROP: tl.constexpr, HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +38,7 @@ def times_small_kernel(
         small = S + c[:, None].to(tl.int64) * stride_sc + r[None, :] * stride_sr
         s = tl.load(small, (c[:, None] < C) & (r[None, :] < R), 0.0)
         acc = mixed_dot(x, s, acc, HOW, PRECISION, INTERPRETED)
-    out = OUT + tl.program_id(2).to(tl.int64) * T * R + t[:, None] * R + r[None, :]
+    out = OUT + (tl.program_id(2).to(tl.int64) * T + t[:, None]) * stride_out + r[None, :]
     tl.store(out, (acc * factor).to(OUT.dtype.element_ty), (t[:, None] < T) & (r[None, :] < R))
 
 
@@ -49,24 +51,52 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
         dtype: Of the result.
         group: The mask, or None.
     """
+    groups = None if group is None else [group._replace(columns=slice(0, small.shape[1]))]
+    return add_parts(times_small_parts(x, small, dtype, groups), dtype)
+
+
+def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
+    """Into how many parts the sum over C is split, and the columns of each, where x meets blocks of these ranks."""
+    turns = [rank_tile("times_small", R) for R in ranks]
+    used = [tiles("times_small", BR, capability(x.device)) for BR in turns]
+    columns = max(tile.columns for tile in used)
+    programs = sum(
+        triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(R, BR)
+        for R, BR, tile in zip(ranks, turns, used, strict=True)
+    )
+    steps = triton.cdiv(x.shape[1], columns)
+    part = triton.cdiv(steps, splits(programs, steps)) * columns
+    return triton.cdiv(x.shape[1], part), part
+
+
+def times_small_parts(
+    x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
+) -> Tensor:
+    """The parts of x small, [P, T, R] in float32, or [1, T, R] in `dtype`; a launch and a read of x for each mask.
+
+    Args:
+        x: [T, C].
+        small: [C, R], any strides.
+        dtype: Of the one part.
+        groups: The masks of x for each of R's columns, which they divide, or None.
+    """
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
-        return x.new_zeros((T, R), dtype=dtype)
+        return x.new_zeros((1, T, R), dtype=dtype)
     x = rows(x)
-    BR = rank_tile("times_small", R)
-    tile = tiles("times_small", BR, capability(x.device))
-    grid = (triton.cdiv(T, tile.tokens), triton.cdiv(R, BR))
-    steps = triton.cdiv(C, tile.columns)
-    parts = splits(grid[0] * grid[1], steps)
-    part = triton.cdiv(steps, parts) * tile.columns
-    parts = triton.cdiv(C, part)
+    groups = groups or [MaskGroup(slice(0, R), 0.0, None)]
+    blocks = [small[:, group.columns] for group in groups]
+    parts, part = split(x, [block.shape[1] for block in blocks])
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
-    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
     how = meeting(x.dtype, small.dtype)
-    launch(
-        times_small_kernel, (*grid, parts), (x, small, out, seed),
-        (T, C, R, x.stride(0), *small.stride(), part, threshold(p)), (1 / (1 - p),),
-        DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out[0] if parts == 1 else add_parts(out, dtype)
+    for block, (columns, p, seed) in zip(blocks, groups, strict=True):
+        BR = rank_tile("times_small", block.shape[1])
+        tile = tiles("times_small", BR, capability(x.device))
+        launch(
+            times_small_kernel, (triton.cdiv(T, tile.tokens), triton.cdiv(block.shape[1], BR), parts),
+            (x, block, out[:, :, columns], seed),
+            (T, C, block.shape[1], x.stride(0), *block.stride(), R, part, threshold(p)), (1 / (1 - p),),
+            DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
+            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
