@@ -243,10 +243,11 @@ def plot(record: dict[str, Any]) -> Any:
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     machine, c = record["machine"], record["config"]
+    commit = (machine["commit"] or "unknown")[:12]
     device = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     figure.suptitle(
         f"{record['model']}, rank {c['rank']}, {c['steps']} steps of {c['batch_size']} x {c['seq_len']} tokens, "
-        f"{c['seeds']} seeds, {c['dtype']}, {device}, torch {machine['torch']}, commit {machine['commit'][:12]}",
+        f"{c['seeds']} seeds, {c['dtype']}, {device}, torch {machine['torch']}, commit {commit}",
         fontsize=9,
     )
     return figure

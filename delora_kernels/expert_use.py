@@ -47,6 +47,12 @@ class ExpertUse:
         )
 
     @property
+    def tokens_per_expert(self) -> tuple[float, ...]:
+        """How many of the counted tokens each expert got; of a dense router the sum of its probabilities."""
+        dense = self.top_k == len(self.fraction)
+        return tuple(self.tokens * value for value in (self.probability if dense else self.fraction))
+
+    @property
     def dead(self) -> tuple[int, ...]:
         """The experts with less than 1 % of an even share."""
         return tuple(e for e, share in enumerate(self.share) if share < DEAD)
@@ -84,6 +90,15 @@ class ExpertReport:
             "router/entropy": sum(layer.entropy for layer in self.layers) / n,
             "router/dead_experts": float(len(self.dead)),
         }
+
+    def by_layer(self) -> dict[str, float]:
+        """What `summary` has, and the tokens of each expert, for every layer, by the names of logs."""
+        found: dict[str, float] = {}
+        for layer in self.layers:
+            numbers = {"balance": layer.balance, "entropy": layer.entropy, "dead_experts": float(len(layer.dead))}
+            numbers |= {f"tokens/{e}": tokens for e, tokens in enumerate(layer.tokens_per_expert)}
+            found |= {f"router/{layer.name}/{name}": value for name, value in numbers.items()}
+        return found
 
     def table(self) -> Any:
         """A `rich.table.Table`, one row a layer.

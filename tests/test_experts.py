@@ -56,6 +56,19 @@ def test_even_and_uneven(shares: Any, top_k: int, dead: Any, balance: float, ent
     assert (use.dead, use.balance, use.entropy) == (dead, pytest.approx(balance), pytest.approx(entropy))
 
 
+def test_numbers_of_every_layer_for_logs() -> None:
+    chosen = ExpertUse("a.b", (1.0, 0.75, 0.25, 0.0), (0.4, 0.3, 0.2, 0.1), 2, 200)
+    dense = ExpertUse("c", (1.0, 1.0), (0.9, 0.1), 2, 10)
+    found = ExpertReport((chosen, dense)).by_layer()
+    assert {key: found[key] for key in found if "tokens" in key} == pytest.approx(
+        {f"router/a.b/tokens/{e}": n for e, n in enumerate((200, 150, 50, 0))}
+        | {"router/c/tokens/0": 9, "router/c/tokens/1": 1}
+    )
+    assert found["router/a.b/dead_experts"] == 1
+    assert found["router/a.b/balance"] == pytest.approx(2 * (0.4 + 0.225 + 0.05))
+    assert len(found) == 4 + 2 + 2 * 3
+
+
 def test_dense_router_is_judged_by_its_probabilities() -> None:
     use = ExpertUse("layer", (1.0, 1.0), (0.999, 0.001), 2)
     assert use.share == pytest.approx((1.998, 0.002))

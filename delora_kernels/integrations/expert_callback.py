@@ -27,11 +27,16 @@ class ExpertCallback(TrainerCallback):
     Before each step the layers are told what the loss is multiplied by: 1 over the accumulation steps, times a
     GradScaler's scale. Without this callback, `nn.set_loss_scale` does that.
 
+    Args:
+        by_layer: Log the numbers of every layer too, and the tokens that each of its experts got:
+            `router/<layer>/balance`, `.../entropy`, `.../dead_experts`, `.../tokens/<expert>`.
+
     Attributes:
         history: (step, `ExpertReport`) of every log.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_layer: bool = False) -> None:
+        self.by_layer = by_layer
         self.history: list[tuple[int, ExpertReport]] = []
         self._watch: ExpertWatch | None = None
         self._hooks = ExitStack()
@@ -70,9 +75,10 @@ class ExpertCallback(TrainerCallback):
         report = self._watch.report()
         self._watch.reset()
         self.history.append((state.global_step, report))
-        logs.update(report.summary())
+        numbers = report.summary() | (report.by_layer() if self.by_layer else {})
+        logs.update(numbers)
         if state.log_history:
-            state.log_history[-1].update(report.summary())
+            state.log_history[-1].update(numbers)
         dead = frozenset(report.dead)
         if dead != self._dead and state.is_world_process_zero:
             tqdm.write(f"delora-kernels: step {state.global_step}: {report.headline}")
