@@ -9,7 +9,7 @@ from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
-from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, project_route_kernel
+from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, LARGEST_MIXED_RANK, project_route_kernel
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
 from delora_kernels.backends.triton.reflect import (
@@ -220,6 +220,8 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
     """The projection that gates in its epilogue, with a router and with given gates."""
     for rank_class in tables.TABLES["times_small"]:
         for name, (big, small) in TYPES.items():
+            if big != small and int(rank_class) > LARGEST_MIXED_RANK:
+                continue  # it does not take them
             for given in (False, True):
                 plain = _tabled("times_small", int(rank_class), name, big, small, "", capability)
                 assert plain is not None

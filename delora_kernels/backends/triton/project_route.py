@@ -22,6 +22,9 @@ from delora_kernels.backends.triton.times_small import split, times_small_parts
 LARGEST_EXPERTS = 16
 """Experts whose logits a program holds beside its tile of h: a dot's least side."""
 
+LARGEST_MIXED_RANK = 64
+"""Ranks that a program takes of factors wider than x: their parts need registers too."""
+
 
 @triton.jit(do_not_specialize=["T"])
 def project_route_kernel(
@@ -93,6 +96,7 @@ def project_route(
     (T, C), columns, given = x.shape, A_hat.shape[0], gates is not None
     logits = 0 if given else experts
     whole = seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
+    whole = whole and (x.dtype == A_hat.dtype or columns - logits <= LARGEST_MIXED_RANK)
     if not whole or split(x, [columns - logits])[0] > 1:
         parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, ranks, dropout_p, seed))
         return route(parts, A_hat.dtype, gates, scale, token_share, experts, rank, top_k, renormalize, shared)
