@@ -18,11 +18,20 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (i < size) store(out, dtype, i, total(in, i, parts, size));
 }
 
-// A warp has one row n of dB, dm and dy_sum.
+constexpr int WARPS = THREADS / 32;
+
+// A warp has one row n of dB, dm and dy_sum; in the blocks after the last row a thread has one element of dv.
 __global__ void __launch_bounds__(THREADS, 1)
-    finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
-              const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R) {
-  const int64_t n = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
+    finish_dy(const float *dv_in, int64_t dv_parts, int64_t dv_size, void *dv, int dv_dtype, const float *product,
+              const float *sums, const float *dots, int64_t parts, dk_matrix B_hat, const float *c, dk_vector divisor,
+              float *dB, float *dm, float *dy_sum, int64_t N, int64_t R) {
+  const int64_t after = blockIdx.x - tiles(N, WARPS);
+  if (after >= 0) {
+    const int64_t i = after * THREADS + threadIdx.x;
+    if (i < dv_size) store(dv, dv_dtype, i, total(dv_in, i, dv_parts, dv_size));
+    return;
+  }
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (n >= N) return;
   float dot = 0;
@@ -48,12 +57,15 @@ int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_
   return launch<Empty>(add_parts, dim3(tiles(size, THREADS)), stream, in, parts, size, out, dtype);
 }
 
-int dk_finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
+int dk_finish_dy(const float *dv_in, int64_t dv_parts, int64_t dv_size, void *dv, int32_t dv_dtype,
+                 const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
                  const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R,
                  void *stream) {
   using namespace dk;
-  if ((B_hat.data && !known(B_hat.dtype)) || (dots && !known(divisor.dtype))) return DK_BAD_DTYPE;
-  if ((product && !dB) || (sums && !dy_sum) || (dots && !(dm && divisor.data))) return DK_MISSING;
-  return launch<Empty>(finish_dy, dim3(tiles(N, THREADS / 32)), stream, product, sums, dots, parts, B_hat, c, divisor,
-                       dB, dm, dy_sum, N, R);
+  if ((B_hat.data && !known(B_hat.dtype)) || (dots && !known(divisor.dtype)) || (dv_in && !known(dv_dtype)))
+    return DK_BAD_DTYPE;
+  if ((product && !dB) || (sums && !dy_sum) || (dots && !(dm && divisor.data)) || (dv_in && !dv)) return DK_MISSING;
+  const int64_t elements = dv_in ? dv_size : 0;
+  return launch<Empty>(finish_dy, dim3(tiles(N, WARPS) + tiles(elements, THREADS)), stream, dv_in, dv_parts, elements,
+                       dv, dv_dtype, product, sums, dots, parts, B_hat, c, divisor, dB, dm, dy_sum, N, R);
 }

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define DK_ABI_VERSION 1 /* changes with any signature below */
+#define DK_ABI_VERSION 2 /* changes with any signature below */
 
 enum dk_dtype { DK_FLOAT32 = 0, DK_FLOAT16 = 1, DK_BFLOAT16 = 2 };
 
@@ -91,9 +91,21 @@ DK_API int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, float *product, 
 /* out [size] = sum over parts of in [parts, size], in their order; out in any dtype, contiguous. */
 DK_API int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream);
 
-/* What expand_backward makes of the parts of dk_token_sums: dB [N, R] = c * product, dm [N] = (dots + sum_r product *
-   B_hat) / divisor (0 where the divisor is 0; without B_hat the dots alone), dy_sum [N]. float32, each optional. */
-DK_API int dk_finish_dy(const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
+/* Columns that one block of dk_dy_sums takes: its dv comes in ceil(N / columns) parts. */
+DK_API int64_t dk_dy_sums_columns(void);
+
+/* What one read of dy [T, N] gives at ranks R up to 32: dv [ceil(N / columns), T, R], the parts of dy small, and in
+   `parts` parts product [parts, N, R] = factor * dy^T h, sums [parts, N] = sum_t dy, dots [parts, N] = sum_t dy * y,
+   the last two optional; all float32. dy, y: rows, one dtype; h [T, R]: dy's dtype or float32; small [N, R]: h's dtype
+   or float32. */
+DK_API int dk_dy_sums(dk_matrix dy, dk_matrix small, dk_matrix h, dk_matrix y, float *dv, float *product, float *sums,
+                      float *dots, int64_t T, int64_t N, int64_t R, int64_t parts, float factor, void *stream);
+
+/* What expand_backward makes of the parts of dk_dy_sums or dk_token_sums: dB [N, R] = c * product, dm [N] = (dots +
+   sum_r product * B_hat) / divisor (0 where the divisor is 0; without B_hat the dots alone), dy_sum [N], float32, and
+   dv [dv_size] = the sum of dv_in [dv_parts, dv_size], in any dtype, contiguous. Each is optional. */
+DK_API int dk_finish_dy(const float *dv_in, int64_t dv_parts, int64_t dv_size, void *dv, int32_t dv_dtype,
+                        const float *product, const float *sums, const float *dots, int64_t parts, dk_matrix B_hat,
                         const float *c, dk_vector divisor, float *dB, float *dm, float *dy_sum, int64_t N, int64_t R,
                         void *stream);
 

@@ -1,7 +1,7 @@
 """The compiled backend: the ops of `ops.py` as CUDA C++ kernels (csrc/), for machines where Triton can't run.
 
-`launch.py` binds them, `kernels.py`, `fold.py`, `row_norm.py` and `route.py` are their functions of tensors, and
-`stages.py` has the ops in which they meet a library GEMM. ETHER's reflections are the eager backend's. A library
+`launch.py` binds them, `kernels.py`, `dy_sums.py`, `fold.py`, `row_norm.py` and `route.py` are their functions of
+tensors, `stages.py` has the ops in which they meet a library GEMM. ETHER's reflections are the eager backend's. A library
 compiled by csrc/host_shim runs the same kernels on CPU tensors: slow, for tests.
 """
 

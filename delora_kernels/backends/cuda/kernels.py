@@ -1,12 +1,11 @@
 """The token-sized kernels as functions of tensors: what they allocate, how they split their sums."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.gemm_stages import DyParts
 
 
 def _mask(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
@@ -44,18 +43,10 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-class Sums(NamedTuple):
-    """What one read of a token-sized matrix sums up over tokens, in P parts, float32; None where not asked for."""
-
-    product: Tensor | None
-    sums: Tensor | None
-    dots: Tensor | None
-
-
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
     group: MaskGroup | None = None, transposed: bool = False,
-) -> Sums:  # fmt: skip
+) -> DyParts:  # fmt: skip
     """product [P, C, R] (transposed: [P, R, C]) = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
 
     Args:
@@ -72,41 +63,18 @@ def token_sums(
     parts = splits(tiles(C) * max(1, tiles(R)), tiles(T))
     shape = (parts, R, C) if transposed else (parts, C, R)
     new = x.new_zeros if T * C == 0 else x.new_empty
-    found = Sums(
+    found = DyParts(
+        None,
         None if h is None else new(shape, dtype=torch.float32),
         new((parts, C), dtype=torch.float32) if sums else None,
         None if y is None else new((parts, C), dtype=torch.float32),
     )
     if T * C:
         launch(
-            "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), *found,
+            "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), *found[1:],
             T, C, R, parts, transposed, seed, limit, factor * inverse,
         )  # fmt: skip
     return found
-
-
-def finish_dy(
-    found: Sums, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dB̂ = c ⊙ product [N, R], dm = (dots + Σ_r product ⊙ B̂) / divisor [N] and Σ_t dy [N], in one launch.
-
-    Args:
-        found: The parts of the sums over dy.
-        column: c [N] float32, or None for 1.
-        B_hat: [N, R] where the dots lack the rank-R term of u, else None.
-        divisor: [N]; dm is 0 where it is 0. Needed with dots.
-    """
-    first = next((parts for parts in found if parts is not None), None)
-    if first is None:
-        return None, None, None
-    P, N = first.shape[:2]
-    R = 0 if found.product is None else found.product.shape[2]
-    if P == 1 and column is None and found.dots is None:
-        return None if found.product is None else found.product[0], None, None if found.sums is None else found.sums[0]
-    dB = None if found.product is None else first.new_empty((N, R))
-    dm, dy_sum = (None if parts is None else first.new_empty(N) for parts in (found.dots, found.sums))
-    launch("finish_dy", *found, P, B_hat, column, divisor, dB, dm, dy_sum, N, R)
-    return dB, dm, dy_sum
 
 
 def rank_update(

@@ -40,7 +40,8 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "times_small": (_M, _M, _M, _L, _L, _L, _L, _P, _I, _F),
     "token_sums": (_M, _M, _M, _P, _P, _P, _L, _L, _L, _L, _I, _P, _I, _F),
     "add_parts": (_P, _L, _L, _P, _I),
-    "finish_dy": (_P, _P, _P, _L, _M, _P, _V, _P, _P, _P, _L, _L),
+    "dy_sums": (_M, _M, _M, _M, _P, _P, _P, _P, _L, _L, _L, _L, _F),
+    "finish_dy": (_P, _L, _L, _P, _I, _P, _P, _P, _L, _M, _P, _V, _P, _P, _P, _L, _L),
     "rank_update": (_M, _M, _M, _P, _M, _V, _M, _L, _L, _L, _F, _P, _I, _I),
     "scaled": (_M, _P, _M, _L, _L, _I),
     "dropout_mask": (_P, _I, _P, _L, _L),
@@ -50,7 +51,7 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
 }
 """Launcher dk_<name> → the types of its arguments, but for the stream, which is the last of each."""
 
-FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens")
+FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens", "dk_dy_sums_columns")
 """What the library must have."""
 
 
@@ -62,6 +63,7 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"dk_{name}").argtypes = (*types, c_void_p)
     loaded.dk_error_string.restype = c_char_p
     loaded.dk_route_tokens.argtypes, loaded.dk_route_tokens.restype = (c_int64,), c_int64
+    loaded.dk_dy_sums_columns.argtypes, loaded.dk_dy_sums_columns.restype = (), c_int64
     return loaded
 
 

@@ -4,13 +4,12 @@
 what the op `expand_backward` promises: dv in its dtype, dB̂ with DoRA's c, dm divided, the bias's gradient.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from delora_kernels.backends.gemm_stages import DyParts
 from delora_kernels.backends.triton.launch import guard
 
 BLOCK = 1024
@@ -84,18 +83,6 @@ def finish_dy_kernel(
         if tl.program_id(0) >= rows:
             i = (tl.program_id(0) - rows).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             _add(DV_PARTS, DV, i, dv_parts, elements)
-
-
-class DyParts(NamedTuple):
-    """What the reads of dy left, float32: dv [Q, T, R], scale · dyᵀ h [P, N, R], Σ_t dy and Σ_t dy ⊙ y [P, N] each.
-
-    None where not asked for; `dv` is None too where it is finished already.
-    """
-
-    dv: Tensor | None
-    product: Tensor | None
-    sums: Tensor | None
-    dots: Tensor | None
 
 
 def finish_dy(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
-from delora_kernels.backends.triton.add_parts import DyParts
+from delora_kernels.backends.gemm_stages import DyParts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, guard, meeting, precision, rows
