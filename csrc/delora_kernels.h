@@ -144,6 +144,21 @@ DK_API int dk_route_backward(dk_matrix dv, dk_matrix h, const float *w, const fl
                              int64_t E, int64_t r, int64_t passed, int32_t given, int32_t renormalize, int32_t shared,
                              void *stream);
 
+/* out [T, n D] = every block of D columns of x reflected, x - 2 (x . u) / (u . u) u, or with v the two terms of ETHER+,
+   + bias [n D]; v and bias are optional, a vector of length 0 does nothing. x, out: rows, one dtype; u, v [n, D]: rows,
+   x's dtype or float32. */
+DK_API int dk_reflect(dk_matrix x, dk_matrix u, dk_matrix v, dk_vector bias, dk_matrix out, int64_t T, int64_t n,
+                      int64_t D, void *stream);
+
+/* dx [T, n D], optional, and g [parts, 1 (with v: 2), n D], float32: what dk_reflect_across makes du and dv of, as sums
+   over `parts` parts of the tokens. dy, x, dx: rows, one dtype; u, v as above. */
+DK_API int dk_reflect_backward(dk_matrix dy, dk_matrix x, dk_matrix u, dk_matrix v, dk_matrix dx, float *g, int64_t T,
+                               int64_t n, int64_t D, int64_t parts, void *stream);
+
+/* du [n, D], and with v dv, of g [1 (with v: 2), n D]: the part across u (v), signed and scaled. u, v: rows, one dtype. */
+DK_API int dk_reflect_across(const float *g, dk_matrix u, dk_matrix v, float *du, float *dv, int64_t n, int64_t D,
+                             void *stream);
+
 #ifdef __cplusplus
 }
 #endif

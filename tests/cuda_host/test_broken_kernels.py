@@ -34,13 +34,14 @@ OPS_OF = {
     "dy_sums": ("expand_backward",),
     "fold": ("fold", "fold_backward"),
     "rank_update": ("expand", "input_backward"),
+    "reflect": ("reflect", "reflect_backward"),
     "route": ("project_route", "expand_route_backward"),
     "row_norm": ("row_norm",),
     "times_small": ("project",),
     "token_sums": ("expand_backward", "input_backward"),
 }
-SIZES = {"dy_sums": ((170, 5, 252, 20), (200, 5, 264, 3))}
-"""Other tokens, in- and out-features and ranks: here every tile that a block has, of rows that 16 bytes divide."""
+SIZES = {"dy_sums": ((170, 5, 252, 20), (200, 5, 264, 3)), "reflect": ((40, 60, 5, 20), (40, 60, 5, 3))}
+"""Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that 16 bytes divide."""
 
 ORDERS = 40
 """A first that differs ends the search: a broken kernel may look right in several."""
@@ -54,6 +55,7 @@ WRONG = (
     ("dy_sums.cu", "small, in.small[(j + 1) % 2]", "small, in.small[j % 2]"),
     ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
     ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
+    ("reflect.cu", "if (t0 > first) {", "if (t0 > first + TOKENS) {"),
     ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
 )
 """File, what stands there, what to write in its place: wrong, but inside its tensors."""

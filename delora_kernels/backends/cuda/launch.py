@@ -48,6 +48,9 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "drop": (_M, _P, _I, _F, _M, _M, _L, _L),
     "route": (_M, _P, _P, _P, _M, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I),
     "route_backward": (_M, _M, _P, _P, _P, _P, _P, _M, _P, _P, _L, _L, _L, _L, _I, _I, _I),
+    "reflect": (_M, _M, _M, _V, _M, _L, _L, _L),
+    "reflect_backward": (_M, _M, _M, _M, _M, _P, _L, _L, _L, _L),
+    "reflect_across": (_P, _M, _M, _P, _P, _L, _L),
 }
 """Launcher dk_<name> → the types of its arguments, but for the stream, which is the last of each."""
 
