@@ -18,8 +18,9 @@ import torch
 from host_backend import LIBRARY, SANITIZED, shuffle_threads
 from torch import Tensor
 
-from delora_kernels.backends.cuda import dropout_mask, launch, route
+from delora_kernels.backends.cuda import dropout_mask, launch
 from delora_kernels.backends.cuda.kernels import token_sums
+from delora_kernels.backends.cuda.route import route
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup
 from delora_kernels.testing.op_problems import op_problems
 
