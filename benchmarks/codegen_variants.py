@@ -21,7 +21,6 @@ from delora_kernels.backends.triton.reflect import (
     tile_of,
 )
 from delora_kernels.backends.triton.route import (
-    REGISTERS,
     blocks,
     route_kernel,
     route_totals_kernel,
@@ -204,7 +203,7 @@ def _gating() -> Iterator[Variant]:
                     way = "gates" if given else "shared A" if shared else "top-2"
                     flags: dict[str, Any] = {"GIVEN": given, "SHARED": shared, "WITH_SHARE": True}
                     flags |= {"RENORMALIZE": not given} | blocks(E, r)
-                    config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E), "maxnreg": REGISTERS}
+                    config, options = f"{small} E={E} r={r} {way}", {"num_warps": warps(E), "maxnreg": tables.REGISTERS}
                     vectors = dict.fromkeys(("GATES", "SCALE", "SHARE", "W", "SUMS"), "fp32")
                     forward = vectors | {"PARTS": "fp32", "H": small, "V": small}
                     adds = {"ADDS": True, "K": 0 if given else 2}
@@ -252,7 +251,8 @@ def _reflections() -> Iterator[Variant]:
                 yield Variant("reflect", config, reflect_kernel, pointers, constants, options)
                 kernel = reflect_backward_kernel if D <= WHOLE else reflect_backward_chunked_kernel
                 pointers = {"DY": big, "X": big, "U": small, "DX": big, "PARTS": "fp32"} | v
-                yield Variant("reflect_backward", config, kernel, pointers, with_v | size | {"WITH_DX": True}, options)
+                constants, freed = with_v | size | {"WITH_DX": True}, options | {"maxnreg": tables.REGISTERS}
+                yield Variant("reflect_backward", config, kernel, pointers, constants, freed)
     for v in ({}, {"V": "fp32", "DV": "fp32"}):
         pointers = {"G": "fp32", "U": "fp32", "DU": "fp32"} | v
         yield Variant("across", "plus" if v else "", across_kernel, pointers, {"WITH_V": bool(v), "BD": 1024}, {})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.launch import launch, rows
-from delora_kernels.backends.triton.tables import splits
+from delora_kernels.backends.triton.tables import REGISTERS, splits
 
 WHOLE = 4096
 """Features of the largest block whose sums a program holds in registers."""
@@ -255,6 +255,7 @@ def reflect_backward(
     launch(
         kernel, (n * count,), (dy, x, u, v, dx, parts), (T, part, C, D, n, dy.stride(0), x.stride(0)),
         WITH_V=v is not None, WITH_DX=need_dx, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     sums = add_parts(parts, torch.float32)
     launch(across_kernel, (n * m,), (sums, u, v, du, dv), (C, D, n), WITH_V=v is not None, BD=min(1024, tile.features))

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import total
 from delora_kernels.backends.triton.launch import launch
+from delora_kernels.backends.triton.tables import REGISTERS
 
 NUMBERS = 1024
 """What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
-
-REGISTERS = 255
-"""What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a time, and spills."""
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from delora_kernels.backends.triton.add_parts import BLOCK, DyParts, add, total
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.dy_sums import takes as takes_sums
 from delora_kernels.backends.triton.launch import launch, rows
-from delora_kernels.backends.triton.route import REGISTERS, blocks, warps, weights
+from delora_kernels.backends.triton.route import blocks, warps, weights
+from delora_kernels.backends.triton.tables import REGISTERS
 from delora_kernels.backends.triton.times_small import times_small_parts
 from delora_kernels.backends.triton.token_sums import token_sums
 
@@ -23,10 +24,10 @@ def _softmax_backward(p, dp):
     return p * (dp - tl.sum(p * dp, 1)[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "dv_parts", "dv_elements", "parts"])
+@triton.jit(do_not_specialize=["T", "dv_parts", "parts"])
 def route_backward_kernel(
     DV_PARTS, PRODUCT_PARTS, SUM_PARTS, H, W, SCALE, SHARE, DP, DZ, DB, SUMS, DH, DGATES, DS_SUM,
-    T, dv_parts, dv_elements, parts, E, R, passed, product_elements, N, stride_dv, stride_h, stride_dh, inverse,
+    T, dv_parts, parts, E, R, passed, dv_elements, product_elements, N, stride_dv, stride_h, stride_dh, inverse,
     ADDS_PRODUCT: tl.constexpr, ADDS_SUMS: tl.constexpr, WITH_DS: tl.constexpr, GIVEN: tl.constexpr,
     SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
@@ -144,8 +145,8 @@ def expand_route_backward(
                 dB_hat, dy_sum, dh, dgates, dscale,
             ),
             (
-                T, len(dv), dv[0].numel(), parts, experts, rank, dv.shape[2] - experts * rank,
-                dB_hat.numel(), N, dv.shape[2], h.stride(0), dh.stride(0),
+                T, len(dv), parts, experts, rank, dv.shape[2] - experts * rank,
+                dv[0].numel(), dB_hat.numel(), N, dv.shape[2], h.stride(0), dh.stride(0),
             ),
             (1 / max(1, T),),
             ADDS_PRODUCT=adds_product, ADDS_SUMS=adds_sums, WITH_DS=need_scale, GIVEN=given, SHARED=shared,

@@ -69,6 +69,9 @@ def padded(R: int) -> int:
     return max(16, 1 << (R - 1).bit_length())
 
 
+REGISTERS = 255
+"""What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a time, and spills."""
+
 SPLIT_TARGET = 264
 """Programs that a reduction is split into: two for each of an H200's 132 multiprocessors."""
 
