@@ -25,9 +25,10 @@ from delora_kernels import use_backend
 from delora_kernels.backends.triton import launch
 from delora_kernels.testing import METHODS
 
-T, K, N, R = 16, 64, 64, 16
-CALLS = ("lora", "dora", "delora", "moe", "ether-plus", "lora-dropout", "dora-dropout")
-"""Methods whose whole calls are timed; with fewer, some kernel would not be launched."""
+T, N, R = 16, 64, 4
+CALLS = {"lora": 128, "dora": 64, "delora": 64, "moe": 64, "goat": 128, "ether-plus": 64}
+CALLS |= {"lora-dropout": 64, "dora-dropout": 64}
+"""Methods whose whole calls are timed → K: at 128 its sum is split. With fewer, some kernel would not be launched."""
 REPEATS = 20
 """Launches between two looks at the clock."""
 
@@ -83,7 +84,7 @@ def launching(function: Callable[..., None], modules: list[ModuleType]) -> Itera
 def _calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
     """Method → forward, and forward with backward."""
     found: dict[str, dict[str, Callable[[], Any]]] = {}
-    for name in CALLS:
+    for name, K in CALLS.items():
         inputs = METHODS[name].draw(T, K, N, R, dtype=torch.bfloat16, adapter_dtype=torch.float32, device=device)
         plain = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         found[name] = {"forward": partial(METHODS[name].forward, plain), "both": partial(METHODS[name].fused, plain)}
