@@ -5,9 +5,10 @@ device. For each, error = max |a − b| / max |b| and
 
     limit = 2 · e + ROUNDINGS · (ε / 2) · (1 + κ)
 
-with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype) over the inputs and
-NEIGHBOURS of them that differ in their last bits, ε of the coarsest dtype, and κ = 0 except where the result is one
-number g, DeLoRA's dλ: a maximum over many elements shows how far rounding goes, one number may be right by luck. There
+with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype; for ETHER's authors'
+form, which makes W', also of one that does) over the inputs and NEIGHBOURS of them that differ in their last bits, ε of
+the coarsest dtype, and κ = 0 except where the result is one number g, DeLoRA's dλ: a maximum over many elements shows
+how far rounding goes, one number may be right by luck. There
 
     κ = √Σ_i (i · ∂g/∂i)² / |g|     over every element i of the inputs
 
@@ -16,8 +17,9 @@ delora_kernels.testing with fewer float64 passes, which full-sized layers can't 
 implementations share a mask, and tests prove ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from delora_kernels.testing.problem import ROUNDINGS
 
 NEIGHBOURS = 2
 Results = dict[str, Tensor]
+Form = Callable[..., Any]
+"""A function's name and its arguments → y."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,20 @@ class Gate:
 
     Args:
         layer: Of a case without dropout.
+        forms: Of eager PyTorch; the limit is that of the one with the largest error.
         **conventions: Further arguments of the reference: see Layer.conventions.
     """
 
-    def __init__(self, layer: Layer, **conventions: Any) -> None:
+    def __init__(self, layer: Layer, forms: tuple[Form, ...] = (eager,), **conventions: Any) -> None:
         self.expected = _oracle(layer, layer.inputs | conventions)
         narrow, wide, autocast, _ = layer.precision
         coarsest = max(torch.finfo(dtype).eps for dtype in (narrow, wide))
         errors: dict[str, float] = dict.fromkeys(self.expected, 0.0)
         for number, near in enumerate(_neighbours(layer.inputs | conventions)):
             truth = self.expected if number == 0 else _oracle(layer, near)
-            for name, result in _eager(layer, _cast(near, narrow) if autocast else near).items():
-                errors[name] = max(errors[name], error(result, truth[name]))
+            for form in forms:
+                for name, result in _eager(layer, form, _cast(near, narrow) if autocast else near).items():
+                    errors[name] = max(errors[name], error(result, truth[name]))
         kappa = {name: _kappa(layer, name) if result.numel() == 1 else 0.0 for name, result in self.expected.items()}
         self.limits = {name: 2 * e + ROUNDINGS * coarsest / 2 * (1 + kappa[name]) for name, e in errors.items()}
 
@@ -95,8 +101,8 @@ def _oracle(layer: Layer, inputs: dict[str, Any]) -> Results:
     return _results(layer, getattr(reference, layer.method.function), _cast(inputs, torch.float64))
 
 
-def _eager(layer: Layer, inputs: dict[str, Any]) -> Results:
-    return _results(layer, lambda **arguments: eager(layer.method.function, **arguments), inputs)
+def _eager(layer: Layer, form: Form, inputs: dict[str, Any]) -> Results:
+    return _results(layer, partial(form, layer.method.function), inputs)
 
 
 def _results(layer: Layer, function: Any, inputs: dict[str, Any]) -> Results:

@@ -43,6 +43,12 @@ def eager(function: str, **arguments: Any) -> Any:
     return _mixed_additive(function, **arguments)
 
 
+def materialised(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **vectors: Any) -> Tensor:
+    """x W'ᵀ + bias of ETHER's functions, W' made in the vectors' dtype and rounded to x's: sums in another order."""
+    adapted = getattr(reference, function.replace("linear", "weight"))
+    return linear(x, adapted(weight.to(adapter_dtype(vectors)), **vectors).to(x.dtype), bias)
+
+
 def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **branch: Any) -> Any:
     """x Wᵀ + bias in the base's dtype + the branch, which is the reference with W = 0, in the adapters'."""
     wide = branch["A"].dtype
