@@ -17,7 +17,7 @@ from delora_kernels import backends
 from delora_kernels.check import DTYPES, Row, jobs, run_job
 from delora_kernels.environment import as_text, environment
 
-_COLUMNS = "{:<21} {:<11} {:<16} {:<7} {:>8} {:>8}  {}"
+_COLUMNS = "{:<25} {:<11} {:<16} {:<7} {:>8} {:>8}  {}"
 _HEADER = _COLUMNS.format("method", "what", "dtype", "backend", "error", "limit", "ok")
 
 
