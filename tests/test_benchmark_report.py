@@ -179,7 +179,8 @@ def test_mixtures_and_reflections_have_plots_of_their_own(tmp_path: Path) -> Non
 def test_every_committed_record_can_be_shown(path: Path, tmp_path: Path, capsys: Any) -> None:
     assert main([str(path), "--out", str(tmp_path)]) == 0
     plots = list(tmp_path.glob("time*.png"))
-    assert plots and all(plot.stat().st_size > 10_000 for plot in plots)
+    assert plots
+    assert all(plot.stat().st_size > 10_000 for plot in plots)
     assert load(path)["machine"]["commit"] in capsys.readouterr().out
 
 
