@@ -28,6 +28,7 @@ def total(PARTS, i, parts, M, inside):
 
 @triton.jit
 def add(PARTS, OUT, i, parts, M):
+    """OUT[i] = Σ_p PARTS[p, i] where i < M, rounded once to OUT's dtype."""
     tl.store(OUT + i, total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
 
 
