@@ -57,7 +57,16 @@ def losses(trained: transformers.Trainer) -> Tensor:
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """How far two trainings ended from each other, relative to how far each parameter has come."""
+    """How far two trainings ended from each other, relative to how far each parameter has come.
+
+    Parameters of one number, DeLoRA's λ, count as one vector: a single one moves by what is left when terms cancel.
+    """
+    numbers = [name for name, value in theirs.items() if value.numel() == 1]
+    ours, theirs, start = (
+        {name: value for name, value in ends.items() if name not in numbers}
+        | ({"numbers": torch.cat([ends[name].flatten() for name in numbers])} if numbers else {})
+        for ends in (ours, theirs, start)
+    )
     relative = [(ours[k] - theirs[k]).norm() / (theirs[k] - start[k]).norm() for k in theirs]
     return torch.stack(relative).square().mean().sqrt().item()
 
