@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CPU_ELEMENTS = 1 << 17
-"""Elements of one chunk on a CPU: 512 KiB in float32, small enough for a core's cache."""
+"""Elements of one chunk for each thread of a CPU: 512 KiB in float32, small enough for a core's cache."""
 
 DEVICE_ELEMENTS = 1 << 22
 """Elements of one chunk on other devices: 16 MiB in float32, enough to keep one busy for longer than a launch takes."""
@@ -15,7 +15,7 @@ DEVICE_ELEMENTS = 1 << 22
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
     """Slices that cut the rows of `matrix` into chunks."""
     rows, columns = matrix.shape
-    elements = CPU_ELEMENTS if matrix.device.type == "cpu" else DEVICE_ELEMENTS
+    elements = CPU_ELEMENTS * torch.get_num_threads() if matrix.device.type == "cpu" else DEVICE_ELEMENTS
     step = max(1, elements // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 

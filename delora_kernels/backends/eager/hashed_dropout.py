@@ -17,20 +17,40 @@ _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
-def keep_mask(rows: slice, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The elements that dropout keeps: bool [rows, K] of a [T, K] input.
+class KeepMask:
+    """The elements of a [T, K] input that dropout keeps, some rows at a time.
 
     Args:
-        rows: Rows wanted, with explicit start and stop.
         K: Columns.
         dropout_p: Probability of dropping an element, in [0, 1).
         seed: Tensor, int64, 0-d, on the device of the mask.
     """
-    groups = (K + _DECISIONS - 1) // _DECISIONS
-    index = torch.arange(rows.start * groups, rows.stop * groups, device=seed.device)
-    bits = _splitmix64(index, _splitmix64(torch.zeros_like(index[:1]), seed))
-    fields = bits.view(torch.int16).view(rows.stop - rows.start, groups * _DECISIONS)[:, :K]
-    return fields >= threshold(dropout_p)
+
+    def __init__(self, K: int, dropout_p: float, seed: Tensor) -> None:
+        self._K, self._threshold = K, threshold(dropout_p)
+        self._groups = (K + _DECISIONS - 1) // _DECISIONS
+        first = seed.reshape(1) + _GAMMA
+        self._key = _mix(first, torch.empty_like(first))
+        self._steps = first.new_empty(0)  # (index + 1) · γ from row 0 on: most chunks of rows are alike
+
+    def __call__(self, rows: slice) -> Tensor:
+        """bool [rows, K]; `rows` has explicit start and stop."""
+        count = rows.stop - rows.start
+        n = count * self._groups
+        if len(self._steps) < n:
+            self._steps = torch.arange(1, n + 1, device=self._key.device).mul_(_GAMMA)
+        z = self._steps[:n] + (self._key + _signed(rows.start * self._groups * _GAMMA))
+        fields = _mix(z, torch.empty_like(z)).view(torch.int16).view(count, self._groups * _DECISIONS)
+        return fields[:, : self._K] >= self._threshold
+
+    def drop(self, chunk: Tensor, rows: slice) -> Tensor:
+        """`chunk`, these rows of the input, with the dropped elements zeroed, not yet divided by 1 − p."""
+        return times_mask(chunk, self(rows))
+
+
+def times_mask(values: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """values ⊙ mask: NaN and Inf show where they are dropped. torch multiplies by bytes faster than by bools."""
+    return torch.mul(values, mask.view(torch.uint8), out=out)
 
 
 def threshold(dropout_p: float) -> int:
@@ -45,9 +65,9 @@ class MaskGroup(NamedTuple):
     dropout_p: float
     seed: Tensor | None
 
-    def drop(self, chunk: Tensor, rows: slice) -> Tensor:
-        """Rows of a [T, K] tensor with the dropped elements zeroed, not yet divided by 1 − p."""
-        return chunk if self.seed is None else chunk * keep_mask(rows, chunk.shape[1], self.dropout_p, self.seed)
+    def mask(self, K: int) -> KeepMask | None:
+        """The mask of a [T, K] input; None: nothing drops."""
+        return None if self.seed is None else KeepMask(K, self.dropout_p, self.seed)
 
 
 def mask_groups(R: int, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> list[MaskGroup]:
@@ -61,12 +81,17 @@ def mask_groups(R: int, ranks: Sequence[int], dropout_p: Sequence[float], seed: 
     ]
 
 
-def _splitmix64(index: Tensor, seed: Tensor) -> Tensor:
-    z = (index + 1).mul_(_GAMMA).add_(seed)
+def _mix(z: Tensor, scratch: Tensor) -> Tensor:
+    """splitmix64's output for its states z, in place."""
     for shift, multiplier in _MIX:
-        z.bitwise_xor_(_logical_shift(z, shift)).mul_(multiplier)
-    return z.bitwise_xor_(_logical_shift(z, 31))
+        z.bitwise_xor_(_logical_shift(z, shift, scratch)).mul_(multiplier)
+    return z.bitwise_xor_(_logical_shift(z, 31, scratch))
 
 
-def _logical_shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _logical_shift(z: Tensor, bits: int, out: Tensor) -> Tensor:
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 that has the lowest 64 bits of `number`."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
-from delora_kernels.backends.eager.hashed_dropout import keep_mask, mask_groups
+from delora_kernels.backends.eager.hashed_dropout import KeepMask, MaskGroup, mask_groups, times_mask
 from delora_kernels.ops import accumulate_dtype
 
 
@@ -47,12 +47,14 @@ def project(x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[
     if x.dtype == A_hat.dtype and seed is None:
         return torch.mm(x, A_hat.t())
     h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
-    groups = mask_groups(A_hat.shape[0], ranks, dropout_p, seed)
-    for rows, chunk in chunks_in(A_hat.dtype, x):
-        for group in groups:
-            torch.mm(group.drop(chunk, rows), A_hat[group.columns].t(), out=h[rows, group.columns])
-    for group in groups:
-        h[:, group.columns].div_(1 - group.dropout_p)
+    for group in mask_groups(A_hat.shape[0], ranks, dropout_p, seed):
+        mask, right, out = group.mask(x.shape[1]), A_hat[group.columns].t(), h[:, group.columns]
+        if mask is None and x.dtype == A_hat.dtype:
+            torch.mm(x, right, out=out)
+            continue
+        for rows, chunk in chunks_in(A_hat.dtype, x):
+            torch.mm(chunk if mask is None else mask.drop(chunk, rows), right, out=out[rows])
+        out.div_(1 - group.dropout_p)
     return h
 
 
@@ -123,9 +125,9 @@ def _halves(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    dropped = torch.empty_like(x)
+    dropped, mask = torch.empty_like(x), KeepMask(x.shape[1], dropout_p, seed)
     for rows in row_chunks(x):
-        torch.div(x[rows] * keep_mask(rows, x.shape[1], dropout_p, seed), 1 - dropout_p, out=dropped[rows])
+        torch.div(mask.drop(x[rows], rows), 1 - dropout_p, out=dropped[rows])
     return dropped
 
 
@@ -197,44 +199,83 @@ def input_backward(
     seed: Tensor | None,
     two_term: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dÂ, then dx: what the thin GEMM took is free again when the token-sized result is made."""
+    """dÂ, then dx: what the thin GEMM took is free again when the token-sized result is made.
+
+    With dropout the frozen GEMM comes first, and each chunk of rows gets its rank-R term beside its part of dÂ.
+    """
     dx, dA_hat = dy.new_empty(0), dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
-    if x is not None:
-        dA_hat = _project_backward(dv.narrow(1, 0, r), x, scale, ranks, dropout_p, seed)
-    if weight is not None and A_hat is not None:
-        dx = _input_grad(dy, weight, dv, A_hat, scale, c, ranks, dropout_p, seed, two_term)
-    return dx, dA_hat
-
-
-def _input_grad(
-    dy: Tensor,
-    weight: Tensor,
-    dv: Tensor,
-    A_hat: Tensor,
-    scale: float,
-    c: Tensor | None,
-    ranks: Sequence[int],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    two_term: bool,
-) -> Tensor:
-    """The frozen GEMM on dy, the rank-R term on top, masked first where elements dropped."""
     if seed is None:
-        return _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale)
-    if two_term and c is not None:
-        p = dropout_p[0]
-        dropped = _add_rank_term(scaled_gemm(dy, weight, (c - 1) / (1 - p)), dv, A_hat, scale / (1 - p))
-        for rows in row_chunks(dropped):
-            dropped[rows] *= keep_mask(rows, weight.shape[1], p, seed)
-        return dropped.addmm_(dy, weight)
-    dx = scaled_gemm(dy, weight, c)
+        if x is not None:
+            dA_hat = _factor_grad(dv.narrow(1, 0, r), x, scale)
+        if weight is not None and A_hat is not None:
+            dx = _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale)
+        return dx, dA_hat
     groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
-    for rows, total in chunks_in(dv.dtype, dx):
-        for group in groups:
-            branch = torch.mm(dv[rows, group.columns], A_hat[group.columns]).mul_(scale / (1 - group.dropout_p))
-            total = group.drop(branch, rows).add_(total)
-        dx[rows] = total
-    return dx
+    if weight is None or A_hat is None:
+        return dx, _masked_backward(None, dv, None, x, r, scale, groups)
+    if not two_term or c is None:
+        dx = scaled_gemm(dy, weight, c)
+        return dx, _masked_backward(dx, dv, A_hat, x, r, scale, groups)
+    inverse = 1 / (1 - dropout_p[0])
+    dx = _add_rank_term(scaled_gemm(dy, weight, (c - 1) * inverse), dv, A_hat, scale * inverse)
+    dA_hat = _masked_backward(dx, dv, None, x, r, scale, groups)
+    return dx.addmm_(dy, weight), dA_hat
+
+
+def _factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
+    """dÂ: one GEMM, or one for each chunk of rows, summed in float32."""
+    acc = accumulate_dtype(dv.dtype)
+    if x.dtype == dv.dtype:
+        return _product(dv.t(), x, scale).to(acc)
+    dA_hat = dv.new_zeros((dv.shape[1], x.shape[1]), dtype=acc)
+    for rows, chunk in chunks_in(acc, x):
+        dA_hat.addmm_(dv[rows].to(acc).t(), chunk, alpha=scale)
+    return dA_hat
+
+
+def _masked_backward(
+    dx: Tensor | None,
+    dv: Tensor,
+    A_hat: Tensor | None,
+    x: Tensor | None,
+    r: int,
+    scale: float,
+    groups: Sequence[MaskGroup],
+) -> Tensor:
+    """dÂ; adds each mask's part of the rank-R term to dx, or without A_hat, where dx has it, drops elements of dx.
+
+    A mask is made once, a chunk of rows at a time.
+    """
+    acc = accumulate_dtype(dv.dtype)
+    dA_hat = dv.new_empty(0, dtype=acc) if x is None else dv.new_zeros((r, x.shape[1]), dtype=acc)
+    tokens = x if dx is None else dx
+    if tokens is None:
+        return dA_hat
+    for group in groups:
+        columns, trained = group.columns, slice(group.columns.start, min(group.columns.stop, r))
+        factor, mask = scale / (1 - group.dropout_p), group.mask(tokens.shape[1])
+        if mask is None:
+            if x is not None:
+                dA_hat[trained] = _factor_grad(dv[:, trained], x, factor)
+            if dx is not None and A_hat is not None:
+                _add_rank_term(dx, dv[:, columns], A_hat[columns], factor)
+            continue
+        for rows in row_chunks(tokens):
+            keep = mask(rows)
+            if x is not None:
+                dropped = times_mask(x[rows].to(acc), keep)
+                dA_hat[trained].addmm_(dv[rows, trained].to(acc).t(), dropped, alpha=factor)
+            if dx is None:
+                continue
+            total = dx[rows].to(dv.dtype)  # where that is its dtype, a view
+            if A_hat is None:
+                times_mask(total, keep, out=total)
+            else:
+                branch = torch.mm(dv[rows, columns], A_hat[columns])
+                total.add_(times_mask(branch, keep, out=branch), alpha=factor)
+            if dx.dtype != total.dtype:
+                dx[rows] = total
+    return dA_hat
 
 
 def scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -254,23 +295,6 @@ def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
     return scaled
 
 
-def _project_backward(
-    dv: Tensor, x: Tensor, scale: float, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None
-) -> Tensor:
-    """One GEMM, or one for each chunk of rows and mask, summed in float32."""
-    acc = accumulate_dtype(dv.dtype)
-    if x.dtype == dv.dtype and seed is None:
-        return _product(dv.t(), x, scale).to(acc)
-    dA_hat = dv.new_zeros((dv.shape[1], x.shape[1]), dtype=acc)
-    groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
-    for rows, chunk in chunks_in(acc, x):
-        for group in groups:
-            dA_hat[group.columns].addmm_(dv[rows, group.columns].to(acc).t(), group.drop(chunk, rows))
-    for group in groups:
-        dA_hat[group.columns].mul_(scale / (1 - group.dropout_p))
-    return dA_hat
-
-
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     """One GEMM; two for PEFT's two-term DoRA."""
     dW = torch.mm(dy.t(), x)
@@ -283,4 +307,4 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed:
 
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The whole mask at once; the other ops make theirs a chunk at a time."""
-    return keep_mask(slice(0, T), K, dropout_p, seed)
+    return KeepMask(K, dropout_p, seed)(slice(0, T))

@@ -24,17 +24,18 @@ def route(
     u, logits, rest = _parts(h, experts if gates is None else 0, rank if shared else experts * rank)
     if gates is None:
         logits = logits.to(acc)
-        P = torch.softmax(logits, 1)
+        power, total, lse = _powers(logits)
         chosen = _largest(logits, top_k)
-        w = _distribution(logits, P, chosen, renormalize)
-        z = _mean(logits.logsumexp(1, keepdim=True).square_(), token_share)
+        P = power / total
+        w = power / power.masked_fill(~chosen, 0).sum(1, keepdim=True) if renormalize else P
+        w = w.masked_fill(~chosen, 0)
+        z = _mean(lse.square_(), token_share)
     else:
         P = w = gates
         chosen = gates != 0
         z = scale.new_zeros(1)
     v = h.new_empty((h.shape[0], experts * rank + rest.shape[1]))
-    gated = _gate(w, scale, u.unflatten(1, (-1, rank)).to(acc))
-    v[:, : experts * rank].unflatten(1, (experts, rank)).copy_(gated)
+    v[:, : experts * rank].unflatten(1, (experts, rank)).copy_(_gate(w, scale, u.unflatten(1, (-1, rank)).to(acc)))
     v[:, experts * rank :] = rest
     return v, w if gates is None else w.new_empty(0), _mean(chosen.to(acc), token_share), _mean(P, token_share), z
 
@@ -52,10 +53,12 @@ def _largest(logits: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True)
 
 
-def _distribution(logits: Tensor, P: Tensor, chosen: Tensor, renormalize: bool) -> Tensor:
-    """w: P where chosen, or the softmax over the chosen logits, which is P divided by its sum there."""
-    kept = torch.softmax(logits.masked_fill(~chosen, -torch.inf), 1) if renormalize else P
-    return kept.masked_fill(~chosen, 0)
+def _powers(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(logit − m) with the token's largest logit m, their sum, and log Σ e^logit: the largest one is in each sum."""
+    largest = logits.amax(1, keepdim=True)
+    power = (logits - largest).exp_()
+    total = power.sum(1, keepdim=True)
+    return power, total, total.log().add_(largest)
 
 
 def _gate(w: Tensor, scale: Tensor, values: Tensor) -> Tensor:
@@ -102,11 +105,11 @@ def route_backward(
     share = w.new_full((1, 1), 1 / max(1, h.shape[0])) if token_share is None else token_share.unsqueeze(1)
     if given:
         return dh, dw + dP * share, dscale
-    logits = logits.to(acc)
-    P = torch.softmax(logits, 1)
+    power, total, lse = _powers(logits.to(acc))
+    P = power.div_(total)
     dw = dw.masked_fill_(w == 0, 0)
     kept = w if renormalize else P
-    counted = (_softmax_backward(P, dP) + 2 * dz * logits.logsumexp(1, keepdim=True) * P) * share
+    counted = (_softmax_backward(P, dP) + 2 * dz * lse * P) * share
     counted.masked_fill_(share == 0, 0)
     dlogits.copy_(_softmax_backward(kept, dw).masked_fill_(kept == 0, 0).add_(counted))
     return dh, w.new_empty(0), dscale
