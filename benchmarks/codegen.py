@@ -1,6 +1,6 @@
 """Cross-compile every Triton kernel in every table configuration, without a GPU: registers, spills, shared memory, MMA.
 
-    python -m benchmarks.codegen --arch sm_80 --arch sm_90 [--json FILE]
+    python -m benchmarks.codegen [--arch sm_80 ...] [--kernel add_parts ...] [--json FILE]
 
 Exit status 1 if a kernel spills on, or does not fit, an NVIDIA architecture, or if a 16-bit product for sm_90 does not
 run on wgmma. gfx942 (`--arch gfx942`) is reported only.
@@ -113,10 +113,6 @@ def _architecture_variants(arch: str) -> list[Variant]:
     return list(variants(divmod(int(arch[3:]), 10) if arch.startswith("sm_") else (0, 0)))
 
 
-def _count(arch: str) -> int:
-    return len(_architecture_variants(arch))
-
-
 def _compile(job: tuple[str, int]) -> dict[str, Any]:
     arch, index = job
     return compile_variant(_architecture_variants(arch)[index], arch)
@@ -126,11 +122,17 @@ def main() -> int:
     """Compile, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", help="sm_80, sm_86, sm_89, sm_90, gfx942; default: sm_80 and sm_90")
+    parser.add_argument("--kernel", action="append", help="add_parts, ...; default: all")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--summary", action="store_true", help="a Markdown table by kernel behind the rows")
     options = parser.parse_args()
     rows, bad = [], []
-    jobs = [(arch, index) for arch in options.arch or ["sm_80", "sm_90"] for index in range(_count(arch))]
+    jobs = [
+        (arch, index)
+        for arch in options.arch or ["sm_80", "sm_90"]
+        for index, variant in enumerate(_architecture_variants(arch))
+        if options.kernel is None or variant.kernel in options.kernel
+    ]
     print(f"{'kernel':<13} {'arch':<7} {'config':<26} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
     with ProcessPoolExecutor() as pool:
         for row in pool.map(_compile, jobs, chunksize=4) if len(jobs) > 8 else map(_compile, jobs):

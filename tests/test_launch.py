@@ -35,6 +35,7 @@ from delora_kernels import use_backend
 from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import forms, launch
 from delora_kernels.backends.triton.add_parts import add_parts_kernel
+from delora_kernels.backends.triton.scaled import scaled_kernel
 from delora_kernels.backends.triton.token_sums import token_sums
 from delora_kernels.testing import METHODS
 
@@ -154,15 +155,15 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 def test_a_variant_for_each_alignment_and_each_kind_of_integer(seen: Seen) -> None:
     """Whichever was launched first."""
-    parts = torch.zeros(4, 65)
+    rows = torch.zeros(4, 65)
     functions = {}
     for _ in range(2):
-        for at, M in ((parts[0], 16), (parts[1], 16), (parts[0], 17), (parts[0], 1), (parts[0], 2**31 + 16)):
-            seen.pair(add_parts_kernel, (1,), (at, parts), (3, M), BLOCK=1024)
-            functions[at.data_ptr() % 16, M] = seen.launches[0][2]
+        for at, C in ((rows[0], 16), (rows[1], 16), (rows[0], 17), (rows[0], 1), (rows[0], 2**31 + 16)):
+            seen.pair(scaled_kernel, (1,), (at, rows, rows), (3, C, 16), BY_ROW=True, BM=16, BC=512)
+            functions[at.data_ptr() % 16, C] = seen.launches[0][2]
     assert len(set(functions.values())) == len(functions) == 5
     assert seen.direct == 5
-    signatures = [ready.kernel.src.signature["M"] for ready in launch._ready.values()]
+    signatures = [ready.kernel.src.signature["C"] for ready in launch._ready.values()]
     assert sorted(signatures) == ["constexpr", "i32", "i32", "i32", "i64"]
 
 
@@ -311,10 +312,23 @@ def test_what_it_does_not_know_goes_by_tritons_path(why: str, seen: Seen, monkey
 def test_it_forgets_before_it_grows_for_ever(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST", 3)
     parts = torch.zeros(8)
-    for M in (2, 3, 4, 5, 6, 5):
-        seen.pair(add_parts_kernel, (1,), (parts, parts), (3, M), BLOCK=64)
+    for BLOCK in (2, 4, 8, 16, 32, 16):
+        seen.pair(add_parts_kernel, (1,), (parts, parts), (3, 8), BLOCK=BLOCK)
     assert len(launch._ready) == 2
     assert seen.direct == 1
+
+
+@pytest.mark.parametrize("tokens", [(1000, 1001, 1016, 1008), (33, 34, 47, 48)])
+def test_another_number_of_tokens_is_no_other_variant(tokens: tuple[int, ...], seen: Seen, seed: int) -> None:
+    """No kernel is compiled anew, or launched by Triton's path, because a batch has another length."""
+    for method in METHODS.values():
+        for T in tokens:
+            inputs = method.draw(T, 48, 64, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32, seed=seed)
+            with use_backend("triton"):
+                method.fused(inputs)
+            if T == tokens[0]:
+                remembered = set(launch._ready)
+        assert set(launch._ready) == remembered, method.name
 
 
 def test_parameters_are_in_the_order_that_launch_wants() -> None:

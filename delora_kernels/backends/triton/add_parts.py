@@ -32,7 +32,7 @@ def add(PARTS, OUT, i, parts, M):
     tl.store(OUT + i, total(PARTS, i, parts, M, i < M).to(OUT.dtype.element_ty), i < M)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "M"])
 def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
     """BLOCK elements of OUT [M] = Σ_p PARTS[p]."""
     add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)

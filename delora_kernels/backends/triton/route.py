@@ -56,10 +56,10 @@ def write_sums(SUMS, SHARE, block, t, e, p, chosen, z, T, E, WITH_SHARE: tl.cons
     tl.store(out + 2 * E, tl.sum(tl.where(counted != 0, z * counted, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["T", "parts", "elements"])
+@triton.jit(do_not_specialize=["T", "parts"])
 def route_kernel(
     PARTS, GATES, SCALE, SHARE, H, V, W, SUMS,
-    T, parts, elements, E, R, passed, stride_p, stride_v,
+    T, parts, E, R, passed, stride_p, stride_v,
     ADDS: tl.constexpr, GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr,
     RENORMALIZE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +69,7 @@ def route_kernel(
     e = tl.arange(0, BE)
     inside = (t[:, None] < T) & (e[None, :] < E)
     row = t[:, None].to(tl.int64)
+    elements = tl.cast(T, tl.int64) * stride_p
     width = R if SHARED else R * E
     if GIVEN:
         w = tl.load(GATES + row * E + e[None, :], inside, 0.0)
@@ -177,7 +178,7 @@ def route(
             parts, None if gates is None else gates.contiguous(), scale.contiguous(), token_share,
             h if adds else None, v, w, sums,
         ),
-        (T, count, T * columns, experts, rank, passed, columns, v.stride(0)),
+        (T, count, experts, rank, passed, columns, v.stride(0)),
         ADDS=adds, GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None,
         K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given,
         **sizes, num_warps=warps(experts), maxnreg=REGISTERS,

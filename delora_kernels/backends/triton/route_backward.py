@@ -27,7 +27,7 @@ def _softmax_backward(p, dp):
 @triton.jit(do_not_specialize=["T", "dv_parts", "parts"])
 def route_backward_kernel(
     DV_PARTS, PRODUCT_PARTS, SUM_PARTS, H, W, SCALE, SHARE, DP, DZ, DB, SUMS, DH, DGATES, DS_SUM,
-    T, dv_parts, parts, E, R, passed, dv_elements, product_elements, N, stride_dv, stride_h, stride_dh, inverse,
+    T, dv_parts, parts, E, R, passed, product_elements, N, stride_dv, stride_h, stride_dh, inverse,
     ADDS_PRODUCT: tl.constexpr, ADDS_SUMS: tl.constexpr, WITH_DS: tl.constexpr, GIVEN: tl.constexpr,
     SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,6 +41,7 @@ def route_backward_kernel(
         e = tl.arange(0, BE)
         inside = (t[:, None] < T) & (e[None, :] < E)
         row = t[:, None].to(tl.int64)
+        dv_elements = tl.cast(T, tl.int64) * stride_dv
         width = R if SHARED else R * E
         w = tl.load(W + row * E + e[None, :], inside, 0.0)
         scale = tl.load(SCALE + e, e < E, 0.0)
@@ -146,7 +147,7 @@ def expand_route_backward(
             ),
             (
                 T, len(dv), parts, experts, rank, dv.shape[2] - experts * rank,
-                dv[0].numel(), dB_hat.numel(), N, dv.shape[2], h.stride(0), dh.stride(0),
+                dB_hat.numel(), N, dv.shape[2], h.stride(0), dh.stride(0),
             ),
             (1 / max(1, T),),
             ADDS_PRODUCT=adds_product, ADDS_SUMS=adds_sums, WITH_DS=need_scale, GIVEN=given, SHARED=shared,
