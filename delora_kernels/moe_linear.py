@@ -176,10 +176,10 @@ class MoELinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any, dP: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, dy, dP, dz, _Saved(*saved))
         with torch.no_grad():
             grads = _gradients(ctx, dy, dP, dz, _Saved(*saved))
-        if not torch.is_grad_enabled():
-            return grads
         return refuse_second_derivatives(ctx.options.method, grads, (dy, dP, dz, *saved))
 
 

@@ -129,10 +129,10 @@ class ReflectedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, dy, _Saved(*saved))
         with torch.no_grad():
             grads = _gradients(ctx, dy, _Saved(*saved))
-        if not torch.is_grad_enabled():
-            return grads
         return refuse_second_derivatives(ctx.options.method, grads, (dy, *saved))
 
 

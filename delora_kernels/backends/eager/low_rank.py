@@ -84,16 +84,20 @@ def expand(
         y = linear(x, weight)
     h, B_hat = h.to(c.dtype), B_hat.to(c.dtype)
     for rows, chunk in chunks_in(c.dtype, base):
-        total = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale).mul_(c)
+        out = y[rows] if y.dtype == c.dtype and seed is None else None
+        total = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale, out=out).mul_(c)
         if seed is not None:  # (x − drop(x)) Wᵀ
             total += y[rows].to(c.dtype) - chunk
-        y[rows] = total if bias is None else total.add_(bias)
+        if bias is not None:
+            total += bias
+        if out is None:
+            y[rows] = total
     return y, (base if keep else nothing)
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale · left right, rounded once."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    return torch.mm(left, right) if scale == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -164,20 +168,27 @@ def _rank_gradients(
     """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor."""
     acc = accumulate_dtype(dy.dtype)
     scaled_B = B_hat if c is None or B_hat is None else B_hat * c[:, None]
-    rank_dtype = next((small.dtype for small in (h, B_hat) if small is not None), dy.dtype)
+    small = B_hat if h is None else h
+    if small is not None and small.dtype != dy.dtype:
+        return _wide_rank_gradients(dy, h, scaled_B, scale)
+    if scaled_B is None:
+        dv = dy.new_empty(0)
+    elif scaled_B.dtype == dy.dtype:
+        dv = torch.mm(dy, scaled_B)
+    else:
+        high, low = _halves(scaled_B, dy.dtype)
+        dv = torch.mm(dy, low).addmm_(dy, high)
+    if h is None:
+        return dv, dy.new_empty(0, dtype=acc)
+    return dv, dy.new_empty((dy.shape[1], h.shape[1]), dtype=acc).copy_(_product(h.t(), dy, scale).t())
+
+
+def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The same where factors are wider than dy, a chunk of rows at a time."""
     nothing = dy.new_empty(0)
-    if rank_dtype == dy.dtype:
-        dv = nothing
-        if scaled_B is not None:
-            high, low = (scaled_B, None) if scaled_B.dtype == dy.dtype else _halves(scaled_B, dy.dtype)
-            dv = torch.mm(dy, high) if low is None else torch.mm(dy, low).addmm_(dy, high)
-        if h is None:
-            return dv, nothing.to(acc)
-        dB_hat = dy.new_empty((dy.shape[1], h.shape[1]), dtype=acc)
-        return dv, dB_hat.copy_(_product(h.t(), dy, scale).t())
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
-    dB_hat = nothing.to(acc) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
-    for rows, chunk in chunks_in(rank_dtype, dy):
+    dB_hat = nothing.to(torch.float32) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
+    for rows, chunk in chunks_in(dv.dtype if h is None else h.dtype, dy):
         if scaled_B is not None:
             torch.mm(chunk, scaled_B, out=dv[rows])
         if h is not None:
@@ -203,16 +214,17 @@ def input_backward(
 
     With dropout the frozen GEMM comes first, and each chunk of rows gets its rank-R term beside its part of dÂ.
     """
-    dx, dA_hat = dy.new_empty(0), dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
     if seed is None:
-        if x is not None:
-            dA_hat = _factor_grad(dv.narrow(1, 0, r), x, scale)
-        if weight is not None and A_hat is not None:
-            dx = _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale)
-        return dx, dA_hat
+        if x is None:
+            dA_hat = dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
+        else:
+            dA_hat = _factor_grad(dv if r == dv.shape[1] else dv[:, :r], x, scale)
+        if weight is None or A_hat is None:
+            return dy.new_empty(0), dA_hat
+        return _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale), dA_hat
     groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
     if weight is None or A_hat is None:
-        return dx, _masked_backward(None, dv, None, x, r, scale, groups)
+        return dy.new_empty(0), _masked_backward(None, dv, None, x, r, scale, groups)
     if not two_term or c is None:
         dx = scaled_gemm(dy, weight, c)
         return dx, _masked_backward(dx, dv, A_hat, x, r, scale, groups)
