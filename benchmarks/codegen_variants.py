@@ -30,6 +30,9 @@ from delora_kernels.backends.triton.route import (
 from delora_kernels.backends.triton.route_backward import route_backward_kernel
 from delora_kernels.backends.triton.row_norm import row_norm_kernel
 from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, scaled_kernel
+from delora_kernels.backends.triton.stack_factors import BLOCK as STACK_BLOCK
+from delora_kernels.backends.triton.stack_factors import COLUMNS as STACK_COLUMNS
+from delora_kernels.backends.triton.stack_factors import stack_factors_kernel
 from delora_kernels.backends.triton.times_small import times_small_kernel
 from delora_kernels.backends.triton.token_sums import token_sums_kernel
 
@@ -181,6 +184,12 @@ def _passes() -> Iterator[Variant]:
         size = {"BY_ROW": by_row, "BM": BLOCK_ROWS, "BC": BLOCK_COLUMNS}
         pointers = {"X": "bf16", "FACTOR": "fp32", "OUT": "bf16"}
         yield Variant("scaled", "rows" if by_row else "columns", scaled_kernel, pointers, size, {})
+    size = {"BLOCK": STACK_BLOCK, "BN": STACK_BLOCK // STACK_COLUMNS, "BC": STACK_COLUMNS}
+    constants = {f"WITH_{part}": True for part in ("A", "G", "A0", "B0")}
+    for small in ("fp32", "bf16"):
+        pointers = dict.fromkeys(("A", "G", "A0", "B", "B0"), small) | {"RESIDUAL": "fp32"}
+        pointers |= {"ROWS": "bf16", "COLUMNS": "bf16"}
+        yield Variant("stack_factors", small, stack_factors_kernel, pointers, constants | size, {})
     size = {"BT": _BT, "BC": _BC}
     yield Variant("mask", "", mask_kernel, {"SEED": "i64", "MASK": "i1"}, size, {})
     pointers = {"X": "bf16", "SEED": "i64", "DROPPED": "bf16", "REST": "bf16"}

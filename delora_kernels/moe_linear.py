@@ -50,6 +50,7 @@ class _Factors(NamedTuple):
 
 
 def _factors(
+    stages: Any,
     A: Tensor,
     B: Tensor,
     router: Tensor | None,
@@ -58,21 +59,12 @@ def _factors(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> _Factors:
-    E, N, r = B.shape
-    R, trained_rows = E * r, A.shape[:-1].numel() + (0 if router is None else E)
-    start = () if frozen_A is None or frozen_B is None or residual is None else (frozen_A, frozen_B, residual)
-    columns = B.new_empty((N, R + (start[1].shape[0] * start[1].shape[2] if start else 0)), dtype=dtype)
-    columns[:, :R].unflatten(1, (E, r)).copy_(B.transpose(0, 1))  # cast on the way
-    if start:
-        subtracted = start[1] * (-start[2])[:, None, None]
-        columns[:, R:].unflatten(1, (len(start[1]), -1)).copy_(subtracted.transpose(0, 1))
-    parts = [A.flatten(0, -2), *([] if router is None else [router]), *([start[0].flatten(0, -2)] if start else [])]
-    rows = parts[0].to(dtype)
-    if len(parts) > 1:
-        rows = A.new_empty((sum(map(len, parts)), A.shape[-1]), dtype=dtype)
-        for here, part in zip(rows.split([len(part) for part in parts]), parts, strict=True):
-            here.copy_(part)
-    return _Factors(rows, columns, E, r, trained_rows, A.dim() == 2)
+    (E, _, r), A_rows = B.shape, A.flatten(0, -2)
+    alone = router is None and frozen_A is None and A.dtype == dtype
+    start = None if frozen_A is None else frozen_A.flatten(0, -2)
+    rows, columns = stages.stack_factors(None if alone else A_rows, router, start, B, frozen_B, residual, dtype)
+    trained_rows = len(A_rows) + (0 if router is None else E)
+    return _Factors(A_rows if alone else rows, columns, E, r, trained_rows, A.dim() == 2)
 
 
 class _Stages(NamedTuple):
@@ -94,7 +86,7 @@ def _forward(call: MoECall) -> _Stages:
     x = call.x.to(o.compute_dtype)
     weight = FrozenLinear(call.weight).dense(o.compute_dtype)
     stages = ops.stages(o.backend, call.tensors)
-    f = _factors(call.A, call.B, call.router, call.frozen_A, call.frozen_B, call.residual, o.rank_dtype)
+    f = _factors(stages, call.A, call.B, call.router, call.frozen_A, call.frozen_B, call.residual, o.rank_dtype)
     h, v, w, fraction, probability, z = stages.project_route(
         x,
         f.rows,
@@ -206,7 +198,7 @@ def _gradients(ctx: Any, dy: Tensor, dP: Tensor, dz: Tensor, saved: Any) -> tupl
             return _gradients(ctx, dy, dP, dz, saved)
     need, o = MoECall(*ctx.needs_input_grad), ctx.options
     stages = ops.stages(o.backend, (dy, dP, dz, *saved))
-    f = _factors(saved.A, saved.B, saved.router, saved.frozen_A, saved.frozen_B, saved.residual, o.rank_dtype)
+    f = _factors(stages, saved.A, saved.B, saved.router, saved.frozen_A, saved.frozen_B, saved.residual, o.rank_dtype)
     E, R, Ra = f.experts, f.experts * f.rank, saved.A.flatten(0, -2).shape[0]
     grad: dict[str, Any] = {}
     if need.x or need.A or need.router or need.gates or need.scale:

@@ -227,6 +227,31 @@ dropout_p > 0 (PEFT's two-term DoRA): dyᵀ (x − drop(x)) + c ⊙ (dyᵀ drop(
 """
 
 
+def _stack_factors_fake(
+    A: Tensor | None,
+    router: Tensor | None,
+    frozen_A: Tensor | None,
+    B: Tensor,
+    frozen_B: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Outputs:
+    parts = [part for part in (A, router, frozen_A) if part is not None]
+    columns = sum(each.shape[0] * each.shape[2] for each in (B, frozen_B) if each is not None)
+    rows = (sum(part.shape[0] for part in parts), parts[0].shape[1]) if parts else 0
+    return B.new_empty(rows, dtype=dtype), B.new_empty((B.shape[1], columns), dtype=dtype)
+
+
+stack_factors = _register(
+    "stack_factors(Tensor? A, Tensor? router, Tensor? frozen_A, Tensor B, Tensor? frozen_B, Tensor? residual,"
+    " ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _stack_factors_fake,
+)
+"""A mixture's factors side by side, in `dtype`: [A; G; A⁰] of A [R, K], the router [E, K], frozen_A [R₀, K], those that
+are given (size 0 if none is), and [B | −γ B⁰], [N, E r + E₀ r₀], of B [E, N, r], frozen_B [E₀, N, r₀], residual γ [E₀].
+"""
+
+
 def _project_route_fake(
     x: Tensor,
     A_hat: Tensor,

@@ -334,6 +334,18 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
         part(1, lambda B_hat, A, *_: torch.cat([B_hat[:, : len(A)], -B_hat[:, len(A) :]], dim=1)),
         {"op fold": "B_hat", "delora-frozen-live": "y", "delora-frozen-paper": "dx", "delora": None},
     ),
+    "residual not negated": (
+        "stack_factors",
+        lambda right, A, G, A0, B, B0, residual, dtype: right(
+            A, G, A0, B, B0, None if residual is None else -residual, dtype
+        ),
+        {"op stack_factors": "columns", "goat": "y", "moe": None},
+    ),
+    "experts in another order": (
+        "stack_factors",
+        lambda right, A, G, A0, B, *rest: right(A, G, A0, B.flip(0), *rest),
+        {"op stack_factors": "columns", "moe": "y", "moe-gates": "dx", "lora": None},
+    ),
     "norms in the wrong dtype": (
         "fold",
         part(2, lambda a, *_: a.double()),

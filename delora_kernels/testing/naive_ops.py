@@ -48,6 +48,23 @@ def _folded(
     return torch.cat(A_hat), torch.cat(B_hat, dim=1), torch.cat(a), torch.cat(b)
 
 
+def stack_factors(
+    A: Tensor | None,
+    router: Tensor | None,
+    frozen_A: Tensor | None,
+    B: Tensor,
+    frozen_B: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Results:
+    """[A; G; A⁰] and [B | −γ B⁰], expert by expert."""
+    parts = [part for part in (A, router, frozen_A) if part is not None]
+    columns = list(B)
+    if frozen_B is not None and residual is not None:
+        columns += [-factor * each for factor, each in zip(residual, frozen_B, strict=True)]
+    return torch.cat(parts).to(dtype) if parts else None, torch.cat(columns, dim=1).to(dtype)
+
+
 def fold_backward(
     dA_hat: Tensor | None,
     dB_hat: Tensor | None,

@@ -100,6 +100,21 @@ def _normalising_fold(d: OpDraw) -> Variants:
     yield made | {"eps": between}  # some of A's rows are clamped, and of B's columns
 
 
+def _stack_factors(d: OpDraw) -> Variants:
+    """B alone; an A that all experts share; a router; a start of another number of experts and another rank."""
+    E, r = 3, d.R
+    made: Arguments = {"B": d.small(E, d.N, r), **dict.fromkeys(("A", "router", "frozen_A", "frozen_B", "residual"))}
+    narrow = torch.float64 if d.rank_dtype == torch.float64 else torch.bfloat16
+    yield made | {"dtype": d.rank_dtype}
+    yield made | {"A": d.small(r, d.K), "dtype": narrow}
+    made |= {"A": d.small(E * r, d.K), "router": d.small(E, d.K), "dtype": d.rank_dtype}
+    yield made
+    yield made | {"A": made["A"].t().contiguous().t(), "B": made["B"].mT.contiguous().mT, "dtype": narrow}
+    start = {"frozen_A": d.small(2 * (r + 1), d.K), "frozen_B": d.small(2, d.N, r + 1)}
+    yield made | start | {"residual": d.acc(2)}
+    yield made | start | {"residual": d.acc(2), "A": None, "router": None, "dtype": narrow}
+
+
 def _fold_backward(d: OpDraw) -> Variants:
     for made in _normalising_fold(d):
         wide = moved(made, ops.accumulate_dtype(d.rank_dtype))
@@ -247,6 +262,7 @@ def _reflect_backward(d: OpDraw) -> Variants:
 OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
+    "stack_factors": (_stack_factors, ("rows", "columns")),
     "row_norm": (_row_norm, ("norm", "c", "scaled")),
     "project": (_project, ("h",)),
     "expand": (_expand, ("y", None)),

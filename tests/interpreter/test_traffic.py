@@ -53,10 +53,11 @@ LAUNCHES = {
     ("dora", forms.UPDATE): (5, 7),
     ("dora", forms.PREFILL): (5, 6),
     ("dora", forms.OWN): (4, 6),
-    # the gating rides in the projection, its gradient in what adds up the sums of dy; statistics in place of the cast
-    ("moe_lora", forms.UPDATE): (4, 6),
-    ("moe_lora", forms.PREFILL): (4, 5),
-    ("moe_lora", forms.OWN): (3, 5),
+    # factors stacked and cast, backward too; the gating rides in the projection, its gradient in what adds up the sums
+    # of dy; the sums of the statistics
+    ("moe_lora", forms.UPDATE): (5, 7),
+    ("moe_lora", forms.PREFILL): (5, 6),
+    ("moe_lora", forms.OWN): (4, 6),
 }
 """Launches of a forward and of a backward pass with float32 adapters under bfloat16 autocast, library GEMM included."""
 

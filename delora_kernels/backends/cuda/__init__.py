@@ -12,7 +12,7 @@ from delora_kernels.backends.cuda.route import expand_route_backward, project_ro
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.cuda.support import supports, why_not_here
-from delora_kernels.backends.eager import weight_grad
+from delora_kernels.backends.eager import stack_factors, weight_grad
 
 __all__ = [
     "dropout_mask",
@@ -27,6 +27,7 @@ __all__ = [
     "reflect",
     "reflect_backward",
     "row_norm",
+    "stack_factors",
     "supports",
     "wants_scaled",
     "weight_grad",

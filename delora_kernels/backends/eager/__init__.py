@@ -13,6 +13,7 @@ from delora_kernels.backends.eager.low_rank import (
 )
 from delora_kernels.backends.eager.reflect import reflect, reflect_backward
 from delora_kernels.backends.eager.route import expand_route_backward, project_route
+from delora_kernels.backends.eager.stack_factors import stack_factors
 from delora_kernels.call import AnyCall
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "reflect",
     "reflect_backward",
     "row_norm",
+    "stack_factors",
     "supports",
     "wants_scaled",
     "weight_grad",

@@ -11,6 +11,7 @@ from delora_kernels.backends.triton.project_route import project_route
 from delora_kernels.backends.triton.reflect import reflect, reflect_backward
 from delora_kernels.backends.triton.route_backward import expand_route_backward
 from delora_kernels.backends.triton.row_norm import row_norm
+from delora_kernels.backends.triton.stack_factors import stack_factors
 from delora_kernels.backends.triton.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.triton.support import supports
 
@@ -27,6 +28,7 @@ __all__ = [
     "reflect",
     "reflect_backward",
     "row_norm",
+    "stack_factors",
     "supports",
     "wants_scaled",
     "weight_grad",
