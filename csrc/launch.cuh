@@ -10,7 +10,8 @@
 
 namespace dk {
 
-// Of every block. Kernels say __launch_bounds__(THREADS, 1): as many registers as they like, so that nothing spills.
+// Of every block. Kernels say __launch_bounds__(THREADS, 1), as many registers as they like, so that nothing spills; or
+// (THREADS, 4), as few as let four blocks run at a time, where nothing spills even so.
 constexpr int THREADS = 128;
 
 // The block's shared memory: each kernel lays it out as one struct.
