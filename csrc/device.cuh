@@ -65,6 +65,11 @@ template <class T> struct Rows {
   }
 };
 
+// A vector of floats as a matrix whose rows are all the same.
+inline Rows<float> every_row(const float *vector) {
+  return Rows<float>({const_cast<float *>(vector), 0, 1, DK_FLOAT32});
+}
+
 // Eight neighbours in a row, as floats, and in memory.
 struct Eight {
   float x[8];

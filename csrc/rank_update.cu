@@ -32,7 +32,7 @@ template <class X, class S> struct Tiles {
 
 template <class X, class S>
 __global__ void __launch_bounds__(THREADS, 4)
-    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, const float *c, Rows<X> extra, dk_vector bias,
+    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, Rows<float> c, Rows<X> extra, dk_vector bias,
                 Rows<X> out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int threshold,
                 bool mask_base) {
   using P = Pair<X, S>;
@@ -73,11 +73,10 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int column = threadIdx.x % (BC / 8) * 8;
   const int64_t at = c0 + column;
   Eight factor{}, shift{};  // of all this thread's rows
+  if (c.data) factor = load_eight(c, 0, at, C);
+  if (bias.data)
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (c && at + i < C) factor.x[i] = c[at + i];
-    if (bias.data && at + i < C) shift.x[i] = load(bias, at + i);
-  }
+    for (int i = 0; i < 8; ++i) shift.x[i] = at + i < C ? load(bias, at + i) : 0.0f;
   __pipeline_wait_prior(0);
   __syncthreads();
   if (at >= C) return;
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     if (mask.drops) mask.drop(value, t, at);
 #pragma unroll
     for (int i = 0; i < 8; ++i) value.x[i] += mask_base ? 0.0f : before.x[i];
-    if (c)
+    if (c.data)
 #pragma unroll
       for (int i = 0; i < 8; ++i) value.x[i] *= factor.x[i];
     if (extra.data) {
@@ -122,7 +121,7 @@ int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c,
     using XT = decltype(X);
     using ST = decltype(S);
     return launch<Tiles<XT, ST>>(rank_update<XT, ST>, dim3(tiles(T, BT), tiles(C, BC)), stream, Rows<XT>(base),
-                                 Strided<ST>(h), Strided<ST>(small), c, Rows<XT>(extra), bias, Rows<XT>(out), T, C, R,
-                                 scale, seed, threshold, mask_base);
+                                 Strided<ST>(h), Strided<ST>(small), every_row(c), Rows<XT>(extra), bias, Rows<XT>(out),
+                                 T, C, R, scale, seed, threshold, mask_base);
   });
 }

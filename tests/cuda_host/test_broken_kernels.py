@@ -59,7 +59,7 @@ WRONG = (
     ("token_sums.cu", "tiles.halves[0][column] + tiles.halves[1][column]", "2 * tiles.halves[0][column]"),
     ("rank_update.cu", "in.h[side][0][0], in.small[side][1][0]", "in.h[side][0][0], in.small[side][0][0]"),
     ("row_norm.cu", "r == 0 ? k + AHEAD * BC : K", "r == 0 ? k + BC : K"),
-    ("add_parts.cu", "p < count; ++p, i += size", "p < count - 1; ++p, i += size"),
+    ("add_parts.cu", "p + j < count ?", "p + j < count - 1 ?"),
     ("dy_sums.cu", "small, in.small[(j + 1) % 2]", "small, in.small[j % 2]"),
     ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
     ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
