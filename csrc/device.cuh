@@ -105,7 +105,7 @@ template <class T> __device__ __forceinline__ void store_eight(const Rows<T> &m,
     Packed<T> packed;
 #pragma unroll
     for (int i = 0; i < 8; ++i) packed.x[i] = narrow<T>(value.x[i]);
-    *reinterpret_cast<Packed<T> *>(to) = packed;
+    store_bytes<sizeof packed>(to, &packed);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)

@@ -80,29 +80,25 @@ __global__ void __launch_bounds__(THREADS, 4)
   __pipeline_wait_prior(0);
   __syncthreads();
   if (at >= C) return;
+  const auto add = [](Eight &to, const Eight &x) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to.x[i] += x.x[i];
+  };
 #pragma unroll 2
   for (int row = threadIdx.x / (BC / 8); row < BT && t0 + row < T; row += THREADS / (BC / 8)) {
     const int64_t t = t0 + row;
-    Eight value, before{};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] = scale * tiles.of.term[row][column + i];
+    Eight value = load_eight(&tiles.of.term[row][column]), before;
     if (base.data) before = ASYNC ? load_eight(&tiles.base[ASYNC ? row : 0][column]) : load_eight(base, t, at, C);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] += mask_base ? before.x[i] : 0.0f;
+    for (int i = 0; i < 8; ++i) value.x[i] *= scale;
+    if (base.data && mask_base) add(value, before);
     if (mask.drops) mask.drop(value, t, at);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] += mask_base ? 0.0f : before.x[i];
+    if (base.data && !mask_base) add(value, before);
     if (c.data)
 #pragma unroll
       for (int i = 0; i < 8; ++i) value.x[i] *= factor.x[i];
-    if (extra.data) {
-      const Eight more = load_eight(extra, t, at, C);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value.x[i] += more.x[i];
-    }
-    if (bias.data)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value.x[i] += shift.x[i];
+    if (extra.data) add(value, load_eight(extra, t, at, C));
+    if (bias.data) add(value, shift);
     store_eight(out, t, at, C, value);
   }
 }
