@@ -230,16 +230,21 @@ __device__ __forceinline__ void start_tile(T (*tile)[LD], const Rows<T> &m, int6
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a tile that threads can share");
   if (row < rows && column < columns) {
     const int c = threadIdx.x % CHUNKS * SIZE, first = threadIdx.x / CHUNKS;
-    const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS) - c;
+    const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS);
     const T *from = m.data + (row + first) * m.stride + column + c;
-    const bool whole = m.aligned && c_left >= SIZE;
+    if (m.aligned && r_left == ROWS && c_left == COLUMNS) {
 #pragma unroll
-    for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
-      if (whole && r < r_left) {
+      for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride)
         __pipeline_memcpy_async(&tile[r][c], from, 16);
-      } else {
+    } else {
+#pragma unroll 1
+      for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
+        if (m.aligned && r < r_left && c + SIZE <= c_left) {
+          __pipeline_memcpy_async(&tile[r][c], from, 16);
+        } else {
 #pragma unroll
-        for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && j < c_left ? from[j] : narrow<T>(0.0f);
+          for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && c + j < c_left ? from[j] : narrow<T>(0.0f);
+        }
       }
     }
   }
