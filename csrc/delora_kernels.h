@@ -72,7 +72,8 @@ DK_API int dk_fold_backward(dk_matrix dA_hat, dk_matrix dB_hat, dk_matrix A, dk_
                             void *stream);
 
 /* norm [N] of the rows of W + scale * B_hat A_hat; with magnitude, c = magnitude / norm [N] (0 where the norm is 0);
-   with `scaled`, c * W [N, K] in W's dtype. A_hat [R, K] and B_hat [N, R]: W's dtype, or both float32. */
+   with `scaled`, c * W [N, K] in W's dtype, rows. W: one of its strides is 1; A_hat [R, K], rows, and B_hat [N, R]: W's
+   dtype, or both float32; R > 0. */
 DK_API int dk_row_norm(dk_matrix W, dk_matrix A_hat, dk_matrix B_hat, dk_vector magnitude, float *norm, float *c,
                        dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, void *stream);
 

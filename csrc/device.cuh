@@ -65,6 +65,11 @@ template <class T> struct Rows {
   }
 };
 
+// A vector of floats as a matrix whose rows are all the same.
+inline Rows<float> every_row(const float *vector) {
+  return Rows<float>({const_cast<float *>(vector), 0, 1, DK_FLOAT32});
+}
+
 // Eight neighbours in a row, as floats, and in memory.
 struct Eight {
   float x[8];
@@ -74,18 +79,22 @@ template <class T> struct alignas(16) Packed {
   T x[8];
 };
 
+// From an address that 16 divides.
+template <class T> __device__ __forceinline__ Eight load_eight(const T *from) {
+  const Packed<T> packed = *reinterpret_cast<const Packed<T> *>(from);
+  Eight result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) result.x[i] = wide(packed.x[i]);
+  return result;
+}
+
 template <class T> __device__ __forceinline__ Eight load_eight(const Rows<T> &m, int64_t row, int64_t column,
                                                                int64_t columns) {
   const T *from = m.data + row * m.stride + column;
+  if (m.aligned && column + 8 <= columns) return load_eight(from);
   Eight result;
-  if (m.aligned && column + 8 <= columns) {
-    const Packed<T> packed = *reinterpret_cast<const Packed<T> *>(from);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) result.x[i] = wide(packed.x[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) result.x[i] = column + i < columns ? wide(from[i]) : 0.0f;
-  }
+  for (int i = 0; i < 8; ++i) result.x[i] = column + i < columns ? wide(from[i]) : 0.0f;
   return result;
 }
 
@@ -96,7 +105,7 @@ template <class T> __device__ __forceinline__ void store_eight(const Rows<T> &m,
     Packed<T> packed;
 #pragma unroll
     for (int i = 0; i < 8; ++i) packed.x[i] = narrow<T>(value.x[i]);
-    *reinterpret_cast<Packed<T> *>(to) = packed;
+    store_bytes<sizeof packed>(to, &packed);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)

@@ -1,6 +1,7 @@
 // The fold of a pair of factors and its inverse for gradients, O(R (K + N)): a block for each row of A, column of B.
 //
-// A block reads its vector twice, first for the norm (or the product with its gradient), then to write it scaled.
+// A block reads its vector twice, first for the norm (or the product with its gradient), then to write it scaled; a
+// thread has eight elements on their way at a time.
 
 #include "device.cuh"
 
@@ -38,7 +39,35 @@ __device__ __forceinline__ dk_vector column_of(const dk_matrix &m, int64_t j) {
   return row_of({m.data, m.column_stride, m.row_stride, m.dtype}, j);
 }
 
-__device__ __forceinline__ void put(const dk_vector &v, int64_t i, float x) { store(v.data, v.dtype, i * v.stride, x); }
+// Every so many-th element of a vector, from the first on, so that neighbouring threads read neighbours; outside: 0.
+template <class T> __device__ __forceinline__ Eight spread(const dk_vector &v, int64_t first, int64_t length) {
+  const T *from = static_cast<const T *>(v.data) + first * v.stride;
+  Eight result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    result.x[i] = first + i * THREADS < length ? wide(from[i * THREADS * v.stride]) : 0.0f;
+  return result;
+}
+
+__device__ __forceinline__ Eight load_eight(const dk_vector &v, int64_t first, int64_t length) {
+  if (v.dtype == DK_FLOAT32) return spread<float>(v, first, length);
+  if (v.dtype == DK_FLOAT16) return spread<half>(v, first, length);
+  return spread<bf16>(v, first, length);
+}
+
+__device__ __forceinline__ void store_eight(const dk_vector &v, int64_t first, int64_t length, const Eight &value) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (first + i * THREADS < length) store(v.data, v.dtype, (first + i * THREADS) * v.stride, value.x[i]);
+}
+
+// x * by, element by element; by itself may be absent.
+__device__ __forceinline__ void weigh(Eight &x, const dk_vector &by, int64_t first, int64_t length) {
+  if (!by.data) return;
+  const Eight weight = load_eight(by, first, length);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x.x[i] *= weight.x[i];
+}
 
 // Blocks up to r: rows of A; the next r: columns of B.
 __global__ void __launch_bounds__(THREADS, 1)
@@ -51,31 +80,50 @@ __global__ void __launch_bounds__(THREADS, 1)
   float factor = 1;
   if (lam.data) {
     float squares = 0;
-    for (int64_t e = threadIdx.x; e < length; e += THREADS) squares += load(from, e) * load(from, e);
+    for (int64_t e = threadIdx.x; e < length; e += 8 * THREADS) {
+      const Eight x = load_eight(from, e, length);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += x.x[i] * x.x[i];
+    }
     const float norm = sqrtf(block_sum(squares));
     if (threadIdx.x == 0) (is_row ? a : b)[j] = norm;
     factor = inverse_of(norm, eps);
     if (!is_row) factor *= load(lam, 0) * sign / static_cast<float>(r);
   }
-  const bool weighed = is_row && lam.data;
-  for (int64_t e = threadIdx.x; e < length; e += THREADS)
-    put(to, e, load(from, e) * factor * (weighed ? load(weight_norm, e) : 1.0f));
+  const dk_vector weight{is_row && lam.data ? weight_norm.data : nullptr, weight_norm.stride, weight_norm.dtype};
+  for (int64_t e = threadIdx.x; e < length; e += 8 * THREADS) {
+    Eight x = load_eight(from, e, length);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x.x[i] *= factor;
+    weigh(x, weight, e, length);
+    store_eight(to, e, length, x);
+  }
 }
 
 // The gradient of factor / max(norm, eps) times `strength`: what lies along the vector drops out. With `weight`, the
 // gradient is multiplied by it first. Returns the product of the gradient with the unit vector.
-__device__ __forceinline__ float normalise_backward(const dk_vector &grad, const dk_vector &factor, const dk_vector &weight,
-                                    const dk_vector &out, float norm, float eps, float strength, int64_t length) {
+__device__ __forceinline__ float normalise_backward(const dk_vector &grad, const dk_vector &factor,
+                                                    const dk_vector &weight, const dk_vector &out, float norm,
+                                                    float eps, float strength, int64_t length) {
   const float inverse = inverse_of(norm, eps);
   float products = 0;
-  for (int64_t e = threadIdx.x; e < length; e += THREADS)
-    products += load(grad, e) * (weight.data ? load(weight, e) : 1.0f) * load(factor, e);
+  for (int64_t e = threadIdx.x; e < length; e += 8 * THREADS) {
+    Eight g = load_eight(grad, e, length);
+    const Eight f = load_eight(factor, e, length);
+    weigh(g, weight, e, length);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) products += g.x[i] * f.x[i];
+  }
   const float along = block_sum(products) * inverse;
   if (out.data) {
     const float drop = norm >= eps ? along * inverse * inverse : 0.0f;
-    for (int64_t e = threadIdx.x; e < length; e += THREADS) {
-      float g = load(grad, e) * (weight.data ? load(weight, e) : 1.0f);
-      put(out, e, (g * inverse - load(factor, e) * drop) * strength);
+    for (int64_t e = threadIdx.x; e < length; e += 8 * THREADS) {
+      Eight g = load_eight(grad, e, length);
+      const Eight f = load_eight(factor, e, length);
+      weigh(g, weight, e, length);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) g.x[i] = (g.x[i] * inverse - f.x[i] * drop) * strength;
+      store_eight(out, e, length, g);
     }
   }
   return along;
@@ -87,17 +135,16 @@ __global__ void __launch_bounds__(THREADS, 1)
                   dk_matrix frozen_B, const float *a, const float *b, dk_matrix dA, dk_matrix dB, float *along,
                   int64_t K, int64_t N, int r, int r0, float eps) {
   const int block = blockIdx.x, j = block - r;
-  const dk_vector none{nullptr, 0, 0};
-  if (block < r) {
-    if (dA_hat.data)
-      normalise_backward(row_of(dA_hat, block), row_of(A, block), weight_norm, row_of(dA, block), a[block], eps, 1, K);
-  } else if (dB_hat.data) {
-    const bool live = j < r;
-    const dk_vector factor = live ? column_of(B, j) : column_of(frozen_B, j - r), out = live ? column_of(dB, j) : none;
-    const float strength = live ? load(lam, 0) / static_cast<float>(r) : 0.0f;
-    const float part = normalise_backward(column_of(dB_hat, j), factor, none, out, b[j], eps, strength, N);
-    if (threadIdx.x == 0) along[j] = live ? part / static_cast<float>(r) : -part / static_cast<float>(r0);
-  }
+  const bool is_row = block < r, live = j < r;
+  if (!(is_row ? dA_hat.data : dB_hat.data)) return;
+  const dk_vector none{nullptr, 0, 0}, grad = is_row ? row_of(dA_hat, block) : column_of(dB_hat, j);
+  const dk_vector factor = is_row ? row_of(A, block) : live ? column_of(B, j) : column_of(frozen_B, j - r);
+  const dk_vector out = is_row ? row_of(dA, block) : live ? column_of(dB, j) : none;
+  const dk_vector weight{is_row ? weight_norm.data : nullptr, weight_norm.stride, weight_norm.dtype};
+  const float strength = is_row ? 1 : live ? load(lam, 0) / static_cast<float>(r) : 0;
+  const float part = normalise_backward(grad, factor, weight, out, is_row ? a[block] : b[j], eps,
+                                        strength, is_row ? K : N);
+  if (!is_row && threadIdx.x == 0) along[j] = live ? part / static_cast<float>(r) : -part / static_cast<float>(r0);
 }
 
 }  // namespace dk

@@ -1,16 +1,19 @@
-// How a kernel is launched and finds its shared memory, under nvcc and under the host shim: all they differ in.
+// How a kernel is launched, finds its shared memory and stores 16 bytes, under nvcc and under the host shim: all they
+// differ in.
 
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "delora_kernels.h"
 
 namespace dk {
 
-// Of every block. Kernels say __launch_bounds__(THREADS, 1): as many registers as they like, so that nothing spills.
+// Of every block. Kernels say __launch_bounds__(THREADS, 1), as many registers as they like, so that nothing spills; or
+// (THREADS, 4), as few as let four blocks run at a time, where nothing spills even so.
 constexpr int THREADS = 128;
 
 // The block's shared memory: each kernel lays it out as one struct.
@@ -20,6 +23,22 @@ template <class Layout> __device__ __forceinline__ Layout &shared_memory() {
   return memory;
 #else
   return *reinterpret_cast<Layout *>(dk_shim::shared_memory());
+#endif
+}
+
+// Stores of 16 bytes, which nvcc splits where they are assignments and single elements may go to the same place.
+template <int SIZE> __device__ __forceinline__ void store_bytes(void *to, const void *from) {
+#if defined(__CUDACC__)
+  uint4 words[SIZE / 16];
+  memcpy(words, from, SIZE);
+#pragma unroll
+  for (int i = 0; i < SIZE / 16; ++i)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint4 *>(to) + i), "r"(words[i].x),
+                 "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
+                 : "memory");
+#else
+  if (reinterpret_cast<uintptr_t>(to) % 16) dk_shim::fail("a store of 16 bytes to %p", to);
+  std::memcpy(to, from, SIZE);
 #endif
 }
 

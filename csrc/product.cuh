@@ -54,10 +54,29 @@ template <int WM, int NF> struct PlainProduct {
 #pragma unroll
       for (int j = 0; j < TN; ++j) tile[row + i * ROWS][column + j * COLUMNS] = sum[i][j];
   }
+
+  // What stands where this thread's part of a product would be stored.
+  template <int LD> __device__ __forceinline__ void load(const float (*tile)[LD]) {
+    const int row = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+#pragma unroll
+    for (int i = 0; i < TM; ++i)
+#pragma unroll
+      for (int j = 0; j < TN; ++j) sum[i][j] = tile[row + i * ROWS][column + j * COLUMNS];
+  }
+
+  // Calls f with what stands at the same place in each of several, for every place of this thread.
+  template <class F, class... P> static __device__ __forceinline__ void zip(F f, P &...parts) {
+#pragma unroll
+    for (int i = 0; i < TM; ++i)
+#pragma unroll
+      for (int j = 0; j < TN; ++j) f(parts.sum[i][j]...);
+  }
 };
 
 template <class T, int WM, int NF> struct TensorProduct {
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[NF];
+  using Sums = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
+
+  Sums sum[NF];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -87,6 +106,20 @@ template <class T, int WM, int NF> struct TensorProduct {
       wmma::store_matrix_sync(&tile[row][column + 16 * j], sum[j], LD, wmma::mem_row_major);
   }
 
+  template <int LD> __device__ __forceinline__ void load(const float (*tile)[LD]) {
+    const int warp = threadIdx.x / 32, row = warp % WM * 16, column = warp / WM * 16 * NF;
+#pragma unroll
+    for (int j = 0; j < NF; ++j)
+      wmma::load_matrix_sync(sum[j], &tile[row][column + 16 * j], LD, wmma::mem_row_major);
+  }
+
+  template <class F, class... P> static __device__ __forceinline__ void zip(F f, P &...parts) {
+#pragma unroll
+    for (int j = 0; j < NF; ++j)
+#pragma unroll
+      for (int i = 0; i < Sums::num_elements; ++i) f(parts.sum[j].x[i]...);
+  }
+
 private:
   template <int LDB, class Left> __device__ __forceinline__ void multiply(const Left &left, const T *b) {
 #pragma unroll
@@ -98,8 +131,11 @@ private:
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // tensor cores without bfloat16
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // no asynchronous copies, tensor cores without bfloat16
+constexpr bool ASYNC = false;
 template <int WM, int NF> struct TensorProduct<bf16, WM, NF> : PlainProduct<WM, NF> {};
+#else
+constexpr bool ASYNC = true;
 #endif
 
 // How a token-sized operand of type X meets a small one of type S: S becomes PLANES planes of type Small.
@@ -194,16 +230,21 @@ __device__ __forceinline__ void start_tile(T (*tile)[LD], const Rows<T> &m, int6
   static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a tile that threads can share");
   if (row < rows && column < columns) {
     const int c = threadIdx.x % CHUNKS * SIZE, first = threadIdx.x / CHUNKS;
-    const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS) - c;
+    const int r_left = left(rows, row, ROWS), c_left = left(columns, column, COLUMNS);
     const T *from = m.data + (row + first) * m.stride + column + c;
-    const bool whole = m.aligned && c_left >= SIZE;
+    if (m.aligned && r_left == ROWS && c_left == COLUMNS) {
 #pragma unroll
-    for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
-      if (whole && r < r_left) {
+      for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride)
         __pipeline_memcpy_async(&tile[r][c], from, 16);
-      } else {
+    } else {
+#pragma unroll 1
+      for (int r = first; r < first + ROWS; r += STEP, from += STEP * m.stride) {
+        if (m.aligned && r < r_left && c + SIZE <= c_left) {
+          __pipeline_memcpy_async(&tile[r][c], from, 16);
+        } else {
 #pragma unroll
-        for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && j < c_left ? from[j] : narrow<T>(0.0f);
+          for (int j = 0; j < SIZE; ++j) tile[r][c + j] = r < r_left && c + j < c_left ? from[j] : narrow<T>(0.0f);
+        }
       }
     }
   }

@@ -3,7 +3,8 @@
 //     out = c * (drop(base) + scale * drop(h small)) + extra + bias
 //
 // Form (b) updates what the GEMM wrote (out is base); form (d) has no base yet and writes what the GEMM then adds to.
-// A block has a tile of 64 tokens and 64 columns; a thread finishes eight neighbours at a time, in 16-byte accesses.
+// A block has a tile of 64 tokens and 64 columns, whose base is on its way while h and small are multiplied; a thread
+// finishes eight neighbours at a time, in 16-byte accesses.
 
 #include "product.cuh"
 
@@ -17,71 +18,87 @@ template <class X, class S> struct Pair : Meeting<X, S> {
   static constexpr int PLANES = sizeof(S) == 4 && sizeof(typename Meeting<X, S>::Small) == 2 ? 2 : 1;
 };
 
-template <class X, class S> union Tiles {
+template <class X, class S> struct Tiles {
   using P = Pair<X, S>;
-  struct {
-    alignas(128) typename P::Small h[P::PLANES][BT][BK + PAD<typename P::Small>];
-    alignas(128) typename P::Small small[P::PLANES][BK][BC + PAD<typename P::Small>];
-  } in;
-  alignas(128) float term[BT][BC + 4];
+  union {
+    struct {
+      alignas(128) typename P::Small h[2][P::PLANES][BT][BK + PAD<typename P::Small>];
+      alignas(128) typename P::Small small[2][P::PLANES][BK][BC + PAD<typename P::Small>];
+    } in;
+    alignas(128) float term[BT][BC + 4];
+  } of;
+  alignas(16) X base[ASYNC ? BT : 1][BC + PAD<X>];  // where copies are not asynchronous, base is read at the end
 };
 
 template <class X, class S>
-__global__ void __launch_bounds__(THREADS, 1)
-    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, const float *c, Rows<X> extra, dk_vector bias,
+__global__ void __launch_bounds__(THREADS, 4)
+    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, Rows<float> c, Rows<X> extra, dk_vector bias,
                 Rows<X> out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int threshold,
                 bool mask_base) {
   using P = Pair<X, S>;
   constexpr int LDH = BK + PAD<typename P::Small>, LDS = BC + PAD<typename P::Small>;
   auto &tiles = shared_memory<Tiles<X, S>>();
+  auto &in = tiles.of.in;
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BT, c0 = static_cast<int64_t>(blockIdx.y) * BC;
+  if constexpr (ASYNC)
+    if (base.data) start_tile<BT, BC>(tiles.base, base, t0, c0, T, C);
   typename P::template Product<BT / 16, BC / 16> product;
+  SmallTile<S, BT, BK> left;
+  SmallTile<S, BK, BC> right;
   product.clear();
-  for (int64_t r = 0; r < R; r += BK) {
-    SmallTile<S, BT, BK> left;
-    SmallTile<S, BK, BC> right;
-    left.load(h, t0, r, T, R);
-    right.load(small, r, c0, R, C);
-    if (r > 0) __syncthreads();
-    left.template store<P::PLANES>(h, tiles.in.h);
-    right.template store<P::PLANES>(small, tiles.in.small);
+  left.load(h, t0, 0, T, R);
+  right.load(small, 0, c0, R, C);
+  left.template store<P::PLANES>(h, in.h[0]);
+  right.template store<P::PLANES>(small, in.small[0]);
+  int side = 0;
+  for (int64_t r = BK; r < R + BK; r += BK, side ^= 1) {  // of the next step
     __syncthreads();
-    if constexpr (P::PLANES == 2) {
-      product.template add<false, BK, LDH, LDS>(tiles.in.h[1][0], tiles.in.small[0][0]);
-      product.template add<false, BK, LDH, LDS>(tiles.in.h[0][0], tiles.in.small[1][0]);
+    if (r < R) {
+      left.load(h, t0, r, T, R);
+      right.load(small, r, c0, R, C);
     }
-    product.template add<false, BK, LDH, LDS>(tiles.in.h[0][0], tiles.in.small[0][0]);
+    if constexpr (P::PLANES == 2) {
+      product.template add<false, BK, LDH, LDS>(in.h[side][1][0], in.small[side][0][0]);
+      product.template add<false, BK, LDH, LDS>(in.h[side][0][0], in.small[side][1][0]);
+    }
+    product.template add<false, BK, LDH, LDS>(in.h[side][0][0], in.small[side][0][0]);
+    if (r < R) {
+      left.template store<P::PLANES>(h, in.h[side ^ 1]);
+      right.template store<P::PLANES>(small, in.small[side ^ 1]);
+    }
   }
   __syncthreads();
-  product.store(tiles.term);
-  __syncthreads();
+  product.store(tiles.of.term);
   const Mask mask(seed, threshold, C);
   const int column = threadIdx.x % (BC / 8) * 8;
   const int64_t at = c0 + column;
+  Eight factor{}, shift{};  // of all this thread's rows
+  if (c.data) factor = load_eight(c, 0, at, C);
+  if (bias.data)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) shift.x[i] = at + i < C ? load(bias, at + i) : 0.0f;
+  __pipeline_wait_prior(0);
+  __syncthreads();
   if (at >= C) return;
+  const auto add = [](Eight &to, const Eight &x) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to.x[i] += x.x[i];
+  };
 #pragma unroll 2
   for (int row = threadIdx.x / (BC / 8); row < BT && t0 + row < T; row += THREADS / (BC / 8)) {
     const int64_t t = t0 + row;
-    Eight value, before{};
+    Eight value = load_eight(&tiles.of.term[row][column]), before;
+    if (base.data) before = ASYNC ? load_eight(&tiles.base[ASYNC ? row : 0][column]) : load_eight(base, t, at, C);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] = scale * tiles.term[row][column + i];
-    if (base.data) before = load_eight(base, t, at, C);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] += mask_base ? before.x[i] : 0.0f;
+    for (int i = 0; i < 8; ++i) value.x[i] *= scale;
+    if (base.data && mask_base) add(value, before);
     if (mask.drops) mask.drop(value, t, at);
+    if (base.data && !mask_base) add(value, before);
+    if (c.data)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value.x[i] += mask_base ? 0.0f : before.x[i];
-    if (c)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value.x[i] *= at + i < C ? c[at + i] : 0.0f;
-    if (extra.data) {
-      const Eight more = load_eight(extra, t, at, C);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value.x[i] += more.x[i];
-    }
-    if (bias.data)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value.x[i] += at + i < C ? load(bias, at + i) : 0.0f;
+      for (int i = 0; i < 8; ++i) value.x[i] *= factor.x[i];
+    if (extra.data) add(value, load_eight(extra, t, at, C));
+    if (bias.data) add(value, shift);
     store_eight(out, t, at, C, value);
   }
 }
@@ -100,7 +117,7 @@ int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c,
     using XT = decltype(X);
     using ST = decltype(S);
     return launch<Tiles<XT, ST>>(rank_update<XT, ST>, dim3(tiles(T, BT), tiles(C, BC)), stream, Rows<XT>(base),
-                                 Strided<ST>(h), Strided<ST>(small), c, Rows<XT>(extra), bias, Rows<XT>(out), T, C, R,
-                                 scale, seed, threshold, mask_base);
+                                 Strided<ST>(h), Strided<ST>(small), every_row(c), Rows<XT>(extra), bias, Rows<XT>(out),
+                                 T, C, R, scale, seed, threshold, mask_base);
   });
 }

@@ -4,7 +4,7 @@
 //     x' = x - c a u [+ a_v v]         g = sum_t a dy + b x
 //     dx = dy - c b u [+ b_v v]        du = -c (g - (g . u) / (u . u) u),   dv = g_v - (g_v . v) / (v . v) v
 //
-// As many neighbouring lanes as have eight features each share a token's block. What is read a second time is in a cache.
+// As many neighbouring lanes as have eight features each share a token's block. What is read twice is in a cache.
 
 #include "device.cuh"
 

@@ -6,13 +6,14 @@ namespace dk {
 
 template <class X>
 __global__ void __launch_bounds__(THREADS, 1)
-    scaled(Rows<X> x, const float *factor, Rows<X> out, int64_t M, int64_t C, bool by_row) {
+    scaled(Rows<X> x, Rows<float> factor, Rows<X> out, int64_t M, int64_t C, bool by_row) {
   const int64_t across = tiles(C, 8), i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   const int64_t m = i / across, column = i % across * 8;
   if (m >= M) return;
-  Eight value = load_eight(x, m, column, C);
+  Eight value = load_eight(x, m, column, C), by{};
+  if (!by_row) by = load_eight(factor, m, column, C);
 #pragma unroll
-  for (int j = 0; j < 8; ++j) value.x[j] *= by_row ? factor[m] : column + j < C ? factor[column + j] : 0.0f;
+  for (int j = 0; j < 8; ++j) value.x[j] *= by_row ? factor.data[m] : by.x[j];
   store_eight(out, m, column, C, value);
 }
 
@@ -24,7 +25,7 @@ int dk_scaled(dk_matrix x, const float *factor, dk_matrix out, int64_t M, int64_
   if (x.dtype != out.dtype) return DK_BAD_DTYPE;
   return by_dtype(x.dtype, [&](auto X) {
     using XT = decltype(X);
-    return launch<Empty>(scaled<XT>, dim3(tiles(M * tiles(C, 8), THREADS)), stream, Rows<XT>(x), factor, Rows<XT>(out),
-                         M, C, by_row);
+    return launch<Empty>(scaled<XT>, dim3(tiles(M * tiles(C, 8), THREADS)), stream, Rows<XT>(x), every_row(factor),
+                         Rows<XT>(out), M, C, by_row);
   });
 }

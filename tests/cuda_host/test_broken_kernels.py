@@ -5,6 +5,7 @@ one must differ from them, or fail, for one of a few orders.
 """
 
 import ctypes
+import faulthandler
 import os
 import re
 import subprocess
@@ -41,8 +42,14 @@ OPS_OF = {
     "times_small": ("project",),
     "token_sums": ("expand_backward", "input_backward"),
 }
-SIZES = {"dy_sums": ((170, 5, 252, 20), (200, 5, 264, 3)), "reflect": ((40, 60, 5, 20), (40, 60, 5, 3))}
-"""Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that 16 bytes divide."""
+SIZES = {
+    "dy_sums": ((170, 5, 252, 20), (200, 5, 264, 3)),
+    "rank_update": ((90, 80, 140, 20), (90, 72, 136, 35)),
+    "reflect": ((40, 60, 5, 20), (40, 60, 5, 3)),
+    "row_norm": ((5, 900, 40, 20), (5, 1160, 40, 35)),
+}
+"""Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that 16 bytes divide; for
+row_norm more tiles than are on their way."""
 
 ORDERS = 40
 """A first that differs ends the search: a broken kernel may look right in several."""
@@ -50,9 +57,9 @@ ORDERS = 40
 WRONG = (
     ("times_small.cu", "x, t0, k + AHEAD * BK, T, last)", "x, t0, k, T, last)"),
     ("token_sums.cu", "tiles.halves[0][column] + tiles.halves[1][column]", "2 * tiles.halves[0][column]"),
-    ("rank_update.cu", "tiles.in.h[0][0], tiles.in.small[1][0]", "tiles.in.h[0][0], tiles.in.small[0][0]"),
-    ("row_norm.cu", "for (int64_t r = 0; r < R; r += BK)", "for (int64_t r = 0; r < R - BK; r += BK)"),
-    ("add_parts.cu", "p < count; ++p, i += size", "p < count - 1; ++p, i += size"),
+    ("rank_update.cu", "in.h[side][0][0], in.small[side][1][0]", "in.h[side][0][0], in.small[side][0][0]"),
+    ("row_norm.cu", "r == 0 ? k + AHEAD * BC : K", "r == 0 ? k + BC : K"),
+    ("add_parts.cu", "p + j < count ?", "p + j < count - 1 ?"),
     ("dy_sums.cu", "small, in.small[(j + 1) % 2]", "small, in.small[j % 2]"),
     ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
     ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
@@ -112,14 +119,26 @@ def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool
     library = ctypes.CDLL(str(host_build.build(replaced={file: text})))
     patch.setattr("delora_kernels.cuda_library.load", lambda functions=(): library)
     launch.library.cache_clear()
-    for order in range(ORDERS):
+    child = os.fork()  # a wild address ends a process, which shows too
+    if child == 0:
+        found = 2
         try:
-            results = _results(file, seed + order)
-        except RuntimeError:  # a guard zone, or threads that wait for ever
-            return True
-        if not all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in zip(results, right, strict=True)):
-            return True
-    return False
+            faulthandler.disable()
+            torch.set_num_threads(1)
+            found = int(any(_shows(file, seed + order, right) for order in range(ORDERS)))
+        finally:
+            os._exit(found)
+    found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert found != 2, "the test itself failed"
+    return found != 0
+
+
+def _shows(file: str, order: int, right: list[Tensor]) -> bool:
+    try:
+        results = _results(file, order)
+    except RuntimeError:  # a guard zone, or threads that wait for ever
+        return True
+    return not all(torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)) for a, b in zip(results, right, strict=True))
 
 
 @pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")

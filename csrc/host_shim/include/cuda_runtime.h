@@ -29,6 +29,18 @@ inline const char *cudaGetErrorString(cudaError_t) { return dk_shim::last_error(
 inline void __syncthreads() { dk_shim::sync_threads(); }
 inline void __syncwarp() { dk_shim::meet(nullptr, [](void **) {}); }
 
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 namespace dk_shim {

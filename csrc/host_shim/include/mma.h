@@ -42,6 +42,14 @@ void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout> &to, const T *from, u
   for (int j = 0; j < 8; ++j) to.x[j] = from[offset<Layout>(first + j, stride)];
 }
 
+inline void load_matrix_sync(fragment<accumulator, 16, 16, 16, float> &to, const float *from, unsigned stride,
+                             layout_t layout) {
+  check(from, stride, sizeof(float));
+  if (layout != mem_row_major) dk_shim::fail("the shim loads sums row by row");
+  int first = (threadIdx.x & 31) * 8;
+  for (int j = 0; j < 8; ++j) to.x[j] = from[offset<row_major>(first + j, stride)];
+}
+
 inline void store_matrix_sync(float *to, const fragment<accumulator, 16, 16, 16, float> &from, unsigned stride,
                               layout_t layout) {
   check(to, stride, sizeof(float));
