@@ -57,7 +57,8 @@ template <class X, int ROWS, int COLUMNS> struct ColumnSums {
   template <int ALL> static __device__ __forceinline__ void put(float (*warps)[ALL], int first, const float (&sum)[2]) {
     int c = first + threadIdx.x % CHUNKS * SIZE;
 #pragma unroll
-    for (int lanes = 16, width = SIZE / 2; lanes >= CHUNKS; lanes /= 2, width /= 2) c += threadIdx.x & lanes ? width : 0;
+    for (int lanes = 16, width = SIZE / 2; lanes >= CHUNKS; lanes /= 2, width /= 2)
+      c += threadIdx.x & lanes ? width : 0;
     warps[threadIdx.x / 32][c] = sum[0];
     warps[threadIdx.x / 32][c + 1] = sum[1];
   }

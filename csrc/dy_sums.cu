@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int p = ForH::PLANES - 1; p >= 0; --p)
               down[k].template add<true, BT, LDX, LDH>(tile[0], in.h[p][0]);
       }
-      if (more) next_small.template store<ForS::PLANES>(small, in.small[(j + 1) % 2], c ? c + next : c, left(N, next, BC));
+      if (more)
+        next_small.template store<ForS::PLANES>(small, in.small[(j + 1) % 2], c ? c + next : c, left(N, next, BC));
     }
     __syncthreads();
     auto &done = in.stage[now].dv;  // where the tile was that nobody multiplies any more
@@ -149,9 +150,9 @@ int launch_dy_sums(const dk_matrix &dy, const dk_matrix &small, const float *c, 
                    float factor, void *stream) {
   constexpr int BT = STEP<X, H, DORA, BR>;
   const int64_t part = tiles(tiles(T, BT), parts) * BT;
-  return launch<Shared<X, H, DORA, BR>>(dy_sums<X, H, DORA, BR>, dim3(tiles(N, ACROSS * BC), parts), stream, Rows<X>(dy),
-                                     Strided<H>(small), c, Strided<H>(h), Rows<X>(y), dv, product, sums, dots, T, N,
-                                     R, part, factor);
+  return launch<Shared<X, H, DORA, BR>>(dy_sums<X, H, DORA, BR>, dim3(tiles(N, ACROSS * BC), parts), stream,
+                                        Rows<X>(dy), Strided<H>(small), c, Strided<H>(h), Rows<X>(y), dv, product, sums,
+                                        dots, T, N, R, part, factor);
 }
 
 }  // namespace dk
