@@ -137,7 +137,7 @@ class Stages:
         groups, term = mask_groups(dv.shape[1], ranks, dropout_p, seed), None
         if weight is None or A_hat is None:
             return dy.new_empty(0), self.factor_grad(dv, x, r, scale, groups)
-        if two_term and c is not None and seed is not None:
+        if two_term and c is not None and groups[0].seed is not None:
             dx = self._two_term_dx(dy, weight, dv, A_hat, scale, c, groups[0])
             return dx, self.factor_grad(dv, x, r, scale, groups)
         if prefill and x is not None and len(groups) == 1 and self.takes_term(x, dv, A_hat, groups[0]):

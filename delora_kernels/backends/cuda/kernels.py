@@ -61,7 +61,7 @@ def token_sums(
     Args:
         x: [T, C].
         h: [T, R], x's dtype or float32, or None: no product.
-        factor: Of the product.
+        factor: Of the product and of the term.
         sums: Whether Σ_t x is wanted.
         y: [T, C] in x's dtype: Σ_t x ⊙ y is wanted; or None.
         group: Mask of the product's x and of the term, or None.
