@@ -122,9 +122,14 @@ def _tabled(
     elif kernel == "dy_sums":
         if name in ("fp32", "fp16+fp32"):
             return None  # it does not take them
+        dots, column = bool(features), bool(features) and big == "bf16"  # c ⊙ S is float32: not beside float16
         function, pointers = dy_sums_kernel, {"DY": big, "S": small, "H": small, "DV": "fp32", "PRODUCT": "fp32"}
-        pointers |= {"SUMS": "fp32", "Y": big, "DOTS": "fp32"} if features else {}
-        constants |= {"WITH_SUMS": bool(features), "WITH_DOTS": bool(features), "HOW_H": how}
+        pointers |= {"SUMS": "fp32", "Y": big, "DOTS": "fp32"} if dots else {}
+        constants |= {"WITH_SUMS": dots, "WITH_DOTS": dots, "WITH_COLUMN": column, "HOW_H": how}
+        if column:
+            how, tile = 1, tables.tiles(kernel, BR, capability, "mixed")
+            pointers["COLUMN"] = "fp32"
+            constants |= {"BT": tile.tokens, "BC": tile.columns}
     elif kernel == "rank_update":
         function, pointers = rank_update_kernel, {"H": small, "S": small, "OUT": big, "COLUMN": "fp32", "BIAS": big}
         pointers |= {} if features == "prefill" else {"BASE": big} | ({"EXTRA": big} if drop else {})

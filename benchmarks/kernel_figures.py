@@ -19,12 +19,13 @@ from torch.nn.functional import linear
 
 from benchmarks.ceilings import copy_tbps
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
+from delora_kernels.backends.gemm_stages import RankTerm
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
 from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.times_small import times_small
-from delora_kernels.backends.triton.token_sums import RankTerm, token_sums
+from delora_kernels.backends.triton.token_sums import token_sums
 
 TOKENS, RANK = 8192, 16
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))

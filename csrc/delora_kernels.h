@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define DK_ABI_VERSION 2 /* changes with any signature below */
+#define DK_ABI_VERSION 3 /* changes with any signature below */
 
 enum dk_dtype { DK_FLOAT32 = 0, DK_FLOAT16 = 1, DK_BFLOAT16 = 2 };
 
@@ -83,11 +83,13 @@ DK_API int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T
                           const int64_t *seed, int32_t threshold, float factor, void *stream);
 
 /* What one read of x [T, C] sums up over tokens, in `parts` parts, float32, each optional:
-   product [parts, C, R] (transposed: [parts, R, C]) = factor * drop(x)^T h, sums [parts, C] = sum_t x,
-   dots [parts, C] = sum_t x * y. x, h, y: rows; h: x's dtype or float32; y: x's dtype. */
-DK_API int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, float *product, float *sums, float *dots, int64_t T,
-                         int64_t C, int64_t R, int64_t parts, int32_t transposed, const int64_t *seed,
-                         int32_t threshold, float factor, void *stream);
+   product [parts, C, ranks] (transposed: [parts, ranks, C]) = factor * drop(x)^T h of the first `ranks` columns of
+   h [T, R], sums [parts, C] = sum_t x, dots [parts, C] = sum_t x * y. Beside the product, at ranks R up to 64 and
+   without the others: out [T, C] = factor * drop(h small) with x's mask. x, h, y, out: rows; h: x's dtype or float32;
+   y, out: x's dtype; small [R, C]: h's dtype. */
+DK_API int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, dk_matrix small, dk_matrix out, float *product,
+                         float *sums, float *dots, int64_t T, int64_t C, int64_t R, int64_t ranks, int64_t parts,
+                         int32_t transposed, const int64_t *seed, int32_t threshold, float factor, void *stream);
 
 /* out [size] = sum over parts of in [parts, size], in their order; out in any dtype, contiguous. */
 DK_API int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream);
@@ -95,12 +97,13 @@ DK_API int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out,
 /* Columns that one block of dk_dy_sums takes: its dv comes in ceil(N / columns) parts. */
 DK_API int64_t dk_dy_sums_columns(void);
 
-/* What one read of dy [T, N] gives at ranks R up to 32: dv [ceil(N / columns), T, R], the parts of dy small, and in
-   `parts` parts product [parts, N, R] = factor * dy^T h, sums [parts, N] = sum_t dy, dots [parts, N] = sum_t dy * y,
-   the last two optional; all float32. dy, y: rows, one dtype; h [T, R]: dy's dtype or float32; small [N, R]: h's dtype
-   or float32. */
-DK_API int dk_dy_sums(dk_matrix dy, dk_matrix small, dk_matrix h, dk_matrix y, float *dv, float *product, float *sums,
-                      float *dots, int64_t T, int64_t N, int64_t R, int64_t parts, float factor, void *stream);
+/* What one read of dy [T, N] gives at ranks R up to 32: dv [ceil(N / columns), T, R], the parts of dy (c * small), and
+   in `parts` parts product [parts, N, R] = factor * dy^T h, sums [parts, N] = sum_t dy, dots [parts, N] = sum_t dy * y,
+   the last two optional; all float32. dy, y: rows, one dtype; h [T, R]: dy's dtype or float32; small [N, R]: h's; c [N]
+   or NULL: 1; c * small is not rounded to a dtype. */
+DK_API int dk_dy_sums(dk_matrix dy, dk_matrix small, const float *c, dk_matrix h, dk_matrix y, float *dv,
+                      float *product, float *sums, float *dots, int64_t T, int64_t N, int64_t R, int64_t parts,
+                      float factor, void *stream);
 
 /* What expand_backward makes of the parts of dk_dy_sums or dk_token_sums: dB [N, R] = c * product, dm [N] = (dots +
    sum_r product * B_hat) / divisor (0 where the divisor is 0; without B_hat the dots alone), dy_sum [N], float32, and

@@ -201,13 +201,18 @@ template <class S, int ROWS, int COLUMNS> struct SmallTile {
       value[i] = i * at.dr < r_left && i * at.dc < c_left ? *from : narrow<S>(0.0f);
   }
 
+  // `by`, if it is there, multiplies the tile's rows, of which the matrix has `rows`.
   template <int PLANES, int LD, class Small>
-  __device__ __forceinline__ void store(const Strided<S> &m, Small (*planes)[ROWS][LD]) const {
+  __device__ __forceinline__ void store(const Strided<S> &m, Small (*planes)[ROWS][LD], const float *by = nullptr,
+                                        int rows = 0) const {
     const Place at(m.row == 1);
     Small *to = &planes[0][at.r][at.c];
     const int step = at.dr * LD + at.dc;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i, to += step) put<PLANES, ROWS * LD>(to, wide(value[i]));
+    for (int i = 0; i < COUNT; ++i, to += step) {
+      const float factor = by && at.r + i * at.dr < rows ? by[at.r + i * at.dr] : 1.0f;
+      put<PLANES, ROWS * LD>(to, wide(value[i]) * factor);
+    }
   }
 
 private:

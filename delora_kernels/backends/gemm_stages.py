@@ -1,13 +1,13 @@
 """The token-sized ops of `ops.py` as a library GEMM and passes beside it, for any backend that has kernels for these.
 
 `Stages` is given the launchers, and has forms (b) and (d) of docs/kernels.md: (b) the GEMM, then one pass over its
-output, in place; (d) a pass that writes the rank-R term, to which the GEMM then adds (beta = 1). What a backend has
-besides, its own stages.py puts around them.
+output, in place; (d) a pass that writes the rank-R term, to which the GEMM then adds (beta = 1); for dx `token_sums`
+writes it on its way, where it can. What a backend has besides, its own stages.py puts around them.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,21 @@ class DyParts(NamedTuple):
     dots: Tensor | None
 
 
+class RankTerm(NamedTuple):
+    """The rank-R term of dx for `token_sums` to write on its way: out [T, C], from small [R, C] of any strides."""
+
+    small: Tensor
+    out: Tensor
+
+
 @dataclass(frozen=True)
 class Stages:
     """The ops over the launchers of a backend, which say themselves what they take and give."""
 
     times_small: Callable[..., Tensor]
     token_sums: Callable[..., DyParts]
-    takes_dy_sums: Callable[[Tensor, Tensor, Tensor], bool]
+    takes_term: Callable[[Tensor, Tensor, Tensor, MaskGroup], bool]
+    takes_dy_sums: Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
     dy_sums: Callable[..., DyParts]
     finish_dy: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
     add_parts: Callable[[Tensor, torch.dtype], Tensor]
@@ -93,11 +101,11 @@ class Stages:
         need_bias: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂ in float32."""
-        small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
         dv, dtype = None, torch.float32 if B_hat is None else B_hat.dtype
-        if small is not None and h is not None and self.takes_dy_sums(dy, small, h):
-            parts = self.dy_sums(dy, small, h, scale, need_bias, kept)
+        if B_hat is not None and h is not None and self.takes_dy_sums(dy, B_hat, h, c):
+            parts = self.dy_sums(dy, B_hat, h, scale, need_bias, kept, c)
         else:
+            small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
             dv = None if small is None else self.times_small(dy, small, dtype)
             empty = h is None and kept is None and not need_bias
             parts = DyParts(None, None, None, None)
@@ -123,49 +131,50 @@ class Stages:
         dropout_p: Sequence[float],
         seed: Tensor | None,
         two_term: bool,
+        prefill: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """dÂ from one read of x for each mask, and dx in form (d)."""
-        groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
-        dA_hat = self.factor_grad(dv, x, r, scale, groups)
-        return self.input_grad(dy, weight, dv, A_hat, scale, c, groups, two_term), dA_hat
+        """dÂ from one read of x for each mask; dx in form (d) if `prefill`, else in (b)."""
+        groups, term = mask_groups(dv.shape[1], ranks, dropout_p, seed), None
+        if weight is None or A_hat is None:
+            return dy.new_empty(0), self.factor_grad(dv, x, r, scale, groups)
+        if two_term and c is not None and groups[0].seed is not None:
+            dx = self._two_term_dx(dy, weight, dv, A_hat, scale, c, groups[0])
+            return dx, self.factor_grad(dv, x, r, scale, groups)
+        if prefill and x is not None and len(groups) == 1 and self.takes_term(x, dv, A_hat, groups[0]):
+            term = RankTerm(A_hat, dy.new_empty((dy.shape[0], weight.shape[1])))
+        dA_hat = self.factor_grad(dv, x, r, scale, groups, term)
+        dy, weight = self.scaled_operands(dy, weight, c)
+        if term is not None:
+            return term.out.addmm_(dy, weight), dA_hat
+        return self._input_grad(dy, weight, dv, A_hat, scale, groups, prefill), dA_hat
 
     def factor_grad(
-        self, dv: Tensor, x: Tensor | None, r: int, scale: float, groups: list[MaskGroup], **on_the_way: Any
+        self, dv: Tensor, x: Tensor | None, r: int, scale: float, groups: list[MaskGroup], term: RankTerm | None = None
     ) -> Tensor:
-        """dÂ [r, K], float32. `on_the_way`: what token_sums shall write too, from all of dv's columns."""
+        """dÂ [r, K], float32, and from all of dv's columns the term, which asks for one group."""
         if x is None:
             return dv.new_empty(0, dtype=torch.float32)
-        if len(groups) == 1 and not on_the_way:
-            groups = [groups[0]._replace(columns=slice(0, r))]
-        sums = [
-            self.token_sums(x, dv[:, group.columns], scale, group=group, transposed=True, **on_the_way).product
-            for group in groups
-        ]
+        sums = []
+        for group in groups:
+            first, last = group.columns.start, min(group.columns.stop, r)
+            if first < last:
+                h = dv[:, first:last] if term is None else dv
+                done = self.token_sums(x, h, scale, group=group, transposed=True, ranks=last - first, term=term)
+                sums.append(done.product)
         found = [self.add_parts(product, torch.float32) for product in sums if product is not None]
-        dA_hat = found[0] if len(found) == 1 else torch.cat(found)
-        return dA_hat if len(dA_hat) == r else dA_hat[:r].clone()
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def input_grad(
+    def _input_grad(
         self,
         dy: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         dv: Tensor,
-        A_hat: Tensor | None,
+        A_hat: Tensor,
         scale: float,
-        c: Tensor | None,
         groups: list[MaskGroup],
-        two_term: bool,
-        prefill: bool = True,
-        written: Tensor | None = None,
+        prefill: bool,
     ) -> Tensor:
-        """dx in form (d) if `prefill`, else in (b). `written`: dx, where the rank-R term stands already."""
-        if weight is None or A_hat is None:
-            return dy.new_empty(0)
-        if two_term and c is not None and groups[0].seed is not None:
-            return self._two_term_dx(dy, weight, dv, A_hat, scale, c, groups[0])
-        dy, weight = self.scaled_operands(dy, weight, c)
-        if written is not None:
-            return written.addmm_(dy, weight)
+        """dx of scaled operands, the rank-R term in a pass of its own for each mask."""
         dx = dy.new_empty((dy.shape[0], weight.shape[1])) if prefill else torch.mm(dy, weight)
         base = None if prefill else dx
         for group in groups:

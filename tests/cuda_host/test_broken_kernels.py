@@ -56,11 +56,14 @@ ORDERS = 40
 
 WRONG = (
     ("times_small.cu", "x, t0, k + AHEAD * BK, T, last)", "x, t0, k, T, last)"),
-    ("token_sums.cu", "tiles.halves[0][column] + tiles.halves[1][column]", "2 * tiles.halves[0][column]"),
+    ("token_sums.cu", "vectors.load(y, t + BT, c0, last, C)", "vectors.load(y, t, c0, last, C)"),
+    ("token_sums.cu", "mask.drop(value, t + i, c0 + k * TERM + c)", "mask.drop(value, t + i, c0 + c)"),
+    ("token_sums.cu", "in.h[0][1][0], in.small[0][0] + k * TERM", "in.h[0][0][0], in.small[0][0] + k * TERM"),
     ("rank_update.cu", "in.h[side][0][0], in.small[side][1][0]", "in.h[side][0][0], in.small[side][0][0]"),
     ("row_norm.cu", "r == 0 ? k + AHEAD * BC : K", "r == 0 ? k + BC : K"),
     ("add_parts.cu", "p + j < count ?", "p + j < count - 1 ?"),
     ("dy_sums.cu", "small, in.small[(j + 1) % 2]", "small, in.small[j % 2]"),
+    ("dy_sums.cu", "c ? c + next : c", "c ? c + n0 : c"),
     ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
     ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
     ("reflect.cu", "if (t0 > first) {", "if (t0 > first + TOKENS) {"),

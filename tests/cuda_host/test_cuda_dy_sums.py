@@ -9,8 +9,8 @@ from delora_kernels.backends.cuda import dy_sums, kernels, launch, stages
 from delora_kernels.backends.gemm_stages import DyParts
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = [(WIDE, WIDE, WIDE), *((x, s, h) for x in (HALF, BF16) for s, h in ((x, x), (WIDE, x), (WIDE, WIDE)))]
-"""Of dy, of the small operand and of h."""
+DTYPES = [(WIDE, WIDE), *((x, small) for x in (HALF, BF16) for small in (x, WIDE))]
+"""Of dy, and of the small operand and h."""
 SHAPES = 4 if SANITIZED else 50
 
 
@@ -32,15 +32,17 @@ def test_odd_shapes(dtypes: tuple[torch.dtype, ...], seed: int, monkeypatch: pyt
         T, N, R = (int(torch.randint(1, most, (), generator=generator)) for most in (200, 600, 33))
         monkeypatch.setattr(launch, "SPLIT_TARGET", (1, 4, 528)[case % 3])
         dy = torch.randn(T, N + case % 5, generator=generator).to(dtypes[0])[:, case % 5 :]
-        small = torch.randn(N, R, generator=generator).to(dtypes[1])
-        h = torch.randn(T, R + 3, generator=generator).to(dtypes[2])[:, 2 : 2 + R]
-        y = torch.randn(T, N, generator=generator).to(dtypes[0])
+        small = torch.randn((N, R) if case % 2 else (R, N), generator=generator).to(dtypes[1])
+        small = small if case % 2 else small.t()
+        h = torch.randn(T, R + 3, generator=generator).to(dtypes[1])[:, 2 : 2 + R]
+        y = torch.randn(T, N + case % 7, generator=generator).to(dtypes[0])[:, case % 7 :]
+        c = torch.randn(N, generator=generator) if case % 4 else None
         sums, dots = case % 2 == 0, case % 3 < 2
-        found = dy_sums.dy_sums(dy, small, h, 0.75, sums, y if dots else None)
+        found = dy_sums.dy_sums(dy, small, h, 0.75, sums, y if dots else None, c)
         wide = dy.double()
         dv, product, *_ = dy_sums.finish_dy(found._replace(dots=None), torch.float32, None, None, None)
         case_of = (T, N, R, case)
-        assert _off(dv, wide @ small.double()) <= 1e-5, case_of
+        assert _off(dv, wide @ (small.double() if c is None else small.double() * c.double()[:, None])) <= 1e-5, case_of
         assert _off(product, 0.75 * wide.t() @ h.double()) <= 1e-5, case_of
         assert (found.sums is not None) == sums
         assert (found.dots is not None) == dots
@@ -54,11 +56,12 @@ def test_odd_shapes(dtypes: tuple[torch.dtype, ...], seed: int, monkeypatch: pyt
 def test_the_same_bits_in_any_order_of_threads(dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     dy, y = torch.randn(2, 150, 300, generator=generator).to(dtype)
-    small, h = torch.randn(300, 20, generator=generator), torch.randn(150, 20, generator=generator).to(dtype)
+    small, h = torch.randn(300, 20, generator=generator).to(dtype), torch.randn(150, 20, generator=generator).to(dtype)
+    c = torch.randn(300, generator=generator)
     results = []
     for order in range(3):
         shuffle_threads(seed + order)
-        results.append(dy_sums.dy_sums(dy, small, h, 1.0, True, y))
+        results.append(dy_sums.dy_sums(dy, small, h, 1.0, True, y, c))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True) if a is not None and b is not None)
 
@@ -83,16 +86,16 @@ def test_reads_of_dy(R: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_it_does_not_take() -> None:
-    """More ranks, a small operand narrower than h, nothing to read: two kernels do it, or the launcher refuses."""
-    dy, small, h = torch.zeros(4, 6, dtype=BF16), torch.zeros(6, 2), torch.zeros(4, 2, dtype=BF16)
+    """More ranks, operands of two dtypes, nothing to read: two kernels do it, or the launcher refuses."""
+    dy, small, h = torch.zeros(4, 6, dtype=BF16), torch.zeros(6, 2, dtype=BF16), torch.zeros(4, 2, dtype=BF16)
     assert dy_sums.takes(dy, small, h)
-    assert not dy_sums.takes(dy, small.to(BF16), h.float())
+    assert not dy_sums.takes(dy, small, h.float())
     assert not dy_sums.takes(dy[:0], small, h[:0])
-    assert not dy_sums.takes(dy, torch.zeros(6, 33), torch.zeros(4, 33))
+    assert not dy_sums.takes(dy, torch.zeros(6, 33, dtype=BF16), torch.zeros(4, 33, dtype=BF16))
     with pytest.raises(RuntimeError, match=r"dy_sums\(bfloat16\[4, 6\] strides \[6, 1\].*a dtype that"):
-        dy_sums.dy_sums(dy, small.to(BF16), h.float(), 1.0, False, None)
+        dy_sums.dy_sums(dy, small, h.float(), 1.0, False, None)
     with pytest.raises(RuntimeError, match=r"dy_sums\(.*a size out of range"):
-        dy_sums.dy_sums(dy, torch.zeros(6, 33), torch.zeros(4, 33, dtype=BF16), 1.0, False, None)
+        dy_sums.dy_sums(dy, torch.zeros(6, 33), torch.zeros(4, 33), 1.0, False, None)
 
 
 def test_nan_and_inf_stay_in_their_rows_and_columns() -> None:

@@ -126,6 +126,16 @@ def test_dora_in_float16_reads_dy_once_more(seed: int) -> None:
     assert backward.written["y"] == in_bfloat16.written["y"] == 0
 
 
+@pytest.mark.parametrize(("dtype", "products"), [(torch.bfloat16, 0), (torch.float16, 1)])
+def test_who_multiplies_b_by_c(dtype: torch.dtype, products: int, seed: int) -> None:
+    """The kernel that reads dy once; where dv has a kernel of its own, torch, in a launch that is not counted above."""
+    with use_backend("triton"), torch.autocast("cpu", dtype):
+        y = F.dora_linear(**arguments("dora", seed, dtype))
+    with torch.profiler.profile() as profile:
+        y.backward(torch.ones(T, N).to(dtype))
+    assert sum(event.name == "aten::mul" for event in profile.events()) == products
+
+
 @pytest.mark.parametrize("saved", ["private", "output"])
 def test_dora_in_form_d_without_a_private_tensor(saved: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs nothing private runs on c ⊙ W, which the norm's own launch writes: one read and one write of W."""

@@ -9,21 +9,24 @@ from delora_kernels.backends.gemm_stages import DyParts
 LARGEST_RANK = 32
 
 
-def takes(dy: Tensor, small: Tensor, h: Tensor) -> bool:
-    """Whether one read does it: few ranks, small in h's dtype or float32, and something to read."""
-    return dy.numel() > 0 and 0 < h.shape[1] <= LARGEST_RANK and small.dtype in (h.dtype, torch.float32)
+def takes(dy: Tensor, small: Tensor, h: Tensor, c: Tensor | None = None) -> bool:
+    """Whether one read does it: few ranks, small in h's dtype, and something to read."""
+    return dy.numel() > 0 and 0 < h.shape[1] <= LARGEST_RANK and small.dtype == h.dtype
 
 
-def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> DyParts:
-    """dv = dy small, factor · dyᵀ h, Σ_t dy and Σ_t dy ⊙ y, in parts.
+def dy_sums(
+    dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None, c: Tensor | None = None
+) -> DyParts:
+    """dv = dy (c ⊙ small), factor · dyᵀ h, Σ_t dy and Σ_t dy ⊙ y, in parts.
 
     Args:
         dy: [T, N].
-        small: [N, R], any strides; h's dtype or float32.
+        small: [N, R], any strides; h's dtype.
         h: [T, R], any strides; dy's dtype or float32.
         factor: Of dyᵀ h.
         sums: Whether Σ_t dy is wanted.
         y: [T, N] in dy's dtype: Σ_t dy ⊙ y is wanted; or None.
+        c: [N] float32, or None for 1.
     """
     (T, N), R = dy.shape, h.shape[1]
     chunks = -(-N // library().dk_dy_sums_columns())
@@ -32,7 +35,7 @@ def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: 
     product = dv.new_empty((parts, N, R))
     summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
     y = None if y is None else rows(y)
-    launch("dy_sums", rows(dy), small, h, y, dv, product, summed, dots, T, N, R, parts, factor)
+    launch("dy_sums", rows(dy), small, c, h, y, dv, product, summed, dots, T, N, R, parts, factor)
     return DyParts(dv, product, summed, dots)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.gemm_stages import DyParts, RankTerm
 
 
 def _mask(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
@@ -43,25 +43,38 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+MOST_RANKS_OF_TERM = 64
+"""All of h's columns that one block of `token_sums` holds."""
+
+
+def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
+    """Whether `token_sums` can write the rank-R term on its way: with all of h's columns in one block."""
+    return h.dtype == small.dtype and h.shape[1] <= MOST_RANKS_OF_TERM
+
+
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
-    group: MaskGroup | None = None, transposed: bool = False,
+    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: RankTerm | None = None,
 ) -> DyParts:  # fmt: skip
     """product [P, C, R] (transposed: [P, R, C]) = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
 
     Args:
         x: [T, C].
         h: [T, R], x's dtype or float32, or None: no product.
-        factor: Of the product.
+        factor: Of the product and of the term.
         sums: Whether Σ_t x is wanted.
         y: [T, C] in x's dtype: Σ_t x ⊙ y is wanted; or None.
-        group: Mask of the product's x, or None.
+        group: Mask of the product's x and of the term, or None.
         transposed: Whether the product is laid out as hᵀ x.
+        ranks: How many of h's columns the product has; None: all.
+        term: Where factor · h small goes, or None.
     """
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
+    ranks = R if ranks is None else ranks
+    small, out = (None, None) if term is None else term
     seed, limit, inverse = _mask(group)
     parts = splits(tiles(C) * max(1, tiles(R)), tiles(T))
-    shape = (parts, R, C) if transposed else (parts, C, R)
+    shape = (parts, ranks, C) if transposed else (parts, C, ranks)
     new = x.new_zeros if T * C == 0 else x.new_empty
     found = DyParts(
         None,
@@ -71,8 +84,8 @@ def token_sums(
     )
     if T * C:
         launch(
-            "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), *found[1:],
-            T, C, R, parts, transposed, seed, limit, factor * inverse,
+            "token_sums", rows(x), None if h is None else rows(h), None if y is None else rows(y), small, out,
+            *found[1:], T, C, R, ranks, parts, transposed, seed, limit, factor * inverse,
         )  # fmt: skip
     return found
 

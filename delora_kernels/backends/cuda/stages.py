@@ -3,10 +3,20 @@
 from torch import Tensor
 
 from delora_kernels.backends.cuda.dy_sums import dy_sums, finish_dy, takes
-from delora_kernels.backends.cuda.kernels import add_parts, drop, rank_update, scale_matrix, times_small, token_sums
+from delora_kernels.backends.cuda.kernels import (
+    add_parts,
+    drop,
+    rank_update,
+    scale_matrix,
+    takes_term,
+    times_small,
+    token_sums,
+)
 from delora_kernels.backends.gemm_stages import Stages
 
-STAGES = Stages(times_small, token_sums, takes, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop)
+STAGES = Stages(
+    times_small, token_sums, takes_term, takes, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop
+)  # fmt: skip
 
 project = STAGES.project
 expand = STAGES.expand

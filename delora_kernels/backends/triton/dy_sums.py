@@ -1,4 +1,4 @@
-"""All that one read of dy gives at ranks up to 32: dv = dy S, dyᵀ h, Σ_t dy and Σ_t dy ⊙ Y.
+"""All that one read of dy gives at ranks up to 32: dv = dy (c ⊙ S), dyᵀ h, Σ_t dy and Σ_t dy ⊙ Y.
 
 A program owns a chunk of tokens and a chunk of columns. It keeps its part of dyᵀ h in registers while it walks its
 tokens, and writes its part of dv for each step; `add_parts.py` adds the parts of both in a fixed order. At higher ranks
@@ -21,8 +21,9 @@ LARGEST_RANK = 32
 
 @triton.jit(do_not_specialize=["T", "part"])
 def dy_sums_kernel(
-    DY, S, H, Y, DV, PRODUCT, SUMS, DOTS, T, part, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, factor,
-    WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
+    DY, S, COLUMN, H, Y, DV, PRODUCT, SUMS, DOTS,
+    T, part, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, factor,
+    WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr, WITH_COLUMN: tl.constexpr,
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +33,8 @@ def dy_sums_kernel(
     r = tl.arange(0, BR)
     small = S + n[:, None] * stride_sn + r[None, :] * stride_sr
     s = tl.load(small, (n[:, None] < N) & (r[None, :] < R), 0.0)
+    if WITH_COLUMN:
+        s = s.to(tl.float32) * tl.load(COLUMN + n, n < N, 0.0)[:, None]
     acc = tl.zeros((BC, BR), tl.float32)
     sums = tl.zeros((BC,), tl.float32)
     dots = tl.zeros((BC,), tl.float32)
@@ -59,14 +62,21 @@ def dy_sums_kernel(
         tl.store(DOTS + column, dots, n < N)
 
 
-def takes(dy: Tensor, small: Tensor, h: Tensor) -> bool:
+def takes(dy: Tensor, small: Tensor, h: Tensor, c: Tensor | None = None) -> bool:
     """Whether one read does it: on 16-bit units (float32's tiles would spill), few ranks, and something to read."""
-    narrow = dy.dtype.itemsize == 2 and WIDE not in (meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype))
-    return narrow and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
+    how = meeting(dy.dtype, _dtype(small, c)), meeting(dy.dtype, h.dtype)
+    return dy.dtype.itemsize == 2 and WIDE not in how and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
 
 
-def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None) -> DyParts:
-    """dv = dy small, factor · dyᵀ h, Σ_t dy and Σ_t dy ⊙ y, in parts.
+def _dtype(small: Tensor, c: Tensor | None) -> torch.dtype:
+    """Of c ⊙ small, which is not rounded."""
+    return small.dtype if c is None else torch.float32
+
+
+def dy_sums(
+    dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None, c: Tensor | None = None
+) -> DyParts:
+    """dv = dy (c ⊙ small), factor · dyᵀ h, Σ_t dy and Σ_t dy ⊙ y, in parts.
 
     Args:
         dy: [T, N].
@@ -75,22 +85,23 @@ def dy_sums(dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: 
         factor: Of dyᵀ h.
         sums: Whether Σ_t dy is wanted.
         y: [T, N]: Σ_t dy ⊙ y is wanted; or None.
+        c: [N] float32, or None for 1.
     """
     (T, N), R = dy.shape, h.shape[1]
     dy, h, y = rows(dy), rows(h), None if y is None else rows(y)
     BR = rank_tile("dy_sums", R)
-    tile = tiles("dy_sums", BR, capability(dy.device), dtypes(dy.dtype, small.dtype, h.dtype))
+    tile = tiles("dy_sums", BR, capability(dy.device), dtypes(dy.dtype, _dtype(small, c), h.dtype))
     chunks, steps = triton.cdiv(N, tile.columns), triton.cdiv(T, tile.tokens)
     part = triton.cdiv(steps, splits(chunks, steps)) * tile.tokens
     parts = triton.cdiv(T, part)
     dv = dy.new_empty((chunks, T, R), dtype=torch.float32)
     product = dy.new_empty((parts, N, R), dtype=torch.float32)
     summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
-    how, how_h = meeting(dy.dtype, small.dtype), meeting(dy.dtype, h.dtype)
+    how, how_h = meeting(dy.dtype, _dtype(small, c)), meeting(dy.dtype, h.dtype)
     launch(
-        dy_sums_kernel, (chunks, parts), (dy, small, h, y, dv, product, summed, dots),
+        dy_sums_kernel, (chunks, parts), (dy, small, c, h, y, dv, product, summed, dots),
         (T, part, N, R, dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0)), (factor,),
-        WITH_SUMS=sums, WITH_DOTS=y is not None,
+        WITH_SUMS=sums, WITH_DOTS=y is not None, WITH_COLUMN=c is not None,
         HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
         BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The token-sized ops of `ops.py` over the Triton kernels.
 
 `forms.py` chooses, per shape, between the forms that `gemm_stages.py` has and what only Triton has: (c), one GEMM of
-our own that does it all, and form (d)'s term of dx, written by `token_sums` on its way.
+our own that does it all.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,11 @@ from delora_kernels.backends.triton.rank_gemm import takes as takes_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
 from delora_kernels.backends.triton.scaled import scaled as scale_matrix
 from delora_kernels.backends.triton.times_small import times_small
-from delora_kernels.backends.triton.token_sums import RankTerm, takes_term, token_sums
+from delora_kernels.backends.triton.token_sums import takes_term, token_sums
 
-STAGES = Stages(times_small, token_sums, takes_dy_sums, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop)
+STAGES = Stages(
+    times_small, token_sums, takes_term, takes_dy_sums, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop
+)  # fmt: skip
 
 project = STAGES.project
 expand_backward = STAGES.expand_backward
@@ -69,18 +71,16 @@ def input_backward(
     seed: Tensor | None,
     two_term: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dÂ from one read of x for each mask, which in form (d) writes the rank-R term of dx too; then the frozen GEMM."""
-    groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
-    if weight is None or A_hat is None or two_term:
-        dA_hat = STAGES.factor_grad(dv, x, r, scale, groups)
-        return STAGES.input_grad(dy, weight, dv, A_hat, scale, c, groups, two_term), dA_hat
-    form = forms.choose("dx", dy, weight.shape[1], weight.shape[0])
-    if form == forms.PREFILL and x is not None and len(groups) == 1 and takes_term(x, dv, A_hat, groups[0]):
-        term = RankTerm(A_hat, dy.new_empty((dy.shape[0], weight.shape[1])))
-        dA_hat = STAGES.factor_grad(dv, x, r, scale, groups, term=term)
-        return STAGES.input_grad(dy, weight, dv, A_hat, scale, c, groups, False, written=term.out), dA_hat
-    dA_hat = STAGES.factor_grad(dv, x, r, scale, groups)
-    if form == forms.OWN and len(groups) == 1 and takes_gemm(dy, dv, A_hat, scale, False, groups[0]):
-        return rank_gemm(*STAGES.scaled_operands(dy, weight, c), dv, A_hat, scale)[0], dA_hat
-    prefill = form == forms.PREFILL
-    return STAGES.input_grad(dy, weight, dv, A_hat, scale, c, groups, False, prefill), dA_hat
+    """Form (c) where our GEMM takes it; else as in gemm_stages.py."""
+    prefill = True
+    if weight is not None:
+        form = forms.choose("dx", dy, weight.shape[1], weight.shape[0])
+        prefill = form == forms.PREFILL
+        groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
+        own = form == forms.OWN and not two_term and len(groups) == 1
+        if own and A_hat is not None and takes_gemm(dy, dv, A_hat, scale, False, groups[0]):
+            dA_hat = STAGES.factor_grad(dv, x, r, scale, groups)
+            return rank_gemm(*STAGES.scaled_operands(dy, weight, c), dv, A_hat, scale)[0], dA_hat
+    return STAGES.input_backward(
+        dy, weight, dv, A_hat, x, r, scale, c, ranks, dropout_p, seed, two_term, prefill
+    )  # fmt: skip

@@ -5,15 +5,13 @@ programs; `add_parts.py` adds their parts in a fixed order. While a program hold
 term of dx, H S, where a library GEMM then adds the rest (form (d)).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.gemm_stages import DyParts, RankTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
@@ -22,7 +20,7 @@ from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, til
 
 @triton.jit(do_not_specialize=["T", "part"])
 def token_sums_kernel(
-    X, H, Y, S, SEED, PRODUCT, SUMS, DOTS, OUT, T, part, C, R,
+    X, H, Y, S, SEED, PRODUCT, SUMS, DOTS, OUT, T, part, C, R, ranks,
     stride_x, stride_h, stride_y, stride_sr, stride_sc, threshold, factor,
     DROP: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
     WITH_OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -61,22 +59,15 @@ def token_sums_kernel(
     which = tl.program_id(2).to(tl.int64)
     if WITH_PRODUCT:
         if TRANSPOSED:
-            at = PRODUCT + (which * R + r[None, :]) * C + c[:, None]
+            at = PRODUCT + (which * ranks + r[None, :]) * C + c[:, None]
         else:
-            at = PRODUCT + (which * C + c[:, None]) * R + r[None, :]
-        tl.store(at, acc * factor, (c[:, None] < C) & (r[None, :] < R))
+            at = PRODUCT + (which * C + c[:, None]) * ranks + r[None, :]
+        tl.store(at, acc * factor, (c[:, None] < C) & (r[None, :] < ranks))
     if tl.program_id(1) == 0:
         if WITH_SUMS:
             tl.store(SUMS + which * C + c, sums, c < C)
         if WITH_DOTS:
             tl.store(DOTS + which * C + c, dots, c < C)
-
-
-class RankTerm(NamedTuple):
-    """The rank-R term of dx that is written on the way: out [T, C], contiguous, from small S [R, C], any strides."""
-
-    small: Tensor
-    out: Tensor
 
 
 def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
@@ -88,7 +79,7 @@ def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
 
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
-    group: MaskGroup | None = None, transposed: bool = False, term: RankTerm | None = None,
+    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: RankTerm | None = None,
 ) -> DyParts:  # fmt: skip
     """What one pass over x [T, C] sums up over tokens, in parts: product [P, C, R] or transposed [P, R, C], vectors.
 
@@ -100,10 +91,12 @@ def token_sums(
         y: [T, C]: Σ_t x ⊙ y is wanted; or None.
         group: Mask of the product's x and of the term, or None.
         transposed: Whether the product is laid out as Hᵀ X.
+        ranks: How many of h's columns the product has; None: all.
         term: Where factor · h S goes, or None.
     """
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
-    shape = (R, C) if transposed else (C, R)
+    ranks = R if ranks is None else ranks
+    shape = (ranks, C) if transposed else (C, ranks)
     if T * C == 0:
         zeros = x.new_zeros((1, C), dtype=torch.float32)
         product = None if h is None else x.new_zeros((1, *shape), dtype=torch.float32)
@@ -125,7 +118,8 @@ def token_sums(
     strides = (0 if t is None else t.stride(0) for t in (x, h, y))
     launch(
         token_sums_kernel, (*grid, parts), (x, h, y, small, seed, product, summed, dots, out),
-        (T, part, C, R, *strides, *((0, 0) if small is None else small.stride()), threshold(p)), (factor / (1 - p),),
+        (T, part, C, R, ranks, *strides, *((0, 0) if small is None else small.stride()), threshold(p)),
+        (factor / (1 - p),),
         DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
         WITH_OUT=out is not None, TRANSPOSED=transposed,
         HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
