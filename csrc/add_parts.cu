@@ -4,14 +4,6 @@
 
 namespace dk {
 
-// sum_p parts[p][i] of parts with `size` elements each.
-__device__ __forceinline__ float total(const float *parts, int64_t i, int64_t count, int64_t size) {
-  float sum = 0;
-#pragma unroll 4
-  for (int64_t p = 0; p < count; ++p, i += size) sum += parts[i];
-  return sum;
-}
-
 __global__ void __launch_bounds__(THREADS, 1)
     add_parts(const float *in, int64_t parts, int64_t size, void *out, int dtype) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
