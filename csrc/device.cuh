@@ -53,8 +53,14 @@ __device__ __forceinline__ float rounded(int dtype, float x) {
 // sum_p parts[p][i] of parts with `size` elements each, in their order.
 __device__ __forceinline__ float total(const float *parts, int64_t i, int64_t count, int64_t size) {
   float sum = 0;
-#pragma unroll 8
-  for (int64_t p = 0; p < count; ++p, i += size) sum += parts[i];
+#pragma unroll 1
+  for (int64_t p = 0; p < count; p += 8, i += 8 * size) {
+    float part[8];  // all on their way at once
+#pragma unroll
+    for (int j = 0; j < 8; ++j) part[j] = p + j < count ? parts[i + j * size] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += part[j];
+  }
   return sum;
 }
 
