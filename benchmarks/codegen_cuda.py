@@ -21,7 +21,7 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SHARED_LIMIT = 48 * 1024
 """Bytes of shared memory that a block has on every GPU without asking for more."""
 
-GEMM_KERNELS = ("times_small", "token_sums", "dy_sums", "rank_update", "row_norm")
+GEMM_KERNELS = ("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "row_norm")
 FLAGS = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -4,19 +4,6 @@
 
 namespace dk {
 
-// sum_p parts[p][i] of parts with `size` elements each.
-__device__ __forceinline__ float total(const float *parts, int64_t i, int64_t count, int64_t size) {
-  float sum = 0;
-  for (int64_t p = 0; p < count; p += 8, i += 8 * size) {
-    float part[8];  // all on their way at once
-#pragma unroll
-    for (int j = 0; j < 8; ++j) part[j] = p + j < count ? parts[i + j * size] : 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum += part[j];
-  }
-  return sum;
-}
-
 __global__ void __launch_bounds__(THREADS, 1)
     add_parts(const float *in, int64_t parts, int64_t size, void *out, int dtype) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;

@@ -132,21 +132,36 @@ DK_API int dk_drop(dk_matrix x, const int64_t *seed, int32_t threshold, float fa
                    int64_t T, int64_t K, void *stream);
 
 /* Tokens that one block of dk_route and dk_route_backward takes: their sums come in ceil(T / tokens) parts. */
-DK_API int64_t dk_route_tokens(int64_t E);
+DK_API int64_t dk_route_tokens(void);
 
-/* A mixture's gating (the op `route`): h [T, (E r or r) + E + passed] -> v [T, E r + passed] and w [T, E], and for each
-   block of tokens its part of f, P [parts, E] and z [parts], as sums. gates [T, E] in the place of logits: no w. share
-   [T] or NULL: all count 1. h, v: rows, one dtype. */
-DK_API int dk_route(dk_matrix h, const float *gates, const float *scale, const float *share, dk_matrix v, float *w,
-                    float *f, float *P, float *z, int64_t T, int64_t E, int64_t r, int64_t passed, int64_t top_k,
-                    int32_t renormalize, int32_t shared, void *stream);
+/* A mixture's gating (in the op `project_route`): h [T, (E r or r) + E + passed] -> v [T, E r + passed] and w [T, E], and
+   for each block of tokens its sums [2 E + 1] of f, P and z. With `parts`, float32 [count, T, ...], h is their sum, and
+   is written. gates [T, E] in the place of logits: no w. share [T] or NULL: all count 1. h, v: rows, one dtype. */
+DK_API int dk_route(const float *parts, int64_t count, dk_matrix h, const float *gates, const float *scale,
+                    const float *share, dk_matrix v, float *w, float *sums, int64_t T, int64_t E, int64_t r,
+                    int64_t passed, int64_t top_k, int32_t renormalize, int32_t shared, void *stream);
 
-/* The op `route_backward`: dh as h, dgates [T, E] if given, and for each block of tokens its part of dscale [parts, E].
-   A token counts `share`, or 1 / T. dv, h, dh: rows, one dtype. */
-DK_API int dk_route_backward(dk_matrix dv, dk_matrix h, const float *w, const float *scale, const float *share,
-                             const float *dP, const float *dz, dk_matrix dh, float *dgates, float *dscale, int64_t T,
-                             int64_t E, int64_t r, int64_t passed, int32_t given, int32_t renormalize, int32_t shared,
-                             void *stream);
+/* dk_times_small of a mixture and dk_route at once, for h of up to 64 columns and up to 32 experts; 64 tokens a block.
+   x: rows; small: x's dtype or float32; h, v: rows, small's dtype. */
+DK_API int dk_project_route(dk_matrix x, dk_matrix small, int64_t C, dk_matrix h, const float *gates,
+                            const float *scale, const float *share, dk_matrix v, float *w, float *sums, int64_t T,
+                            int64_t E, int64_t r, int64_t passed, int64_t top_k, int32_t renormalize, int32_t shared,
+                            const int64_t *seed, int32_t threshold, float factor, void *stream);
+
+/* f, P [E] and z [1]: the sums over the first dimension of sums [blocks, 2 E + 1], divided by `over`. Without P and z
+   f alone, of sums [blocks, E]. */
+DK_API int dk_route_totals(const float *sums, int64_t blocks, int64_t E, float over, float *f, float *P, float *z,
+                           void *stream);
+
+/* The op `expand_route_backward` after its reads of dy: of the parts of dv [dv_parts, T, E r + passed] (float32; one part
+   in any dtype), whose sum is rounded to h's dtype, dh as h, dgates [T, E] if given, and for each block of tokens its
+   part of dscale [E], optional. A token counts `share`, or 1 / T. h, dh: rows, one dtype. Beside that dB [N, E r +
+   passed] and dy_sum [N] = the sums of product and sums over their `parts` parts, each optional. */
+DK_API int dk_route_backward(const void *dv, int64_t dv_parts, int32_t dv_dtype, dk_matrix h, const float *w,
+                             const float *scale, const float *share, const float *dP, const float *dz, dk_matrix dh,
+                             float *dgates, float *dscale, int64_t T, int64_t E, int64_t r, int64_t passed,
+                             int32_t given, int32_t renormalize, int32_t shared, const float *product,
+                             const float *sums, int64_t parts, float *dB, float *dy_sum, int64_t N, void *stream);
 
 /* out [T, n D] = every block of D columns of x reflected, x - 2 (x . u) / (u . u) u, or with v the two terms of ETHER+,
    + bias [n D]; v and bias are optional, a vector of length 0 does nothing. x, out: rows, one dtype; u, v [n, D]: rows,

@@ -45,6 +45,25 @@ __device__ __forceinline__ void store(const dk_matrix &m, int64_t i, int64_t j, 
   store(m.data, m.dtype, i * m.row_stride + j * m.column_stride, value);
 }
 
+// What is left of a number that is stored in a dtype.
+__device__ __forceinline__ float rounded(int dtype, float x) {
+  return dtype == DK_FLOAT32 ? x : dtype == DK_FLOAT16 ? wide(narrow<half>(x)) : wide(narrow<bf16>(x));
+}
+
+// sum_p parts[p][i] of parts with `size` elements each, in their order.
+__device__ __forceinline__ float total(const float *parts, int64_t i, int64_t count, int64_t size) {
+  float sum = 0;
+#pragma unroll 1
+  for (int64_t p = 0; p < count; p += 8, i += 8 * size) {
+    float part[8];  // all on their way at once
+#pragma unroll
+    for (int j = 0; j < 8; ++j) part[j] = p + j < count ? parts[i + j * size] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += part[j];
+  }
+  return sum;
+}
+
 // A small matrix of one type with any strides.
 template <class T> struct Strided {
   const T *data;
@@ -150,16 +169,16 @@ struct Mask {
   }
 };
 
-// The sum, or the largest, of a number over the lanes of a warp, in every lane.
-__device__ __forceinline__ float warp_sum(float x) {
+// The sum, or the largest, of a number over the lanes of a warp, or over each LANES of them, in every lane.
+template <int LANES = 32> __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+template <int LANES = 32> __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
+  for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
   return x;
 }
 

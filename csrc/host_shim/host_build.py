@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def build(sanitize: bool = False, replaced: dict[str, str] | None = None) -> Pat
 
     Args:
         sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; the process must preload libasan.
-        replaced: File name of a .cu file → the text that is compiled in its place.
+        replaced: File name of a file of csrc/ → the text that is compiled in its place.
 
     Raises:
         RuntimeError: there is no compiler, or it fails; the text has its messages.
@@ -38,25 +39,47 @@ def build(sanitize: bool = False, replaced: dict[str, str] | None = None) -> Pat
         raise RuntimeError(f"compiling csrc/ for the host needs a C++ compiler: no {COMPILER} here (CXX names another)")
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = FLAGS + (SANITIZE if sanitize else [])
-    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.cu"))} | (replaced or {})
-    scheduler = SOURCES / "host_shim/scheduler.cpp"
-    texts[scheduler.name] = scheduler.read_text(encoding="utf-8")
-    headers = [*SOURCES.glob("*.*h"), *SOURCES.glob("host_shim/*.h"), *SOURCES.glob("host_shim/include/*")]
-    common = "\0".join([COMPILER, *flags, *(file.read_text(encoding="utf-8") for file in sorted(headers))])
+    sources, headers = _texts("*.cu"), _texts("*.*h")
+    folder = SOURCES
+    for name, text in (replaced or {}).items():
+        (sources if name in sources else headers)[name] = text
+    if headers.keys() & (replaced or {}).keys():  # all of them, because a header finds another beside itself
+        folder = BUILD / f"headers-{_hash(*headers.values())}"
+        folder.mkdir(exist_ok=True)
+        for name, text in headers.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    headers |= _texts("host_shim/*.h") | _texts("host_shim/include/*")
+    sources |= _texts("host_shim/scheduler.cpp")
+    includes = [f"-I{path}" for path in (SOURCES / "host_shim/include", folder, SOURCES / "host_shim")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda item: _compile(*item, common, flags), texts.items()))
+        objects = list(pool.map(lambda item: _compile(*item, headers, flags, includes), sources.items()))
     library = BUILD / f"libdelora_kernels-{_hash(*(path.name for path in objects))}.so"
     if not library.exists():
         _run([COMPILER, "-shared", *flags, *map(str, objects)], library)
     return library
 
 
-def _compile(name: str, text: str, common: str, flags: list[str]) -> Path:
-    target = BUILD / f"{Path(name).stem}-{_hash(common, name, text)}.o"
+def _texts(pattern: str) -> dict[str, str]:
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob(pattern))}
+
+
+def _compile(name: str, text: str, headers: dict[str, str], flags: list[str], includes: list[str]) -> Path:
+    target = BUILD / f"{Path(name).stem}-{_hash(COMPILER, *flags, name, text, *_included(text, headers))}.o"
     if not target.exists():
-        includes = ["-I", str(SOURCES / "host_shim/include"), "-I", str(SOURCES), "-I", str(SOURCES / "host_shim")]
         _run([COMPILER, *flags, *includes, "-x", "c++", "-c", "-"], target, text)
     return target
+
+
+def _included(text: str, headers: dict[str, str]) -> list[str]:
+    """The texts of the headers that a text includes, those that they include as well."""
+    found: dict[str, str] = {}
+    waiting = [text]
+    while waiting:
+        names = (Path(name).name for name in re.findall(r'^#include ["<](.+)[">]', waiting.pop(), re.MULTILINE))
+        new = {name: headers[name] for name in names if name in headers and name not in found}
+        found |= new
+        waiting += new.values()
+    return [found[name] for name in sorted(found)]
 
 
 def _run(command: list[str], target: Path, text: str = "") -> None:

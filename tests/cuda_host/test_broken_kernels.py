@@ -1,6 +1,6 @@
 """Kernels broken on purpose: without one of their barriers, or with a wrong index, their results change.
 
-Each barrier of csrc/*.cu is removed in turn. Right kernels give the same bits in whatever order threads run; a broken
+Each barrier of csrc/ is removed in turn. Right kernels give the same bits in whatever order threads run; a broken
 one must differ from them, or fail, for one of a few orders.
 """
 
@@ -31,25 +31,31 @@ import host_build  # noqa: E402
 
 BARRIER = re.compile(r"__(?:syncthreads|syncwarp|pipeline_wait_prior)\([^)]*\);")
 OPS_OF = {
-    "add_parts": ("expand_backward",),
+    "add_parts": ("expand_backward", "fold_backward"),
     "dropout": ("project", "expand"),
     "dy_sums": ("expand_backward",),
     "fold": ("fold", "fold_backward"),
+    "gating": ("project_route",),
     "rank_update": ("expand", "input_backward"),
     "reflect": ("reflect", "reflect_backward"),
-    "route": ("project_route", "expand_route_backward"),
+    "route": ("project_route",),
+    "route_backward": ("expand_route_backward",),
     "row_norm": ("row_norm",),
-    "times_small": ("project",),
+    "times_small": ("project", "project_route"),
     "token_sums": ("expand_backward", "input_backward"),
 }
 SIZES = {
     "dy_sums": ((170, 5, 252, 20), (200, 5, 264, 3)),
     "rank_update": ((90, 80, 140, 20), (90, 72, 136, 35)),
     "reflect": ((40, 60, 5, 20), (40, 60, 5, 3)),
+    "route_backward": ((70, 9, 300, 40), (90, 9, 60, 3)),
     "row_norm": ((5, 900, 40, 20), (5, 1160, 40, 35)),
 }
 """Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that 16 bytes divide; for
-row_norm more tiles than are on their way."""
+row_norm more tiles than are on their way; for route_backward more columns than a warp has at a time."""
+
+SPLIT = {"route": (1, 528), "gating": (1, 528), "route_backward": (1, 528)}
+"""Blocks that sums are split for, where it is not 1: a block then walks through more tiles than it holds at a time."""
 
 ORDERS = 40
 """A first that differs ends the search: a broken kernel may look right in several."""
@@ -61,19 +67,21 @@ WRONG = (
     ("token_sums.cu", "in.h[0][1][0], in.small[0][0] + k * TERM", "in.h[0][0][0], in.small[0][0] + k * TERM"),
     ("rank_update.cu", "in.h[side][0][0], in.small[side][1][0]", "in.h[side][0][0], in.small[side][0][0]"),
     ("row_norm.cu", "r == 0 ? k + AHEAD * BC : K", "r == 0 ? k + BC : K"),
-    ("add_parts.cu", "p + j < count ?", "p + j < count - 1 ?"),
+    ("add_parts.cu", "total(in, i, parts, size)", "total(in, i, parts - 1, size)"),
     ("dy_sums.cu", "small, in.small[(j + 1) % 2]", "small, in.small[j % 2]"),
     ("dy_sums.cu", "c ? c + next : c", "c ? c + n0 : c"),
     ("fold.cu", "along[j] = live ?", "along[j] = !live ?"),
     ("dropout.cu", "t = i / across, group = i % across", "t = i / across, group = i / across"),
     ("reflect.cu", "if (t0 > first) {", "if (t0 > first + TOKENS) {"),
-    ("route.cu", "other == best && other_at < at", "other == best && other_at > at"),
+    ("gating.cuh", "other == best && other_at < at", "other == best && other_at > at"),
+    ("route.cu", "store(g.h, t, column, sum)", "store(g.h, t, 0, sum)"),
+    ("route_backward.cu", "j0 += most", "j0 += most + 1"),
 )
 """File, what stands there, what to write in its place: wrong, but inside its tensors."""
 
 
 def _barriers() -> list[tuple[str, int]]:
-    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(CSRC.glob("*.cu"))}
+    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(CSRC.glob("*.cu*"))}
     return [(name, i) for name, text in texts.items() for i in range(len(BARRIER.findall(text)))]
 
 
@@ -81,20 +89,29 @@ def _results(file: str, order: int) -> list[Tensor]:
     """What the ops that run the kernels of a file find for the same inputs."""
     shuffle_threads(order)
     results = []
-    sizes = SIZES.get(Path(file).stem, ((170, 300, 70, 20), (200, 330, 90, 3)))
-    for name in OPS_OF[Path(file).stem]:
-        for (T, K, N, R), wide in zip(sizes, (torch.float32, torch.bfloat16), strict=True):
-            narrow = torch.float32 if R == 20 else torch.bfloat16
-            for rank in {wide, torch.float32}:
-                for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=rank, seed=1):
-                    results += problem.run(problem.inputs).values()
-    if file == "route.cu":  # equal logits
-        results += route(torch.zeros(5, 24), None, torch.ones(8), None, 8, 2, 4, True, False)
+    with pytest.MonkeyPatch.context() as patch:
+        for target in SPLIT.get(Path(file).stem, (1,)):
+            patch.setattr(launch, "SPLIT_TARGET", target)
+            results += _results_of_ops(Path(file).stem)
+    if file == "gating.cuh":  # equal logits
+        results += route(torch.zeros(1, 5, 24), torch.float32, None, torch.ones(8), None, 8, 2, 4, True, False)
     if file == "token_sums.cu":  # the vectors, beside a masked product
         x, y = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(1))
         results += token_sums(x, x[:, :5], sums=True, y=y, group=MaskGroup(slice(0, 5), 0.5, torch.tensor(7)))[1:]
     if file == "dropout.cu":
         results.append(dropout_mask(13, 37, 0.4, torch.tensor(7)))
+    return results
+
+
+def _results_of_ops(stem: str) -> list[Tensor]:
+    results: list[Tensor] = []
+    sizes = SIZES.get(stem, ((170, 300, 70, 20), (200, 330, 90, 3)))
+    for name in OPS_OF[stem]:
+        for (T, K, N, R), wide in zip(sizes, (torch.float32, torch.bfloat16), strict=True):
+            narrow = torch.float32 if R == 20 else torch.bfloat16
+            for rank in {wide, torch.float32}:
+                for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=rank, seed=1):
+                    results += problem.run(problem.inputs).values()
     return results
 
 

@@ -1,5 +1,7 @@
 """The token-sized kernels as functions of tensors: what they allocate, how they split their sums."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
 from delora_kernels.backends.gemm_stages import DyParts, RankTerm
 
 
-def _mask(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
+def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
     """Seed, threshold and 1 / (1 − p) of a mask."""
     if group is None or group.seed is None:
         return None, 0, 1.0
@@ -24,14 +26,37 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
         dtype: Of the result.
         group: The mask, or None.
     """
+    groups = None if group is None else [group._replace(columns=slice(0, small.shape[1]))]
+    return add_parts(times_small_parts(x, small, dtype, groups), dtype)
+
+
+def times_small_parts(
+    x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
+) -> Tensor:
+    """The parts of x small, [P, T, R] in float32, or [1, T, R] in `dtype`; a launch and a read of x for each mask.
+
+    Args:
+        x: [T, C].
+        small: [C, R], any strides; x's dtype or float32.
+        dtype: Of the one part.
+        groups: The masks of x for each of R's columns, which they divide, or None.
+    """
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
-        return x.new_zeros((T, R), dtype=dtype)
-    seed, limit, factor = _mask(group)
-    parts = splits(tiles(T) * tiles(R), tiles(C))
+        return x.new_zeros((1, T, R), dtype=dtype)
+    x, groups = rows(x), groups or [MaskGroup(slice(0, R), 0.0, None)]
+    blocks = [small[:, group.columns] for group in groups]
+    parts = splits_of_times_small(T, C, [block.shape[1] for block in blocks])
     out = x.new_empty((parts * T, R), dtype=dtype if parts == 1 else torch.float32)
-    launch("times_small", rows(x), small, out, T, C, R, parts, seed, limit, factor)
-    return out if parts == 1 else add_parts(out.view(parts, T, R), dtype)
+    for block, group in zip(blocks, groups, strict=True):
+        seed, limit, factor = mask_arguments(group)
+        launch("times_small", x, block, out[:, group.columns], T, C, block.shape[1], parts, seed, limit, factor)
+    return out.view(parts, T, R)
+
+
+def splits_of_times_small(T: int, C: int, ranks: Sequence[int]) -> int:
+    """Into how many parts its sum over C is split, where x [T, C] meets blocks of these ranks."""
+    return splits(tiles(T) * sum(map(tiles, ranks)), tiles(C))
 
 
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,7 +97,7 @@ def token_sums(
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
     ranks = R if ranks is None else ranks
     small, out = (None, None) if term is None else term
-    seed, limit, inverse = _mask(group)
+    seed, limit, inverse = mask_arguments(group)
     parts = splits(tiles(C) * max(1, tiles(R)), tiles(T))
     shape = (parts, ranks, C) if transposed else (parts, C, ranks)
     new = x.new_zeros if T * C == 0 else x.new_empty
@@ -110,7 +135,7 @@ def rank_update(
     """
     (T, C), R = out.shape, h.shape[1]
     if T * C:
-        seed, limit, _ = _mask(group)
+        seed, limit, _ = mask_arguments(group)
         extra = None if extra is None else rows(extra)
         launch(
             "rank_update", base, rows(h), small, column, extra, bias, out, T, C, R, scale, seed, limit, mask_base

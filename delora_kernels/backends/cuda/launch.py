@@ -32,6 +32,8 @@ class Vector(ctypes.Structure):
 
 
 _M, _V, _P, _L, _I, _F = Matrix, Vector, c_void_p, c_int64, c_int32, c_float
+_GATING = (_M, _P, _P, _P, _M, _P, _P, _L, _L, _L, _L, _L, _I, _I)
+"""What `route` and `project_route` have in common, from h on."""
 
 LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "fold": (_M, _M, _V, _V, _M, _M, _P, _P, _L, _L, _L, _F, _F),
@@ -46,8 +48,14 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "scaled": (_M, _P, _M, _L, _L, _I),
     "dropout_mask": (_P, _I, _P, _L, _L),
     "drop": (_M, _P, _I, _F, _M, _M, _L, _L),
-    "route": (_M, _P, _P, _P, _M, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _I),
-    "route_backward": (_M, _M, _P, _P, _P, _P, _P, _M, _P, _P, _L, _L, _L, _L, _I, _I, _I),
+    "route": (_P, _L, *_GATING),
+    "project_route": (_M, _M, _L, *_GATING, _P, _I, _F),
+    "route_totals": (_P, _L, _L, _F, _P, _P, _P),
+    "route_backward": (
+        *(_P, _L, _I, _M, _P, _P, _P, _P, _P, _M, _P, _P),
+        *(_L, _L, _L, _L, _I, _I, _I),
+        *(_P, _P, _L, _P, _P, _L),
+    ),
     "reflect": (_M, _M, _M, _V, _M, _L, _L, _L),
     "reflect_backward": (_M, _M, _M, _M, _M, _P, _L, _L, _L, _L),
     "reflect_across": (_P, _M, _M, _P, _P, _L, _L),
@@ -65,7 +73,7 @@ def library() -> ctypes.CDLL:
     for name, types in LAUNCHERS.items():
         getattr(loaded, f"dk_{name}").argtypes = (*types, c_void_p)
     loaded.dk_error_string.restype = c_char_p
-    loaded.dk_route_tokens.argtypes, loaded.dk_route_tokens.restype = (c_int64,), c_int64
+    loaded.dk_route_tokens.argtypes, loaded.dk_route_tokens.restype = (), c_int64
     loaded.dk_dy_sums_columns.argtypes, loaded.dk_dy_sums_columns.restype = (), c_int64
     return loaded
 

@@ -1,15 +1,74 @@
-"""A mixture's gating and its gradient: one launch each; sums over tokens come in parts and are added in their order."""
+"""A mixture's projection with its gating, and their gradient: h, v and w, then dh and dB̂.
+
+Where the sum over K is not split and one block has all columns of h, the kernel that projects gates too; else `route`
+gates as it adds the parts. Backward, `route_backward` adds the parts of dv, which is never written, and of dB̂. Sums
+over tokens come in parts, which one more launch adds in their order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from delora_kernels.backends.cuda.kernels import add_parts
-from delora_kernels.backends.cuda.launch import launch, library, rows
-from delora_kernels.backends.cuda.stages import expand_backward, project
-from delora_kernels.backends.two_stages import expand_then_route_backward, project_then_route
+from delora_kernels.backends.cuda.dy_sums import dy_sums
+from delora_kernels.backends.cuda.dy_sums import takes as takes_sums
+from delora_kernels.backends.cuda.kernels import mask_arguments, splits_of_times_small, times_small_parts, token_sums
+from delora_kernels.backends.cuda.launch import DTYPES, TILE, launch, library, rows
+from delora_kernels.backends.eager.hashed_dropout import mask_groups
+from delora_kernels.backends.gemm_stages import DyParts
+
+LARGEST_COLUMNS = 64
+"""Of h, that a block of `project_route` has whole."""
+
+LARGEST_EXPERTS = 32
+"""Whose weights it has room for."""
 
 
-def route(
+def project_route(
+    x: Tensor,
+    A_hat: Tensor,
+    ranks: Sequence[int],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    gates: Tensor | None,
+    scale: Tensor,
+    token_share: Tensor | None,
+    experts: int,
+    rank: int,
+    top_k: int,
+    renormalize: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each mask."""
+    (T, C), columns, small = x.shape, A_hat.shape[0], A_hat.t()
+    groups = mask_groups(columns, ranks, dropout_p, seed)
+    gating = (gates, scale, token_share, experts, rank, top_k, renormalize, shared)
+    whole = len(groups) == 1 and columns <= LARGEST_COLUMNS and experts <= LARGEST_EXPERTS and T * C > 0
+    if not whole or splits_of_times_small(T, C, [columns]) > 1:
+        return route(times_small_parts(x, small, A_hat.dtype, groups), A_hat.dtype, *gating)
+    h, mask = A_hat.new_empty((T, columns)), mask_arguments(groups[0])
+    return h, *_gated("project_route", (rows(x), small, C), mask, TILE, h, *gating)
+
+
+def route(parts: Tensor, dtype: torch.dtype, *gating: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them.
+
+    Args:
+        parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
+        dtype: Of h and v.
+        *gating: The arguments of `project_route` from gates on.
+    """
+    adds = len(parts) > 1
+    h = parts.new_empty(parts.shape[1:], dtype=dtype) if adds else parts[0]
+    return h, *_gated("route", (parts if adds else None, len(parts)), (), library().dk_route_tokens(), h, *gating)
+
+
+def _gated(
+    kernel: str,
+    before: tuple[Any, ...],
+    after: tuple[Any, ...],
+    tokens: int,
     h: Tensor,
     gates: Tensor | None,
     scale: Tensor,
@@ -20,26 +79,26 @@ def route(
     renormalize: bool,
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax, choice, gate and the tokens' statistics, from one read of h."""
-    T, given = h.shape[0], gates is not None
-    passed = h.shape[1] - (rank if shared else experts * rank) - (0 if given else experts)
+    """v, w, f, P and z by a kernel that has `tokens` in a block, and arguments before and after those of gating."""
+    (T, columns), given = h.shape, gates is not None
+    passed = columns - (rank if shared else experts * rank) - (0 if given else experts)
     v = h.new_empty((T, experts * rank + passed))
     w = scale.new_empty(0 if given else (T, experts))
-    if T == 0:
-        return v, w, scale.new_zeros(experts), scale.new_zeros(experts), scale.new_zeros(1)
-    blocks = _blocks(T, experts)
-    f, P, z = (scale.new_empty((blocks, columns)) for columns in (experts, experts, 1))
+    sums = scale.new_empty((-(-T // tokens), 2 * experts + 1))
     launch(
-        "route", rows(h), None if gates is None else gates.contiguous(), scale.contiguous(), _vector(token_share), v,
-        None if given else w, f, P, z, T, experts, rank, passed, top_k, renormalize, shared,
+        kernel, *before, h, _contiguous(gates), scale.contiguous(), _contiguous(token_share), v,
+        None if given else w, sums, T, experts, rank, passed, top_k, renormalize, shared, *after,
     )  # fmt: skip
-    n = T if token_share is None else 1
-    f, P, z = (add_parts(parts, torch.float32) / n for parts in (f, P, z))
+    f, P, z = (scale.new_empty(size) for size in (experts, experts, 1))
+    launch("route_totals", sums, len(sums), experts, float(max(1, T)) if token_share is None else 1.0, f, P, z)
     return v, w, f, P, z
 
 
-def route_backward(
-    dv: Tensor,
+def expand_route_backward(
+    dy: Tensor,
+    v: Tensor | None,
+    B_hat: Tensor,
+    need_bias: bool,
     h: Tensor,
     w: Tensor,
     scale: Tensor,
@@ -52,28 +111,66 @@ def route_backward(
     rank: int,
     renormalize: bool,
     shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, d gates, ds, from one read of dv and of h."""
-    T, passed = h.shape[0], dv.shape[1] - experts * rank
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch, with ds two."""
+    if v is not None and takes_sums(dy, B_hat, v):
+        read = dy_sums(dy, B_hat, v, 1.0, need_bias, None)
+    else:
+        read = DyParts(None, None, None, None) if v is None and not need_bias else token_sums(dy, v, sums=need_bias)
+        read = read._replace(dv=times_small_parts(dy, B_hat, B_hat.dtype))
+    gating = (h, w, scale, token_share, dP, dz, need_scale, given, experts, rank, renormalize, shared)
+    return route_backward(read, *gating)
+
+
+def route_backward(
+    read: DyParts,
+    h: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    token_share: Tensor | None,
+    dP: Tensor,
+    dz: Tensor,
+    need_scale: bool,
+    given: bool,
+    experts: int,
+    rank: int,
+    renormalize: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dh, dB̂, Σ_t dy, d gates and ds of what reads of dy left.
+
+    Args:
+        read: dv [Q, T, E r + passed] in float32, or [1, T, E r + passed] in any dtype; dyᵀ v, Σ_t dy; no dots.
+        h, w, ...: As in the op `expand_route_backward`.
+    """
+    dv, product, sums, _ = read
+    assert dv is not None
+    T, h = h.shape[0], rows(h)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dgates = w.new_empty((T, experts) if given else 0)
-    if T == 0:
-        return dh, dgates, scale.new_zeros(experts if need_scale else 0)
-    dscale = scale.new_empty((_blocks(T, experts), experts))
+    dscale = scale.new_empty((-(-T // library().dk_route_tokens()), experts)) if need_scale else None
+    dB_hat, dy_sum = (_target(parts, w) for parts in (product, sums))
+    product, sums = (None if parts is None or len(parts) == 1 else parts for parts in (product, sums))
+    split = product if product is not None else sums
+    parts, N = (0, 0) if split is None else split.shape[:2]
     launch(
-        "route_backward", rows(dv), rows(h), w.contiguous(), scale.contiguous(), _vector(token_share), dP.contiguous(),
-        dz, dh, dgates if given else None, dscale, T, experts, rank, passed, given, renormalize, shared,
+        "route_backward", dv, len(dv), DTYPES[dv.dtype], h, w.contiguous(), scale.contiguous(),
+        _contiguous(token_share), dP.contiguous(), dz, dh, dgates if given else None, dscale,
+        T, experts, rank, dv.shape[2] - experts * rank, given, renormalize, shared,
+        product, sums, parts, dB_hat, dy_sum, N,
     )  # fmt: skip
-    return dh, dgates, add_parts(dscale, torch.float32) if need_scale else scale.new_empty(0)
+    ds = scale.new_empty(experts if need_scale else 0)
+    if dscale is not None:
+        launch("route_totals", dscale, len(dscale), experts, 1.0, ds, None, None)
+    return dh, dB_hat, dy_sum, dgates, ds
 
 
-def _blocks(T: int, experts: int) -> int:
-    return -(-T // library().dk_route_tokens(experts))
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
-def _vector(token_share: Tensor | None) -> Tensor | None:
-    return None if token_share is None else token_share.contiguous()
-
-
-project_route = project_then_route(project, route)
-expand_route_backward = expand_then_route_backward(expand_backward, route_backward)
+def _target(parts: Tensor | None, like: Tensor) -> Tensor:
+    """Where the sum of parts goes: a tensor of its own, or the one part itself."""
+    if parts is None:
+        return like.new_empty(0)
+    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])
