@@ -131,6 +131,14 @@ DK_API int dk_dropout_mask(const int64_t *seed, int32_t threshold, uint8_t *mask
 DK_API int dk_drop(dk_matrix x, const int64_t *seed, int32_t threshold, float factor, dk_matrix dropped, dk_matrix rest,
                    int64_t T, int64_t K, void *stream);
 
+/* A mixture's factors side by side: rows [of_A + of_router + of_start, K] = A, the router and frozen_A one below the
+   other, each optional, and columns [N, E r + starts r0]: those of B [E N, r], an expert's N rows after the other's, and
+   of frozen_B [starts N, r0] times -residual [starts]. Any dtypes and strides. */
+DK_API int dk_stack_factors(dk_matrix A, dk_matrix router, dk_matrix frozen_A, dk_matrix B, dk_matrix frozen_B,
+                            const float *residual, dk_matrix rows, dk_matrix columns, int64_t K, int64_t N,
+                            int64_t of_A, int64_t of_router, int64_t of_start, int64_t E, int64_t r, int64_t starts,
+                            int64_t r0, void *stream);
+
 /* Tokens that one block of dk_route and dk_route_backward takes: their sums come in ceil(T / tokens) parts. */
 DK_API int64_t dk_route_tokens(void);
 

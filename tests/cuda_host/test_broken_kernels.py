@@ -41,6 +41,7 @@ OPS_OF = {
     "route": ("project_route",),
     "route_backward": ("expand_route_backward",),
     "row_norm": ("row_norm",),
+    "stack_factors": ("stack_factors",),
     "times_small": ("project", "project_route"),
     "token_sums": ("expand_backward", "input_backward"),
 }
@@ -75,6 +76,7 @@ WRONG = (
     ("reflect.cu", "if (t0 > first) {", "if (t0 > first + TOKENS) {"),
     ("gating.cuh", "other == best && other_at < at", "other == best && other_at > at"),
     ("route.cu", "store(g.h, t, column, sum)", "store(g.h, t, 0, sum)"),
+    ("stack_factors.cu", "load(B, c / r * N + n, c % r)", "load(B, n, c % r)"),
     ("route_backward.cu", "j0 += most", "j0 += most + 1"),
 )
 """File, what stands there, what to write in its place: wrong, but inside its tensors."""

@@ -1,8 +1,8 @@
 """The compiled backend: the ops of `ops.py` as CUDA C++ kernels (csrc/), for machines where Triton can't run.
 
-`launch.py` binds them, `kernels.py`, `dy_sums.py`, `fold.py`, `row_norm.py`, `route.py` and `reflect.py` are their
-functions of tensors, `stages.py` has the ops in which they meet a library GEMM. A library compiled by csrc/host_shim
-runs the same kernels on CPU tensors: slow, for tests.
+`launch.py` binds them, the files named after ops and `kernels.py` are their functions of tensors, `stages.py` the ops
+in which they meet a library GEMM. A library compiled by csrc/host_shim runs the same kernels on CPU tensors: slow, for
+tests.
 """
 
 from delora_kernels.backends.cuda.fold import fold, fold_backward
@@ -10,9 +10,10 @@ from delora_kernels.backends.cuda.kernels import dropout_mask
 from delora_kernels.backends.cuda.reflect import reflect, reflect_backward
 from delora_kernels.backends.cuda.route import expand_route_backward, project_route
 from delora_kernels.backends.cuda.row_norm import row_norm
+from delora_kernels.backends.cuda.stack_factors import stack_factors
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.cuda.support import supports, why_not_here
-from delora_kernels.backends.eager import stack_factors, weight_grad
+from delora_kernels.backends.eager import weight_grad
 
 __all__ = [
     "dropout_mask",

@@ -56,6 +56,7 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
         *(_L, _L, _L, _L, _I, _I, _I),
         *(_P, _P, _L, _P, _P, _L),
     ),
+    "stack_factors": (_M, _M, _M, _M, _M, _P, _M, _M, _L, _L, _L, _L, _L, _L, _L, _L, _L),
     "reflect": (_M, _M, _M, _V, _M, _L, _L, _L),
     "reflect_backward": (_M, _M, _M, _M, _M, _P, _L, _L, _L, _L),
     "reflect_across": (_P, _M, _M, _P, _P, _L, _L),
