@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             float *sums, float *dots, int64_t T, int64_t N, int64_t R, int64_t part, float factor) {
   using ForS = WithSmall<X, H, DORA>;
   using ForH = Meeting<X, H>;
+  if (!DORA) c = nullptr;  // known to the compiler, which then needs fewer registers
   const bool with_dots = DORA && dots;
   constexpr int BT = STEP<X, H, DORA, BR>, AHEAD = STAGES<X, H, DORA, BR> - 1;
   constexpr int LDX = BC + PAD<X>, LDS = LD<typename ForS::Small, BR>, LDH = LD<typename ForH::Small, BR>;
