@@ -79,9 +79,12 @@ def _side(name: str, drawn: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in ("float32", "bfloat16")])
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name in OURS if name != "reflect_backward"])
 def test_random_sizes_in_16_bits(name: str, dtype: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Odd shapes against derived limits, and no worse than eager PyTorch."""
+    """Odd shapes against derived limits, and no worse than eager PyTorch.
+
+    What is left of a sum across a direction of two numbers may cancel: test_cuda_reflect.py has limits for that.
+    """
     narrow, wide = DTYPES[dtype]
     sizes = torch.randint(1, 90, (RANDOM_SIZES // 2, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, *drawn, R in sizes:

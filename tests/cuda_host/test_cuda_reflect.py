@@ -56,15 +56,19 @@ def test_blocks(size: tuple[int, int, int], dtypes: str, seed: int) -> None:
         _check(made, with_v, with_v, max(1e-5, torch.finfo(dtype).eps))
 
 
-def test_random_sizes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "dtypes", ["float32+float32", "float16+float16", "bfloat16+bfloat16", "float16+float32", "bfloat16+float32"]
+)
+def test_random_sizes(dtypes: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, vectors = (getattr(torch, name) for name in dtypes.split("+"))
     generator = torch.Generator().manual_seed(seed)
     for case in range(RANDOM_SIZES):
         T, n, D = (int(torch.randint(1, most, (), generator=generator)) for most in (200, 9, 90))
         monkeypatch.setattr(launch, "SPLIT_TARGET", (1, 4, 528)[case % 3])
-        made = _problem(T, n, D, torch.float32, torch.float32, seed + case)
+        made = _problem(T, n, D, dtype, vectors, seed + case)
         if case % 5 == 0:
             made["u"][-1] = 0
-        _check(made, case % 2 == 0, case % 3 == 0, 1e-5)
+        _check(made, case % 2 == 0, case % 3 == 0, max(1e-5, torch.finfo(dtype).eps))
 
 
 def test_the_same_bits_in_any_order_of_threads(seed: int) -> None:
