@@ -38,7 +38,7 @@ def note_launches(patch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def close(ours: Any, theirs: Any) -> None:
+def assert_close(ours: Any, theirs: Any) -> None:
     """To 1e-5 of the largest element."""
     for got, want in zip(ours, theirs, strict=True):
         assert got.shape == want.shape

@@ -3,7 +3,7 @@ is launched."""
 
 import pytest
 import torch
-from gatings import close, gatings, note_launches
+from gatings import assert_close, gatings, note_launches
 from host_backend import shuffle_threads
 
 from delora_kernels.backends.cuda import route
@@ -26,13 +26,13 @@ def test_many_experts_and_tokens(E: int, r: int, shared: bool, seed: int) -> Non
     gating = (None, scale, share, E, r, max(1, E // 3), True, shared)
     h, *ours = route.route(parts, torch.float32, *gating)
     theirs = eager.route(h, *gating)
-    close(ours, theirs)
+    assert_close(ours, theirs)
     dv, product, sums = draw.normal(3, T, E * r + passed).float(), draw.normal(4, N, E * r + passed), draw.normal(4, N)
     dP, dz = draw.normal(E).float(), draw.normal(1).float()
     backward = (h, theirs[1], scale, share, dP, dz, True, False, E, r, True, shared)
     dh, dB, dy_sum, *of_gates = route.route_backward(DyParts(dv, product.float(), sums.float(), None), *backward)
     wanted = eager.route_backward(dv.sum(0), *backward)
-    close((dh, *of_gates, dB, dy_sum), (*wanted, product.sum(0), sums.sum(0)))
+    assert_close((dh, *of_gates, dB, dy_sum), (*wanted, product.sum(0), sums.sum(0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -94,4 +94,4 @@ def test_tokens_without_a_share_have_no_say_and_experts_without_a_weight_no_part
             for rows in (h, gates):
                 if rows is not None:
                     rows[share == 0] = torch.nan
-            close(route.route(h[None], torch.float32, *gating)[3:], eager.route(h, *gating)[2:])
+            assert_close(route.route(h[None], torch.float32, *gating)[3:], eager.route(h, *gating)[2:])

@@ -279,12 +279,12 @@ def _masked_backward(
                 dA_hat[trained].addmm_(dv[rows, trained].to(acc).t(), dropped, alpha=factor)
             if dx is None:
                 continue
-            total = dx[rows].to(dv.dtype)  # where that is its dtype, a view
             if A_hat is None:
-                times_mask(total, keep, out=total)
-            else:
-                branch = torch.mm(dv[rows, columns], A_hat[columns])
-                total.add_(times_mask(branch, keep, out=branch), alpha=factor)
+                times_mask(dx[rows], keep, out=dx[rows])
+                continue
+            branch = torch.mm(dv[rows, columns], A_hat[columns])
+            total = dx[rows].to(dv.dtype)  # where that is its dtype, a view
+            total.add_(times_mask(branch, keep, out=branch), alpha=factor)
             if dx.dtype != total.dtype:
                 dx[rows] = total
     return dA_hat
