@@ -221,6 +221,15 @@ def test_family(name: str, method: str, seed: int) -> None:
 def test_bfloat16_base(name: str, method: str, seed: int) -> None:
     """Against the same model in float64, the fused layers are as exact as PEFT's."""
     family = FAMILIES[name]
+    ratios = torch.tensor([list(bfloat16_errors(family, method, seed + i).values()) for i in range(16)]).log()
+    # The errors inside one model hang together. Over 320 seeds the geometric mean of a model's ratios has a standard
+    # deviation of 0.19 in its logarithm (bert), a mean over 16 models 0.042, one tensor's over 16 models 0.092.
+    assert ratios.mean().exp() <= 1.3
+    assert ratios.mean(0).exp().max() <= 2
+
+
+def bfloat16_errors(family: Family, method: str, seed: int) -> dict[str, float]:
+    """The fused layers' error over PEFT's, of the logits and each gradient of one model in bfloat16."""
     made = made_of(family, method, seed, torch.bfloat16)
     assert {p.dtype for name, p in made.named_parameters() if "lora" in name} == {torch.float32}
     exact = step(copy.deepcopy(made).double(), family, seed)
@@ -230,7 +239,4 @@ def test_bfloat16_base(name: str, method: str, seed: int) -> None:
     with counted() as calls:
         ours = step(made, family, seed)
     assert len(calls) == family.layers
-    ratios = [rms_error(ours[key], e) / rms_error(theirs[key], e) for key, e in exact.items()]
-    # the errors of one model hang together: each ratio spreads by a third or so, their geometric mean by a tenth
-    assert torch.tensor(ratios).log().mean().exp() <= 1.5
-    assert max(ratios) <= 6
+    return {key: rms_error(ours[key], e) / rms_error(theirs[key], e) for key, e in exact.items()}
