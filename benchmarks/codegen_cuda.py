@@ -3,7 +3,7 @@
     python -m benchmarks.codegen_cuda [--arch sm_90 ...] [--json FILE] [--summary]
 
 Exit status 1 where nvcc fails or warns (-Wall, -Wextra), a kernel spills, asks for more shared memory than a block has,
-or leaves the tensor cores out with 16-bit operands of one type. Rows are those of `benchmarks.codegen`.
+or leaves the tensor cores out where they could multiply. Rows are those of `benchmarks.codegen`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ SHARED_LIMIT = 48 * 1024
 
 GEMM_KERNELS = ("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "row_norm")
 FLAGS = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
+_PRODUCTS = {"wmma": "wmma.mma.sync", "tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32"}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -49,7 +50,7 @@ def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
         ptx = Path(folder, f"{file.stem}.ptx").read_text(encoding="utf-8") if rows else ""
     bodies = {part.split("(", 1)[0].strip(): part for part in ptx.split(".entry ")[1:]}
     for row in rows:
-        row["mma"] = "wmma" if "wmma.mma" in bodies[row["kernel"]] else None
+        row["mma"] = next((name for name, text in _PRODUCTS.items() if text in bodies[row["kernel"]]), None)
     for row, (kernel, config) in zip(rows, _demangle([row["kernel"] for row in rows]), strict=True):
         row |= {"kernel": kernel, "config": config}
     return rows
@@ -77,7 +78,7 @@ def _demangle(names: list[str]) -> list[tuple[str, str]]:
     for line in done.stdout.splitlines():
         name = line.removeprefix("void ").split("(", 1)[0].removeprefix("dk::")
         kernel, _, config = name.partition("<")
-        config = config.removesuffix(">").replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
+        config = config.removesuffix(">").replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("dk::", "")
         result.append((kernel, config.replace("float", "fp32")))
     return result
 
@@ -89,10 +90,9 @@ def why_not(row: dict[str, Any]) -> str | None:
     if row["shared_bytes"] > SHARED_LIMIT:
         return f"asks for {row['shared_bytes']} bytes of shared memory, {SHARED_LIMIT} are there"
     types = row["config"].split(", ")[:2]
-    narrow = types[0] in ("fp16", "bf16") and types[0] == types[1] if len(types) == 2 else False
-    if row["kernel"] in GEMM_KERNELS and narrow and not row["mma"]:
-        if types[0] == "fp16" or int(row["arch"][3:]) >= 80:
-            return "its products do not run on tensor cores"
+    can = types != ["fp32", "fp32"] if int(row["arch"][3:]) >= 80 else types == ["fp16", "fp16"]
+    if row["kernel"] in GEMM_KERNELS and can and not row["mma"]:
+        return "its products do not run on tensor cores"
     return None
 
 

@@ -6,7 +6,8 @@
      - returns DK_OK, a DK_... status below, or a positive cudaError_t: `dk_error_string` has the words;
      - launches nothing where the result has no element;
      - takes any strides of a dk_matrix unless it says "rows": column stride 1, any row stride;
-     - sums in float32 in a fixed order: results repeat bit for bit.
+     - sums in float32 in a fixed order: results repeat bit for bit;
+     - with `in_tf32`, multiplies float32 operands as tf32, from sm_80.
    A matrix or vector whose data is NULL is not there. Dtypes that may differ within a call are named with it.
 
    Dropout: `seed` points to an int64 on the device, NULL: nothing drops. The element (t, k) of a [T, K] matrix is kept
@@ -28,7 +29,7 @@
 extern "C" {
 #endif
 
-#define DK_ABI_VERSION 3 /* changes with any signature below */
+#define DK_ABI_VERSION 4 /* changes with any signature below */
 
 enum dk_dtype { DK_FLOAT32 = 0, DK_FLOAT16 = 1, DK_BFLOAT16 = 2 };
 
@@ -75,12 +76,12 @@ DK_API int dk_fold_backward(dk_matrix dA_hat, dk_matrix dB_hat, dk_matrix A, dk_
    with `scaled`, c * W [N, K] in W's dtype, rows. W: one of its strides is 1; A_hat [R, K], rows, and B_hat [N, R]: W's
    dtype, or both float32; R > 0. */
 DK_API int dk_row_norm(dk_matrix W, dk_matrix A_hat, dk_matrix B_hat, dk_vector magnitude, float *norm, float *c,
-                       dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, void *stream);
+                       dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, int32_t in_tf32, void *stream);
 
 /* out [T, R] = factor * drop(x) small, small [C, R]: h = drop(x) A_hat^T, or dv = dy (c * B_hat). With parts > 1 the sum
    over C is split and out is float32 [parts, T, R]. x: rows; small: x's dtype or float32; out: rows, any dtype. */
 DK_API int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t parts,
-                          const int64_t *seed, int32_t threshold, float factor, void *stream);
+                          const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream);
 
 /* What one read of x [T, C] sums up over tokens, in `parts` parts, float32, each optional:
    product [parts, C, ranks] (transposed: [parts, ranks, C]) = factor * drop(x)^T h of the first `ranks` columns of
@@ -89,7 +90,8 @@ DK_API int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T
    y, out: x's dtype; small [R, C]: h's dtype. */
 DK_API int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, dk_matrix small, dk_matrix out, float *product,
                          float *sums, float *dots, int64_t T, int64_t C, int64_t R, int64_t ranks, int64_t parts,
-                         int32_t transposed, const int64_t *seed, int32_t threshold, float factor, void *stream);
+                         int32_t transposed, const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32,
+                         void *stream);
 
 /* out [size] = sum over parts of in [parts, size], in their order; out in any dtype, contiguous. */
 DK_API int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream);
@@ -103,7 +105,7 @@ DK_API int64_t dk_dy_sums_columns(void);
    or NULL: 1; c * small is not rounded to a dtype. */
 DK_API int dk_dy_sums(dk_matrix dy, dk_matrix small, const float *c, dk_matrix h, dk_matrix y, float *dv,
                       float *product, float *sums, float *dots, int64_t T, int64_t N, int64_t R, int64_t parts,
-                      float factor, void *stream);
+                      float factor, int32_t in_tf32, void *stream);
 
 /* What expand_backward makes of the parts of dk_dy_sums or dk_token_sums: dB [N, R] = c * product, dm [N] = (dots +
    sum_r product * B_hat) / divisor (0 where the divisor is 0; without B_hat the dots alone), dy_sum [N], float32, and
@@ -118,7 +120,7 @@ DK_API int dk_finish_dy(const float *dv_in, int64_t dv_parts, int64_t dv_size, v
    extra: rows; h, small: out's dtype, or both float32; extra: out's dtype; c [C]; out: rows. */
 DK_API int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c, dk_matrix extra, dk_vector bias,
                           dk_matrix out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed,
-                          int32_t threshold, int32_t mask_base, void *stream);
+                          int32_t threshold, int32_t mask_base, int32_t in_tf32, void *stream);
 
 /* out [M, C] = x * factor, a vector of rows [M] or of columns [C], rounded once. x, out: rows, one dtype. */
 DK_API int dk_scaled(dk_matrix x, const float *factor, dk_matrix out, int64_t M, int64_t C, int32_t by_row,
@@ -154,7 +156,7 @@ DK_API int dk_route(const float *parts, int64_t count, dk_matrix h, const float 
 DK_API int dk_project_route(dk_matrix x, dk_matrix small, int64_t C, dk_matrix h, const float *gates,
                             const float *scale, const float *share, dk_matrix v, float *w, float *sums, int64_t T,
                             int64_t E, int64_t r, int64_t passed, int64_t top_k, int32_t renormalize, int32_t shared,
-                            const int64_t *seed, int32_t threshold, float factor, void *stream);
+                            const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream);
 
 /* f, P [E] and z [1]: the sums over the first dimension of sums [blocks, 2 E + 1], divided by `over`. Without P and z
    f alone, of sums [blocks, E]. */

@@ -13,12 +13,19 @@ namespace dk {
 using half = __half;
 using bf16 = __nv_bfloat16;
 
+// A float in memory, whose products are made in tf32.
+struct tf32 {
+  float x;
+};
+
 __device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(tf32 x) { return x.x; }
 __device__ __forceinline__ float wide(half x) { return __half2float(x); }
 __device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
 
 template <class T> __device__ __forceinline__ T narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ tf32 narrow<tf32>(float x) { return {x}; }
 template <> __device__ __forceinline__ half narrow<half>(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
 
@@ -196,6 +203,12 @@ template <class F> int by_dtypes(int big, int small, F f) {
     if (small == big) return f(x, x);
     return small == DK_FLOAT32 ? f(x, float{}) : static_cast<int>(DK_BAD_DTYPE);
   });
+}
+
+// The same of operands that are multiplied, float ones in tf32 where the caller lets them.
+template <class F> int by_dtypes(int big, int small, bool in_tf32, F f) {
+  if (in_tf32 && big == DK_FLOAT32 && small == DK_FLOAT32) return f(tf32{}, tf32{});
+  return by_dtypes(big, small, f);
 }
 
 inline bool known(int dtype) { return dtype == DK_FLOAT32 || dtype == DK_FLOAT16 || dtype == DK_BFLOAT16; }

@@ -12,8 +12,10 @@ namespace dk {
 
 constexpr int BC = 64, ACROSS = 4, LARGEST_RANK = 32;
 
-// Plain products read a small operand by rows, which meet no bank twice: only tensor cores' tiles end in padding.
-template <class Small, int BR> constexpr int LD = BR + (sizeof(Small) == 2 ? PAD<Small> : 0);
+// Plain products read a small operand by rows, which meet no bank twice: only tensor cores' tiles end in padding, where
+// there is room.
+template <class X, int BR> constexpr bool PADDED = sizeof(X) == 2 || (std::is_same<X, tf32>::value && BR > 16);
+template <class X, class Small, int BR> constexpr int LD = BR + (PADDED<X, BR> ? PAD<Small> : 0);
 
 // How dy of type X meets `small` of type H; DORA: there is c, which multiplies it in float, or y.
 template <class X, class H, bool DORA> using WithSmall = Meeting<X, std::conditional_t<DORA, float, H>>;
@@ -26,8 +28,8 @@ template <class X, class H, bool DORA, int BR, int BT, int STAGES> union Tiles {
       alignas(128) X dy[BT][BC + PAD<X>];
       alignas(128) float dv[BT][BR + 4];
     } stage[STAGES];
-    alignas(128) typename ForS::Small small[2][ForS::PLANES][BC][LD<typename ForS::Small, BR>];
-    alignas(128) typename ForH::Small h[ForH::PLANES][BT][LD<typename ForH::Small, BR>];
+    alignas(128) typename ForS::Small small[2][ForS::PLANES][BC][LD<X, typename ForS::Small, BR>];
+    alignas(128) typename ForH::Small h[ForH::PLANES][BT][LD<X, typename ForH::Small, BR>];
   } in;
   alignas(128) float out[BC][BR + 4];
   float vectors[2][THREADS / 32][ACROSS * BC];
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (!DORA) c = nullptr;  // known to the compiler, which then needs fewer registers
   const bool with_dots = DORA && dots;
   constexpr int BT = STEP<X, H, DORA, BR>, AHEAD = STAGES<X, H, DORA, BR> - 1;
-  constexpr int LDX = BC + PAD<X>, LDS = LD<typename ForS::Small, BR>, LDH = LD<typename ForH::Small, BR>;
+  constexpr int LDX = BC + PAD<X>, LDS = LD<X, typename ForS::Small, BR>, LDH = LD<X, typename ForH::Small, BR>;
   auto &tiles = shared_memory<Shared<X, H, DORA, BR>>();
   auto &in = tiles.in;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * ACROSS * BC;
@@ -161,13 +163,14 @@ int launch_dy_sums(const dk_matrix &dy, const dk_matrix &small, const float *c, 
 int64_t dk_dy_sums_columns(void) { return dk::ACROSS * dk::BC; }
 
 int dk_dy_sums(dk_matrix dy, dk_matrix small, const float *c, dk_matrix h, dk_matrix y, float *dv, float *product,
-               float *sums, float *dots, int64_t T, int64_t N, int64_t R, int64_t parts, float factor, void *stream) {
+               float *sums, float *dots, int64_t T, int64_t N, int64_t R, int64_t parts, float factor,
+               int32_t in_tf32, void *stream) {
   using namespace dk;
   if (!is_rows(dy) || !is_rows(y)) return DK_BAD_STRIDE;
   if (parts < 1 || parts > 65535 || R > LARGEST_RANK) return DK_BAD_SIZE;
   if ((y.data && y.dtype != dy.dtype) || small.dtype != h.dtype) return DK_BAD_DTYPE;
   if (!dv || !product || (dots && !y.data)) return DK_MISSING;
-  return by_dtypes(dy.dtype, h.dtype, [&](auto X, auto H) {
+  return by_dtypes(dy.dtype, h.dtype, in_tf32, [&](auto X, auto H) {
     using XT = decltype(X);
     using HT = decltype(H);
     auto run = c || dots ? (R <= 16 ? launch_dy_sums<XT, HT, true, 16> : launch_dy_sums<XT, HT, true, 32>)

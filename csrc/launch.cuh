@@ -42,6 +42,32 @@ template <int SIZE> __device__ __forceinline__ void store_bytes(void *to, const 
 #endif
 }
 
+// The tf32 number next to x: 10 bits of mantissa, a float's exponents. From sm_80.
+__device__ __forceinline__ float to_tf32(float x) {
+#if !defined(__CUDACC__)
+  return dk_shim::to_tf32(x);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+#else
+  return x;
+#endif
+}
+
+// D [16, 8] += A [16, 8] B [8, 8] of tf32 numbers, by a warp. Its lane 4 i + j has A at (i, j), (i + 8, j), (i, j + 4),
+// (i + 8, j + 4), B at (j, i), (j + 4, i) and D at (i, 2 j), (i, 2 j + 1), (i + 8, 2 j), (i + 8, 2 j + 1). From sm_80.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if !defined(__CUDACC__)
+  dk_shim::mma_tf32(d, a, b);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#endif
+}
+
 struct Empty {};
 
 template <class T> struct Same {

@@ -1,15 +1,16 @@
 // A block's product of two tiles in shared memory, D [BM, BN] += A [BM, BK] B [BK, BN], summed in float32.
 //
-// TensorProduct runs on tensor cores, for two 16-bit operands of one type; PlainProduct takes any types, in float32.
-// The block's four warps stand WM high and 4 / WM wide; each has 16 rows and 16 NF columns, or as many elements.
-// `Meeting` chooses: a float32 operand beside bfloat16 becomes a sum of bfloat16 planes, which loses nothing that
-// float32 products keep; beside float16, whose range is too small for that, the product is in float32.
+// TensorProduct and Tf32Product run on tensor cores, for two 16-bit operands of one type and where one is float32;
+// PlainProduct takes any types, in float32. The block's four warps stand WM high and 4 / WM wide; each has 16 rows and
+// 16 NF columns, or as many elements. `Meeting` chooses: a float32 operand beside bfloat16 becomes a sum of bfloat16
+// planes, which loses nothing that float32 products keep; beside float16, whose range is too small for that, one of tf32
+// numbers; two float32 operands are multiplied in float32, or in tf32 where that is allowed.
 
 #pragma once
 
 #include <mma.h>
 
-#include "tiles.cuh"
+#include "tf32_product.cuh"
 
 namespace dk {
 
@@ -73,6 +74,7 @@ template <int WM, int NF> struct PlainProduct {
   }
 };
 
+// For two operands of one 16-bit type.
 template <class T, int WM, int NF> struct TensorProduct {
   using Sums = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
 
@@ -131,8 +133,11 @@ private:
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // tensor cores without bfloat16
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // tensor cores without bfloat16 and tf32
 template <int WM, int NF> struct TensorProduct<bf16, WM, NF> : PlainProduct<WM, NF> {};
+template <int WM, int NF> using FloatProduct = PlainProduct<WM, NF>;
+#else
+template <int WM, int NF> using FloatProduct = Tf32Product<WM, NF>;
 #endif
 
 // How a token-sized operand of type X meets a small one of type S: S becomes PLANES planes of type Small.
@@ -140,6 +145,18 @@ template <class X, class S> struct Meeting {
   using Small = S;
   static constexpr int PLANES = 1;
   template <int WM, int NF> using Product = PlainProduct<WM, NF>;
+};
+
+template <class S> struct Meeting<tf32, S> {
+  using Small = tf32;
+  static constexpr int PLANES = 1;
+  template <int WM, int NF> using Product = FloatProduct<WM, NF>;
+};
+
+template <> struct Meeting<half, float> {
+  using Small = float;
+  static constexpr int PLANES = 1;
+  template <int WM, int NF> using Product = FloatProduct<WM, NF>;
 };
 
 template <> struct Meeting<half, half> {

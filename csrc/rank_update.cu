@@ -107,13 +107,13 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c, dk_matrix extra, dk_vector bias,
                    dk_matrix out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int32_t threshold,
-                   int32_t mask_base, void *stream) {
+                   int32_t mask_base, int32_t in_tf32, void *stream) {
   using namespace dk;
   if (!is_rows(base) || !is_rows(h) || !is_rows(extra) || !is_rows(out)) return DK_BAD_STRIDE;
   if (h.dtype != small.dtype || (base.data && base.dtype != out.dtype) || (extra.data && extra.dtype != out.dtype) ||
       (bias.data && !known(bias.dtype)))
     return DK_BAD_DTYPE;
-  return by_dtypes(out.dtype, h.dtype, [&](auto X, auto S) {
+  return by_dtypes(out.dtype, h.dtype, in_tf32, [&](auto X, auto S) {
     using XT = decltype(X);
     using ST = decltype(S);
     return launch<Tiles<XT, ST>>(rank_update<XT, ST>, dim3(tiles(T, BT), tiles(C, BC)), stream, Rows<XT>(base),

@@ -10,7 +10,7 @@ namespace dk {
 
 constexpr int BN = 16, BC = ASYNC ? 128 : 64, BK = 16;
 
-// Float factors are not split here: c divides by the norm, which multiplies all that follows.
+// Float factors are not made planes of W's type: c divides by the norm, which multiplies all that follows.
 template <class X, class S> struct Exact : Meeting<X, S> {};
 template <> struct Exact<bf16, float> : Meeting<half, float> {};
 
@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(THREADS, 4)
 }  // namespace dk
 
 int dk_row_norm(dk_matrix W, dk_matrix A_hat, dk_matrix B_hat, dk_vector magnitude, float *norm, float *c,
-                dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, void *stream) {
+                dk_matrix scaled, int64_t N, int64_t K, int64_t R, float scale, int32_t in_tf32,
+                void *stream) {
   using namespace dk;
   const bool transposed = W.column_stride != 1;
   if ((transposed && W.row_stride != 1) || !is_rows(A_hat) || !is_rows(scaled)) return DK_BAD_STRIDE;
@@ -140,7 +141,7 @@ int dk_row_norm(dk_matrix W, dk_matrix A_hat, dk_matrix B_hat, dk_vector magnitu
   if ((magnitude.data && !c) || (scaled.data && !magnitude.data)) return DK_MISSING;
   if (R < 1) return DK_BAD_SIZE;
   if (transposed) W.row_stride = W.column_stride;
-  return by_dtypes(W.dtype, A_hat.dtype, [&](auto X, auto S) {
+  return by_dtypes(W.dtype, A_hat.dtype, in_tf32, [&](auto X, auto S) {
     using XT = decltype(X);
     using ST = decltype(S);
     return launch<Tiles<XT, ST, STAGES<XT, ST>>>(row_norm<XT, ST>, dim3(tiles(N, BN)), stream, Rows<XT>(W), transposed,

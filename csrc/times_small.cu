@@ -113,12 +113,12 @@ int launch_project_route(const dk_matrix &x, const dk_matrix &small, const Gatin
 }  // namespace dk
 
 int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t parts,
-                   const int64_t *seed, int32_t threshold, float factor, void *stream) {
+                   const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream) {
   using namespace dk;
   if (!is_rows(x) || !is_rows(out)) return DK_BAD_STRIDE;
   if (parts < 1 || parts > 65535) return DK_BAD_SIZE;
   if (!known(out.dtype)) return DK_BAD_DTYPE;
-  return by_dtypes(x.dtype, small.dtype, [&](auto X, auto S) {
+  return by_dtypes(x.dtype, small.dtype, in_tf32, [&](auto X, auto S) {
     auto run = R <= 16   ? launch_times_small<decltype(X), decltype(S), 16>
                : R <= 32 ? launch_times_small<decltype(X), decltype(S), 32>
                          : launch_times_small<decltype(X), decltype(S), 64>;
@@ -129,7 +129,7 @@ int dk_times_small(dk_matrix x, dk_matrix small, dk_matrix out, int64_t T, int64
 int dk_project_route(dk_matrix x, dk_matrix small, int64_t C, dk_matrix h, const float *gates, const float *scale,
                      const float *share, dk_matrix v, float *w, float *sums, int64_t T, int64_t E, int64_t r,
                      int64_t passed, int64_t top_k, int32_t renormalize, int32_t shared, const int64_t *seed,
-                     int32_t threshold, float factor, void *stream) {
+                     int32_t threshold, float factor, int32_t in_tf32, void *stream) {
   using namespace dk;
   if (!is_rows(x)) return DK_BAD_STRIDE;
   if (h.dtype != small.dtype) return DK_BAD_DTYPE;
@@ -138,7 +138,7 @@ int dk_project_route(dk_matrix x, dk_matrix small, int64_t C, dk_matrix h, const
                  renormalize != 0, shared != 0};
   if (const int status = g.status()) return status;
   if (g.columns() > 64) return DK_BAD_SIZE;
-  return by_dtypes(x.dtype, small.dtype, [&](auto X, auto S) {
+  return by_dtypes(x.dtype, small.dtype, in_tf32, [&](auto X, auto S) {
     auto run = g.columns() <= 16   ? launch_project_route<decltype(X), decltype(S), 16>
                : g.columns() <= 32 ? launch_project_route<decltype(X), decltype(S), 32>
                                    : launch_project_route<decltype(X), decltype(S), 64>;

@@ -161,7 +161,7 @@ int launch_token_sums(const dk_matrix &x, const dk_matrix &h, const dk_matrix &y
 
 int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, dk_matrix small, dk_matrix out, float *product, float *sums,
                   float *dots, int64_t T, int64_t C, int64_t R, int64_t ranks, int64_t parts, int32_t transposed,
-                  const int64_t *seed, int32_t threshold, float factor, void *stream) {
+                  const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream) {
   using namespace dk;
   if (!is_rows(x) || !is_rows(h) || !is_rows(y) || !is_rows(out)) return DK_BAD_STRIDE;
   const bool term = out.data != nullptr;
@@ -169,7 +169,7 @@ int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, dk_matrix small, dk_mat
   if (y.data && y.dtype != x.dtype) return DK_BAD_DTYPE;
   if (term && (out.dtype != x.dtype || small.dtype != h.dtype)) return DK_BAD_DTYPE;
   if ((product && !h.data) || (dots && !y.data) || (term && !(product && small.data))) return DK_MISSING;
-  return by_dtypes(x.dtype, h.data ? h.dtype : x.dtype, [&](auto X, auto S) {
+  return by_dtypes(x.dtype, h.data ? h.dtype : x.dtype, in_tf32, [&](auto X, auto S) {
     auto by_rank = [&](auto with_term) {
       using XT = decltype(X);
       using ST = decltype(S);

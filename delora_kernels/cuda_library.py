@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """DK_ABI_VERSION of csrc/delora_kernels.h."""
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_CUDA_LIBRARY"

@@ -30,6 +30,12 @@ def test_what_must_not_be_shipped() -> None:
     assert codegen_cuda.why_not(FINE | {"mma": None}) == "its products do not run on tensor cores"
     assert codegen_cuda.why_not(FINE | {"mma": None, "config": "bf16, bf16, 16"}) is None  # sm_75 has none for it
     assert codegen_cuda.why_not(FINE | {"mma": None, "config": "fp16, fp32, 16"}) is None
+    assert codegen_cuda.why_not(FINE | {"mma": None, "config": "tf32, tf32, 16"}) is None  # nor for tf32
+    for config in ("bf16, bf16, 16", "fp16, fp32, 16", "tf32, tf32, 16"):
+        row = FINE | {"arch": "sm_80", "config": config}
+        assert codegen_cuda.why_not(row | {"mma": None}) == "its products do not run on tensor cores"
+        assert codegen_cuda.why_not(row | {"mma": "tf32"}) is None
+    assert codegen_cuda.why_not(FINE | {"mma": None, "arch": "sm_80", "config": "fp32, fp32, 16"}) is None
     assert codegen_cuda.why_not(FINE | {"mma": "wmma", "spill_bytes": 4}) == "spills 4 bytes"
     assert "asks for 49153 bytes" in str(codegen_cuda.why_not(FINE | {"mma": "wmma", "shared_bytes": 49153}))
 

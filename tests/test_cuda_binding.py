@@ -18,12 +18,16 @@ KINDS = {
 
 
 def test_every_launcher_has_the_arguments_of_the_header() -> None:
-    declared = {}
+    declared, products = {}, []
     for name, arguments in re.findall(r"DK_API int dk_(\w+)\(([^;]*?)\);", HEADER):
         types = [argument.rsplit(" ", 1)[0].strip() + "*" * argument.count("*") for argument in arguments.split(",")]
         if types[-1].startswith("void*") or "void *stream" in arguments:
-            declared[name] = tuple(ctypes.c_void_p if "*" in kind else KINDS[kind] for kind in types[:-1])
+            with_tf32 = arguments.split(",")[-2].strip() == "int32_t in_tf32"
+            products += [name] if with_tf32 else []
+            types = types[: -2 if with_tf32 else -1]
+            declared[name] = tuple(ctypes.c_void_p if "*" in kind else KINDS[kind] for kind in types)
     assert declared == launch.LAUNCHERS
+    assert sorted(products) == sorted(launch.PRODUCTS)
 
 
 def test_versions_and_dtypes_of_the_header() -> None:

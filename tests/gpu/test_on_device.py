@@ -58,6 +58,25 @@ def test_op(
         assert [m for m in measure(problem) if not m.ok] == []
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_op_in_tf32(name: str, backend: str, seed: int) -> None:
+    """As exact as eager PyTorch where both may multiply float32 as tf32, and h is off by what that rounds."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        measured = [
+            m
+            for problem in op_problems(
+                name, 300, 264, 520, 20, backend=backend, dtype=torch.float32, device="cuda", seed=seed
+            )
+            for m in measure(problem)
+        ]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert [m for m in measured if not m.ok] == []
+    assert name != "project" or max(m.error for m in measured) > 1e-5
+
+
 def lora(seed: int, T: int = 512, K: int = 1024, N: int = 768, r: int = 16) -> dict[str, Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
 

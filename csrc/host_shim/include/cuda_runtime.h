@@ -61,6 +61,37 @@ template <class T> T shuffle(T value, int from) {
   return mine.result;
 }
 
+// To the nearest, ties away from 0, as cvt.rna.tf32.f32.
+inline float to_tf32(float x) {
+  if (!std::isfinite(x)) return x;
+  return __int_as_float((__float_as_int(x) + 0x1000) & ~0x1fff);
+}
+
+struct Tf32Operands {
+  float *d;
+  const float *a, *b;
+};
+
+// mma.m16n8k8 with the elements where PTX's manual has them; as on a GPU, bits that tf32 lacks are not seen.
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  Tf32Operands mine{d, a, b};
+  meet(&mine, [](void **slots) {
+    float A[16][8], B[8][8];
+    const auto seen = [](float x) { return __int_as_float(__float_as_int(x) & ~0x1fff); };
+    for (int lane = 0; lane < WARP; ++lane) {
+      const auto *one = static_cast<Tf32Operands *>(slots[lane]);
+      const int i = lane / 4, j = lane % 4;
+      for (int e = 0; e < 4; ++e) A[i + e % 2 * 8][j + e / 2 * 4] = seen(one->a[e]);
+      for (int e = 0; e < 2; ++e) B[j + e * 4][i] = seen(one->b[e]);
+    }
+    for (int lane = 0; lane < WARP; ++lane) {
+      float *sum = static_cast<Tf32Operands *>(slots[lane])->d;
+      for (int e = 0; e < 4; ++e)
+        for (int k = 0; k < 8; ++k) sum[e] += A[lane / 4 + e / 2 * 8][k] * B[k][lane % 4 * 2 + e % 2];
+    }
+  });
+}
+
 }  // namespace dk_shim
 
 template <class T> T __shfl_sync(unsigned, T value, int from) { return dk_shim::shuffle(value, from & 31); }

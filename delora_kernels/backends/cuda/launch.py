@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels import cuda_library
+from delora_kernels.backends.float32_products import allow_tf32
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dk_dtype of the header."""
@@ -61,7 +62,10 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "reflect_backward": (_M, _M, _M, _M, _M, _P, _L, _L, _L, _L),
     "reflect_across": (_P, _M, _M, _P, _P, _L, _L),
 }
-"""Launcher dk_<name> → the types of its arguments, but for the stream, which is the last of each."""
+"""Launcher dk_<name> → the types of its arguments, but for `in_tf32` and the stream, which `launch` adds."""
+
+PRODUCTS = ("row_norm", "times_small", "project_route", "token_sums", "dy_sums", "rank_update")
+"""Those whose last argument but one is `in_tf32`: whether float32 operands may be multiplied as tf32."""
 
 FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens", "dk_dy_sums_columns")
 """What the library must have."""
@@ -72,7 +76,7 @@ def library() -> ctypes.CDLL:
     """The library with the types of its functions declared."""
     loaded = cuda_library.load(FUNCTIONS)
     for name, types in LAUNCHERS.items():
-        getattr(loaded, f"dk_{name}").argtypes = (*types, c_void_p)
+        getattr(loaded, f"dk_{name}").argtypes = (*types, *([c_int32] if name in PRODUCTS else []), c_void_p)
     loaded.dk_error_string.restype = c_char_p
     loaded.dk_route_tokens.argtypes, loaded.dk_route_tokens.restype = (), c_int64
     loaded.dk_dy_sums_columns.argtypes, loaded.dk_dy_sums_columns.restype = (), c_int64
@@ -90,14 +94,16 @@ def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
 
     Args:
         name: A key of `LAUNCHERS`.
-        *arguments: As in the header, without the stream. A tensor stands for a matrix, a vector (0-d: one number for
-            all) or a pointer, which must be contiguous; None for what is not there.
+        *arguments: As in the header, without `in_tf32` and the stream. A tensor stands for a matrix, a vector (0-d: one
+            number for all) or a pointer, which must be contiguous; None for what is not there.
 
     Raises:
         RuntimeError: the launcher refused its arguments, or CUDA the launch.
     """
     function, types = getattr(library(), f"dk_{name}"), LAUNCHERS[name]
     values = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in zip(types, arguments, strict=True)]
+    if name in PRODUCTS:
+        values.append(allow_tf32())
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     if device.type == "cuda":
         with torch.cuda.device(device):

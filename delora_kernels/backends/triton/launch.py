@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from delora_kernels.backends.float32_products import allow_tf32
+
 try:
     from triton import knobs
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -165,5 +167,4 @@ def precision(dtype: torch.dtype, how: int) -> str:
     """`input_precision` of a dot: three tf32 products stand in for float32 where the operands were mixed."""
     if how == WIDE:
         return "tf32x3"
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"
