@@ -35,11 +35,19 @@ class RankTerm(NamedTuple):
     out: Tensor
 
 
+def sum_of(parts: Tensor | None, like: Tensor) -> Tensor:
+    """Where a kernel writes the sum of parts: a tensor of its own, or the one part itself; no parts: an empty one."""
+    if parts is None:
+        return like.new_empty(0)
+    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])
+
+
 @dataclass(frozen=True)
 class Stages:
     """The ops over the launchers of a backend, which say themselves what they take and give."""
 
     times_small: Callable[..., Tensor]
+    times_small_parts: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     token_sums: Callable[..., DyParts]
     takes_term: Callable[[Tensor, Tensor, Tensor, MaskGroup], bool]
     takes_dy_sums: Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
@@ -108,14 +116,21 @@ class Stages:
             small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
             dv = None if small is None else self.times_small(dy, small, dtype)
             empty = h is None and kept is None and not need_bias
-            parts = DyParts(None, None, None, None)
-            if not empty:
-                parts = self.token_sums(dy, h, scale, sums=need_bias, y=kept)
+            nothing = DyParts(None, None, None, None)
+            parts = nothing if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
         finished = self.finish_dy(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)
         dv = finished[0] if dv is None else dv
         wide = dy.new_empty(0, dtype=torch.float32)
         dB_hat, dm, dy_sum = (wide.clone() if result is None else result for result in finished[1:])
         return (dy.new_empty(0) if dv is None else dv), dB_hat, dm, dy_sum
+
+    def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
+        """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes it, else two."""
+        if v is not None and self.takes_dy_sums(dy, B_hat, v, None):
+            return self.dy_sums(dy, B_hat, v, 1.0, need_bias, None)
+        empty = v is None and not need_bias
+        parts = DyParts(None, None, None, None) if empty else self.token_sums(dy, v, sums=need_bias)
+        return parts._replace(dv=self.times_small_parts(dy, B_hat, B_hat.dtype))
 
     def input_backward(
         self,

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels.backends.cuda.dy_sums import dy_sums
-from delora_kernels.backends.cuda.dy_sums import takes as takes_sums
-from delora_kernels.backends.cuda.kernels import mask_arguments, splits_of_times_small, times_small_parts, token_sums
+from delora_kernels.backends.cuda.kernels import mask_arguments, splits_of_times_small, times_small_parts
 from delora_kernels.backends.cuda.launch import DTYPES, TILE, launch, library, rows
+from delora_kernels.backends.cuda.stages import STAGES
 from delora_kernels.backends.eager.hashed_dropout import mask_groups
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.gemm_stages import DyParts, sum_of
 
 LARGEST_COLUMNS = 64
 """Of h, that a block of `project_route` has whole."""
@@ -113,11 +112,7 @@ def expand_route_backward(
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch, with ds two."""
-    if v is not None and takes_sums(dy, B_hat, v):
-        read = dy_sums(dy, B_hat, v, 1.0, need_bias, None)
-    else:
-        read = DyParts(None, None, None, None) if v is None and not need_bias else token_sums(dy, v, sums=need_bias)
-        read = read._replace(dv=times_small_parts(dy, B_hat, B_hat.dtype))
+    read = STAGES.read_for_gating(dy, v, B_hat, need_bias)
     gating = (h, w, scale, token_share, dP, dz, need_scale, given, experts, rank, renormalize, shared)
     return route_backward(read, *gating)
 
@@ -149,7 +144,7 @@ def route_backward(
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dgates = w.new_empty((T, experts) if given else 0)
     dscale = scale.new_empty((-(-T // library().dk_route_tokens()), experts)) if need_scale else None
-    dB_hat, dy_sum = (_target(parts, w) for parts in (product, sums))
+    dB_hat, dy_sum = (sum_of(parts, w) for parts in (product, sums))
     product, sums = (None if parts is None or len(parts) == 1 else parts for parts in (product, sums))
     split = product if product is not None else sums
     parts, N = (0, 0) if split is None else split.shape[:2]
@@ -167,10 +162,3 @@ def route_backward(
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _target(parts: Tensor | None, like: Tensor) -> Tensor:
-    """Where the sum of parts goes: a tensor of its own, or the one part itself."""
-    if parts is None:
-        return like.new_empty(0)
-    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])

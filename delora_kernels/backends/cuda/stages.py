@@ -10,12 +10,14 @@ from delora_kernels.backends.cuda.kernels import (
     scale_matrix,
     takes_term,
     times_small,
+    times_small_parts,
     token_sums,
 )
 from delora_kernels.backends.gemm_stages import Stages
 
 STAGES = Stages(
-    times_small, token_sums, takes_term, takes, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop
+    times_small, times_small_parts, token_sums, takes_term, takes, dy_sums,
+    finish_dy, add_parts, rank_update, scale_matrix, drop,
 )  # fmt: skip
 
 project = STAGES.project

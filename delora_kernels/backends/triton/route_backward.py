@@ -9,14 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.add_parts import BLOCK, DyParts, add, total
-from delora_kernels.backends.triton.dy_sums import dy_sums
-from delora_kernels.backends.triton.dy_sums import takes as takes_sums
+from delora_kernels.backends.gemm_stages import sum_of
+from delora_kernels.backends.triton.add_parts import BLOCK, add, total
 from delora_kernels.backends.triton.launch import launch, rows
 from delora_kernels.backends.triton.route import blocks, warps, weights
+from delora_kernels.backends.triton.stages import STAGES
 from delora_kernels.backends.triton.tables import REGISTERS
-from delora_kernels.backends.triton.times_small import times_small_parts
-from delora_kernels.backends.triton.token_sums import token_sums
 
 
 @triton.jit
@@ -119,19 +117,12 @@ def expand_route_backward(
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch."""
-    if v is not None and takes_sums(dy, B_hat, v):
-        read = dy_sums(dy, B_hat, v, 1.0, need_bias, None)
-    else:
-        read = DyParts(None, None, None, None)
-        if v is not None or need_bias:
-            read = token_sums(dy, v, sums=need_bias)
-        read = read._replace(dv=times_small_parts(dy, B_hat, B_hat.dtype))
-    dv, product, sums, _ = read
+    dv, product, sums, _ = STAGES.read_for_gating(dy, v, B_hat, need_bias)
     assert dv is not None
     (T, N), h = dy.shape, rows(h)
     dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     dgates = w.new_empty((T, experts) if given else 0)
-    dB_hat, dy_sum = (_target(each) for each in (product, sums))
+    dB_hat, dy_sum = (sum_of(each, w) for each in (product, sums))
     adds_product, adds_sums = (each is not None and len(each) > 1 for each in (product, sums))
     sizes = blocks(experts, rank)
     gating = triton.cdiv(T, sizes["BT"])
@@ -155,10 +146,3 @@ def expand_route_backward(
             num_warps=warps(experts), maxnreg=REGISTERS,
         )  # fmt: skip
     return dh, dB_hat, dy_sum, dgates, scale.new_empty(0) if dscale is None else dscale.sum(0)
-
-
-def _target(parts: Tensor | None) -> Tensor:
-    """Where the sum of parts goes: a tensor of its own, or the one part itself."""
-    if parts is None:
-        return torch.empty(0)
-    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])

@@ -19,11 +19,12 @@ from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.rank_gemm import takes as takes_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
 from delora_kernels.backends.triton.scaled import scaled as scale_matrix
-from delora_kernels.backends.triton.times_small import times_small
+from delora_kernels.backends.triton.times_small import times_small, times_small_parts
 from delora_kernels.backends.triton.token_sums import takes_term, token_sums
 
 STAGES = Stages(
-    times_small, token_sums, takes_term, takes_dy_sums, dy_sums, finish_dy, add_parts, rank_update, scale_matrix, drop
+    times_small, times_small_parts, token_sums, takes_term, takes_dy_sums, dy_sums,
+    finish_dy, add_parts, rank_update, scale_matrix, drop,
 )  # fmt: skip
 
 project = STAGES.project
