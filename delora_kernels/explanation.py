@@ -59,11 +59,11 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
 
 
 def _why_not(name: str, call: AnyCall) -> str:
-    reason = backends.reason_against(name, call) or backends.ON_REQUEST.get(name)
-    if reason is not None:
-        return reason
-    chosen = call.options.backend
-    return f"{chosen} was requested" if backends.requested() else f"{chosen} comes first"
+    chosen, order = call.options.backend, backends.NAMES.index
+    reason = backends.reason_against(name, call)
+    if reason is None and not backends.requested() and order(name) < order(chosen):
+        reason = backends.reason_unasked(name, call)
+    return reason or (f"{chosen} was requested" if backends.requested() else f"{chosen} comes first")
 
 
 def _short(dtype: torch.dtype) -> str:

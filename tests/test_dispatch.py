@@ -27,7 +27,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     monkeypatch.setattr(backends, "_loaded", {name: stand_in(name) for name in backends.NAMES})
     monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
     monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "ON_REQUEST", {})
+    monkeypatch.setattr(backends, "reason_unasked", lambda name, call: None)
     monkeypatch.setattr(backends, "_requested", None)
     return refused
 
@@ -57,19 +57,6 @@ def test_what_does_not_run_here_is_not_asked(stand_ins: dict[str, str | None], m
     monkeypatch.setitem(backends._unavailable, "triton", "triton is not installed")
     monkeypatch.delitem(backends._loaded, "triton")
     assert explain("dora_linear", *arguments(), torch.ones(4)).backend == "cuda"
-
-
-def test_kernels_no_gpu_has_run_are_on_request(
-    stand_ins: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    assert set(backends.ON_REQUEST) == {"triton", "cuda"}
-    monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
-    monkeypatch.setattr(backends, "_loaded", dict.fromkeys(backends.NAMES, eager))
-    assert explain("lora_linear", *arguments()).backend == "eager"
-    for name in ("triton", "cuda"):
-        with backends.use_backend(name):
-            assert explain("lora_linear", *arguments()).backend == name
 
 
 @pytest.mark.parametrize("name", backends.NAMES)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from delora_kernels.backends import proof
+
 if TYPE_CHECKING:
     from delora_kernels.call import AnyCall
 
@@ -29,10 +31,6 @@ _MODULES = {
     "cuda": "delora_kernels.backends.cuda",
     "eager": "delora_kernels.backends.eager",
 }
-ON_REQUEST = {
-    name: f"no GPU has run its kernels yet: ask for them with use_backend({name!r})" for name in ("triton", "cuda")
-}
-"""Backends that an automatic choice leaves alone, and why."""
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
@@ -75,6 +73,15 @@ def reason_against(name: str, call: "AnyCall") -> str | None:
     return unavailable(name) or load(name).supports(call)
 
 
+def reason_unasked(name: str, call: "AnyCall") -> str | None:
+    """Why an automatic choice leaves alone a backend that can take `call`, or None if it does not."""
+    if name == "eager":
+        return None
+    if call.x.device.type == "cpu":
+        return f"on a CPU its kernels are for tests: ask for them with use_backend({name!r})"
+    return proof.why_not(name, call)
+
+
 def requested() -> str | None:
     """The backend asked for by `use_backend` or by the environment variable, or None for an automatic choice."""
     return None if _requested is None else _known(_requested, ENVIRONMENT_VARIABLE)
@@ -96,7 +103,7 @@ def choose(call: "AnyCall") -> str:
             )
         return name
     for name in NAMES:
-        reason = ON_REQUEST.get(name) or reason_against(name, call)
+        reason = reason_against(name, call) or reason_unasked(name, call)
         if reason is None:
             return name
         _log_once(name, reason)
@@ -116,11 +123,12 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     reason = unavailable(_known(name, "use_backend: name"))
     if reason is not None:
         raise RuntimeError(f"use_backend({name!r}): {reason}. `python -m delora_kernels` lists what runs here.")
-    return _using(name)
+    return using(name)
 
 
 @contextmanager
-def _using(name: str) -> Iterator[None]:
+def using(name: str) -> Iterator[None]:
+    """`use_backend` without its checks."""
     global _requested
     previous, _requested = _requested, name
     try:

@@ -5,8 +5,8 @@
         assert m.ok, m
 
 A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager PyTorch in the same
-dtypes, and the oracle in float64. `measure` runs all three and compares. Nothing here is imported by the rest of the
-package.
+dtypes, and the oracle in float64. `measure` runs all three and compares. The rest of the package imports it where
+kernels are checked or prove themselves (backends/proof.py), and not before.
 """
 
 from delora_kernels.testing.dropout import measure_dropout_mask

@@ -77,6 +77,15 @@ def test_op_in_tf32(name: str, backend: str, seed: int) -> None:
     assert name != "project" or max(m.error for m in measured) > 1e-5
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_automatic_choice(name: str) -> None:
+    """It takes the first backend that is here, whose kernels prove themselves."""
+    here = [backend for backend in backends.NAMES if backends.unavailable(backend) is None]
+    for adapter_dtype in (torch.bfloat16, torch.float32):
+        inputs = METHODS[name].draw(7, 19, 13, 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, device="cuda")
+        assert METHODS[name].call(inputs).options.backend == here[0]
+
+
 def lora(seed: int, T: int = 512, K: int = 1024, N: int = 768, r: int = 16) -> dict[str, Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
 

@@ -1,0 +1,20 @@
+"""The CUDA kernels as an automatic choice sees them: each case that it may ask for is right."""
+
+import pytest
+import torch
+from host_backend import SANITIZED, shuffle_threads
+
+from delora_kernels.backends import proof
+from delora_kernels.calls import CALLS
+
+WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.skipif(SANITIZED, reason="the other build has the addresses")
+@pytest.mark.parametrize("dtypes", [(WIDE, WIDE), (HALF, HALF), (HALF, WIDE), (BF16, BF16), (BF16, WIDE)], ids=str)
+@pytest.mark.parametrize("function", CALLS)
+def test_every_case_is_right(function: str, dtypes: tuple[torch.dtype, torch.dtype], seed: int) -> None:
+    shuffle_threads(seed)
+    for rank in proof.RANKS[: 1 if function.startswith("ether") else None]:
+        for drops in (False, True)[: 1 if function.startswith("ether") else None]:
+            assert proof.prove(proof.Case("cuda", function, drops, *dtypes, rank, "cpu")) is None

@@ -1,0 +1,181 @@
+"""An automatic choice takes a backend's kernels where they are right, with stand-ins for those that can't run here."""
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delora_kernels import backends, explain
+from delora_kernels import functional as F
+from delora_kernels.backends import eager, proof
+
+BF16, WIDE = torch.bfloat16, torch.float32
+Op = Callable[..., Any]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every backend runs on a CPU with eager's ops, until a test changes one; none is proved yet."""
+    loaded = {
+        name: SimpleNamespace(**{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: None})
+        for name in backends.NAMES
+    }
+    monkeypatch.setattr(backends, "_loaded", loaded)
+    monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
+    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(backends, "_requested", None)
+    monkeypatch.setattr(proof, "_verdicts", {})
+    unasked = backends.reason_unasked
+    monkeypatch.setattr(
+        backends, "reason_unasked", lambda name, call: None if name == "eager" else proof.why_not(name, call)
+    )
+    call: Any = SimpleNamespace(x=torch.ones(1))
+    assert "on a CPU its kernels are for tests" in str(unasked("triton", call))
+    assert unasked("eager", call) is None
+    return loaded
+
+
+def arguments(rank: int = 2, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
+    return {
+        "x": torch.ones(5, 3, dtype=dtype),
+        "weight": torch.ones(4, 3, dtype=dtype),
+        "A": torch.ones(rank, 3, requires_grad=True),
+        "B": torch.ones(4, rank, requires_grad=True),
+    }
+
+
+def test_right_kernels_are_proved_once_for_each_case(
+    stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, proof.__name__)
+    for _ in range(2):
+        assert explain("lora_linear", **arguments()).backend == "triton"
+    assert explain("lora_linear", **arguments(16)).backend == "triton"  # of the same class
+    assert list(proof._verdicts) == [("triton", "lora_linear", False, BF16, WIDE, 16, "cpu")]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert "the triton kernels of lora_linear in bfloat16 and float32 on cpu" in caplog.records[0].getMessage()
+    explain("lora_linear", **arguments(17))
+    explain("lora_linear", **arguments(100))
+    explain("lora_linear", **arguments(), dropout_p=0.5, seed=1)
+    explain("lora_linear", **arguments(dtype=WIDE))
+    with torch.autocast("cpu", BF16):
+        explain("delora_linear", **arguments(dtype=WIDE), lam=torch.ones(()), weight_norm=torch.ones(3))
+    assert [tuple(case)[1:6] for case in proof._verdicts][1:] == [
+        ("lora_linear", False, BF16, WIDE, 32),
+        ("lora_linear", False, BF16, WIDE, 64),
+        ("lora_linear", True, BF16, WIDE, 16),
+        ("lora_linear", False, WIDE, WIDE, 16),
+        ("delora_linear", False, BF16, BF16, 16),
+    ]
+    assert set(proof._verdicts.values()) == {None}
+
+
+def wrong(op: Op, result: int, by: float) -> Op:
+    """The op with one result off."""
+
+    def changed(*given: Any) -> Any:
+        results = op(*given)
+        return tuple(each * by if i == result else each for i, each in enumerate(results))
+
+    return changed
+
+
+def failing(*given: Any) -> Any:
+    raise RuntimeError("no kernel image is available\n for execution")
+
+
+@pytest.mark.parametrize(
+    ("op", "replacement", "words"),
+    [
+        ("expand", wrong(eager.expand, 0, 1.1), "y of lora: error"),
+        ("expand_backward", wrong(eager.expand_backward, 1, 1.1), "dB of lora: error"),
+        ("input_backward", wrong(eager.input_backward, 1, float("nan")), "dA of lora: NaN or Inf"),
+        ("project", failing, "RuntimeError: no kernel image is available for execution"),
+    ],
+)
+def test_wrong_kernels_are_left_alone(
+    op: str, replacement: Op, words: str, stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next backend takes the calls, a warning says it once, and `explain` why; on request they run."""
+    setattr(stand_ins["triton"], op, replacement)
+    for _ in range(2):
+        found = explain("lora_linear", **arguments())
+        assert found.backend == "cuda"
+        assert words in found.reasons["triton"]
+        assert "its kernels failed on cpu" in found.reasons["triton"]
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert words in warning.getMessage()
+    assert "Please report it" in warning.getMessage()
+    setattr(stand_ins["cuda"], op, replacement)
+    proof._verdicts.clear()
+    assert explain("lora_linear", **arguments()).backend == "eager"
+    F.lora_linear(**arguments()).sum().backward()
+    with backends.use_backend("triton"):
+        assert explain("lora_linear", **arguments()).backend == "triton"
+
+
+def test_the_caller_shows_in_no_verdict_and_a_verdict_not_in_the_caller(stand_ins: dict[str, Any]) -> None:
+    """The proof has its own autocast, inference mode, saved-tensor hooks and default device; no random number goes."""
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor
+
+    given, before = arguments(), torch.get_rng_state()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.device("meta"),
+        torch.autocast("cpu", torch.float16),
+        torch.inference_mode(),
+    ):
+        assert explain("lora_linear", **given).backend == "triton"
+    assert proof._verdicts == {("triton", "lora_linear", False, torch.float16, torch.float16, 16, "cpu"): None}
+    assert packed == []
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_inside_a_checkpoint(stand_ins: dict[str, Any]) -> None:
+    """The first call stands in a checkpointed region, whose recomputation must save the same tensors again."""
+    from torch.utils.checkpoint import checkpoint
+
+    given = arguments(dtype=WIDE)
+    checkpoint(
+        lambda x: F.lora_linear(**given | {"x": x}), given["x"].requires_grad_(), use_reentrant=False
+    ).sum().backward()
+    assert list(proof._verdicts.values()) == [None]
+    assert given["A"].grad is not None
+
+
+def test_under_compile(stand_ins: dict[str, Any]) -> None:
+    """The verdict is found while torch.compile traces, in one graph."""
+    torch._dynamo.reset()
+    given = arguments(dtype=WIDE)
+    compiled = torch.compile(lambda x: F.lora_linear(**given | {"x": x}), fullgraph=True, backend="aot_eager")
+    expected = given["x"] @ given["weight"].t() + given["x"] @ given["A"].t() @ given["B"].t()
+    assert torch.allclose(compiled(given["x"]), expected)
+    assert list(proof._verdicts.values()) == [None]
+
+
+def test_a_graph_that_is_captured_waits_for_no_proof(
+    stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    reason = proof._verdict("triton", "lora_linear", False, BF16, WIDE, 16, "cuda:0")
+    assert reason == "its kernels were not proved before a CUDA graph was captured"
+    assert proof._verdicts == {}
+
+
+def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:
+    from delora_kernels.calls import CALLS
+
+    for function in CALLS:
+        for drops in (False, True):
+            assert proof.prove(proof.Case("cuda", function, drops, BF16, WIDE, 16, "cpu")) == (
+                "nothing to prove them with" if drops and function.startswith("ether") else None
+            )
