@@ -1,6 +1,7 @@
 """An automatic choice takes a backend's kernels where they are right, with stand-ins for those that can't run here."""
 
 import logging
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -179,3 +180,26 @@ def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:
             assert proof.prove(proof.Case("cuda", function, drops, BF16, WIDE, 16, "cpu")) == (
                 "nothing to prove them with" if drops and function.startswith("ether") else None
             )
+
+
+def test_other_threads_see_nothing_of_a_proof(stand_ins: dict[str, Any]) -> None:
+    """While one thread proves a case, another's calls take what they take anyway."""
+    proving, done, seen = threading.Event(), threading.Event(), []
+
+    def slow(*given: Any) -> Any:
+        proving.set()
+        assert done.wait(60)
+        return eager.project(*given)
+
+    stand_ins["triton"].project = slow
+    stand_ins["triton"].supports = lambda call: "not this one" if call.method == "dora_linear" else None
+    thread = threading.Thread(target=lambda: seen.append(explain("lora_linear", **arguments()).backend))
+    thread.start()
+    assert proving.wait(60)
+    with backends.use_backend("eager"):
+        F.dora_linear(**arguments(), magnitude=torch.ones(4)).sum().backward()
+        assert backends.requested() == "eager"
+    assert backends.requested() is None
+    done.set()
+    thread.join()
+    assert seen == ["triton"]

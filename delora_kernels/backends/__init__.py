@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
@@ -34,6 +35,7 @@ _MODULES = {
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
+_proving_in: dict[int, str] = {}
 
 
 _requested: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -93,7 +95,7 @@ def choose(call: "AnyCall") -> str:
     Raises:
         RuntimeError: the requested backend can't take the call; the text says why.
     """
-    name = requested()
+    name = _proving() or requested()
     if name is not None:
         reason = reason_against(name, call)
         if reason is not None:
@@ -123,18 +125,35 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     reason = unavailable(_known(name, "use_backend: name"))
     if reason is not None:
         raise RuntimeError(f"use_backend({name!r}): {reason}. `python -m delora_kernels` lists what runs here.")
-    return using(name)
+    return _using(name)
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
-    """`use_backend` without its checks."""
+def _using(name: str) -> Iterator[None]:
     global _requested
     previous, _requested = _requested, name
     try:
         yield
     finally:
         _requested = previous
+
+
+def _proving() -> str | None:
+    return _proving_in.get(threading.get_ident())
+
+
+# torch.compile is to guard on nothing here: what it traces is no proof.
+_proving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def proving(name: str) -> Iterator[None]:
+    """A context in which the calls of this thread, and of no other, run on one backend."""
+    _proving_in[threading.get_ident()] = name
+    try:
+        yield
+    finally:
+        del _proving_in[threading.get_ident()]
 
 
 def _known(name: str, where: str) -> str:

@@ -103,7 +103,7 @@ def prove(case: Case) -> str | None:
     chosen = [m for m in METHODS.values() if m.function == case.function and bool(m.dropout_p) == case.drops]
     dtypes: dict[str, Any] = {"dtype": case.compute_dtype, "adapter_dtype": case.rank_dtype}
     try:
-        with backends.using(case.backend):
+        with backends.proving(case.backend):
             for method in chosen:
                 for m in measure(method.problem(*SIZES, case.rank, device=case.device, **dtypes)):
                     if not m.ok:
