@@ -36,7 +36,7 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend a call takes, and why, without running it.
+    """Say which backend a call takes, and why, without running it: on a GPU kernels prove themselves first, as ever.
 
     Args:
         function: A function of delora_kernels.functional, or its name.
