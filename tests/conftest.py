@@ -1,7 +1,9 @@
 """Fixtures of every test: fresh random data whose seed a failing test shows."""
 
+import gc
 import os
 import secrets
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,3 +14,20 @@ def seed() -> int:
     seed = int(os.environ.get("TEST_SEED", secrets.randbits(31)))
     print(f"TEST_SEED={seed}")
     return seed
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone, which nothing that a test wraps outlives.
+
+    A DDP module that is the last to hold the group waits in its destructor for the group's threads, with Python's lock
+    held: for ever where one of them needs it. Python's own reference lets go of the lock first.
+    """
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    last = distributed.group.WORLD
+    yield
+    gc.collect()
+    distributed.destroy_process_group()
+    del last

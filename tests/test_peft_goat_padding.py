@@ -6,7 +6,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from goat_models import layers, move
 from golden_cases import relative_error
@@ -196,7 +195,7 @@ def test_encoder_and_decoder_count_all(seed: int) -> None:
     assert {use.tokens for use in watch.report().layers} == {9 * len(LENGTHS)}
 
 
-def test_every_way_into_the_model(seed: int) -> None:
+def test_every_way_into_the_model(seed: int, process_group: None) -> None:
     """A PeftModel without a task, tensors injected by PEFT alone, a second adapter, a copy, DDP."""
     batch = padded(seed)
     made = goat(seed)
@@ -210,15 +209,11 @@ def test_every_way_into_the_model(seed: int) -> None:
     with dk.watch_experts(untold) as watch:
         untold(**batch)
     assert {use.tokens for use in watch.report().layers} == {sum(LENGTHS)}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for model, owner in ((bare, made), (copied, copied), (nn.parallel.DistributedDataParallel(copied), copied)):
-            ours = model(**batch).loss
-            assert relative_error(ours, loss) <= TOLERANCE
-            ours.backward()
-            check_gradients(owner, want)
-    finally:
-        dist.destroy_process_group()
+    for model, owner in ((bare, made), (copied, copied), (nn.parallel.DistributedDataParallel(copied), copied)):
+        ours = model(**batch).loss
+        assert relative_error(ours, loss) <= TOLERANCE
+        ours.backward()
+        check_gradients(owner, want)
 
 
 def test_two_active_adapters(seed: int) -> None:

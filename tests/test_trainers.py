@@ -230,20 +230,15 @@ def test_callback_is_quiet_beside_the_main_process(seed: int, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "torch.compile"])
-def test_callback_on_wrapped_models(wrapper: str, seed: int, tmp_path: Path) -> None:
+def test_callback_on_wrapped_models(wrapper: str, seed: int, process_group: None) -> None:
     made = llama("lora", seed)
     callback, state = AccelerateCallback(strict=True), transformers.TrainerState(is_world_process_zero=True)
     if wrapper == "torch.compile":
         callback.on_train_begin(None, state, None, model=torch.compile(made))  # type: ignore[arg-type]
     else:
-        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            wrapped = torch.nn.parallel.DistributedDataParallel(made)
-            callback.on_train_begin(None, state, None, model=wrapped)  # type: ignore[arg-type]
-            wrapped(tokens(seed, 2, 5)).logits.sum().backward()
-        finally:
-            torch.distributed.destroy_process_group()
+        wrapped = torch.nn.parallel.DistributedDataParallel(made)
+        callback.on_train_begin(None, state, None, model=wrapped)  # type: ignore[arg-type]
+        wrapped(tokens(seed, 2, 5)).logits.sum().backward()
     assert callback.report is not None
     assert (len(callback.report.fused), dk.restore(made)) == (LAYERS, LAYERS)
 
