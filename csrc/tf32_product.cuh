@@ -33,16 +33,19 @@ template <int WM, int NF> struct Tf32Product {
     constexpr int DOWN = TRANSPOSED ? 1 : LDA, ACROSS = TRANSPOSED ? LDA : 1;
 #pragma unroll 1
     for (int k = 0; k < BK; k += 8, a += 8 * ACROSS, b += 8 * LDB) {
-      float left[TERMS<TA>][4];
+      float left[TERMS<TA>][4], meets_rest[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) split(a[e % 2 * 8 * DOWN + e / 2 * 4 * ACROSS], left, e);
+      for (int e = 0; e < 4; ++e) {
+        split(a[e % 2 * 8 * DOWN + e / 2 * 4 * ACROSS], left, e);
+        meets_rest[e] = TERMS<TA> == 2 || finite(left[0][e]) ? left[0][e] : 0.0f;
+      }
 #pragma unroll
       for (int n = 0; n < COLUMNS; ++n) {
         float right[TERMS<TB>][2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) split(b[e * 4 * LDB + n * 8], right, e);
         if constexpr (TERMS<TA> == 2) mma_tf32(sum[n], left[1], right[0]);
-        if constexpr (TERMS<TB> == 2) mma_tf32(sum[n], left[0], right[1]);
+        if constexpr (TERMS<TB> == 2) mma_tf32(sum[n], meets_rest, right[1]);
         mma_tf32(sum[n], left[0], right[0]);
       }
     }
@@ -86,11 +89,15 @@ private:
 
   template <class T> static constexpr int TERMS = std::is_same<T, float>::value ? 2 : 1;
 
-  // Writes the terms of a number to the same place in each of their arrays.
+  static __device__ __forceinline__ bool finite(float x) { return fabsf(x) <= 3.4e38f; }
+
+  // Writes the terms of a number to the same place in each of their arrays. Infinity is all rest: a rest meets no other
+  // rest, and most of them are 0, which would make it NaN.
   template <int COUNT, int SIZE, class T>
   static __device__ __forceinline__ void split(T value, float (&terms)[COUNT][SIZE], int e) {
-    terms[0][e] = sizeof(T) == 2 ? wide(value) : to_tf32(wide(value));
-    if constexpr (COUNT == 2) terms[1][e] = to_tf32(rest(wide(value), terms[0][e]));
+    const float x = wide(value);
+    terms[0][e] = sizeof(T) == 2 ? x : COUNT == 1 || finite(x) ? to_tf32(x) : 0.0f;
+    if constexpr (COUNT == 2) terms[1][e] = to_tf32(finite(x) ? x - terms[0][e] : x);
   }
 };
 

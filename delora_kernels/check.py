@@ -6,6 +6,7 @@ each method               y and every gradient against the reference; in float64
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -128,11 +129,12 @@ def run_job(job: Job) -> list[Row]:
         backend, why_not = job.backend()
         if why_not is not None:
             return [Row(job.method, "", job.dtype, backend, None, None, None, "skipped", why_not)]
-        for m in job.run(backend):
-            status = "ok" if m.ok else "FAIL"
-            row = Row(job.method, m.what, job.dtype, backend, m.error, m.limit, m.eager, status, m.note)
-            if m.what not in worst or row.share > worst[m.what].share:
-                worst[m.what] = row
+        with backends.use_backend(backend) if backend else nullcontext():
+            for m in job.run(backend):
+                status = "ok" if m.ok else "FAIL"
+                row = Row(job.method, m.what, job.dtype, backend, m.error, m.limit, m.eager, status, m.note)
+                if m.what not in worst or row.share > worst[m.what].share:
+                    worst[m.what] = row
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
         worst["raised"] = Row(job.method, "raised", job.dtype, backend, None, None, None, "FAIL", note)
@@ -187,13 +189,17 @@ def _no_check(function: str, backend: str) -> Iterator[Measurement]:
 
 
 def _backend(method: Method, device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[str, str | None]:
-    """The backend that such calls take, and if it was requested but can't take them: why not."""
+    """The backend to check, and if it was requested but can't take such calls: why not.
+
+    Nobody asked for one: the first that can take them, whether or not it is right, which is what is to be found out.
+    """
     with backends.use_backend("eager"):  # takes every call, so it can be looked at
         call = method.call(method.draw(*SIZES[0], dtype=dtype, adapter_dtype=adapter_dtype, device=device))
     requested = backends.requested()
-    if requested is None:
-        return backends.choose(call), None
-    return requested, backends.reason_against(requested, call)
+    if requested is not None:
+        return requested, backends.reason_against(requested, call)
+    here = backends.NAMES if call.x.device.type != "cpu" else ("eager",)
+    return next(name for name in here if backends.reason_against(name, call) is None), None
 
 
 def _label(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:

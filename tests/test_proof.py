@@ -50,27 +50,34 @@ def arguments(rank: int = 2, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
 
 
 def test_right_kernels_are_proved_once_for_each_case(
-    stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture
+    stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, proof.__name__)
     for _ in range(2):
         assert explain("lora_linear", **arguments()).backend == "triton"
     assert explain("lora_linear", **arguments(16)).backend == "triton"  # of the same class
-    assert list(proof._verdicts) == [("triton", "lora_linear", False, BF16, WIDE, 16, "cpu")]
+    assert list(proof._verdicts) == [("triton", "lora_linear", False, False, BF16, WIDE, False, 16, "cpu")]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert "the triton kernels of lora_linear in bfloat16 and float32 on cpu" in caplog.records[0].getMessage()
     explain("lora_linear", **arguments(17))
-    explain("lora_linear", **arguments(100))
+    explain("lora_linear", **arguments(500), bias=torch.ones(4, dtype=BF16))
     explain("lora_linear", **arguments(), dropout_p=0.5, seed=1)
+    explain("lora_linear", **arguments(dtype=WIDE))
+    monkeypatch.setattr(proof, "allow_tf32", lambda: True)
+    explain("lora_linear", **arguments())
     explain("lora_linear", **arguments(dtype=WIDE))
     with torch.autocast("cpu", BF16):
         explain("delora_linear", **arguments(dtype=WIDE), lam=torch.ones(()), weight_norm=torch.ones(3))
-    assert [tuple(case)[1:6] for case in proof._verdicts][1:] == [
-        ("lora_linear", False, BF16, WIDE, 32),
-        ("lora_linear", False, BF16, WIDE, 64),
-        ("lora_linear", True, BF16, WIDE, 16),
-        ("lora_linear", False, WIDE, WIDE, 16),
-        ("delora_linear", False, BF16, BF16, 16),
+    mixture = {"A": torch.ones(5, 9, 3), "B": torch.ones(5, 4, 9), "router": torch.ones(5, 3)}
+    explain("moe_lora_linear", **arguments(dtype=WIDE) | mixture)
+    assert [tuple(case)[1:8] for case in proof._verdicts][1:] == [
+        ("lora_linear", False, False, BF16, WIDE, False, 32),
+        ("lora_linear", False, True, BF16, WIDE, False, 128),
+        ("lora_linear", True, False, BF16, WIDE, False, 16),
+        ("lora_linear", False, False, WIDE, WIDE, False, 16),
+        ("lora_linear", False, False, WIDE, WIDE, True, 16),
+        ("delora_linear", False, False, BF16, BF16, False, 16),
+        ("moe_lora_linear", False, False, WIDE, WIDE, True, 64),
     ]
     assert set(proof._verdicts.values()) == {None}
 
@@ -136,7 +143,9 @@ def test_the_caller_shows_in_no_verdict_and_a_verdict_not_in_the_caller(stand_in
         torch.inference_mode(),
     ):
         assert explain("lora_linear", **given).backend == "triton"
-    assert proof._verdicts == {("triton", "lora_linear", False, torch.float16, torch.float16, 16, "cpu"): None}
+    assert proof._verdicts == {
+        proof.Case("triton", "lora_linear", False, False, torch.float16, torch.float16, False, 16, "cpu"): None
+    }
     assert packed == []
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -163,13 +172,50 @@ def test_under_compile(stand_ins: dict[str, Any]) -> None:
     assert list(proof._verdicts.values()) == [None]
 
 
-def test_a_graph_that_is_captured_waits_for_no_proof(
-    stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+GPU_CASE = ("triton", "lora_linear", False, False, BF16, WIDE, 16, "cuda:0")
+LATER = "its kernels are not proved yet: "
+
+
+def test_a_graph_that_is_captured_holds_no_proof(stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    reason = proof._verdict("triton", "lora_linear", False, BF16, WIDE, 16, "cuda:0")
-    assert reason == "its kernels were not proved before a CUDA graph was captured"
+    assert proof._verdict(*GPU_CASE) == LATER + "a CUDA graph is being captured"
     assert proof._verdicts == {}
+
+
+def test_a_backward_pass_waits_for_no_proof(stand_ins: dict[str, Any]) -> None:
+    """Its thread on a GPU would wait for the proof, whose backward pass waits for that thread."""
+    given, found = arguments(dtype=WIDE), []
+    y = given["A"].sum()
+    y.register_hook(lambda grad: found.append(explain("lora_linear", **given)))
+    y.backward()
+    assert found[0].backend == "eager"
+    assert found[0].reasons["triton"] == LATER + "this is a backward pass"
+    assert proof._verdicts == {}
+    assert explain("lora_linear", **given).backend == "triton"
+
+
+def test_what_passes_is_no_verdict(
+    stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, no thread while the interpreter ends: the next call asks again, and nobody is to report it."""
+
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stand_ins["triton"].project = full
+    found = explain("lora_linear", **arguments())
+    assert found.backend == "cuda"
+    assert found.reasons["triton"] == LATER + "OutOfMemoryError: CUDA out of memory"
+    stand_ins["triton"].project = eager.project
+
+    def ending(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", ending)
+        assert "at interpreter shutdown" in str(proof._verdict(*GPU_CASE[:-1], "cpu"))
+    assert explain("lora_linear", **arguments()).backend == "triton"
+    assert caplog.records == []
 
 
 def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:
@@ -177,7 +223,7 @@ def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:
 
     for function in CALLS:
         for drops in (False, True):
-            assert proof.prove(proof.Case("cuda", function, drops, BF16, WIDE, 16, "cpu")) == (
+            assert proof.prove(proof.Case("cuda", function, drops, True, BF16, WIDE, False, 16, "cpu")) == (
                 "nothing to prove them with" if drops and function.startswith("ether") else None
             )
 

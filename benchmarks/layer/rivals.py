@@ -160,12 +160,12 @@ class Layer:
     def _frozen(self) -> Tensor:
         return nn.functional.linear(self.inputs["x"], self.inputs["weight"])
 
-    def _in_autocast(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _in_autocast(self, forward: Callable[[], Any]) -> Callable[[], Any]:
         if not self.precision.autocast:
             return forward
         kind, dtype = torch.device(self.device).type, self.precision.dtype
 
-        def run() -> Tensor:
+        def run() -> Any:
             with torch.autocast(kind, dtype):
                 return forward()
 
@@ -208,8 +208,7 @@ class Layer:
     def _fused(self) -> Callable[[], Tensor]:
         if self.no_peft is not None:
             function = getattr(functional, self.method.function)
-            dropout = {"dropout_p": self.case.dropout_p} if self.case.dropout_p else {}
-            call = partial(function, **self.arguments(), **dropout)
+            call = partial(function, **self.arguments(), **self._dropout())
             return call if self.mixture is None else lambda: call()[0]
         shared = {id(tensor): tensor for tensor in (*self.peft.parameters(), *self.peft.buffers())}
         fused = copy.deepcopy(self.peft, memo=shared)
@@ -220,6 +219,9 @@ class Layer:
         """The arguments of the method's functions."""
         return {name: value for name, value in self.inputs.items() if name != "grad_out"}
 
+    def _dropout(self) -> dict[str, float]:
+        return {"dropout_p": self.case.dropout_p} if self.case.dropout_p else {}
+
     def conventions(self, name: str) -> dict[str, Any]:
         """Arguments that make the reference compute what this implementation does: not every rival does the method."""
         several = name == "authors" and self.case.n_blocks != 1
@@ -227,4 +229,5 @@ class Layer:
 
     def backend(self) -> str:
         """What an automatic choice takes for this layer."""
-        return dk.explain(self.method.function, **self.arguments()).backend
+        asked = partial(dk.explain, self.method.function, **self.arguments(), **self._dropout())
+        return str(self._in_autocast(asked)().backend)

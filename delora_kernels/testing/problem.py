@@ -14,6 +14,7 @@ proportional to ε: there e is measured in float32 and scaled.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +87,12 @@ class Measurement:
         return self.error <= self.limit
 
 
-def measure(problem: Problem) -> list[Measurement]:
+def measure(problem: Problem, poison: bool = True) -> list[Measurement]:
     """Run a problem, with uninitialised memory poisoned, and compare every result with the oracle.
 
     Args:
         problem: What to run.
+        poison: False: memory is left as it is; poisoning changes settings of the process, for other threads too.
 
     Returns:
         One measurement for each result of the oracle, one for each result that should not be there, and one for each
@@ -103,7 +105,7 @@ def measure(problem: Problem) -> list[Measurement]:
     expected = problem.oracle(exact)
     yardsticks = _yardsticks(problem, exact, expected)
     before = {name: value.clone() for name, value in problem.inputs.items() if isinstance(value, Tensor)}
-    with uninitialised_is_nan():
+    with uninitialised_is_nan() if poison else nullcontext():
         got = problem.run(problem.inputs)
     written = [name for name, value in before.items() if not torch.equal(value, problem.inputs[name])]
     measurements = [Measurement(name, torch.inf, 0.0, note="an input, and it was written to") for name in written]

@@ -170,19 +170,21 @@ def test_nan_and_inf_show_where_they_do_in_the_eager_backend(value: float, seed:
 
 
 @pytest.mark.parametrize("K", [8, 200])
-def test_an_infinite_factor_in_row_norm_shows_as_in_the_formula(K: int, seed: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_infinite_factor_in_row_norm_shows_as_in_the_formula(K: int, dtype: torch.dtype, seed: int) -> None:
     """Also where a tile ends outside of W: infinite, not NaN; and a NaN stays in its row. For any strides."""
     generator = torch.Generator().manual_seed(seed)
     W, A, B = (torch.randn(shape, generator=generator) for shape in ((21, K), (3, K), (21, 3)))
+    W = W.to(dtype).float()  # beside float32 factors
     B[4, 1], B[17, 2], W[9, K - 1] = torch.inf, -torch.inf, torch.nan
     m = torch.ones(21)
     expected = (W + 0.5 * B @ A).norm(dim=1)
     for weight in (W, W.t().contiguous().t(), W.repeat_interleave(2, 1)[:, ::2]):
         assert torch.equal(weight.nan_to_num(), W.nan_to_num())
-        norm, c, scaled = ops.row_norm(weight, A.t().contiguous().t(), B, 0.5, m, True, "cuda")
+        norm, c, scaled = ops.row_norm(weight.to(dtype), A.t().contiguous().t(), B, 0.5, m, True, "cuda")
         torch.testing.assert_close(norm, expected, equal_nan=True)
         torch.testing.assert_close(c, m / expected, equal_nan=True)
-        torch.testing.assert_close(scaled, c[:, None] * W, equal_nan=True)
+        torch.testing.assert_close(scaled, (c[:, None] * W).to(dtype), equal_nan=True)
 
 
 def test_no_tokens() -> None:

@@ -119,3 +119,16 @@ def test_a_mixture_gated_on_the_way(
         exact = rounding(x) @ rounding(A).t()
         assert (h.double() - exact).abs().max() <= 1e-5 * exact.abs().max(), (E, r)
     assert launched == ["project_route", "route_totals"] * 3
+
+
+def test_infinity_beside_float16_is_that_of_the_formula(seed: int) -> None:
+    """Infinite, not NaN, whichever operand it is in, and NaN where it meets 0 or comes from both signs."""
+    shuffle_threads(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, small = torch.randn(70, 90, generator=generator).half(), torch.randn(90, 20, generator=generator)
+    x[3, 5] = x[4, 6] = x[4, 7] = small[8, 2] = -torch.inf
+    small[9, 3], small[10, 4], x[6, 8] = torch.inf, torch.nan, 0
+    found, exact = kernels.times_small(x, small, torch.float32), x.double() @ small.double()
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert torch.equal(found.isposinf(), exact.isposinf())
+    assert torch.equal(found.isneginf(), exact.isneginf())

@@ -6,7 +6,15 @@ import torch
 from delora_kernels.backends import proof
 from delora_kernels.calls import CALLS
 
+WIDE, BF16 = torch.float32, torch.bfloat16
+
 
 @pytest.mark.parametrize("function", CALLS)
 def test_a_case_is_right(function: str) -> None:
-    assert proof.prove(proof.Case("triton", function, False, torch.bfloat16, torch.float32, 16, "cpu")) is None
+    assert proof.prove(proof.Case("triton", function, False, False, BF16, WIDE, False, 16, "cpu")) is None
+
+
+@pytest.mark.parametrize("function", ["lora_linear", "moe_lora_linear"])
+def test_the_largest_ranks(function: str) -> None:
+    """No method that stands for the others has more ranks than the kernels take."""
+    assert proof.prove(proof.Case("triton", function, True, False, BF16, WIDE, False, proof.RANKS[-1], "cpu")) is None

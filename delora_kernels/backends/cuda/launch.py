@@ -102,9 +102,10 @@ def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
     """
     function, types = getattr(library(), f"dk_{name}"), LAUNCHERS[name]
     values = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in zip(types, arguments, strict=True)]
+    first = next(value for value in arguments if isinstance(value, Tensor))
     if name in PRODUCTS:
-        values.append(allow_tf32())
-    device = next(value.device for value in arguments if isinstance(value, Tensor))
+        values.append(first.dtype == torch.float32 and allow_tf32())
+    device = first.device
     if device.type == "cuda":
         with torch.cuda.device(device):
             status = function(*values, torch.cuda.current_stream(device).cuda_stream)
