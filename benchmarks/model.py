@@ -24,6 +24,8 @@ from benchmarks.record import load
 
 FORMS = {"b": 2, "d": 1, "c": 0}
 """Form → passes over the [T, N] or [T, K] result."""
+BACKEND_FORMS = {"eager": "b", "triton": "d", "cuda": "d"}
+"""Backend → the form that it takes where it can."""
 ONE_READ = 32
 """Largest R at which one read of dy serves both dv and dB."""
 RESULTS = Path(__file__).with_name("results")
@@ -109,9 +111,9 @@ def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int
     return element * (T * R + R * (K + N) + (T * N if method == "dora" else 0))
 
 
-def predict(row: dict[str, Any], ceilings: Ceilings, form: str = "b") -> float:
-    """Milliseconds of a record's row; for `frozen` and `merged` those of the bare linear."""
-    return 1e3 * ceilings.seconds(_stages(row, form))
+def predict(row: dict[str, Any], ceilings: Ceilings, form: str | None = None) -> float:
+    """Milliseconds of a record's row, by default in its backend's form; of `frozen` and `merged` the bare linear's."""
+    return 1e3 * ceilings.seconds(_stages(row, form or BACKEND_FORMS.get(str(row.get("backend")), "b")))
 
 
 def roofline_fraction(row: dict[str, Any], machine: dict[str, Any]) -> float | None:
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--record", type=Path, nargs="*", help="records to compare with; without files: all under benchmarks/results")
     add("--copy-tbps", type=float, help="TB/s of a copy, reads and writes both counted")
     add("--gemm-tflops", type=float, help="TFLOP/s of a GEMM in the dtype")
-    add("--form", choices=list(FORMS), default="b", help="how the rank term meets the GEMM [%(default)s]")
+    add("--form", choices=list(FORMS), help="how the rank term meets the GEMM [what the row's backend does first]")
     methods = ("lora", "dora", "delora", *REFLECTIONS)
     add("--methods", nargs="+", choices=methods, default=list(methods), help="[all]")
     for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):
@@ -178,7 +180,7 @@ def _print_prediction(args: argparse.Namespace, ceilings: Ceilings) -> None:
             print(f"| {method} | {form} | {ms:.3f} | {ms / bare:.3f} | {kept:.1f} |")
 
 
-def _compare(path: Path, form: str) -> None:
+def _compare(path: Path, form: str | None) -> None:
     try:
         record = load(path)
     except ValueError:
@@ -192,7 +194,8 @@ def _compare(path: Path, form: str) -> None:
     if not any(ceilings for _, ceilings in compared):
         print(f"{path}: no ceilings in this record\n")
         return
-    print(f"{path} (form {form})\n\n| method | impl | T | K | N | r | precision | mode | ms | predicted | ratio |")
+    print(f"{path}{'' if form is None else f' (form {form})'}\n")
+    print("| method | impl | T | K | N | r | precision | mode | ms | predicted | ratio |")
     print("| --- " * 8 + "| ---: " * 3 + "|")
     for row, ceilings in compared:
         if ceilings is not None:
