@@ -84,7 +84,8 @@ def moe_lora_linear(
     w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
     y = tokens @ weight.T
     for e, (B_e, s_e) in enumerate(zip(B, _each(scale, B), strict=True)):
-        rows = torch.arange(len(w)) if gates is not None else w[:, e].nonzero().squeeze(1)  # a gate of 0 may be learned
+        kept = w[:, e] != 0 if gates is None else w.new_ones(len(w))  # a given gate of 0 may be learned
+        rows = kept.nonzero().squeeze(1)
         mask = dropout_mask if dropout_mask is None or dropout_mask.dim() == 2 else dropout_mask[e]
         inputs = tokens[rows] if mask is None else tokens[rows] * mask[rows]
         update = (inputs @ (A if A.dim() == 2 else A[e]).T) @ B_e.T

@@ -1,0 +1,186 @@
+"""A device that is not the CPU, for machines that have no other: its tensors are numbers on the CPU in disguise.
+
+`install` registers it as "other" for this process (PrivateUse1); inside `Other()` every op on its tensors is checked as
+CUDA checks it (a CPU tensor beside them, but for 0-d ones and indices, is an error) and run on what they hide. Run as a
+program it does what `check` and proofs do on a GPU: each function forward and backward, each op, and PEFT's GOAT, ETHER
+and accelerated layers, made and trained there. test_another_device.py does.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = "other:0"
+HERE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this torch has what it takes."""
+
+MAY_MIX = ("aten._to_copy.default", "aten.copy_.default", "aten.index.Tensor")
+SQUEEZED = ("project_route", "expand_route_backward")
+"""Ops whose formulas turn a tensor's shape in place (a vector times a matrix), which a disguise can't follow."""
+
+
+class Disguised(Tensor):
+    """A tensor of the device; `raw` has its numbers."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> "Disguised":
+        made: Any = Tensor._make_wrapper_subclass(
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+        )
+        made.raw = raw
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(op, args, kwargs or {})
+
+
+def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The op on what its tensors hide."""
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    there = any(isinstance(tensor, Disguised) for tensor in tensors)
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, Disguised) and tensor.dim()]
+    if there and strangers and str(op) not in MAY_MIX:
+        raise RuntimeError(f"{op}: a tensor {list(strangers[0].shape)} is on the CPU, others are not")
+    device = kwargs.get("device")
+    if device is not None:
+        there = torch.device(device).type == "other"
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    result = op(*_revealed(args), **_revealed(kwargs))
+    if str(op).endswith("_.default") and isinstance(result, Tensor):
+        return args[0]
+    return tree_map(lambda value: Disguised(value) if isinstance(value, Tensor) else value, result) if there else result
+
+
+def _revealed(values: Any) -> Any:
+    return tree_map(lambda value: value.raw if isinstance(value, Disguised) else value, values)
+
+
+class Other(TorchDispatchMode):
+    """Where the device exists: new tensors may be made on it."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(op, args, kwargs or {})
+
+
+def install() -> None:
+    """Register the device, and lead what does not come through the dispatcher to what does."""
+
+    class Guard(backend_registration._DummyDeviceGuard):  # type: ignore[misc]
+        def get_device(self) -> torch.device:
+            return torch.device(DEVICE)
+
+        def exchange_device(self, device: Any) -> torch.device:
+            return torch.device(DEVICE)
+
+        def get_stream(self, device: Any) -> Any:
+            return torch._C.Stream(stream_id=0, device_index=0, device_type=20)
+
+        def exchange_stream(self, stream: Any) -> Any:
+            return stream
+
+        def device_count(self) -> int:
+            return 1
+
+        get_default_stream, unchecked_set_device = get_stream, lambda self, *_: None
+
+    backend_registration._setup_privateuseone_for_python_backend("other", device_guard=Guard())
+    module: Any = torch.other  # type: ignore[attr-defined]
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    make, as_list, T = torch.tensor, Tensor.tolist, Tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor  # type: ignore[assignment]
+    T.new_tensor = lambda self, data, dtype=None: tensor(data, dtype=dtype or self.dtype, device=self.device)  # type: ignore[assignment,misc]
+    T.tolist = lambda self: as_list(_revealed(self))  # type: ignore[assignment,method-assign]
+
+
+def put(module: nn.Module) -> nn.Module:
+    """A module's own tensors on the device."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(Disguised(parameter.detach()), parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = Disguised(buffer)
+    return module
+
+
+def functions() -> None:
+    from delora_kernels.backends import proof
+    from delora_kernels.calls import CALLS
+
+    for function in CALLS:
+        for both in (False, True):
+            drops = both and not function.startswith("ether")
+            case = proof.Case("eager", function, drops, both, torch.bfloat16, torch.float32, False, 16, DEVICE)
+            assert (reason := proof.prove(case)) is None, (case, reason)
+
+
+def ops(seed: int) -> None:
+    from delora_kernels.testing import OPS, measure, measure_dropout_mask, op_problems
+
+    dtypes: Any = {"dtype": torch.bfloat16, "rank_dtype": torch.float32}
+    for name in set(OPS) - set(SQUEEZED):
+        for problem in op_problems(name, 40, 24, 32, 5, backend="eager", device=DEVICE, seed=seed, **dtypes):
+            assert [m for m in measure(problem, poison=False) if not m.ok] == []
+    assert all(m.ok for m in measure_dropout_mask(61, 103, backend="eager", device=DEVICE, seed=seed))
+
+
+def layers(seed: int) -> None:
+    """Models of GOAT and ETHER, moved there and made there: y and every gradient are those of the CPU."""
+    import ether_models
+    import goat_models
+    import peft
+    import peft_models
+
+    import delora_kernels as dk
+
+    def small() -> nn.Module:
+        return goat_models.small(seed, torch.float32)
+
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(seed))
+    made = {f"goat {kind}": goat_models.model(small(), **options) for kind, options in goat_models.KINDS.items()}
+    kinds = [kind for kind in ether_models.KINDS if "official" not in kind]  # it reads W, and looks at its class
+    made |= {kind: ether_models.model(small(), kind) for kind in kinds}
+    made |= {method: peft_models.model(method, seed) for method in ("lora", "dora", "delora")}
+    for name, model in made.items():
+        expected = _step(model.eval(), x)
+        model.zero_grad(set_to_none=True)
+        for key, result in _step(put(model), Disguised(x)).items():
+            assert isinstance(result, Disguised), (name, key)
+            size = 1e-4 * float(expected[key].abs().max())
+            assert torch.allclose(result.raw, expected[key], rtol=1e-3, atol=size), (name, key)
+        if name.startswith("goat"):
+            assert "first" in str(dk.expert_report(model))
+    configs: list[Any] = [goat_models.config(**options, dropout=0.2) for options in goat_models.KINDS.values()]
+    for config in configs + [ether_models.config(kind) for kind in kinds]:
+        model = peft.get_peft_model(put(small()), config)
+        assert {value.device for value in (*model.parameters(), *model.buffers())} == {torch.device(DEVICE)}
+        _step(model.train(), Disguised(x))
+
+
+def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    y = model(x)
+    y.square().sum().backward()
+    gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach()} | gradients
+
+
+if __name__ == "__main__":
+    install()
+    with Other():
+        functions()
+        ops(int(sys.argv[1]))
+        layers(int(sys.argv[1]))
