@@ -3,9 +3,13 @@
 `install` registers it as "other" for this process (PrivateUse1); inside `Other()` every op on its tensors is checked as
 CUDA checks it (a CPU tensor beside them, but for 0-d ones and indices, is an error) and run on what they hide. Run as a
 program it does what `check` and proofs do on a GPU: each function forward and backward, each op, and PEFT's GOAT, ETHER
-and accelerated layers, made and trained there. test_another_device.py does.
+and accelerated layers, made and trained there; or, for a backend with kernels, each op. `check` runs it so.
 """
 
+import importlib
+import os
+import pkgutil
+import subprocess
 import sys
 from typing import Any
 
@@ -52,7 +56,7 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if device is not None:
         there = torch.device(device).type == "other"
-        kwargs = kwargs | {"device": torch.device("cpu")}
+        kwargs = kwargs | {"device": torch.device("cpu") if there else device}
     result = op(*_revealed(args), **_revealed(kwargs))
     if str(op).endswith("_.default") and isinstance(result, Tensor):
         return args[0]
@@ -117,6 +121,38 @@ def put(module: nn.Module) -> nn.Module:
     return module
 
 
+def bring_kernels(name: str) -> None:
+    """Run the ops of a backend on disguised tensors, as far as its launches, and these on what they hide."""
+    from delora_kernels import backends, ops
+
+    package: Any = backends.load(name)
+    launching = importlib.import_module(f"{package.__name__}.launch")
+    there, real = run, launching.launch
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        strangers = [v for v in tree_leaves(args) if isinstance(v, Tensor) and not isinstance(v, Disguised)]
+        if strangers:
+            raise RuntimeError(f"a launch of {args[0]}: a tensor {list(strangers[0].shape)} is on the CPU")
+        real(*_revealed(args), **kwargs)
+
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        if getattr(module, "launch", None) is real:
+            module.launch = launch  # type: ignore[attr-defined]
+
+    def run_op(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if op.namespace != ops.NAMESPACE or not any(isinstance(value, Disguised) for value in args):
+            return there(op, args, kwargs)
+        with Other():
+            results = getattr(package, op._schema.name.split("::")[1])(*args[:-1])
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if not isinstance(result, Disguised):
+                raise RuntimeError(f"{op}: a result {list(result.shape)} is on the CPU")
+        return results
+
+    globals()["run"] = run_op
+
+
 def functions() -> None:
     from delora_kernels.backends import proof
     from delora_kernels.calls import CALLS
@@ -128,14 +164,17 @@ def functions() -> None:
             assert (reason := proof.prove(case)) is None, (case, reason)
 
 
-def ops(seed: int) -> None:
+def ops(seed: int, backend: str) -> None:
     from delora_kernels.testing import OPS, measure, measure_dropout_mask, op_problems
 
     dtypes: Any = {"dtype": torch.bfloat16, "rank_dtype": torch.float32}
-    for name in set(OPS) - set(SQUEEZED):
-        for problem in op_problems(name, 40, 24, 32, 5, backend="eager", device=DEVICE, seed=seed, **dtypes):
-            assert [m for m in measure(problem, poison=False) if not m.ok] == []
-    assert all(m.ok for m in measure_dropout_mask(61, 103, backend="eager", device=DEVICE, seed=seed))
+    for name in OPS:
+        for problem in op_problems(name, 40, 24, 32, 5, backend=backend, device=DEVICE, seed=seed, **dtypes):
+            if name in SQUEEZED:
+                problem.run(problem.inputs)
+            else:
+                assert [m for m in measure(problem, poison=False) if not m.ok] == []
+    assert all(m.ok for m in measure_dropout_mask(61, 103, backend=backend, device=DEVICE, seed=seed))
 
 
 def layers(seed: int) -> None:
@@ -178,9 +217,21 @@ def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach()} | gradients
 
 
+def check(seed: int, backend: str = "eager") -> None:
+    """Run this file in a process of its own: a registered device is one that Transformers would find."""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(seed), backend]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
     install()
+    if sys.argv[2] == "eager":
+        with Other():
+            functions()
+            layers(int(sys.argv[1]))
+    else:
+        bring_kernels(sys.argv[2])
     with Other():
-        functions()
-        ops(int(sys.argv[1]))
-        layers(int(sys.argv[1]))
+        ops(int(sys.argv[1]), sys.argv[2])
