@@ -1,7 +1,12 @@
 """The Triton kernels as an automatic choice sees them, in the dtypes that PEFT makes."""
 
+import os
+
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
 from delora_kernels.backends import proof
 from delora_kernels.calls import CALLS
