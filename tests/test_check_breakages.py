@@ -2,13 +2,14 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from delora_kernels import check, ops
+from delora_kernels import backends, check, ops
 from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
 from delora_kernels.backends.eager import low_rank
@@ -218,6 +219,15 @@ def test_wrong_gradient_in_float64_fails(capsys: pytest.CaptureFixture[str], mon
     note = next(row["note"] for row in failed if row["what"] == "gradcheck")
     assert "with respect to input 0" in note
     assert "(inputs: x, weight" in note
+
+
+def test_unasked_it_checks_the_first_backend_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU also one that an automatic choice would leave alone because it is wrong."""
+    monkeypatch.setattr(backends, "reason_against", lambda name, call: "not here" if name == "triton" else None)
+    for device, backend in (("meta", "cuda"), ("cpu", "eager")):
+        call = SimpleNamespace(x=torch.empty(0, device=device))
+        method: Any = SimpleNamespace(draw=lambda *_, **__: {}, call=lambda _, call=call: call)
+        assert check._backend(method, device, torch.float32, torch.float32) == (backend, None)
 
 
 def test_op_or_function_without_a_check_fails(

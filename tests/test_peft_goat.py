@@ -95,15 +95,14 @@ def test_losses_are_scaled_and_only_in_training(seed: int) -> None:
 
     def grads(one: Any) -> list[torch.Tensor]:
         one.zero_grad()
-        one(x).square().sum().backward()
+        (1e-4 * one(x).square().sum()).backward()  # smaller than the losses, in which its rounding would show
         return [layer.goat_router["default"].grad.clone() for layer in layers(one).values()]
 
     task, both = grads(plain), grads(made)
     set_loss_scale(made, 3.0)
     for ours, want, one in zip(grads(made), both, task, strict=True):
         assert not torch.equal(want, one)
-        # each of three passes adds up about a thousand terms, some larger than their sum (8e-14 at most in 400 seeds)
-        assert ((ours - one) - 3 * (want - one)).abs().max() <= 1e-12 * ours.abs().max()
+        assert ((ours - one) - 3 * (want - one)).abs().max() <= 1e-13 * ours.abs().max()
     made.eval(), plain.eval()
     assert all(torch.equal(a, b) for a, b in zip(grads(made), grads(plain), strict=True))
 
