@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from benchmarks.ceilings import copy_tbps
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
-from delora_kernels.backends.gemm_stages import RankTerm
+from delora_kernels.backends.library_gemm import RankTerm
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.rank_update import rank_update

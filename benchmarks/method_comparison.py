@@ -160,7 +160,7 @@ def _seeded(start: Any, seed: int) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from benchmarks.finetune import model
-    from delora_kernels.integrations.goat import PeftGoatLinear
+    from delora_kernels.integrations.peft.methods.goat import PeftGoatLinear
 
     made = model.twin(start)
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """Compile the kernels of this folder into one shared library with nvcc: no PyTorch and no Python inside.
 
-    python csrc/nvcc_build.py [FILE]        default: into the package, where `delora_kernels.cuda_library` looks
+    python csrc/nvcc_build.py [FILE]        default: into the package, where cuda/library.py looks
 
 setup.py does the same for a wheel. What it reads from the environment:
 

@@ -10,21 +10,23 @@ y = dk.functional.lora_linear(x, W, A, B)     # the same as functions; delora_ke
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from delora_kernels import functional, nn, reference
-from delora_kernels.backends import use_backend
-from delora_kernels.expert_use import expert_report
-from delora_kernels.expert_watch import watch_experts
-from delora_kernels.explanation import explain
+from delora_kernels import dispatch, functional, nn, reference, renamed
+from delora_kernels.diagnostics import proof
+from delora_kernels.diagnostics.explain import explain
+from delora_kernels.dispatch import use_backend
+from delora_kernels.routing import expert_report, watch_experts
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from delora_kernels.integrations.ether import EtherConfig, EtherPlusConfig
-    from delora_kernels.integrations.expert_callback import ExpertCallback
-    from delora_kernels.integrations.export import export_lora
-    from delora_kernels.integrations.goat import GoatConfig, import_goat, merge_mean_gate
-    from delora_kernels.integrations.peft import accelerate, restore
-    from delora_kernels.integrations.peft_method import register_peft_methods
-    from delora_kernels.integrations.transformers import AccelerateCallback
+    from delora_kernels.integrations.peft.export.export_lora import export_lora
+    from delora_kernels.integrations.peft.fused import accelerate, restore
+    from delora_kernels.integrations.peft.methods.ether import EtherConfig, EtherPlusConfig
+    from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
+    from delora_kernels.integrations.peft.methods.register import register_peft_methods
+    from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback
+
+dispatch.unproved = proof.why_not
+renamed.install()
 
 __all__ = [
     "AccelerateCallback",
@@ -49,19 +51,23 @@ __all__ = [
 ]
 
 _LAZY = {
-    "accelerate": "peft",
-    "restore": "peft",
-    "export_lora": "export",
+    "accelerate": "peft.fused",
+    "restore": "peft.fused",
+    "export_lora": "peft.export.export_lora",
     "AccelerateCallback": "transformers",
-    "ExpertCallback": "expert_callback",
-    "EtherConfig": "ether",
-    "EtherPlusConfig": "ether",
-    "GoatConfig": "goat",
-    "import_goat": "goat",
-    "merge_mean_gate": "goat",
-    "register_peft_methods": "peft_method",
+    "ExpertCallback": "transformers",
+    "EtherConfig": "peft.methods.ether",
+    "EtherPlusConfig": "peft.methods.ether",
+    "GoatConfig": "peft.methods.goat",
+    "import_goat": "peft.methods.goat",
+    "merge_mean_gate": "peft.methods.goat",
+    "register_peft_methods": "peft.methods.register",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from delora_kernels import backends
-from delora_kernels.check import DTYPES, Row, jobs, run_job
-from delora_kernels.environment import as_text, environment
+from delora_kernels import backends, dispatch
+from delora_kernels.diagnostics.check import DTYPES, Row, jobs, run_job
+from delora_kernels.diagnostics.environment import as_text, environment
 
 _COLUMNS = "{:<25} {:<11} {:<16} {:<7} {:>8} {:>8}  {}"
 _HEADER = _COLUMNS.format("method", "what", "dtype", "backend", "error", "limit", "ok")
@@ -88,7 +88,7 @@ def _why_not(device: str, backend: str | None) -> str | None:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         return f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
     try:
-        backend = backend or backends.requested()
+        backend = backend or dispatch.requested()
     except ValueError as error:
         return str(error)
     reason = None if backend is None else backends.unavailable(backend)
@@ -105,7 +105,7 @@ def _run(device: str, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     if not options.json:
         print(f"device {device}, seed {options.seed}\n{_HEADER}", flush=True)
-    with _one_thread(), nullcontext() if options.backend is None else backends.use_backend(options.backend):
+    with _one_thread(), nullcontext() if options.backend is None else dispatch.use_backend(options.backend):
         todo = list(jobs(device, options.dtype or list(DTYPES), options.seed))
         for done, job in enumerate(todo):
             _progress(done, len(todo), f"{job.method} {job.dtype}")

@@ -1,4 +1,4 @@
-"""One adapted linear call as data: what functional.py builds, backends judge and adapted_linear.py runs."""
+"""One call as data: what functional/ makes of arguments, backends judge and autograd/ runs."""
 
 from typing import NamedTuple
 
@@ -17,9 +17,9 @@ class Options(NamedTuple):
         dropout_p: For each mask, the probability of dropping an element of the low-rank branch's input, in [0, 1).
         two_term: PEFT's DoRA with dropout: the column scale acts on a frozen GEMM of the dropped input.
         save_output: DoRA keeps its output for backward in place of a private tensor.
+        frozen_rank: Rank of DeLoRA's frozen start; 0: there is none.
         compute_dtype: Dtype of x, W and y inside the call; autocast's dtype under autocast.
         rank_dtype: Dtype of Â, B̂ and every [T, R] tensor: the wider of compute_dtype and the factors' dtype.
-        backend: Name of the backend that runs the ops.
     """
 
     method: str
@@ -29,9 +29,9 @@ class Options(NamedTuple):
     dropout_p: tuple[float, ...]
     two_term: bool
     save_output: bool
+    frozen_rank: int
     compute_dtype: torch.dtype
     rank_dtype: torch.dtype
-    backend: str
 
 
 class Call(NamedTuple):
@@ -64,11 +64,6 @@ class Call(NamedTuple):
     options: Options
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything but the options."""
-        return tuple(self)[:-1]  # type: ignore[return-value]
-
-    @property
     def method(self) -> str:
         """Name of the public function that was called."""
         return self.options.method
@@ -83,7 +78,7 @@ class MoEOptions(NamedTuple):
         renormalize: Whether the kept probabilities are divided by their sum.
         ranks: Widths of the blocks of [A; router; frozen A] with a dropout mask of their own; () for no dropout.
         dropout_p: For each of `ranks`, the probability of dropping an element of its input; 0 where all see x itself.
-        compute_dtype, rank_dtype, backend: as in `Options`.
+        compute_dtype, rank_dtype: as in `Options`.
     """
 
     method: str
@@ -93,7 +88,6 @@ class MoEOptions(NamedTuple):
     dropout_p: tuple[float, ...]
     compute_dtype: torch.dtype
     rank_dtype: torch.dtype
-    backend: str
 
 
 class MoECall(NamedTuple):
@@ -130,11 +124,6 @@ class MoECall(NamedTuple):
     options: MoEOptions
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything but the options."""
-        return tuple(self)[:-1]  # type: ignore[return-value]
-
-    @property
     def method(self) -> str:
         """Name of the public function that was called."""
         return self.options.method
@@ -146,14 +135,13 @@ class ReflectOptions(NamedTuple):
     Args:
         method: Name of the public function, for messages.
         by_row_groups: u, v reflect row groups of W (blocks="official") in place of x's blocks.
-        compute_dtype, rank_dtype, backend: as in `Options`; the reflections are computed in rank_dtype or float32.
+        compute_dtype, rank_dtype: as in `Options`; the reflections are computed in rank_dtype or float32.
     """
 
     method: str
     by_row_groups: bool
     compute_dtype: torch.dtype
     rank_dtype: torch.dtype
-    backend: str
 
 
 class ReflectCall(NamedTuple):
@@ -173,11 +161,6 @@ class ReflectCall(NamedTuple):
     u_out: Tensor | None
     v_out: Tensor | None
     options: ReflectOptions
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Everything but the options."""
-        return tuple(self)[:-1]  # type: ignore[return-value]
 
     @property
     def method(self) -> str:

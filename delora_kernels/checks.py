@@ -4,10 +4,12 @@ Every check runs before anything is allocated or drawn. Kinds are tuples, not un
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS = set(FLOATS)
@@ -67,6 +69,11 @@ def number(function: str, argument: str, value: Any) -> float:
     return float(value)
 
 
+def number_or_tensor(function: str, argument: str, value: Any) -> float | Tensor:
+    """Check a finite real number, or pass a tensor on unchecked."""
+    return value if isinstance(value, Tensor) else number(function, argument, value)
+
+
 def not_negative(function: str, argument: str, value: Any) -> float:
     """Check a finite number ≥ 0."""
     value = number(function, argument, value)
@@ -104,6 +111,14 @@ def probabilities(function: str, value: Any, ranks: tuple[int, ...]) -> tuple[fl
         expected = f"{len(ranks)} numbers, one for each of ranks" if ranks else "one number where ranks is None"
         raise fail(ValueError, function, "dropout_p", expected, f"{len(value)} numbers", "pass both, or one number")
     return tuple(probability(function, p) for p in value)
+
+
+def dropout(
+    function: str, p: Any, seed_: Any, x: Tensor, ranks: tuple[int, ...] = ()
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """Check `dropout_p` and `seed`; the probability of each mask, and their seeds if an element may drop."""
+    p = probabilities(function, p, ranks)
+    return p, seed(function, seed_, x, len(ranks)) if any(p) else None
 
 
 def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -218,3 +233,31 @@ def seed(function: str, value: Any, x: Tensor, masks: int = 0) -> Tensor:
     else:
         value = torch.full((), value, dtype=torch.int64, device=x.device)
     return value + torch.arange(masks, device=x.device) if masks else value
+
+
+def low_rank(function: str, x: Any, weight: Any, bias: Any, A: Any, B: Any, *others: Any) -> None:
+    """Check what every low-rank method takes; `others` are tensors that transforms may hide in."""
+    no_transforms(function, (x, weight, bias, A, B, *others), f"reference.{function}")
+    if not plainly_right(x, weight, bias, A, B):
+        base(function, x, weight, bias)
+        factors(function, x, weight, A, B)
+
+
+def active_transform(tensors: Iterable[Any]) -> str | None:
+    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        duals = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+        if any(dual.tangent is not None for dual in duals):
+            return "forward-mode differentiation"
+    return None
+
+
+def no_transforms(function: str, tensors: Iterable[Any], instead: str) -> None:
+    """Raise where a functional transform is under way that `function` can't take part in."""
+    transform = active_transform(tensors)
+    if transform is not None:
+        raise RuntimeError(f"{function} does not support {transform}; use delora_kernels.{instead} there")

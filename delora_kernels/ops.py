@@ -1,7 +1,7 @@
 """Schemas of the primitive ops and their fakes: the contract every backend meets.
 
 An op is one stage of the equation in docs/math.md, on 2-D tensors, with no autograd of its own:
-`adapted_linear.py` decides which stages run in which order. Letters: T tokens, K in-features, N out-features,
+the Functions of autograd/ decide which of them run in which order. Letters: T tokens, K in-features, N out-features,
 R total rank, r trainable rank, E experts. `acc` is float64 for float64 tensors and float32 for everything else.
 
 Every op is registered as torch.ops.delora_kernels.<name>, and is a function of this module; `stages` gives the kernels
@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from delora_kernels import backends
+from delora_kernels.dtypes import accumulate_dtype
 
 NAMESPACE = "delora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _OPS: dict[str, Any] = {}
 
 Outputs = Tensor | tuple[Tensor, ...]
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums, norms and small gradients for tensors of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -48,12 +44,7 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
             return _registered[backend]
-    return backends.load(backend)
-
-
-def wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether `expand` on this backend is faster with row_norm's c ⊙ W, where nothing is kept or dropped."""
-    return bool(backends.load(backend).wants_scaled(x, weight))
+    return backends.loaded[backend]  # the call's choice has loaded it
 
 
 class _Registered:
@@ -62,10 +53,15 @@ class _Registered:
     def __init__(self, backend: str) -> None:
         for name, op in _OPS.items():
             setattr(self, name, partial(_call, op, backend))
+        self.wants_scaled = partial(_wants_scaled, backend)
 
 
 def _call(op: Any, backend: str, *args: Any) -> Any:
     return op(*args, backend)
+
+
+def _wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:
+    return bool(backends.load(backend).wants_scaled(x, weight))
 
 
 def _register(schema: str, fake: Callable[..., Outputs]) -> Any:

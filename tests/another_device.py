@@ -154,8 +154,8 @@ def bring_kernels(name: str) -> None:
 
 
 def functions() -> None:
-    from delora_kernels.backends import proof
-    from delora_kernels.calls import CALLS
+    from delora_kernels.diagnostics import proof
+    from delora_kernels.functional import CALLS
 
     for function in CALLS:
         for both in (False, True):

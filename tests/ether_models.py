@@ -8,7 +8,12 @@ from goat_models import TARGETS, move, small
 from torch import Tensor, nn
 
 from delora_kernels import reference
-from delora_kernels.integrations.ether import EtherConfig, EtherPlusConfig, PeftEtherLinear, PeftEtherPlusLinear
+from delora_kernels.integrations.peft.methods.ether import (
+    EtherConfig,
+    EtherPlusConfig,
+    PeftEtherLinear,
+    PeftEtherPlusLinear,
+)
 
 KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
     "ether": (False, {}),

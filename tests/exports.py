@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from delora_kernels.integrations.export import LoraExport, export_lora
-from delora_kernels.integrations.low_rank_terms import survey
+from delora_kernels.integrations.peft.export.export_lora import LoraExport, export_lora
+from delora_kernels.integrations.peft.export.low_rank_terms import survey
 
 
 def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype | None = None) -> None:

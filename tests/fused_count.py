@@ -2,24 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from torch import Tensor
 
-from delora_kernels import adapted_linear
-from delora_kernels.call import Call
+from delora_kernels.autograd import function
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """A list that grows by one for each pass of a fused layer."""
     passes: list[int] = []
-    run = adapted_linear.run
+    run = function.run
 
-    def counting(call: Call) -> Tensor:
+    def counting(*arguments: Any) -> tuple[Tensor, ...]:
         passes.append(1)
-        return run(call)
+        return run(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapted_linear, "run", counting)
+        patch.setattr(function, "run", counting)
         yield passes

@@ -9,7 +9,7 @@ from peft_models import Small
 from torch import Tensor, nn
 
 from delora_kernels import reference
-from delora_kernels.integrations.goat import GoatConfig, PeftGoatLinear
+from delora_kernels.integrations.peft.methods.goat import GoatConfig, PeftGoatLinear
 
 TARGETS = ["first", "second", "third"]
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import delora_kernels as dk
-from delora_kernels import adapted_linear
+from delora_kernels.autograd import function
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def x(seed: int) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every fused call by the name of its function."""
     made: list[str] = []
-    run = adapted_linear.run
-    monkeypatch.setattr(adapted_linear, "run", lambda call: made.append(call.method) or run(call))
+    run = function.run
+    monkeypatch.setattr(function, "run", lambda kind, call, *rest: made.append(call.method) or run(kind, call, *rest))
     return made
 
 

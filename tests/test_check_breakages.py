@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from delora_kernels import backends, check, ops
+from delora_kernels import dispatch, ops
 from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
 from delora_kernels.backends.eager import low_rank
+from delora_kernels.diagnostics import check
 from delora_kernels.testing import METHODS
 
 LOW_RANK = {name for name, method in METHODS.items() if not method.function.startswith("ether")}
@@ -223,7 +224,7 @@ def test_wrong_gradient_in_float64_fails(capsys: pytest.CaptureFixture[str], mon
 
 def test_unasked_it_checks_the_first_backend_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU also one that an automatic choice would leave alone because it is wrong."""
-    monkeypatch.setattr(backends, "reason_against", lambda name, call: "not here" if name == "triton" else None)
+    monkeypatch.setattr(dispatch, "reason_against", lambda name, call: "not here" if name == "triton" else None)
     for device, backend in (("meta", "cuda"), ("cpu", "eager")):
         call = SimpleNamespace(x=torch.empty(0, device=device))
         method: Any = SimpleNamespace(draw=lambda *_, **__: {}, call=lambda _, call=call: call)

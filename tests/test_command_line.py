@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import delora_kernels
-from delora_kernels import backends, calls, check, ops
+from delora_kernels import backends, dispatch, functional, ops
 from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
-from delora_kernels.environment import as_text, environment
-from delora_kernels.integrations import supported
+from delora_kernels.diagnostics import check, versions
+from delora_kernels.diagnostics.environment import as_text, environment
 from delora_kernels.testing import METHODS
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if name != backends.ENVIRONMENT_VARIABLE}
+    variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=300)
 
 
@@ -29,8 +29,8 @@ def test_environment_from_the_shell() -> None:
     assert done.returncode == 0, done.stderr
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["delora_kernels"] == delora_kernels.__version__
-    assert facts["python"] == supported.describe("python", ".".join(map(str, sys.version_info[:3])))
-    assert facts["torch"] == supported.describe("torch", torch.__version__)
+    assert facts["python"] == versions.describe("python", ".".join(map(str, sys.version_info[:3])))
+    assert facts["torch"] == versions.describe("torch", torch.__version__)
     backends_shown = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("backend ")]
     assert [name for name, _ in backends_shown] == list(backends.NAMES)
     assert ["eager", "can run"] in backends_shown
@@ -39,7 +39,7 @@ def test_environment_from_the_shell() -> None:
 
 def test_environment_imports_nothing() -> None:
     code = (
-        "import sys, torch, delora_kernels.environment as e; print(torch.cuda.is_initialized());"
+        "import sys, torch, delora_kernels.diagnostics.environment as e; print(torch.cuda.is_initialized());"
         "before = set(sys.modules); e.as_text(e.environment()); new = set(sys.modules) - before;"
         "print([name for name in new if name in ('peft', 'transformers', 'triton', 'numpy')])"
     )
@@ -47,11 +47,11 @@ def test_environment_imports_nothing() -> None:
 
 
 def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "no such backend")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "no such backend")
     report = json.loads(json.dumps(environment()))
-    assert report["variables"][backends.ENVIRONMENT_VARIABLE] == "no such backend"
-    assert set(report["support"]) == set(supported.TABLE)
-    assert all(report["support"][name] == supported.status(name, report[name]) for name in supported.TABLE)
+    assert report["variables"][dispatch.ENVIRONMENT_VARIABLE] == "no such backend"
+    assert set(report["support"]) == set(versions.TABLE)
+    assert all(report["support"][name] == versions.status(name, report[name]) for name in versions.TABLE)
     assert report["devices"][0]["device"] == "cpu"
     assert report["backends"]["eager"] is None
     report |= {
@@ -145,7 +145,7 @@ def test_reader_that_goes_away(arguments: list[str]) -> None:
 
 def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(calls, "CALLS", {"lora_linear": calls.CALLS["lora_linear"]})
+    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
     monkeypatch.setattr(ops, "NAMES", ())
     assert main(["check", "--dtype", "float32", "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -160,7 +160,7 @@ def test_progress_bar_is_for_terminals_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "METHODS", {"lora": METHODS["lora"]})
-    monkeypatch.setattr(calls, "CALLS", {"lora_linear": calls.CALLS["lora_linear"]})
+    monkeypatch.setattr(functional, "CALLS", {"lora_linear": functional.CALLS["lora_linear"]})
     monkeypatch.setattr(ops, "NAMES", ("dropout_mask",))
     assert main(["check", "--dtype", "float32"]) == 0
     assert capsys.readouterr().err == ""
@@ -200,7 +200,7 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_bad_environment_variable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_requested", "cublas")
+    monkeypatch.setattr(dispatch, "_requested", "cublas")
     assert main(["check"]) == 2
     assert "DELORA_KERNELS_BACKEND must be one of" in capsys.readouterr().err
 
@@ -210,7 +210,7 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch, supports: Any) -> None:
     module = ModuleType("fake")
     module.__dict__.update(vars(eager) | {"supports": supports})
     monkeypatch.setitem(backends._MODULES, "cuda", "fake")
-    monkeypatch.setitem(backends._loaded, "cuda", module)
+    monkeypatch.setitem(backends.loaded, "cuda", module)
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
 
 

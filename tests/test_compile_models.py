@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import delora_kernels as dk
-from delora_kernels.integrations.peft import layers
+from delora_kernels.integrations.peft.fused import layers
 
 torch.set_num_threads(1)
 

@@ -4,8 +4,8 @@ import ctypes
 import re
 from pathlib import Path
 
-from delora_kernels import cuda_library
 from delora_kernels.backends.cuda import launch
+from delora_kernels.backends.cuda import library as cuda_library
 
 HEADER = (Path(__file__).parents[1] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
 KINDS = {

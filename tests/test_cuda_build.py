@@ -13,7 +13,8 @@ import pytest
 from fake_nvcc import FAILS, KNOWN, calls, toolkit
 from package_source import ROOT, build, copy_source
 
-from delora_kernels import __version__, cuda_library
+from delora_kernels import __version__
+from delora_kernels.backends.cuda import library as cuda_library
 
 sys.path.insert(0, str(ROOT / "csrc"))
 

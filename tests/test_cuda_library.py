@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from delora_kernels import backends, cuda_library, explain, functional, use_backend
+from delora_kernels import backends, dispatch, explain, functional, use_backend
 from delora_kernels.backends.cuda import launch, support
-from delora_kernels.environment import environment
+from delora_kernels.backends.cuda import library as cuda_library
+from delora_kernels.diagnostics.environment import environment
 
 HEADER = (Path(__file__).parents[1] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
 DECLARED = re.findall(r"^DK_API [\w ]+?\*?(dk_\w+)\(", HEADER, re.MULTILINE)
@@ -54,7 +55,7 @@ def test_all_that_is_asked_for_is_declared_and_all_that_is_declared_is_asked_for
 
 
 def test_no_library_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "cuda_library.py"))
+    monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "backends/cuda/library.py"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda_library.why_not_here() == "there is no GPU, and no compiled kernels are in the package"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -170,7 +171,7 @@ def test_what_machine_code_and_ptx_serve(info: str, serves: list[str], not_: lis
 def test_a_compiled_call_may_be_the_first(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile can trace neither an import nor a look at files: both happen, and the graph has no break."""
     monkeypatch.setenv(cuda_library.ENVIRONMENT_VARIABLE, compiled(tmp_path))
-    monkeypatch.setattr(backends, "_requested", "cuda")
+    monkeypatch.setattr(dispatch, "_requested", "cuda")
     if asked == "before it":
         assert backends.unavailable("cuda") is None
     graphs: list[str] = []

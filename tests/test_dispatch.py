@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from delora_kernels import backends, explain, ops
+from delora_kernels import backends, dispatch, explain, ops
 from delora_kernels import functional as F
 from delora_kernels.backends import eager
 
@@ -24,11 +24,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
             **{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: refused[name]}
         )
 
-    monkeypatch.setattr(backends, "_loaded", {name: stand_in(name) for name in backends.NAMES})
+    monkeypatch.setattr(backends, "loaded", {name: stand_in(name) for name in backends.NAMES})
     monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
-    monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "reason_unasked", lambda name, call: None)
-    monkeypatch.setattr(backends, "_requested", None)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "reason_unasked", lambda name, call: None)
+    monkeypatch.setattr(dispatch, "_requested", None)
     return refused
 
 
@@ -37,7 +37,7 @@ def arguments() -> tuple[torch.Tensor, ...]:
 
 
 def test_triton_then_cuda_then_eager(stand_ins: dict[str, str | None], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, backends.__name__)
+    caplog.set_level(logging.DEBUG, dispatch.__name__)
     order = []
     for name in ("triton", "cuda", "eager"):
         found = explain("lora_linear", *arguments())
@@ -55,7 +55,7 @@ def test_triton_then_cuda_then_eager(stand_ins: dict[str, str | None], caplog: p
 
 def test_what_does_not_run_here_is_not_asked(stand_ins: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._unavailable, "triton", "triton is not installed")
-    monkeypatch.delitem(backends._loaded, "triton")
+    monkeypatch.delitem(backends.loaded, "triton")
     assert explain("dora_linear", *arguments(), torch.ones(4)).backend == "cuda"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from delora_kernels import backends, calls, explain, functional, use_backend
+from delora_kernels import backends, dispatch, explain, functional, use_backend
 
 T, K, N, R = 5, 8, 6, 3
 
@@ -176,7 +176,7 @@ def test_bad_argument(
     def computed(*_: Any) -> None:
         raise AssertionError("the call went on")
 
-    monkeypatch.setattr("delora_kernels.adapted_linear.run", computed)
+    monkeypatch.setattr("delora_kernels.autograd.function.run", computed)
     before = torch.get_rng_state()
     with pytest.raises(kind) as caught:
         getattr(functional, function)(**arguments(function) | bad)
@@ -210,7 +210,7 @@ def test_device_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_good_calls_pass() -> None:
     """The table is about what it changes: unchanged, each call is fine."""
-    for function in calls.CALLS:
+    for function in functional.CALLS:
         found = getattr(functional, function)(**arguments(function))
         assert (found if isinstance(found, Tensor) else found[0]).shape == (T, N)
 
@@ -230,15 +230,15 @@ def test_use_backend() -> None:
     with pytest.raises(ValueError, match="name must be one of"):
         use_backend("nope")  # at once, not only where the block begins
     with use_backend("eager"):
-        assert backends.requested() == "eager"
-    assert backends.requested() is None
+        assert dispatch.requested() == "eager"
+    assert dispatch.requested() is None
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_requested", "nonsense")
+    monkeypatch.setattr(dispatch, "_requested", "nonsense")
     with pytest.raises(ValueError, match="DELORA_KERNELS_BACKEND must be one of"):
         functional.lora_linear(**arguments("lora_linear"))
-    monkeypatch.setattr(backends, "_requested", "cuda")
+    monkeypatch.setattr(dispatch, "_requested", "cuda")
     monkeypatch.setitem(backends._unavailable, "cuda", "no card")
     with pytest.raises(RuntimeError, match="'cuda' was requested but can't take this call: no card"):
         functional.lora_linear(**arguments("lora_linear"))
@@ -263,7 +263,7 @@ def test_explain() -> None:
         explain("lora_linear", t(T, K), t(N, K), t(R, K), t(R, N))
 
 
-@pytest.mark.parametrize("function", list(calls.CALLS))
+@pytest.mark.parametrize("function", list(functional.CALLS))
 def test_explain_takes_every_function_and_draws_no_seed(function: str) -> None:
     """A call with dropout would draw one; explaining it leaves torch's generator as it was."""
     state = torch.get_rng_state()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import delora_kernels as dk
-from delora_kernels.expert_use import ExpertReport, ExpertUse
 from delora_kernels.nn import GoatLinear, MoELoRALinear, router_parameter_groups
+from delora_kernels.routing.report import ExpertReport, ExpertUse
 
 
 def layer(**options: Any) -> MoELoRALinear:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import delora_kernels as dk
-from delora_kernels.integrations.low_rank_terms import survey
+from delora_kernels.integrations.peft.export.low_rank_terms import survey
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from exports import llama
 from peft_models import Small, config
 from torch import nn
 
-from delora_kernels.integrations.export import export_lora
+from delora_kernels.integrations.peft.export.export_lora import export_lora
 from delora_kernels.nn import DeLoRALinear, DoRALinear, LoRALinear
 
 torch.set_num_threads(1)

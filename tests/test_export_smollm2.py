@@ -16,7 +16,7 @@ import peft
 
 from benchmarks.finetune.config import Problem
 from benchmarks.finetune.model import find, load
-from delora_kernels.integrations.export import export_lora
+from delora_kernels.integrations.peft.export.export_lora import export_lora
 
 SENTENCE = "The export of a folded adapter computes what the adapter computed, in Paris as in Tübingen."
 

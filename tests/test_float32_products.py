@@ -23,8 +23,6 @@ NEW = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="
     ],
 )
 def test_allowed(statement: str, allowed: bool) -> None:
-    code = (
-        f"import torch; {statement}; from delora_kernels.backends.float32_products import allow_tf32 as f; print(f())"
-    )
+    code = f"import torch; {statement}; from delora_kernels.dtypes import allow_tf32 as f; print(f())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(allowed), done.stderr

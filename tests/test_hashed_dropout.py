@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from delora_kernels.backends.eager.hashed_dropout import KeepMask
+from delora_kernels.backends.dropout import KeepMask
 
 MASK = (1 << 64) - 1
 P = 0.3

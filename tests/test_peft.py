@@ -15,7 +15,7 @@ from peft_models import METHODS, Small, config, model, step
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from delora_kernels.integrations.peft import layers
+from delora_kernels.integrations.peft.fused import layers
 
 torch.set_num_threads(1)
 

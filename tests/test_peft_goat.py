@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import delora_kernels as dk
-from delora_kernels.init import moe_start
 from delora_kernels.nn import set_loss_scale
+from delora_kernels.nn.goat_start import moe_start
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

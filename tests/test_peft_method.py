@@ -16,14 +16,15 @@ from peft.tuners.ia3 import IA3Model
 from peft.utils import peft_types
 
 import delora_kernels as dk
-from delora_kernels.integrations import peft_method, supported
+from delora_kernels.diagnostics import versions
+from delora_kernels.integrations.peft.methods import register
 
 
 @dataclass
 class OddConfig(peft.IA3Config):
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_method.peft_type("odd")
+        self.peft_type = register.peft_type("odd")
 
 
 class OddModel(IA3Model):
@@ -35,7 +36,7 @@ def odd() -> Iterator[Any]:
     """The method registered; PEFT is left as it was."""
     kind = peft_types.PeftType
     before = [dict(table) for table in _tables()]
-    peft_method.register("odd", OddConfig, OddModel)
+    register.register("odd", OddConfig, OddModel)
     yield kind
     for table, kept in zip(_tables(), before, strict=True):
         table.clear()
@@ -63,7 +64,7 @@ def test_entry_is_a_member_like_the_others(odd: Any) -> None:
     member = odd.ODD
     assert isinstance(member, odd)
     assert isinstance(member, str)
-    assert member is odd("ODD") is odd["ODD"] is peft_method.peft_type("odd") is copy.deepcopy(member)
+    assert member is odd("ODD") is odd["ODD"] is register.peft_type("odd") is copy.deepcopy(member)
     assert pickle.loads(pickle.dumps(member)) is member
     assert "ODD" in list(odd)
     assert list(odd)[-1] is member
@@ -99,19 +100,19 @@ def test_all_methods_of_this_library_are_registered() -> None:
 
 def test_again_is_harmless(odd: Any) -> None:
     before = [dict(table) for table in _tables()], list(odd)
-    peft_method.register("odd", OddConfig, OddModel)
+    register.register("odd", OddConfig, OddModel)
     assert ([dict(table) for table in _tables()], list(odd)) == before
 
 
 def test_another_method_of_that_name_is_refused(odd: Any) -> None:
     with pytest.raises(RuntimeError, match="odd can't be registered.*its tables have .*OddConfig"):
-        peft_method.register("odd", peft.IA3Config, OddModel)
+        register.register("odd", peft.IA3Config, OddModel)
 
 
 def test_prefix_of_another_method_is_refused(odd: Any) -> None:
     try:
         with pytest.raises(RuntimeError, match="even can't be .*its method ODD has the prefix 'odd_' already"):
-            peft_method.register("even", OddConfig, OddModel)
+            register.register("even", OddConfig, OddModel)
     finally:
         _forget(odd, "EVEN")
 
@@ -120,10 +121,10 @@ def test_prefix_of_another_method_is_refused(odd: Any) -> None:
 def test_peft_that_keeps_its_methods_otherwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = peft_types.PeftType
     monkeypatch.delattr(peft_types if name == "PeftType" else peft.utils, name)
-    row = supported.TABLE["peft"]
+    row = versions.TABLE["peft"]
     message = f"never can't be registered with PEFT .*{name}.*install a PEFT from {row.oldest} to {row.newest}"
     with pytest.raises(RuntimeError, match=message):
-        peft_method.register("never", OddConfig, OddModel)
+        register.register("never", OddConfig, OddModel)
     if name != "PeftType":
         _forget(kind, "NEVER")
 
@@ -136,7 +137,7 @@ def test_entry_that_does_not_work_is_found_out() -> None:
         def _missing_(cls, value: Any) -> Any:
             return cls.LORA
 
-    assert peft_method._entry(Odd, "GOAT") is Odd("GOAT")
+    assert register._entry(Odd, "GOAT") is Odd("GOAT")
     del Odd._value2member_map_["GOAT"]
     with pytest.raises(RuntimeError, match="no working entry GOAT"):
-        peft_method._entry(Odd, "GOAT")
+        register._entry(Odd, "GOAT")

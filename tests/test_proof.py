@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from delora_kernels import backends, explain
+from delora_kernels import backends, dispatch, explain
 from delora_kernels import functional as F
-from delora_kernels.backends import eager, proof
+from delora_kernels.backends import eager
+from delora_kernels.diagnostics import proof
 
 BF16, WIDE = torch.bfloat16, torch.float32
 Op = Callable[..., Any]
@@ -25,14 +26,14 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         name: SimpleNamespace(**{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: None})
         for name in backends.NAMES
     }
-    monkeypatch.setattr(backends, "_loaded", loaded)
+    monkeypatch.setattr(backends, "loaded", loaded)
     monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
-    monkeypatch.setattr(backends, "_logged", set())
-    monkeypatch.setattr(backends, "_requested", None)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_requested", None)
     monkeypatch.setattr(proof, "_verdicts", {})
-    unasked = backends.reason_unasked
+    unasked = dispatch.reason_unasked
     monkeypatch.setattr(
-        backends, "reason_unasked", lambda name, call: None if name == "eager" else proof.why_not(name, call)
+        dispatch, "reason_unasked", lambda name, call: None if name == "eager" else proof.why_not(name, call)
     )
     call: Any = SimpleNamespace(x=torch.ones(1))
     assert "on a CPU its kernels are for tests" in str(unasked("triton", call))
@@ -123,7 +124,7 @@ def test_wrong_kernels_are_left_alone(
     proof._verdicts.clear()
     assert explain("lora_linear", **arguments()).backend == "eager"
     F.lora_linear(**arguments()).sum().backward()
-    with backends.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         assert explain("lora_linear", **arguments()).backend == "triton"
 
 
@@ -219,7 +220,7 @@ def test_what_passes_is_no_verdict(
 
 
 def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:
-    from delora_kernels.calls import CALLS
+    from delora_kernels.functional import CALLS
 
     for function in CALLS:
         for drops in (False, True):
@@ -242,10 +243,10 @@ def test_other_threads_see_nothing_of_a_proof(stand_ins: dict[str, Any]) -> None
     thread = threading.Thread(target=lambda: seen.append(explain("lora_linear", **arguments()).backend))
     thread.start()
     assert proving.wait(60)
-    with backends.use_backend("eager"):
+    with dispatch.use_backend("eager"):
         F.dora_linear(**arguments(), magnitude=torch.ones(4)).sum().backward()
-        assert backends.requested() == "eager"
-    assert backends.requested() is None
+        assert dispatch.requested() == "eager"
+    assert dispatch.requested() is None
     done.set()
     thread.join()
     assert seen == ["triton"]

@@ -14,96 +14,100 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
-from delora_kernels.integrations import layer_check, supported
-from delora_kernels.integrations.peft import plan
+from delora_kernels.diagnostics import versions
+from delora_kernels.integrations.peft.fused import layer_check, plan, verdicts
 
 ROOT = Path(__file__).parents[1]
-PEFT_NEWEST = supported.TABLE["peft"].newest
+PEFT_NEWEST = versions.TABLE["peft"].newest
 
 
 @pytest.fixture
-def no_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """why_not() as in a fresh process; what this one knew is put back."""
-    known = dict(supported._reasons)
-    supported._reasons.clear()
+def kept() -> Iterator[None]:
+    """What this process knows of the installed PEFT is put back."""
+    known = dict(verdicts.reasons)
     yield
-    supported._reasons.clear()
-    supported._reasons.update(known)
+    verdicts.reasons.update(known)
+
+
+def found() -> dict[str, str | None]:
+    """The verdicts of a fresh process."""
+    layer_check.judge_installed_peft()
+    return dict(verdicts.reasons)
 
 
 @pytest.mark.parametrize(
     ("name", "version", "expected"),
     [
-        ("peft", None, supported.MISSING),
-        ("peft", "0.17.1", supported.OLDER),
-        ("peft", "0.18.0.dev0", supported.OLDER),
-        ("peft", "0.18.0", supported.TESTED),
-        ("peft", "0.20.1.dev0", supported.PRE_RELEASE),
-        ("peft", "0.21.2", supported.TESTED),
-        ("peft", "0.21.3.dev0", supported.NEWER),
-        ("peft", "0.21.10", supported.NEWER),
-        ("peft", "1.0", supported.NEWER),
-        ("torch", "2.6.0+cu124", supported.OLDER),
-        ("torch", "2.7.0+cu126", supported.TESTED),
-        ("torch", "2.13.0+cpu", supported.TESTED),
-        ("torch", "2.15.9", supported.TESTED),
-        ("torch", "2.16.0", supported.NEWER),
-        ("torch", "2.10.0a0+git1234", supported.PRE_RELEASE),
-        ("torch", "my build", supported.PRE_RELEASE),
-        ("python", "3.9.20", supported.OLDER),
-        ("python", "3.13.7", supported.TESTED),
-        ("transformers", "5.24.0", supported.NEWER),
+        ("peft", None, versions.MISSING),
+        ("peft", "0.17.1", versions.OLDER),
+        ("peft", "0.18.0.dev0", versions.OLDER),
+        ("peft", "0.18.0", versions.TESTED),
+        ("peft", "0.20.1.dev0", versions.PRE_RELEASE),
+        ("peft", "0.21.2", versions.TESTED),
+        ("peft", "0.21.3.dev0", versions.NEWER),
+        ("peft", "0.21.10", versions.NEWER),
+        ("peft", "1.0", versions.NEWER),
+        ("torch", "2.6.0+cu124", versions.OLDER),
+        ("torch", "2.7.0+cu126", versions.TESTED),
+        ("torch", "2.13.0+cpu", versions.TESTED),
+        ("torch", "2.15.9", versions.TESTED),
+        ("torch", "2.16.0", versions.NEWER),
+        ("torch", "2.10.0a0+git1234", versions.PRE_RELEASE),
+        ("torch", "my build", versions.PRE_RELEASE),
+        ("python", "3.9.20", versions.OLDER),
+        ("python", "3.13.7", versions.TESTED),
+        ("transformers", "5.24.0", versions.NEWER),
     ],
 )
 def test_status(name: str, version: str | None, expected: str) -> None:
-    assert supported.status(name, version) == expected
+    assert versions.status(name, version) == expected
 
 
 def test_describe() -> None:
-    assert supported.describe("peft", None) == "not installed"
-    assert supported.describe("peft", "0.25.0") == f"0.25.0 (newer than the tested {PEFT_NEWEST})"
-    assert supported.describe("torch", "2.5.1") == "2.5.1 (older than the supported 2.7)"
-    assert supported.describe("torch", "2.13.0+cpu") == "2.13.0+cpu (tested)"
+    assert versions.describe("peft", None) == "not installed"
+    assert versions.describe("peft", "0.25.0") == f"0.25.0 (newer than the tested {PEFT_NEWEST})"
+    assert versions.describe("torch", "2.5.1") == "2.5.1 (older than the supported 2.7)"
+    assert versions.describe("torch", "2.13.0+cpu") == "2.13.0+cpu (tested)"
 
 
 def test_installed() -> None:
-    assert supported.installed("peft") == peft.__version__
-    assert supported.installed("torch") == torch.__version__.partition("+")[0] or "+" in torch.__version__
-    assert supported.version_of("no-such-package", "peft") == peft.__version__
-    assert supported.version_of("no-such-package") is None
+    assert versions.installed("peft") == peft.__version__
+    assert versions.installed("torch") == torch.__version__.partition("+")[0] or "+" in torch.__version__
+    assert versions.version_of("no-such-package", "peft") == peft.__version__
+    assert versions.version_of("no-such-package") is None
 
 
-def test_a_peft_that_stands_before_the_installed_one(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+def test_a_peft_that_stands_before_the_installed_one(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
     """A checkout on the import path: what is imported counts, not what the installed package's metadata says."""
     checked: list[str] = []
     monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
     monkeypatch.setattr(layer_check, "difference", checked.append)
-    assert supported.installed("peft") == "0.99.0.dev0"
-    assert supported.why_not("lora") is None
-    assert checked == list(supported.METHODS)
+    assert versions.installed("peft") == "0.99.0.dev0"
+    assert found()["lora"] is None
+    assert checked == list(verdicts.METHODS)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/versions.md"])
 def test_documents_show_the_table(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    missing = [line for line in supported.as_markdown().splitlines() if line not in text]
-    assert not missing, f"{document} lacks rows of supported.as_markdown()"
+    missing = [line for line in versions.as_markdown().splitlines() if line not in text]
+    assert not missing, f"{document} lacks rows of versions.as_markdown()"
 
 
 def test_files_agree_with_the_table() -> None:
     """The lower bounds of setup.py, its classifiers, and the pins of the two constraints files."""
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert re.search(r'python_requires=">=([\d.]+)"', setup)[1] == supported.TABLE["python"].oldest  # type: ignore[index]
+    assert re.search(r'python_requires=">=([\d.]+)"', setup)[1] == versions.TABLE["python"].oldest  # type: ignore[index]
     for name in ("torch", "peft", "transformers"):
-        assert set(re.findall(rf'"{name}>=([\d.]+)"', setup)) == {supported.TABLE[name].oldest}
+        assert set(re.findall(rf'"{name}>=([\d.]+)"', setup)) == {versions.TABLE[name].oldest}
     minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", setup)]
-    bounds = (supported.TABLE["python"].oldest, supported.TABLE["python"].newest)
+    bounds = (versions.TABLE["python"].oldest, versions.TABLE["python"].newest)
     assert (f"3.{minors[0]}", f"3.{minors[-1]}") == bounds
     assert minors == list(range(minors[0], minors[-1] + 1))
     for name in ("torch", "triton", "peft", "transformers"):
         oldest, pinned = (_pin(file, name) for file in ("constraints-oldest.txt", "constraints.txt"))
-        assert oldest == f"{supported.TABLE[name].oldest}.0"
-        assert supported.status(name, pinned) == supported.TESTED
+        assert oldest == f"{versions.TABLE[name].oldest}.0"
+        assert versions.status(name, pinned) == versions.TESTED
     assert _pin("constraints.txt", "peft") == PEFT_NEWEST
 
 
@@ -111,29 +115,27 @@ def _pin(file: str, name: str) -> str:
     return re.search(rf"^{name}==([^;\s]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)[1]  # type: ignore[index]
 
 
-def test_a_tested_peft_is_not_checked(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+def test_a_tested_peft_is_not_checked(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
     monkeypatch.setattr(layer_check, "difference", lambda method: pytest.fail("checked"))
-    monkeypatch.setattr(supported, "installed", lambda name: PEFT_NEWEST)
-    assert [supported.why_not(method) for method in supported.METHODS] == [None] * 3
+    monkeypatch.setattr(versions, "installed", lambda name: PEFT_NEWEST)
+    assert found() == dict.fromkeys(verdicts.METHODS)
 
 
-def test_an_older_peft_is_declined(monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
-    monkeypatch.setattr(supported, "installed", lambda name: "0.17.1")
-    assert supported.why_not("dora") == "PEFT 0.17.1 is older than the supported 0.18"
+def test_an_older_peft_is_declined(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
+    monkeypatch.setattr(versions, "installed", lambda name: "0.17.1")
+    assert found()["dora"] == "PEFT 0.17.1 is older than the supported 0.18"
 
 
-def test_an_unknown_peft_is_checked_once(
-    monkeypatch: pytest.MonkeyPatch, no_answers: None, caplog: pytest.LogCaptureFixture
+def test_an_unknown_peft_is_checked(
+    monkeypatch: pytest.MonkeyPatch, kept: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The installed PEFT, under another version: it passes, silently, and leaves the random numbers alone."""
-    monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
+    monkeypatch.setattr(versions, "installed", lambda name: "0.99.0")
     before = torch.get_rng_state()
     with caplog.at_level(logging.DEBUG), torch.no_grad(), torch.device("meta"):
-        assert [supported.why_not(method) for method in supported.METHODS] == [None] * 3
+        assert found() == dict.fromkeys(verdicts.METHODS)
     assert [record for record in caplog.records if "integrations" in record.name] == []
     assert torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(layer_check, "difference", lambda method: pytest.fail("checked again"))
-    assert supported.why_not("lora") is None
 
 
 def _scaled(right: Any, factor: float) -> Any:
@@ -197,7 +199,7 @@ CHANGES: dict[str, tuple[type, str, Any, dict[str, str | None]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest.MonkeyPatch, no_answers: None) -> None:
+def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
     owner, attribute, change, expected = CHANGES[name]
     right = getattr(owner, attribute)
     if change is None:
@@ -206,10 +208,11 @@ def test_an_unknown_peft_that_differs_is_declined(name: str, monkeypatch: pytest
         monkeypatch.setattr(owner, attribute, change(right))
         # it is what such a PEFT would define itself
         monkeypatch.setitem(plan._DEFINED[owner], attribute, getattr(owner, attribute))
-    monkeypatch.setattr(supported, "installed", lambda name: "0.99.0")
+    monkeypatch.setattr(versions, "installed", lambda name: "0.99.0")
     titles = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA"}
+    answers = found()
     for method, reason in expected.items():
-        answer = supported.why_not(method)
+        answer = answers[method]
         if reason is None:
             assert answer is None, method
         else:

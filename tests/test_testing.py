@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from delora_kernels import calls, ops, reference
+from delora_kernels import functional, ops, reference
 from delora_kernels.backends import eager, load
 from delora_kernels.testing import (
     METHODS,
@@ -24,9 +24,9 @@ from delora_kernels.testing import (
     relative_error,
     uninitialised_is_nan,
 )
-from delora_kernels.testing import naive_ops as naive
-from delora_kernels.testing.eager_forms import eager as eager_form
-from delora_kernels.testing.methods import ALPHA
+from delora_kernels.testing.methods.eager_forms import eager as eager_form
+from delora_kernels.testing.methods.lora import ALPHA
+from delora_kernels.testing.ops import formulas as naive
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAN, INF = math.nan, math.inf
@@ -188,7 +188,7 @@ def test_measure_refuses_inputs_that_overflow() -> None:
 
 def test_every_op_and_function_is_covered() -> None:
     assert {*OPS, "dropout_mask"} == set(ops.NAMES)
-    assert {method.function for method in METHODS.values()} == set(calls.CALLS)
+    assert {method.function for method in METHODS.values()} == set(functional.CALLS)
     assert all(name == method.name for name, method in METHODS.items())
     for name in OPS:
         arguments = [argument.name for argument in getattr(torch.ops.delora_kernels, name).default._schema.arguments]
@@ -314,7 +314,7 @@ def test_dropout_mask_is_judged(mask: Any, failing: set[str], monkeypatch: pytes
     assert all(m.ok for m in measure_dropout_mask(121, 205, backend="eager", seed=seed))
     copy = ModuleType("broken")
     copy.__dict__.update(vars(load("eager")) | {"dropout_mask": mask})
-    monkeypatch.setitem(load.__globals__["_loaded"], "eager", copy)
+    monkeypatch.setitem(load.__globals__["loaded"], "eager", copy)
     torch.manual_seed(seed)
     found = {m.what for m in measure_dropout_mask(121, 205, backend="eager", seed=seed) if not m.ok}
     assert failing <= found

@@ -18,8 +18,8 @@ from tiny_llama import LAYERS, VOCABULARY, base, llama, tokens, trainable
 from torch import Tensor
 
 import delora_kernels as dk
-from delora_kernels.integrations import transformers as integration
-from delora_kernels.integrations.transformers import AccelerateCallback
+from delora_kernels.integrations.transformers import accelerate_callback as integration
+from delora_kernels.integrations.transformers.accelerate_callback import AccelerateCallback
 
 METHODS = ("lora", "dora", "delora")
 

@@ -14,7 +14,7 @@ from benchmarks.stand_in import standing_in
 from delora_kernels import explain, use_backend
 from delora_kernels import functional as F
 from delora_kernels.backends.triton import support
-from delora_kernels.calls import lora_call
+from delora_kernels.functional.lora import lora_call
 
 
 def lora(dtype: torch.dtype = torch.float32, r: int = 2) -> dict[str, torch.Tensor]:

@@ -19,8 +19,8 @@ from delora_kernels import functional as F
 
 PACKAGE = str(Path(dk.__file__).parent)
 
-LIMITS = {"lora": (11, 18), "dora": (12, 24), "moe": (14, 35), "accelerated": (14, 38)}
-"""Call → files entered, and changes of file."""
+LIMITS = {"lora": 10, "dora": 14, "moe": 21, "accelerated": 22}
+"""Call → most changes of file: 60 % of the 18, 24, 35 and 38 that there were at 01ce3e9."""
 
 
 def way(call: Callable[[], Any]) -> list[str]:
@@ -65,6 +65,4 @@ def test_way_of_a_first_call(name: str) -> None:
     _call(name)()
     files = way(_call(name))
     print(" → ".join(files))
-    entered, changes = LIMITS[name]
-    assert len(set(files)) <= entered
-    assert len(files) - 1 <= changes
+    assert len(files) - 1 <= LIMITS[name], f"{len(set(files))} files, {len(files) - 1} changes"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from benchmarks.ether_authors import ether_authors
 from benchmarks.finetune.config import Config
-from delora_kernels.integrations.ether import PeftEtherLinear, PeftEtherPlusLinear
+from delora_kernels.integrations.peft.methods.ether import PeftEtherLinear, PeftEtherPlusLinear
 
 
 def ether_config(config: Config) -> peft.PeftConfig:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from benchmarks.finetune.config import Config, Problem
 from benchmarks.goat_loop import goat_loop
-from delora_kernels.integrations.goat import PeftGoatLinear
+from delora_kernels.integrations.peft.methods.goat import PeftGoatLinear
 
 EXPERTS = 8
 FULL_TUNING_LR = 2e-5

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.cases import BOTH
 from benchmarks.layer.rivals import Layer
 from delora_kernels import reference
-from delora_kernels.testing.eager_forms import eager
+from delora_kernels.testing.methods.eager_forms import eager
 from delora_kernels.testing.problem import ROUNDINGS
 
 NEIGHBOURS = 2

@@ -17,7 +17,7 @@ from benchmarks.layer.gate import Gate, Verdict
 from benchmarks.layer.rivals import FROZEN, YARDSTICKS, Absent, Implementation, Layer
 from benchmarks.memory import MIB, allocations, kept_bytes, only_new_garbage
 from benchmarks.timing import Budget, Clock, captured, interleaved
-from delora_kernels.testing.eager_forms import eager, materialised
+from delora_kernels.testing.methods.eager_forms import eager, materialised
 
 Row = dict[str, Any]
 Made = TypeVar("Made")

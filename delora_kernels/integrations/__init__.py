@@ -1,1 +1,1 @@
-"""Other libraries: PEFT. Nothing in the rest of the package imports this."""
+"""The library inside other people's: peft/ and transformers/. Nothing of the rest imports it."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from delora_kernels import checks
-from delora_kernels.frozen import FrozenLinear, why_not_plain
-from delora_kernels.ops import accumulate_dtype
+from delora_kernels.bases.plain import PlainBase, why_not_plain
+from delora_kernels.dtypes import accumulate_dtype
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of W' that `merge` holds in the wider dtype at a time: 16 MiB in float32."""
@@ -273,12 +273,13 @@ def _float_dtype(kind: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def base_of(function: str, linear: Any) -> FrozenLinear:
+def base_of(function: str, linear: Any) -> PlainBase:
     """The weight and bias that an adapter can be put on, or the TypeError that says why there are none."""
     if type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None:
-        return FrozenLinear(linear.weight, linear.bias)
-    base = FrozenLinear.of(linear) if isinstance(linear, nn.Module) else f"it is a {type(linear).__name__}"
-    if isinstance(base, FrozenLinear):
-        return base
+        return PlainBase(linear.weight, linear.bias)
+    is_module = isinstance(linear, nn.Module)
+    reason = PlainBase.why_not(linear) if is_module else f"it is a {type(linear).__name__}"
+    if reason is None:
+        return PlainBase.of(linear)
     remedy = "adapt a layer whose forward pass is x Wᵀ + bias and nothing else"
-    raise checks.fail(TypeError, function, "linear", "a plain nn.Linear", f"one that can't be read: {base}", remedy)
+    raise checks.fail(TypeError, function, "linear", "a plain nn.Linear", f"one that can't be read: {reason}", remedy)

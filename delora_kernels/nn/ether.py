@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from delora_kernels import checks, functional
+from delora_kernels.autograd.reflection import reflected_weight
 from delora_kernels.nn.base import MergeableLinear
-from delora_kernels.reflected_linear import reflected_weight
 
 SIDES = ("input", "output", "both")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels import checks
-from delora_kernels.init import STARTS, moe_start
+from delora_kernels.nn.goat_start import STARTS, moe_start
 from delora_kernels.nn.moe import MoELoRALinear
 
 RESIDUALS = ("stacked", "folded")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from delora_kernels import checks, functional
+from delora_kernels.functional.router_stats import CONVENTIONS, RouterStats
 from delora_kernels.nn.base import AdapterLinear
-from delora_kernels.routing import CONVENTIONS, RouterStats
 
 
 class Routed:

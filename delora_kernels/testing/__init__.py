@@ -12,10 +12,10 @@ kernels are checked or prove themselves (backends/proof.py), and not before.
 from delora_kernels.testing.dropout import measure_dropout_mask
 from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.finite_differences import gradcheck
-from delora_kernels.testing.method import Method
-from delora_kernels.testing.methods import METHODS
-from delora_kernels.testing.op_cases import OPS
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.testing.methods.method import Method
+from delora_kernels.testing.methods.table import METHODS
+from delora_kernels.testing.ops.cases import OPS
+from delora_kernels.testing.ops.problems import op_problems
 from delora_kernels.testing.poison import uninitialised_is_nan
 from delora_kernels.testing.problem import Measurement, Problem, measure
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from delora_kernels.testing.method import Method
+from delora_kernels.testing.methods.method import Method
 from delora_kernels.testing.problem import Inputs
 
 RTOL = 1e-6

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from package_source import build, copy_source
 
-from delora_kernels import cuda_library
+from delora_kernels.backends.cuda import library as cuda_library
 
 if os.environ.get("DELORA_KERNELS_CUDA") != "1":
     pytest.skip("compiles all kernels (make test-cuda-build)", allow_module_level=True)

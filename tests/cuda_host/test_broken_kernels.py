@@ -25,8 +25,8 @@ from torch import Tensor
 from delora_kernels.backends.cuda import dropout_mask, launch
 from delora_kernels.backends.cuda.kernels import token_sums
 from delora_kernels.backends.cuda.route import route
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.backends.dropout import MaskGroup
+from delora_kernels.testing.ops.problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC / "host_shim"))
@@ -145,7 +145,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool:
     right = _right(file)
     library = ctypes.CDLL(str(host_build.build(replaced={file: text})))
-    patch.setattr("delora_kernels.cuda_library.load", lambda functions=(): library)
+    patch.setattr("delora_kernels.backends.cuda.library.load", lambda functions=(): library)
     launch.library.cache_clear()
     child = os.fork()  # a wild address ends a process, which shows too
     if child == 0:

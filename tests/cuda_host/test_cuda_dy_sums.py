@@ -6,7 +6,7 @@ from host_backend import SANITIZED, shuffle_threads
 from torch import Tensor
 
 from delora_kernels.backends.cuda import dy_sums, kernels, launch, stages
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.library_gemm import DyParts
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(WIDE, WIDE), *((x, small) for x in (HALF, BF16) for small in (x, WIDE))]

@@ -14,7 +14,7 @@ from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
 from delora_kernels.backends.cuda.dy_sums import finish_dy
 from delora_kernels.testing import METHODS, OPS, measure
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.testing.ops.problems import op_problems
 
 DTYPES = {
     "float32": (torch.float32, None),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from host_backend import SANITIZED, shuffle_threads
 
-from delora_kernels.backends import proof
-from delora_kernels.calls import CALLS
+from delora_kernels.diagnostics import proof
+from delora_kernels.functional import CALLS
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -6,7 +6,7 @@ from host_backend import SANITIZED, shuffle_threads
 from torch import Tensor
 
 from delora_kernels.backends.cuda import launch, reflect, reflect_backward
-from delora_kernels.testing import naive_ops
+from delora_kernels.testing.ops import formulas
 
 SIZES = [(70, 1, 1100), (70, 3, 400), (33, 130, 2), (129, 9, 24), (1, 1, 1)]
 """Tokens, blocks, features of each: more than a step's columns or a warp's, more blocks than a step takes."""
@@ -27,12 +27,12 @@ def _check(made: dict[str, Tensor], with_v: bool, with_bias: bool, limit: float)
     v, wide_v = (made["v"], wide["v"]) if with_v else (None, None)
     bias, wide_bias = (made["bias"], wide["bias"]) if with_bias else (None, None)
     y = reflect(made["x"], made["u"], v, bias)
-    expected = naive_ops.reflect(wide["x"], wide["u"], wide_v, wide_bias)
+    expected = formulas.reflect(wide["x"], wide["u"], wide_v, wide_bias)
     terms = wide["x"].abs().max() + (0.0 if wide_bias is None else wide_bias.abs().max())
     assert (y.double() - expected).abs().max() <= limit * max(expected.abs().max(), terms)
     assert y.dtype == made["x"].dtype
     got = reflect_backward(made["dy"], made["x"], made["u"], v, True)
-    want = naive_ops.reflect_backward(wide["dy"], wide["x"], wide["u"], wide_v, True)
+    want = formulas.reflect_backward(wide["dy"], wide["x"], wide["u"], wide_v, True)
     assert want[0] is not None
     assert (got[0].double() - want[0]).abs().max() <= limit * max(want[0].abs().max(), wide["dy"].abs().max())
     shortest = min(wide[name].norm(dim=1).masked_fill(wide[name].norm(dim=1) == 0, 1e9).min() for name in ("u", "v"))

@@ -8,7 +8,7 @@ from host_backend import shuffle_threads
 
 from delora_kernels.backends.cuda import route
 from delora_kernels.backends.eager import route as eager
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.testing.draw import Draw
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda import dy_sums, kernels, launch, route
 from delora_kernels.backends.cuda.row_norm import row_norm
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
-from delora_kernels.backends.gemm_stages import RankTerm
+from delora_kernels.backends.dropout import MaskGroup
+from delora_kernels.backends.library_gemm import RankTerm
 
 SHAPES = 4 if SANITIZED else 20
 Found = dict[str, tuple[Tensor, Tensor]]

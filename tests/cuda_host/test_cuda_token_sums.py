@@ -6,8 +6,8 @@ from host_backend import SANITIZED, shuffle_threads
 from torch import Tensor
 
 from delora_kernels.backends.cuda import kernels, launch, stages
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup, mask_groups
-from delora_kernels.backends.gemm_stages import RankTerm
+from delora_kernels.backends.dropout import MaskGroup, mask_groups
+from delora_kernels.backends.library_gemm import RankTerm
 from delora_kernels.testing.errors import relative_error
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -10,7 +10,7 @@ from host_backend import SANITIZED, shuffle_threads
 
 from delora_kernels.backends.cuda import launch
 from delora_kernels.testing import measure
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.testing.ops.problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC / "host_shim"))
@@ -25,7 +25,7 @@ DTYPES = ((torch.float32, None), (torch.float16, None), (torch.float16, torch.fl
 @pytest.mark.parametrize("name", ["row_norm", "project", "expand", "expand_backward", "input_backward"])
 def test_ops(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     library = ctypes.CDLL(str(host_build.build(replaced=TURING)))
-    monkeypatch.setattr("delora_kernels.cuda_library.load", lambda functions=(): library)
+    monkeypatch.setattr("delora_kernels.backends.cuda.library.load", lambda functions=(): library)
     launch.library.cache_clear()
     try:
         shuffle_threads(seed)

@@ -16,7 +16,7 @@ from delora_kernels import backends, use_backend
 from delora_kernels import functional as F
 from delora_kernels.backends.triton import forms
 from delora_kernels.testing import METHODS, OPS, measure
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.testing.ops.problems import op_problems
 
 DTYPES = {
     "float32": (torch.float32, None),

@@ -15,7 +15,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
+from delora_kernels.backends.dropout import MaskGroup
 from delora_kernels.backends.triton.dropout import drop
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm

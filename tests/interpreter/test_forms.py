@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from benchmarks import tune, tune_tiles
 from benchmarks.timing import Budget
-from delora_kernels.backends.triton import forms, forms_table, stages, tables, tiles_table
+from delora_kernels.backends.triton import forms, forms_table, stages, tables, tuned
 
 
 def test_a_table_decides_by_device_dtype_and_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
     assert tables.tiles("times_small", 64, (0, 0)) == tables.Tiles(32, 64, 8, 3)
     assert tables.tiles("times_small", 64, (8, 0)) == tables.TABLES["times_small"]["64"]
     assert tables.tiles("row_norm", 16, (0, 0)) == shipped
-    assert tune_tiles.text({}) == Path(tiles_table.__file__).read_text().replace("= {}", "= {\n}")
+    assert tune_tiles.text({}) == Path(tuned.__file__).read_text().replace("= {}", "= {\n}")
 
 
 def test_each_launch_runs_in_the_tiles_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from traffic import Traffic
 from delora_kernels import functional as F
 from delora_kernels import ops, use_backend
 from delora_kernels.backends.triton import tables
-from delora_kernels.testing import naive_ops
+from delora_kernels.testing.ops import formulas
 
 MODULE = importlib.import_module("delora_kernels.backends.triton.reflect")
 
@@ -54,9 +54,9 @@ def test_random_sizes(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         v = made["v"] if case % 3 else None
         wide = {name: value.double() for name, value in made.items()} | {"v": None if v is None else v.double()}
         y = ops.reflect(x, u, v, bias if case % 2 else None, "triton")
-        assert_close(y, naive_ops.reflect(wide["x"], wide["u"], wide["v"], wide["bias"] if case % 2 else None), x.max())
+        assert_close(y, formulas.reflect(wide["x"], wide["u"], wide["v"], wide["bias"] if case % 2 else None), x.max())
         got = ops.reflect_backward(dy, x, u, v, True, "triton")
-        want = naive_ops.reflect_backward(wide["dy"], wide["x"], wide["u"], wide["v"], True)
+        want = formulas.reflect_backward(wide["dy"], wide["x"], wide["u"], wide["v"], True)
         summed = (x.norm(dim=1) * dy.norm(dim=1)).sum() / u.norm(dim=1).clamp(min=0.1).min()
         assert_close(got[0], want[0], dy.max())
         assert_close(got[1], want[1], 0.1 * summed)

@@ -15,7 +15,7 @@ from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.project_route import project_route
 from delora_kernels.backends.triton.route import route
 from delora_kernels.backends.triton.route_backward import expand_route_backward
-from delora_kernels.testing.op_cases import OPS, OpDraw
+from delora_kernels.testing.ops.cases import OPS, OpDraw
 
 KERNELS = {"project_route": project_route, "expand_route_backward": expand_route_backward}
 SPLIT = {"whole": 1, "split": 1000}

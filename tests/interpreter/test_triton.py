@@ -24,7 +24,7 @@ from delora_kernels.backends.triton.times_small import times_small
 from delora_kernels.backends.triton.token_sums import token_sums
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.errors import relative_error
-from delora_kernels.testing.op_problems import op_problems
+from delora_kernels.testing.ops.problems import op_problems
 
 DTYPES = {
     "float32": (torch.float32, None),

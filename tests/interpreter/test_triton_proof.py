@@ -8,8 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
-from delora_kernels.backends import proof
-from delora_kernels.calls import CALLS
+from delora_kernels.diagnostics import proof
+from delora_kernels.functional import CALLS
 
 WIDE, BF16 = torch.float32, torch.bfloat16
 

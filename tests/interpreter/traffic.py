@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.runtime import interpreter
 
-from delora_kernels import reflected_linear
-from delora_kernels.backends import gemm_stages
+from delora_kernels.autograd import reflection
+from delora_kernels.backends import library_gemm
 
 
 class Traffic:
@@ -60,7 +60,7 @@ class Traffic:
         self._patch.setattr(builder, "create_masked_load", counted_load)
         self._patch.setattr(builder, "create_masked_store", counted_store)
         self._patch.setattr(grid, "__call__", counted_launch)
-        for module in (gemm_stages, reflected_linear):
+        for module in (library_gemm, reflection):
             self._patch.setattr(module, "linear", self._gemm(linear, 2))
         self._patch.setattr(torch, "mm", self._gemm(torch.mm, 2))
         self._patch.setattr(Tensor, "addmm_", self._gemm(Tensor.addmm_, 3), raising=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, library, rows, splits, tiles
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.library_gemm import DyParts
 
 LARGEST_RANK = 32
 

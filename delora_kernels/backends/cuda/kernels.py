@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
-from delora_kernels.backends.gemm_stages import DyParts, RankTerm
+from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.library_gemm import DyParts, RankTerm
 
 
 def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:

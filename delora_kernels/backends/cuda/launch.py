@@ -1,7 +1,7 @@
 """The binding of csrc/delora_kernels.h: one call launches one kernel; a status that is not 0 becomes an error.
 
 Tensors go as pointers, strides and a dtype; nothing is copied, converted or waited for. The library is loaded at the
-first call (`cuda_library.py`). One that csrc/host_shim compiled runs the same kernels on CPU tensors, for tests.
+first call (`library.py`). One that csrc/host_shim compiled runs the same kernels on CPU tensors, for tests.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels import cuda_library
-from delora_kernels.backends.float32_products import allow_tf32
+from delora_kernels.backends.cuda import library as cuda_library
+from delora_kernels.dtypes import allow_tf32
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """dk_dtype of the header."""

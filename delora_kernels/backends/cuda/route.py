@@ -14,8 +14,8 @@ from torch import Tensor
 from delora_kernels.backends.cuda.kernels import mask_arguments, splits_of_times_small, times_small_parts
 from delora_kernels.backends.cuda.launch import DTYPES, TILE, launch, library, rows
 from delora_kernels.backends.cuda.stages import STAGES
-from delora_kernels.backends.eager.hashed_dropout import mask_groups
-from delora_kernels.backends.gemm_stages import DyParts, sum_of
+from delora_kernels.backends.dropout import mask_groups
+from delora_kernels.backends.library_gemm import DyParts, sum_of
 
 LARGEST_COLUMNS = 64
 """Of h, that a block of `project_route` has whole."""

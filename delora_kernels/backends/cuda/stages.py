@@ -13,7 +13,7 @@ from delora_kernels.backends.cuda.kernels import (
     times_small_parts,
     token_sums,
 )
-from delora_kernels.backends.gemm_stages import Stages
+from delora_kernels.backends.library_gemm import Stages
 
 STAGES = Stages(
     times_small, times_small_parts, token_sums, takes_term, takes, dy_sums,

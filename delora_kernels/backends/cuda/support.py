@@ -2,7 +2,7 @@
 
 import torch
 
-from delora_kernels import cuda_library
+from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.backends.cuda.launch import FUNCTIONS, on_host
 from delora_kernels.call import AnyCall, MoECall
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from delora_kernels.ops import accumulate_dtype
+from delora_kernels.dtypes import accumulate_dtype
 
 
 def fold(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from delora_kernels.backends.dropout import KeepMask, MaskGroup, mask_groups, times_mask
 from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
-from delora_kernels.backends.eager.hashed_dropout import KeepMask, MaskGroup, mask_groups, times_mask
-from delora_kernels.ops import accumulate_dtype
+from delora_kernels.dtypes import accumulate_dtype
 
 
 def row_norm(
@@ -26,13 +26,12 @@ def row_norm(
     for rows, chunk in chunks_in(acc, weight):
         updated = torch.addmm(chunk, B[rows], A, alpha=scale)
         torch.linalg.vector_norm(updated, dim=1, out=norm[rows])
-    c = norm.new_empty(0) if magnitude is None else divide(magnitude, norm)
+    c = norm.new_empty(0) if magnitude is None else divide(magnitude, norm, acc)
     return norm, c, (_scaled(weight, c[:, None]) if scaled else weight.new_empty(0))
 
 
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+def divide(numerator: Tensor, denominator: Tensor, acc: torch.dtype) -> Tensor:
     """numerator / denominator in the accumulator's dtype; 0 where the denominator is 0: no direction to scale."""
-    acc = accumulate_dtype(denominator.dtype)
     quotient = numerator.to(acc) / denominator.to(acc)
     return torch.where(denominator == 0, quotient.new_zeros(()), quotient)
 
@@ -155,7 +154,7 @@ def expand_backward(
             dm += (chunk * kept[rows].to(acc)).sum(0)
         if not kept_is_y and B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
             dm += (dB_hat * B_hat).sum(1)
-        dm = divide(dm, divisor)
+        dm = divide(dm, divisor, acc)
     if c is not None and h is not None:
         dB_hat *= c[:, None]
     dy_sum = torch.sum(dy, 0, dtype=acc) if need_bias else dy.new_empty(0, dtype=acc)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.backends.eager.chunks import chunks_in
-from delora_kernels.ops import accumulate_dtype
+from delora_kernels.dtypes import accumulate_dtype
 
 _GROUP = 16
 """Rows whose products are summed by a GEMM."""

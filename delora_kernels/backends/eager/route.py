@@ -1,11 +1,12 @@
 """A mixture's gating and its gradient in plain torch: [T, R] and [T, E] tensors, never wider."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from delora_kernels.backends.eager.low_rank import expand_backward, project
-from delora_kernels.backends.two_stages import expand_then_route_backward, project_then_route
-from delora_kernels.ops import accumulate_dtype
 
 
 def route(
@@ -20,7 +21,7 @@ def route(
     shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Softmax, choice, gate; all in float32 whatever h's dtype."""
-    acc = accumulate_dtype(h.dtype)
+    acc = scale.dtype
     u, logits, rest = _parts(h, experts if gates is None else 0, rank if shared else experts * rank)
     if gates is None:
         logits = logits.to(acc)
@@ -120,5 +121,18 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     return p * (dp - (p * dp).sum(1, keepdim=True))
 
 
-project_route = project_then_route(project, route)
-expand_route_backward = expand_then_route_backward(expand_backward, route_backward)
+def project_route(
+    x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None, *gating: Any
+) -> tuple[Tensor, ...]:
+    """Project, then gate."""
+    h = project(x, A_hat, ranks, dropout_p, seed)
+    return h, *route(h, *gating)
+
+
+def expand_route_backward(
+    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, *gating: Any
+) -> tuple[Tensor, ...]:
+    """dv and dB̂, then what the gating makes of dv."""
+    dv, dB_hat, _, dy_sum = expand_backward(dy, v, B_hat, 1.0, None, None, False, None, need_bias)
+    dh, dgates, dscale = route_backward(dv, *gating)
+    return dh, dB_hat, dy_sum, dgates, dscale

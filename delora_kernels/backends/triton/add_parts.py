@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.backends.triton.launch import launch
 
 BLOCK = 1024

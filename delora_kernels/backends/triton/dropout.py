@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import threshold
+from delora_kernels.backends.dropout import threshold
 from delora_kernels.backends.triton.device import keep_tile
 from delora_kernels.backends.triton.launch import launch, rows
 

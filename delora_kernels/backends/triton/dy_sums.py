@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.gemm_stages import DyParts
+from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, launch, meeting, precision, rows

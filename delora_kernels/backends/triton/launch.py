@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from delora_kernels.backends.float32_products import allow_tf32
+from delora_kernels.dtypes import allow_tf32
 
 try:
     from triton import knobs

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import mask_groups
+from delora_kernels.backends.dropout import mask_groups
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows

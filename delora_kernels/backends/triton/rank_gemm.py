@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup
+from delora_kernels.backends.dropout import MaskGroup
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, TensorDescriptor, launch, precision, rows

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.gemm_stages import sum_of
+from delora_kernels.backends.library_gemm import sum_of
 from delora_kernels.backends.triton.add_parts import BLOCK, add, total
 from delora_kernels.backends.triton.launch import launch, rows
 from delora_kernels.backends.triton.route import blocks, warps, weights

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import mask_groups
-from delora_kernels.backends.gemm_stages import Stages
+from delora_kernels.backends.dropout import mask_groups
+from delora_kernels.backends.library_gemm import Stages
 from delora_kernels.backends.triton import forms
 from delora_kernels.backends.triton.add_parts import add_parts, finish_dy
 from delora_kernels.backends.triton.dropout import drop

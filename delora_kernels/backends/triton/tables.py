@@ -2,16 +2,16 @@
 
 Chosen so that every configuration compiles for sm_80 and sm_90 without a spill and within their shared memory
 (`python -m benchmarks.codegen`); no device has timed them yet. What `python -m benchmarks.tune` finds faster on a
-device stands in `tiles_table.py` and takes their place there.
+device stands in `tuned.py` and takes their place there.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from delora_kernels.backends.triton import tiles_table
+from delora_kernels.backends.triton import tuned
 
-TILES = tiles_table.TILES
+TILES = tuned.TILES
 """(device capability, name in TABLES or GEMM) → rank class or GEMM's way → the fields of its Tiles or GemmTiles."""
 GEMM = "rank_gemm"
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
+from delora_kernels.backends.dropout import MaskGroup, threshold
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability

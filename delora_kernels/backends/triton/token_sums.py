@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.eager.hashed_dropout import MaskGroup, threshold
-from delora_kernels.backends.gemm_stages import DyParts, RankTerm
+from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.library_gemm import DyParts, RankTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows

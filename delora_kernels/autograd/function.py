@@ -1,0 +1,148 @@
+"""What the autograd Functions share: how a call is run, with autocast off, and how its gradients come back.
+
+A family gives two functions of a call's tensors and of the ops that run it. `compute` says what is kept for backward,
+`gradients` makes of that and dy whatever gradients are wanted; neither sees autograd, autocast or a dtype that it has
+not chosen itself.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from delora_kernels import ops
+
+
+class Computed(NamedTuple):
+    """What a forward pass leaves.
+
+    Args:
+        outputs: The results, the tokens of the first one as rows.
+        saved: The tensors kept for backward, a `saved_type`; None where no wanted gradient needs them.
+        depends_on: Tensors that the gradients are computed from besides `saved`.
+    """
+
+    outputs: tuple[Tensor, ...]
+    saved: Any
+    depends_on: tuple[Tensor | None, ...] = ()
+
+
+def differentiable(
+    name: str,
+    call_type: Any,
+    saved_type: Any,
+    compute: Callable[[Any, Tensor, Any, Any], Computed],
+    gradients: Callable[..., dict[str, Any]],
+    constant: int | None = None,
+) -> type[torch.autograd.Function]:
+    """Make the autograd Function of a family; its inputs are the name of a backend and the fields of a call.
+
+    Args:
+        name: Of the Function, which profilers and graphs show.
+        call_type: NamedTuple of the tensors of a call, `options` last.
+        saved_type: NamedTuple of the tensors that are kept.
+        compute: (call, x, need, stages) → `Computed`; x is the call's in its compute dtype, `need` a call_type of
+            booleans: whose gradient is wanted.
+        gradients: (options, need, saved, stages, *douts) → field name → gradient, of all that `need` names.
+        constant: Place of the output that has no gradient, if there is one.
+    """
+
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Any:
+        call, need = call_type(*inputs), call_type(*ctx.needs_input_grad[1:])
+        ctx.backend, ctx.options = backend, call.options
+        ctx.wanted = [
+            (field, value.dtype if wanted else None)
+            for field, value, wanted in zip(call_type._fields, inputs, need, strict=True)
+        ]
+        outputs, saved, ctx.depends_on = _computed(compute, call, need, backend)
+        ctx.save_for_backward(*saved)
+        if constant is not None:
+            ctx.mark_non_differentiable(outputs[constant])
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _in_their_dtypes(ctx, saved, douts)
+        with torch.no_grad():
+            grads = _in_their_dtypes(ctx, saved, douts)
+        return refuse_second_derivatives(ctx.options.method, grads, (*douts, *saved, *ctx.depends_on))
+
+    def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        stages = ops.stages(ctx.backend, (*douts, *saved))
+        arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), saved_type(*saved), stages, *douts)
+        if torch.is_autocast_enabled(douts[0].device.type):
+            with torch.autocast(douts[0].device.type, enabled=False):
+                grad = gradients(*arguments)
+        else:
+            grad = gradients(*arguments)
+        return None, *(None if dtype is None else _cast(grad[field], dtype) for field, dtype in ctx.wanted)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods | {"compute": staticmethod(compute)})
+
+
+def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Run a call: its outputs, the first one with x's leading dimensions, differentiable once where a tensor is.
+
+    Args:
+        function: What `differentiable` made.
+        call: The call.
+        backend: Name of the backend that takes it.
+        shape: Of x as it came, [..., K].
+    """
+    if torch.is_grad_enabled() and any_requires_grad(call):
+        outputs = function.apply(backend, *call)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    else:
+        outputs = _computed(function.compute, call, type(call)(*[False] * len(call)), backend).outputs
+    y = outputs[0]
+    return outputs if len(shape) == 2 else (y.view(*shape[:-1], y.shape[-1]), *outputs[1:])
+
+
+def any_requires_grad(values: Iterable[Any]) -> bool:
+    """Return whether one of `values` is a tensor that requires grad."""
+    for value in values:  # noqa: SIM110, a generator is another frame
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
+
+
+def _computed(compute: Callable[..., Computed], call: Any, need: Any, backend: str) -> Computed:
+    """Compute with autocast off: a call's options hold every dtype."""
+    x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, call[:-1])
+    if not torch.is_autocast_enabled(x.device.type):
+        return compute(call, x, need, stages)
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(call, x, need, stages)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return tensor.to(dtype), without the cost of a call that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """The gradients as they are; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, method: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.method = method
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.method} has no second derivative: its gradients can't be differentiated again; "
+            f"use delora_kernels.reference.{ctx.method} there, or restore() the model"
+        )
+
+
+def refuse_second_derivatives(
+    method: str, grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Tie the gradients to all they were computed from, by a node that raises, wherever differentiation enters."""
+    wanted = [grad for grad in grads if grad is not None]
+    tied = iter(_SecondDerivative.apply(method, len(wanted), *wanted, *(t for t in depends_on if t is not None)))
+    return tuple(None if grad is None else next(tied) for grad in grads)

@@ -1,0 +1,148 @@
+"""The autograd Function of mixtures of LoRA experts: the ops of low_rank.py with the gating in between.
+
+    [u | logits | u⁰] = [drop(x) Aᵀ | x Gᵀ | x A⁰ᵀ]        one read of x
+    v = [w_te · s_e · u_te | u⁰],   w = top-k of softmax(logits)
+    y = x Wᵀ + v [B | −γ B⁰]ᵀ + bias
+
+The experts stand side by side in the rank-R factors, so no token is sorted, gathered or scattered. Kept: x (the
+caller's own tensor; under autocast its cast copy), [u | logits | u⁰], v, w; the stacked factors are put together again
+in backward. Derivations: docs/math.md.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from delora_kernels.autograd.function import Computed, differentiable
+from delora_kernels.bases.plain import PlainBase
+from delora_kernels.call import MoECall, MoEOptions
+
+
+class _Factors(NamedTuple):
+    """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and the sizes of their parts."""
+
+    rows: Tensor
+    columns: Tensor
+    experts: int
+    rank: int
+    trained_rows: int
+    shared: bool
+
+
+def _factors(stages: Any, of: Any, dtype: torch.dtype) -> _Factors:
+    """Stack the factors of a call, or of what is kept of it."""
+    (E, _, r), A_rows = of.B.shape, of.A.flatten(0, -2)
+    alone = of.router is None and of.frozen_A is None and of.A.dtype == dtype
+    start = None if of.frozen_A is None else of.frozen_A.flatten(0, -2)
+    first = (None if alone else A_rows, of.router, start)
+    rows, columns = stages.stack_factors(*first, of.B, of.frozen_B, of.residual, dtype)
+    trained_rows = len(A_rows) + (0 if of.router is None else E)
+    return _Factors(A_rows if alone else rows, columns, E, r, trained_rows, of.A.dim() == 2)
+
+
+class _Saved(NamedTuple):
+    """The tensors kept for backward; None where no wanted gradient needs them."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    A: Tensor
+    B: Tensor
+    router: Tensor | None
+    frozen_A: Tensor | None
+    frozen_B: Tensor | None
+    residual: Tensor | None
+    scale: Tensor
+    token_share: Tensor | None
+    h: Tensor
+    v: Tensor | None
+    w: Tensor
+    fraction: Tensor
+    balance_coef: Tensor | None
+    z_coef: Tensor | None
+    seed: Tensor | None
+
+
+def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
+    """y [T, N]; over tokens f [E] (a constant), mean P [E], mean logsumexp² [1]."""
+    o = call.options
+    factors = _factors(stages, call, o.rank_dtype)
+    weight = PlainBase(call.weight).dense(o.compute_dtype)
+    masks = (o.ranks, o.dropout_p, call.seed)
+    gating = (call.gates, call.scale, call.token_share, factors.experts, factors.rank, o.top_k, o.renormalize)
+    found = stages.project_route(x, factors.rows, *masks, *gating, factors.shared)
+    h, v, w, fraction, probability, z = found
+    y, _ = stages.expand(x, weight, call.bias, v, factors.columns, 1.0, None, None, False, 0.0, None)
+    saved = _Saved(
+        x=x if need.A or need.router or need.weight else None,
+        weight=call.weight if need.x else None,
+        A=call.A,
+        B=call.B,
+        router=call.router,
+        frozen_A=call.frozen_A,
+        frozen_B=call.frozen_B,
+        residual=call.residual,
+        scale=call.scale,
+        token_share=call.token_share,
+        h=h,
+        v=v if need.B else None,
+        w=w if call.gates is None else call.gates,
+        fraction=fraction,
+        balance_coef=call.balance_coef,
+        z_coef=call.z_coef,
+        seed=call.seed,
+    )
+    return Computed((y, fraction, probability, z), saved)
+
+
+def _gradients(
+    o: MoEOptions, need: MoECall, saved: Any, stages: Any, dy: Tensor, _: Any, dP: Tensor, dz: Tensor
+) -> dict[str, Any]:
+    f, given = _factors(stages, saved, o.rank_dtype), saved.router is None
+    E, R, rows_of_A = f.experts, f.experts * f.rank, saved.A.flatten(0, -2).shape[0]
+    grad: dict[str, Any] = {}
+    if need.x or need.A or need.router or need.gates or need.scale:
+        if saved.balance_coef is not None:  # of balance_loss("code")
+            dP = torch.addcmul(dP, saved.fraction, saved.balance_coef, value=E)
+        if saved.z_coef is not None:
+            dz = dz + saved.z_coef
+        routed = (saved.h, saved.w, saved.scale, saved.token_share, dP, dz)
+        wanted = (bool(need.scale), given, E, f.rank, o.renormalize, f.shared)
+        dh, dB_hat, grad["bias"], grad["gates"], grad["scale"] = stages.expand_route_backward(
+            dy, saved.v, f.columns, bool(need.bias), *routed, *wanted
+        )
+    else:
+        nothing = (None, 1.0, None, None, False, None)
+        _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, saved.v, *nothing, bool(need.bias))
+    if need.B:
+        grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
+    trains = need.A or need.router
+    if need.x or trains:
+        weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
+        into = (dy, weight, dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0, None)
+        grad["x"], trained = stages.input_backward(*into, o.ranks, o.dropout_p, saved.seed, False)
+        if trains:
+            grad["A"], grad["router"] = trained[:rows_of_A].view(saved.A.shape), trained[rows_of_A:]
+    if need.weight:
+        grad["weight"] = stages.weight_grad(dy, saved.x, None, 0.0, None)
+    return grad
+
+
+MoELinear = differentiable("MoELinear", MoECall, _Saved, _compute, _gradients, constant=1)
+"""The results of one `MoECall`, and every gradient of them."""
+
+
+class ZeroGradient(torch.autograd.Function):
+    """The first tensor as it is; the second, which has no part in it, gets a gradient of zeros.
+
+    A router that is not run still gets a gradient, so that DDP finds every parameter used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, unused: Tensor) -> Tensor:
+        ctx.save_for_backward(unused)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])

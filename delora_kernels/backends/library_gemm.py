@@ -1,0 +1,217 @@
+"""The token-sized ops of `ops.py` as a library GEMM and passes beside it, for any backend that has kernels for these.
+
+`Stages` is given the launchers, and has forms (b) and (d) of docs/kernels.md: (b) the GEMM, then one pass over its
+output, in place; (d) a pass that writes the rank-R term, to which the GEMM then adds (beta = 1); for dx `token_sums`
+writes it on its way, where it can. What a backend has besides, its own stages.py puts around them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from delora_kernels.backends.dropout import MaskGroup, mask_groups
+
+
+class DyParts(NamedTuple):
+    """What reads of dy left, float32: dv [Q, T, R], scale · dyᵀ h [P, N, R], Σ_t dy and Σ_t dy ⊙ y [P, N] each.
+
+    None where not asked for; `dv` is None too where it is finished already.
+    """
+
+    dv: Tensor | None
+    product: Tensor | None
+    sums: Tensor | None
+    dots: Tensor | None
+
+
+class RankTerm(NamedTuple):
+    """The rank-R term of dx for `token_sums` to write on its way: out [T, C], from small [R, C] of any strides."""
+
+    small: Tensor
+    out: Tensor
+
+
+def sum_of(parts: Tensor | None, like: Tensor) -> Tensor:
+    """Where a kernel writes the sum of parts: a tensor of its own, or the one part itself; no parts: an empty one."""
+    if parts is None:
+        return like.new_empty(0)
+    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The ops over the launchers of a backend, which say themselves what they take and give."""
+
+    times_small: Callable[..., Tensor]
+    times_small_parts: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    token_sums: Callable[..., DyParts]
+    takes_term: Callable[[Tensor, Tensor, Tensor, MaskGroup], bool]
+    takes_dy_sums: Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
+    dy_sums: Callable[..., DyParts]
+    finish_dy: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    add_parts: Callable[[Tensor, torch.dtype], Tensor]
+    rank_update: Callable[..., Tensor]
+    scale_matrix: Callable[..., Tensor]
+    drop: Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]
+
+    def project(
+        self, x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None
+    ) -> Tensor:
+        """drop(x) Âᵀ; x is read once for each mask."""
+        groups = mask_groups(A_hat.shape[0], ranks, dropout_p, seed)
+        parts = [self.times_small(x, A_hat[group.columns].t(), A_hat.dtype, group) for group in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def expand(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        h: Tensor,
+        B_hat: Tensor,
+        scale: float,
+        c: Tensor | None,
+        scaled: Tensor | None,
+        keep: bool,
+        dropout_p: float,
+        seed: Tensor | None,
+        prefill: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """y in form (d) if `prefill`; in (b) if not, or where x Wᵀ is kept or dropout asks for two products."""
+        nothing, extra = x.new_empty(0), None
+        if prefill and seed is None and not keep and (c is None or scaled is not None):
+            y = x.new_empty((x.shape[0], weight.shape[0]))
+            self.rank_update(None, h, B_hat.t(), scale, y, column=c, bias=bias)
+            return y.addmm_(x, (weight if scaled is None else scaled).t()), nothing
+        if seed is None:
+            base = linear(x, weight)
+        else:
+            dropped, rest = self.drop(x, dropout_p, seed)
+            base, extra = linear(dropped, weight), linear(rest, weight)
+        out = torch.empty_like(base) if keep else base
+        y = self.rank_update(base, h, B_hat.t(), scale, out, column=c, extra=extra, bias=bias)
+        return y, (base if keep else nothing)
+
+    def expand_backward(
+        self,
+        dy: Tensor,
+        h: Tensor | None,
+        B_hat: Tensor | None,
+        scale: float,
+        c: Tensor | None,
+        kept: Tensor | None,
+        kept_is_y: bool,
+        divisor: Tensor | None,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂ in float32."""
+        dv, dtype = None, torch.float32 if B_hat is None else B_hat.dtype
+        if B_hat is not None and h is not None and self.takes_dy_sums(dy, B_hat, h, c):
+            parts = self.dy_sums(dy, B_hat, h, scale, need_bias, kept, c)
+        else:
+            small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
+            dv = None if small is None else self.times_small(dy, small, dtype)
+            empty = h is None and kept is None and not need_bias
+            nothing = DyParts(None, None, None, None)
+            parts = nothing if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
+        finished = self.finish_dy(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)
+        dv = finished[0] if dv is None else dv
+        wide = dy.new_empty(0, dtype=torch.float32)
+        dB_hat, dm, dy_sum = (wide.clone() if result is None else result for result in finished[1:])
+        return (dy.new_empty(0) if dv is None else dv), dB_hat, dm, dy_sum
+
+    def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
+        """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes it, else two."""
+        if v is not None and self.takes_dy_sums(dy, B_hat, v, None):
+            return self.dy_sums(dy, B_hat, v, 1.0, need_bias, None)
+        empty = v is None and not need_bias
+        parts = DyParts(None, None, None, None) if empty else self.token_sums(dy, v, sums=need_bias)
+        return parts._replace(dv=self.times_small_parts(dy, B_hat, B_hat.dtype))
+
+    def input_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor | None,
+        dv: Tensor,
+        A_hat: Tensor | None,
+        x: Tensor | None,
+        r: int,
+        scale: float,
+        c: Tensor | None,
+        ranks: Sequence[int],
+        dropout_p: Sequence[float],
+        seed: Tensor | None,
+        two_term: bool,
+        prefill: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """dÂ from one read of x for each mask; dx in form (d) if `prefill`, else in (b)."""
+        groups, term = mask_groups(dv.shape[1], ranks, dropout_p, seed), None
+        if weight is None or A_hat is None:
+            return dy.new_empty(0), self.factor_grad(dv, x, r, scale, groups)
+        if two_term and c is not None and groups[0].seed is not None:
+            dx = self._two_term_dx(dy, weight, dv, A_hat, scale, c, groups[0])
+            return dx, self.factor_grad(dv, x, r, scale, groups)
+        if prefill and x is not None and len(groups) == 1 and self.takes_term(x, dv, A_hat, groups[0]):
+            term = RankTerm(A_hat, dy.new_empty((dy.shape[0], weight.shape[1])))
+        dA_hat = self.factor_grad(dv, x, r, scale, groups, term)
+        dy, weight = self.scaled_operands(dy, weight, c)
+        if term is not None:
+            return term.out.addmm_(dy, weight), dA_hat
+        return self._input_grad(dy, weight, dv, A_hat, scale, groups, prefill), dA_hat
+
+    def factor_grad(
+        self, dv: Tensor, x: Tensor | None, r: int, scale: float, groups: list[MaskGroup], term: RankTerm | None = None
+    ) -> Tensor:
+        """dÂ [r, K], float32, and from all of dv's columns the term, which asks for one group."""
+        if x is None:
+            return dv.new_empty(0, dtype=torch.float32)
+        sums = []
+        for group in groups:
+            first, last = group.columns.start, min(group.columns.stop, r)
+            if first < last:
+                h = dv[:, first:last] if term is None else dv
+                done = self.token_sums(x, h, scale, group=group, transposed=True, ranks=last - first, term=term)
+                sums.append(done.product)
+        found = [self.add_parts(product, torch.float32) for product in sums if product is not None]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _input_grad(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dv: Tensor,
+        A_hat: Tensor,
+        scale: float,
+        groups: list[MaskGroup],
+        prefill: bool,
+    ) -> Tensor:
+        """dx of scaled operands, the rank-R term in a pass of its own for each mask."""
+        dx = dy.new_empty((dy.shape[0], weight.shape[1])) if prefill else torch.mm(dy, weight)
+        base = None if prefill else dx
+        for group in groups:
+            term, small = dv[:, group.columns], A_hat[group.columns]
+            base = self.rank_update(base, term, small, scale / (1 - group.dropout_p), dx, group=group)
+        return dx.addmm_(dy, weight) if prefill else dx
+
+    def scaled_operands(self, dy: Tensor, weight: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """dy and W with c on the smaller of them: the one transient."""
+        if c is None:
+            return dy, weight
+        if dy.shape[0] <= weight.shape[1]:
+            return self.scale_matrix(dy, c, by_row=False), weight
+        return dy, self.scale_matrix(weight, c, by_row=True)
+
+    def _two_term_dx(
+        self, dy: Tensor, weight: Tensor, dv: Tensor, A_hat: Tensor, scale: float, c: Tensor, group: MaskGroup
+    ) -> Tensor:
+        """dy W + drop((dy ⊙ (c − 1)) W + scale · dv Â)."""
+        inverse = 1 / (1 - group.dropout_p)
+        dropped = torch.mm(*self.scaled_operands(dy, weight, (c - 1) * inverse)).contiguous()
+        extra = torch.mm(dy, weight)
+        return self.rank_update(
+            dropped, dv, A_hat, scale * inverse, dropped, extra=extra, group=group, mask_base=True
+        )  # fmt: skip

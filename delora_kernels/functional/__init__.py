@@ -1,0 +1,40 @@
+"""The public functions: check the arguments, settle dtypes, seed and backend, run the one autograd Function.
+
+Every function takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors in any float dtype.
+Each gradient has the dtype of its tensor. Without autocast x and weight share one dtype; factors may be wider (PEFT's
+float32 adapters on a bf16 base), the low-rank branch then runs in the wider dtype. Under torch.autocast x and weight
+are cast as nn.Linear casts them and the branch runs in autocast's dtype. Outputs are deterministic; second derivatives
+and torch.func transforms are refused: `delora_kernels.reference` has the linear functions in plain torch for those.
+"""
+
+from collections.abc import Callable
+
+from delora_kernels.call import AnyCall
+from delora_kernels.functional.delora import delora_call, delora_factors, delora_linear
+from delora_kernels.functional.dora import dora_call, dora_linear
+from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_call, ether_plus_linear
+from delora_kernels.functional.lora import lora_call, lora_linear
+from delora_kernels.functional.moe import moe_lora_linear
+from delora_kernels.functional.moe_arguments import moe_lora_call
+from delora_kernels.functional.router_stats import RouterStats
+
+__all__ = [
+    "RouterStats",
+    "delora_factors",
+    "delora_linear",
+    "dora_linear",
+    "ether_linear",
+    "ether_plus_linear",
+    "lora_linear",
+    "moe_lora_linear",
+]
+
+CALLS: dict[str, Callable[..., AnyCall]] = {
+    "lora_linear": lora_call,
+    "dora_linear": dora_call,
+    "delora_linear": delora_call,
+    "moe_lora_linear": moe_lora_call,
+    "ether_linear": ether_call,
+    "ether_plus_linear": ether_plus_call,
+}
+"""Public function name → what checks its arguments and makes its call."""

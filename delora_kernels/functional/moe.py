@@ -1,0 +1,125 @@
+"""moe_lora_linear: a mixture of low-rank experts, routed or with given gates; GOAT's residual."""
+
+from typing import Any
+
+from torch import Tensor
+
+from delora_kernels.autograd import function
+from delora_kernels.autograd.low_rank import AdaptedLinear
+from delora_kernels.autograd.mixture import MoELinear, ZeroGradient
+from delora_kernels.call import Call, MoECall
+from delora_kernels.dispatch import choose
+from delora_kernels.functional.common import low_rank_call
+from delora_kernels.functional.moe_arguments import moe_lora_call
+from delora_kernels.functional.router_stats import RouterStats
+
+
+def moe_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None = None,
+    *,
+    gates: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    frozen_A: Tensor | None = None,
+    frozen_B: Tensor | None = None,
+    residual: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout: str = "shared",
+    seed: int | Tensor | None = None,
+    balance_coef: float | Tensor = 0.0,
+    z_coef: float | Tensor = 0.0,
+) -> tuple[Tensor, RouterStats]:
+    """A frozen linear with a mixture of low-rank experts, weighed for every token by a router.
+
+        y_t = W x_t + Σ_e w_te · s_e · B_e A_e drop(x_t) + bias − Σ_j γ_j · B⁰_j A⁰_j x_t
+        w_t = softmax(G x_t), zero but for the top_k largest, divided by their sum
+
+    All experts run side by side as one factor of rank E · r: the router's columns ride in the projection, the gating is
+    done in rank space, and nothing is sorted. With top_k=None the softmax is dense (LoRAMoE; with one A, HydraLoRA).
+
+    Args:
+        x: Input, `[..., K]`; T tokens.
+        weight: Frozen weight W, `[N, K]`; gets a gradient only if it requires one.
+        A: `[E, r, K]`, or `[r, K]`: one that all experts share.
+        B: `[E, N, r]`.
+        router: G, `[E, K]`; sees x undropped. Its logits come in the branch's dtype (under autocast autocast's, as from
+            nn.Linear); softmax, choice and weights are float32 or wider.
+        gates: w itself, `[..., E]`, in place of a router; differentiable, also where 0. An expert with gate 0 adds
+            nothing to y, even if it is not finite.
+        adapter_ids: `[...]`, int64 or int32: the one expert of each token, in place of a router; −1 (or any number that
+            is no expert's): none.
+        top_k: Experts that a router keeps for each token, from 1 to E; the lowest index wins ties; None: all.
+        renormalize: Divide the kept probabilities by their sum (GOAT, MixLoRA, MoLA).
+        scale: s, a number, or `[E]`, which may require a gradient.
+        bias: `[N]` or None.
+        token_mask: `[...]`, bool: the tokens that count in `RouterStats`, such as those that are no padding; None: all.
+            It leaves y as it is.
+        frozen_A: A⁰, `[J, r₀, K]`, a constant, or None.
+        frozen_B: B⁰, `[J, N, r₀]`, a constant, or None: with A⁰ the update that is subtracted (GOAT's residual).
+        residual: γ, a number or `[J]`, a constant.
+        dropout_p: Probability of dropping an element of the experts' input, in [0, 1).
+        dropout: "shared": all experts see one mask, x is read once. "independent": each has a mask of its own, as in
+            the authors' code, at the price of E masked reads of x.
+        seed: Int or 0-d int64 tensor on x's device that fixes the masks; None draws from torch's generator.
+        balance_coef: Backward adds the gradient of balance_coef · balance_loss("code") of itself, once for each
+            backward pass through y, whatever scales the loss. A number, or a 0-d tensor, which is read in backward.
+        z_coef: The same of z_coef · z.
+
+    Returns:
+        y, `[..., N]`, in weight's dtype (autocast's dtype under autocast), and the `RouterStats`, whose losses are
+        differentiable. With one expert and a router, w is 1 and the router is not run: `z` is 0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+        RuntimeError: the requested backend can't take the call.
+
+    Source: Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equation 10; Facico/GOAT-PEFT,
+    `goat/peta/src/goat/layer.py`.
+    """
+    call = moe_lora_call(
+        x,
+        weight,
+        A,
+        B,
+        router,
+        gates=gates,
+        adapter_ids=adapter_ids,
+        top_k=top_k,
+        renormalize=renormalize,
+        scale=scale,
+        bias=bias,
+        token_mask=token_mask,
+        frozen_A=frozen_A,
+        frozen_B=frozen_B,
+        residual=residual,
+        dropout_p=dropout_p,
+        dropout=dropout,
+        seed=seed,
+        balance_coef=balance_coef,
+        z_coef=z_coef,
+    )
+    k = 1 if adapter_ids is not None else call.options.top_k
+    if router is not None and B.shape[0] == 1 and not isinstance(scale, Tensor) and frozen_A is None:
+        alone = _of_one_expert(call, float(scale))
+        any_token = call.scale.new_full((1,), float(call.x.shape[0] > 0))
+        counted = any_token if call.token_share is None else call.token_share.sum().reshape(1)
+        y = function.run(AdaptedLinear, alone, choose(alone), x.shape)[0]
+        return y, RouterStats(counted, counted.clone(), call.scale.new_zeros(()), 1)
+    y, fraction, probability, z = function.run(MoELinear, call, choose(call), x.shape)
+    return y, RouterStats(fraction, probability, z.reshape(()), k)
+
+
+def _of_one_expert(call: MoECall, scale: float) -> Call:
+    """Make the call of LoRA that a mixture of one expert is; its router, which is not run, gets a gradient of zeros."""
+    A = ZeroGradient.apply(call.A if call.A.dim() == 2 else call.A[0], call.router)
+    seed = None if call.seed is None else call.seed[0]
+    drawn: Any = {"dropout_p": call.options.dropout_p[:1], "seed": seed, "scale": scale}
+    return low_rank_call("lora_linear", call.x, call.weight, call.bias, A, call.B[0], **drawn)

@@ -1,0 +1,235 @@
+"""export_lora: write DeLoRA and LoRA adapters as one standard LoRA adapter, the folder that PEFT and LoRA servers load.
+
+Folded, a DeLoRA adapter is a LoRA adapter: Δ = B̂ Â. Everything is computed and checked in memory
+(`low_rank_terms.py` folds the layers), then written (`lora_folder.py`).
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from delora_kernels import checks
+from delora_kernels.integrations.peft.export.lora_folder import PREFIX, lora_config, write
+from delora_kernels.integrations.peft.export.low_rank_terms import (
+    FUNCTION,
+    MERGE,
+    Pair,
+    Survey,
+    adapters_of,
+    pair_of,
+    refuse,
+    survey,
+)
+from delora_kernels.nn import AdapterLinear
+
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""PEFT's LoRA starts that leave the base weight as it is."""
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What export_lora wrote; a path-like object, whose `str()` is one line of text.
+
+    Args:
+        directory: The folder.
+        ranks: Rank of each layer, by its name in the base model.
+        bytes: Size of the weights' file.
+    """
+
+    directory: Path
+    ranks: dict[str, int]
+    bytes: int
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+    def __str__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        text = f"r = {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        return f"LoRA adapter of {len(self.ranks)} layers, {text}, {self.bytes / 2**20:.1f} MiB: {self.directory}"
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoraExport:
+    """Write the DeLoRA and LoRA adapters of `model` as one standard LoRA adapter folder.
+
+        y = x Wᵀ + x A'ᵀ B'ᵀ,   A' = diag(1/max(‖A_i‖, ε)) A diag(n),   B' = B diag(λ / (r max(‖B_i‖, ε)))
+
+    LoRA's scale goes into B'. Several active adapters are stacked, and so is a frozen start, with a minus sign: ranks
+    add up. alpha is r in every layer, so the scale is 1 also where a loader ignores alpha_pattern; `r` is the largest
+    rank. The names are those of the model without adapters (this library's modules being nn.Linear again).
+    modules_to_save and trained biases of PEFT's configs are written too; anything else that was trained is not.
+    The model is not changed. What the adapter was folded from can't be got back: keep your own checkpoint for training.
+
+    Args:
+        model: A PeftModel, a model with injected PEFT layers (accelerated or not), or any module that holds
+            DeLoRALinear or LoRALinear. Its adapters must be enabled and not merged.
+        directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another method is not.
+        adapter: Name of the PEFT adapter. None: those that are active. This library's own modules are always exported.
+        dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16 ones float32 is exact.
+
+    Returns:
+        The folder, the rank of each layer and the size of the file.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other methods, embeddings and
+            convolutions, lora_bias, merged or disabled adapters, starts that changed the base weight, trainable tokens,
+            a module held under two names, sharded or meta tensors, values beyond `dtype`), there is nothing to export,
+            or the folder can't be used; the text names the layer and the remedy. Nothing is written then.
+
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eq. 9; a folded
+    DeLoRA update is a LoRA update (docs/math.md).
+    """
+    path = _check_arguments(model, directory, adapter, dtype)
+    found = survey(model)
+    pairs = {name: pair_of(name, layers, adapter) for name, layers in found.layers.items()}
+    configs = _used_configs(found, adapter)
+    factors = {name: _cast(name, pair, dtype) for name, pair in pairs.items() if pair is not None}
+    if not factors:
+        got = f"a {type(model).__name__} without any"
+        remedy = "wrap it with peft.get_peft_model or use delora_kernels.nn, and activate the adapter"
+        raise checks.fail(ValueError, FUNCTION, "model", "one with DeLoRA or LoRA layers", got, remedy)
+    if "" in factors:
+        refuse("", "the layer itself as the model: its name is missing", "pass the model that holds the layer")
+    saved, saved_tensors = _modules_to_save(found, adapter)
+    bias, biases = _biases(found, factors.keys(), configs)
+
+    tensors = {f"{PREFIX}{name}.lora_{role}.weight": t for name, AB in factors.items() for role, t in AB.items()}
+    tensors |= saved_tensors | biases
+    ranks = {name: AB["A"].shape[0] for name, AB in factors.items()}
+    write(path, tensors, lora_config(found.base, ranks, configs, saved, bias), found.base[""])
+    return LoraExport(path, ranks, (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
+
+
+def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any) -> Path:
+    if not isinstance(model, nn.Module):
+        raise checks.fail(TypeError, FUNCTION, "model", "a torch.nn.Module", type(model).__name__, "pass the model")
+    if not isinstance(directory, str | os.PathLike):
+        raise checks.fail(TypeError, FUNCTION, "directory", "a path", type(directory).__name__, "pass a folder")
+    if adapter is not None and not isinstance(adapter, str):
+        remedy = "pass one, or activate several with set_adapter"
+        raise checks.fail(TypeError, FUNCTION, "adapter", "a name or None", type(adapter).__name__, remedy)
+    if dtype is not None and dtype not in checks.FLOATS:
+        raise checks.fail(TypeError, FUNCTION, "dtype", f"None or one of {checks.FLOATS}", dtype, "pass a float dtype")
+    if not os.fspath(directory):
+        raise checks.fail(
+            ValueError, FUNCTION, "directory", "a path", "an empty one", "pass '.' for the current folder"
+        )
+    path = Path(directory)
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+        raise checks.fail(ValueError, FUNCTION, "directory", "a folder or new", "a file", "pass another path")
+    if (path / CONFIG_NAME).is_file():
+        try:
+            kind = dict(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))).get("peft_type")
+        except (ValueError, TypeError):  # no JSON, or no object
+            kind = "broken"
+        if kind != "LORA":
+            got, remedy = f"a folder with a {kind} adapter", "pass another path, or remove that adapter"
+            raise checks.fail(ValueError, FUNCTION, "directory", "free or a LoRA adapter's", got, remedy)
+    return path
+
+
+def _used_configs(found: Survey, adapter: str | None) -> list[Any]:
+    """The configs of the adapters that are exported, checked for what no layer shows."""
+    layers = [(name, layer) for name, layers in found.layers.items() for layer in layers]
+    holders = [(name, layer) for name, layer in layers if not isinstance(layer, AdapterLinear)]
+    holders += list(found.savers.items())
+    used = {one for name, layer in holders for one in adapters_of(name, layer, adapter)}
+    configs = [(name, config) for name, config in found.configs if name in used or not layers]
+    for name, config in configs:
+        reason = _why_not_config(config)
+        if reason is not None:
+            raise checks.fail(ValueError, FUNCTION, f"adapter {name!r}", "a low-rank term", reason, MERGE)
+    if adapter is not None and adapter not in used:
+        expected = f"None or one of {sorted({name for name, _ in found.configs})}"
+        remedy = "pass the name of an adapter of the PEFT model"
+        raise checks.fail(ValueError, FUNCTION, "adapter", expected, repr(adapter), remedy)
+    return [config for _, config in configs]
+
+
+def _why_not_config(config: Any) -> str | None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in ("LORA", "DELORA"):
+        return f"one of method {kind}"
+    init = getattr(config, "init_lora_weights", True)
+    if init not in _INITS:
+        return f"one whose start changed the base weight (init_lora_weights={init!r})"
+    if getattr(config, "layer_replication", None):
+        return "one that replicates layers of its base (layer_replication)"
+    return None
+
+
+def _cast(name: str, pair: Pair, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A' and B' as they are written."""
+    written = {}
+    for role, factor in (("A", pair.A), ("B", pair.B)):
+        if not factor.isfinite().all():
+            refuse(name, f"NaN or Inf in its {role}'", "look for NaN, Inf or huge values in the adapter")
+        written[role] = _copied(factor, dtype or pair.dtype)
+        if not written[role].isfinite().all():
+            got = f"values up to {factor.abs().max().item():.3g} in its {role}'"
+            expected = f"within the range of {written[role].dtype}"
+            raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", expected, got, "pass dtype=torch.float32")
+    return written
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the CPU that shares memory with nothing, as safetensors wants it."""
+    wanted = tensor.dtype if dtype is None else dtype
+    return tensor.detach().to("cpu", wanted, copy=True, memory_format=torch.contiguous_format)
+
+
+def _carried(name: str, tensor: Any) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        got = "a meta tensor" if type(tensor) in (Tensor, nn.Parameter) else f"a {type(tensor).__name__}"
+        raise checks.fail(ValueError, FUNCTION, repr(name), "a whole local tensor", got, "load or gather it first")
+    return _copied(tensor)
+
+
+def _modules_to_save(found: Survey, adapter: str | None) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules trained beside the adapters: their names, and their tensors under PEFT's keys."""
+    names: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for name, saver in found.savers.items():
+        for chosen in adapters_of(name, saver, adapter)[:1]:  # its forward takes the first
+            if not isinstance(saver, ModulesToSaveWrapper):
+                refuse(name, f"a {type(saver).__name__}, whose trained rows are no low-rank term")
+            names.append(name)
+            state = saver.modules_to_save[chosen].state_dict()
+            tensors |= {f"{PREFIX}{name}.{key}": _carried(f"{name}.{key}", tensor) for key, tensor in state.items()}
+    return names, tensors
+
+
+def _biases(found: Survey, exported: Iterable[str], configs: list[Any]) -> tuple[str, dict[str, Tensor]]:
+    """LoraConfig's `bias` and the base biases that it says were trained, under PEFT's keys."""
+    kinds = {getattr(config, "bias", "none") for config in configs}
+    bias = "all" if "all" in kinds else "lora_only" if kinds - {"none"} else "none"
+    names = list(exported)
+    if not configs:
+        for name in names:
+            trained = getattr(found.base.get(name), "bias", None)
+            if trained is not None and trained.requires_grad:
+                remedy = "pass the model that PEFT adapted, or freeze the bias if it was not trained"
+                refuse(name, "a bias that trains, and no PEFT config that says which biases do", remedy)
+    wanted = {"none": [], "lora_only": names, "all": list(found.base)}[bias]
+    tensors: dict[str, Tensor] = {}
+    for name in wanted:
+        value = found.base[name]._parameters.get("bias") if name in found.base else None
+        if value is not None and not any(name == saver or name.startswith(f"{saver}.") for saver in found.savers):
+            inner = [name] if name else []
+            key = ".".join([*inner, "base_layer", "bias"] if name in names else [*inner, "bias"])
+            tensors[PREFIX + key] = _carried(key, value)
+    return bias, tensors

@@ -1,0 +1,227 @@
+"""What of a model is a low-rank term: its adapter layers by their name in the base model, each as one pair A', B'.
+
+`survey` walks the model once and gives every module the name that it has, or had, in the model without adapters: PEFT's
+and torch's wrappers vanish from it. `pair_of` folds all that acts on one linear into y += x A'ᵀ B'ᵀ, and refuses what
+is no such term. Nothing here writes to the model.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from delora_kernels import checks, ops
+from delora_kernels.bases.plain import why_not_local
+from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear
+
+FUNCTION = "export_lora"
+
+_PEFT_DELORA_EPS = 1e-4
+"""PEFT's lower clamp of DeLoRA's norms."""
+
+_WRAPPED: dict[type, str] = {
+    PeftModel: "base_model",
+    PeftMixedModel: "base_model",
+    BaseTuner: "model",
+    DistributedDataParallel: "module",
+}
+"""Where a wrapper keeps the one module it stands for."""
+
+_WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names under which torch's other wrappers (compile, FSDP, checkpointing) keep it."""
+
+_GATHER = "gather it first (FSDP: summon_full_params, DTensor: full_tensor, DeepSpeed: GatheredParameters)"
+MERGE = "merge the adapter (merge_and_unload) and save the whole model instead"
+
+
+class Pair(NamedTuple):
+    """A low-rank update y += x A'ᵀ B'ᵀ: A' [R, K] and B' [N, R], and the dtype of the factors it was made from."""
+
+    A: Tensor
+    B: Tensor
+    dtype: torch.dtype
+
+
+@dataclass
+class Survey:
+    """The modules of a model by their names in the base model.
+
+    Args:
+        layers: The adapter layers; more than one where PEFT layers are nested around one linear.
+        savers: PEFT's wrappers of modules that are trained beside the adapters.
+        base: Every module of the base model itself.
+        configs: (adapter name, config) of all PEFT adapters in the model.
+    """
+
+    layers: dict[str, list[Any]] = field(default_factory=dict)
+    savers: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, nn.Module] = field(default_factory=dict)
+    configs: list[tuple[str, PeftConfig]] = field(default_factory=list)
+
+
+def refuse(name: str, got: str, remedy: str = MERGE) -> NoReturn:
+    """Raise the error of a layer that is no low-rank term."""
+    raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", "a low-rank term on a plain linear", got, remedy)
+
+
+def survey(model: nn.Module) -> Survey:
+    """Every module of `model` under its name in the base model; a module held twice counts where it comes first."""
+    found, seen = Survey(), set[int]()
+
+    def visit(module: nn.Module, name: str) -> None:
+        is_layer = isinstance(module, BaseTunerLayer | AdapterLinear)
+        if id(module) in seen:
+            if is_layer:
+                refuse(name, "a module that the model holds under a second name too", "give each place a layer")
+            return
+        seen.add(id(module))
+        # PEFT's wrappers answer for the module in them
+        configs = None if isinstance(module, AuxiliaryTrainingWrapper) else getattr(module, "peft_config", None)
+        for item in configs.items() if isinstance(configs, dict) else ():
+            if all(item[1] is not config for _, config in found.configs):
+                found.configs.append(item)
+        if is_layer:
+            found.layers.setdefault(name, []).append(module)
+        wrapped = next((child for kind, child in _WRAPPED.items() if isinstance(module, kind)), None)
+        if isinstance(module, BaseTunerLayer):
+            wrapped = "base_layer"
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped = "original_module"
+            found.savers[name] = module
+            adapted = any(isinstance(inner, BaseTunerLayer | AdapterLinear) for inner in module.modules())
+            if adapted and isinstance(module, ModulesToSaveWrapper):
+                refuse(name, "a module trained beside the adapters that holds adapters itself")
+        if wrapped is not None:
+            visit(getattr(module, wrapped), name)
+            return
+        if not any(child in module._modules for child in _WRAPPER_CHILDREN):
+            found.base.setdefault(name, module)
+        for child, inner in module._modules.items():
+            if inner is not None:
+                visit(inner, name if child in _WRAPPER_CHILDREN else f"{name}.{child}" if name else child)
+
+    visit(model, "")
+    return found
+
+
+def adapters_of(name: str, layer: Any, adapter: str | None) -> list[str]:
+    """The PEFT adapters of one layer or wrapper that are to be exported: `adapter`, or the active ones."""
+    chosen = layer.active_adapters if adapter is None else [adapter]
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        # without one of the active adapters, or disabled (as PEFT may leave it then), it runs the module as it was
+        unused = adapter is None and layer.disable_adapters
+        return list(chosen) if layer._adapters.issuperset(chosen) and not unused else []
+    if layer.merged:
+        refuse(name, "a merged adapter: its base weight is not the base model's", "call unmerge_adapter() first")
+    available = layer._get_available_adapters()
+    chosen = [one for one in chosen if one in available]
+    if chosen and layer.disable_adapters:
+        refuse(name, "disabled adapters: the model computes its base", "enable them first (enable_adapter_layers)")
+    return chosen
+
+
+def pair_of(name: str, layers: list[Any], adapter: str | None) -> Pair | None:
+    """All that acts on the linear `name`, stacked into one pair, on the CPU in float32 (float64 for float64 factors).
+
+        A' = [A'₁; A'₂; ...],   B' = [B'₁, B'₂, ...]
+
+    None where none of the wanted adapters acts on it.
+    """
+    folds: list[tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Tensor], Any]] = []
+    for layer in layers:
+        if isinstance(layer, AdapterLinear):
+            folds.append((_fold_own, _own_tensors(name, layer), layer))
+            continue
+        for chosen in adapters_of(name, layer, adapter):
+            folds.append(_peft_fold(name, layer, chosen))
+    if not folds:
+        return None
+    tensors = [(role, tensor) for _, roles, _ in folds for role, tensor in roles.items()]
+    for role, tensor in tensors:
+        reason = why_not_local(tensor, role)
+        if reason is not None:
+            remedy = "load or initialise it first" if tensor.is_meta else _GATHER
+            raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", "one whole on this process", reason, remedy)
+    acc = accumulate_dtype(_promote(tensor for _, tensor in tensors))
+    pairs = []
+    with torch.no_grad():
+        for fold, roles, source in folds:
+            A, B = fold(roles, source, acc)
+            K, N = source.in_features, source.out_features
+            if A.dim() != 2 or A.shape[1] != K or B.shape != (N, A.shape[0]):
+                got = f"{list(A.shape)} and {list(B.shape)}"
+                raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", f"of [R, {K}] and [{N}, R]", got, _GATHER)
+            pairs.append((A.cpu(), B.cpu()))
+        A, B = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
+    return Pair(A, B, _promote(tensor for role, tensor in tensors if role.endswith(("A", "B"))))
+
+
+def _promote(tensors: Iterable[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _own_tensors(name: str, layer: AdapterLinear) -> dict[str, Tensor]:
+    if isinstance(layer, DoRALinear):
+        refuse(name, "DoRA, which rescales the rows of W itself", "merge() it and save the whole model instead")
+    if type(layer) not in (DeLoRALinear, LoRALinear):
+        refuse(name, f"a {type(layer).__qualname__}", "merge() it and save the whole model instead")
+    if layer.merged:
+        refuse(name, "a merged adapter: its weight is not the base model's", "call unmerge() first")
+    tensors = chain(layer.named_parameters(), layer.named_buffers())
+    return {role: tensor for role, tensor in tensors if role not in ("weight", "bias")}
+
+
+def _fold_own(_: Any, layer: AdapterLinear, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    A, B, scale = layer._factors(acc)
+    return A, B * scale
+
+
+def _peft_fold(name: str, layer: Any, adapter: str) -> tuple[Any, dict[str, Tensor], Any]:
+    if hasattr(layer, "why_not_low_rank"):  # a layer of this library
+        refuse(name, *layer.why_not_low_rank)
+    # accelerate() puts a subclass of PEFT's class there, which computes the same
+    kind = next(cls for cls in type(layer).__mro__ if not cls.__module__.startswith("delora_kernels."))
+    if kind is DeloraLinear:
+        roles = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
+        tensors = {role: getattr(layer, role)[adapter] for role in roles}
+        A = tensors["delora_A"]
+        if A.dim() == 2 and 0 < A.shape[0] != layer.r[adapter]:
+            refuse(name, f"rank {layer.r[adapter]} with a delora_A of {list(A.shape)}", "set r to delora_A's rows")
+        return _fold_delora, {role.replace("delora_", "", 1): tensor for role, tensor in tensors.items()}, layer
+    if kind is not LoraLinear:
+        refuse(name, f"a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__} layer")
+    variant = layer.lora_variant.get(adapter)
+    if isinstance(variant, DoraLinearVariant):
+        refuse(name, "DoRA, which rescales the rows of W itself")
+    if variant is not None:
+        refuse(name, f"the LoRA variant {type(variant).__name__}", "see whether PEFT can convert or merge it")
+    owners = {"A": layer.lora_A[adapter], "B": layer.lora_B[adapter]}
+    for role, owner in owners.items():
+        if type(owner) is not nn.Linear:
+            refuse(name, f"a lora_{role} that is a {type(owner).__name__}")
+        if owner.bias is not None:
+            refuse(name, f"a lora_{role} with a bias (lora_bias=True), which most loaders of LoRA don't know")
+    scale = float(layer.scaling[adapter])
+    return (
+        lambda tensors, _, acc: (tensors["A"].to(acc), tensors["B"].to(acc) * scale),
+        {role: owner.weight for role, owner in owners.items()},
+        layer,
+    )
+
+
+def _fold_delora(tensors: dict[str, Tensor], _: Any, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    A, B, lam, weight_norm = tensors.values()
+    A_hat, B_hat, _, _ = ops.fold(A, B, lam, weight_norm, None, None, None, _PEFT_DELORA_EPS, acc, "eager")
+    return A_hat, B_hat

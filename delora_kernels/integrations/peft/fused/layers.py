@@ -1,0 +1,130 @@
+"""The fused classes that accelerate() gives to PEFT's layers, and what a call of one does.
+
+Each call asks `plan_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from delora_kernels.bases.plain import is_own_forward, parameter
+from delora_kernels.checks import active_transform
+from delora_kernels.integrations.peft.fused.plan import ON_PURPOSE, plan_of
+
+logger = logging.getLogger(__name__)
+
+
+class FusedLoraLinear(LoraLinear):
+    """PEFT's LoRA or DoRA linear with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, LoraLinear.forward, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return peft_class(type(self)).__name__  # PEFT's layer status reads the type off the repr
+
+    def extra_repr(self) -> str:
+        return "fused by delora_kernels"
+
+
+class FusedDeloraLinear(DeloraLinear):
+    """PEFT's DeLoRA linear with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, DeloraLinear.forward, x, args, kwargs)
+
+    _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
+
+
+_FUSED: dict[type, type] = {LoraLinear: FusedLoraLinear, DeloraLinear: FusedDeloraLinear}
+_PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
+_derived: dict[tuple[type, ...], type] = {}
+
+
+def fused_class(kind: type) -> type:
+    """The class that accelerate() gives to a layer of class `kind`; `kind` itself where there is none."""
+    return _swapped(kind, _FUSED)
+
+
+def peft_class(kind: type) -> type:
+    """The class that restore() gives back to a layer of class `kind`; `kind` itself where it is not fused."""
+    return _swapped(kind, _PEFT)
+
+
+def _swapped(kind: type, classes: Mapping[type, type]) -> type:
+    """`kind` by the table, also inside a class that FSDP2's fully_shard has derived as (FSDPModule, kind)."""
+    if kind in classes:
+        return classes[kind]
+    wrapper, *rest = kind.__bases__
+    if len(rest) != 1 or rest[0] not in classes or not wrapper.__module__.startswith("torch.distributed."):
+        return kind
+    bases = (wrapper, classes[rest[0]])
+    if bases not in _derived:
+        name = kind.__name__.replace(rest[0].__name__, bases[1].__name__)
+        own = {key: value for key, value in vars(kind).items() if key == "__deepcopy__"}  # refuses, as fully_shard's
+        _derived[bases] = type(name, bases, own)
+    return _derived[bases]
+
+
+def swap_class(layer: nn.Module, kind: type) -> None:
+    """Give `layer` another class, and a forward that a device hook has put aside the new class's forward."""
+    own = [name for name in ("forward", "_old_forward") if is_own_forward(layer, layer.__dict__.get(name))]
+    layer.__class__ = kind
+    for name in own:
+        layer.__dict__[name] = MethodType(kind.forward, layer)  # type: ignore[attr-defined]
+
+
+def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    # a trace that is saved or exported to ONNX must run without this library
+    plan = "it is traced (torch.jit.trace, ONNX)" if torch.jit.is_tracing() else plan_of(layer)
+    if not isinstance(plan, str):
+        reason = _why_not_call(layer, x, args, kwargs)
+        if reason is None:
+            return plan(x)
+        plan = reason
+    if plan not in ON_PURPOSE:
+        _log_once(plan)
+    return peft_forward(layer, x, *args, **kwargs)
+
+
+def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why this call needs PEFT's own forward, or None."""
+    if args or any(value is not None for value in kwargs.values()):
+        return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__}"
+    if x.layout != torch.strided or x.is_nested:
+        return "its input is nested" if x.is_nested else f"its input has layout {x.layout}"
+    if x.dim() < 2 and getattr(layer, "lora_variant", None):
+        return "its input is one token without a dimension for it"  # to which PEFT's DoRA adds one
+    transform = active_transform(chain((x,), layer.parameters()))
+    if transform is not None:
+        return f"{transform} are under way"
+    weight = parameter(layer._modules["base_layer"], "weight")
+    if x.device != weight.device:
+        return "its input is on another device"
+    if x.dtype != weight.dtype and not (
+        torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE and weight.dtype in _CASTABLE
+    ):
+        return f"its input is {x.dtype}, its base {weight.dtype}"
+    return None
+
+
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts."""
+
+_logged: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # a compiler that meets a call makes it once, while it traces
+def _log_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("an accelerated layer runs PEFT's own forward: %s", reason)

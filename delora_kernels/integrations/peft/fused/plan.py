@@ -1,0 +1,275 @@
+"""What computes a PEFT layer as it stands now: a fused function of its tensors, or why PEFT's own forward must."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora import dora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from delora_kernels import functional
+from delora_kernels.bases.plain import (
+    NotLocal,
+    PlainBase,
+    has_other_forward,
+    parameter,
+    parameters_of,
+    why_not_local,
+    why_not_plain,
+)
+from delora_kernels.integrations.peft.fused import verdicts
+
+Fused = Callable[[Tensor], Tensor]
+
+ON_PURPOSE = ("its adapters are disabled", "its adapter is merged", "it has no active adapter")
+"""Reasons that a user brings about on purpose: nothing to log."""
+
+
+_LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"), nn.ModuleDict)
+_DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
+_DELORA_DICTS |= {"delora_w_norm": BufferDict, "delora_dropout": nn.ModuleDict}
+"""Where PEFT keeps the parts of a layer's adapters; a wrapper in the place of one may do more."""
+
+
+def _as_defined(kind: Any, name: str) -> Any:
+    """The method that the class's own module defines, or None if another has taken its place already."""
+    method = getattr(kind, name, None)
+    return method if getattr(method, "__globals__", None) is vars(sys.modules[kind.__module__]) else None
+
+
+_CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys((LoraLinear, DeloraLinear, nn.Linear, Conv1D), ("forward",))
+_CALLED |= dict.fromkeys((nn.Dropout, nn.Identity, DoraLinearVariant), ("forward",))
+_CALLED |= {DoraLinearLayer: ("forward", "get_weight_norm")}
+_DEFINED = {kind: {name: _as_defined(kind, name) for name in names} for kind, names in _CALLED.items()}
+"""What PEFT's forward calls, by class. Who puts another method in the place of one wants that one to run."""
+
+
+class _Adapter(NamedTuple):
+    """One active adapter of a layer.
+
+    Args:
+        owners: Role → the module that holds its tensor; DeLoRA's tensors stand in dictionaries of the layer instead.
+        tensors: Role → tensor.
+        dropout: The module.
+        scale: Factor of its update.
+        dropout_p: What `dropout` drops with now.
+        rank: What PEFT's forward divides by, if it does.
+    """
+
+    owners: Mapping[str, nn.Module]
+    tensors: Mapping[str, Tensor]
+    dropout: nn.Module
+    scale: float
+    dropout_p: float
+    rank: int | None = None
+
+
+def plan_of(layer: Any) -> Fused | str:
+    """Find what computes the layer's output from its input x, or the reason why it must be PEFT's own forward.
+
+    It runs at every call: submodules and parameters are read from their dictionaries, which costs a fifth of what
+    attributes of a module do.
+
+    Args:
+        layer: A LoRA or DeLoRA linear of PEFT, fused or not.
+    """
+    is_delora = isinstance(layer, DeloraLinear)
+    owner: Any = DeloraLinear if is_delora else LoraLinear
+    reason = verdicts.reasons["delora" if is_delora else "lora"] or _why_not_class(owner)
+    if reason is not None:
+        return reason
+    if layer._disable_adapters:
+        return ON_PURPOSE[0]
+    if layer.merged_adapters:
+        return ON_PURPOSE[1]
+    parts = layer._modules
+    for role, kind in (_DELORA_DICTS if is_delora else _LORA_DICTS).items():
+        if type(parts[role]) is not kind:
+            return f"its {role} is kept in a {type(parts[role]).__name__}"
+    known = parts["delora_A" if is_delora else "lora_A"]
+    names = [name for name in layer.active_adapters if name in known]
+    if not names:
+        return ON_PURPOSE[2]
+    adapters: list[_Adapter] = []
+    for name in names:
+        adapter = _delora_adapter(layer, name) if is_delora else _lora_adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    kind = type(parts["base_layer"])
+    reason = _why_not_class(kind) if kind in _DEFINED else None
+    return reason or _plan(layer, parts["base_layer"], adapters)
+
+
+def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> Fused | str:
+    """Plan a layer whose own settings allow it, or say what the modules and tensors that it reads have against it."""
+    if has_other_forward(layer):
+        return "it has a forward of its own"
+    reason = PlainBase.why_not(base_layer)
+    if reason is not None:
+        return reason
+    base = PlainBase.of(base_layer)
+    for index, adapter in enumerate(adapters):
+        for role, owner in adapter.owners.items():
+            reason = why_not_plain(owner, role)
+            if reason is not None:
+                return reason
+            if role != "magnitude" and parameter(owner, "bias") is not None:
+                return f"its {role} has a bias"
+        if why_not_plain(adapter.dropout, "dropout") is not None:
+            return f"its dropout is a {type(adapter.dropout).__name__} that can't be fused"
+        if adapter.owners:
+            adapter = adapters[index] = adapter._replace(tensors=parameters_of(adapter.owners, "weight"))
+        for role, tensor in adapter.tensors.items():
+            reason = why_not_local(tensor, role)
+            if reason is not None:
+                return reason
+            if tensor.dim() != (2 if role.endswith(("_A", "_B")) else 1):
+                return NotLocal(f"its {role} is {tensor.dim()}-dimensional (sharded away)")
+            if tensor.device != base.device:
+                return f"its {role} is on another device than its base"
+        if adapter.rank is not None and adapter.rank != adapter.tensors["delora_A"].shape[0]:
+            return "its rank is not that of delora_A"
+    return _delora_plan(adapters, base) if isinstance(layer, DeloraLinear) else _lora_plan(adapters, base)
+
+
+def _why_not_class(kind: Any) -> str | None:
+    for name, method in _DEFINED[kind].items():
+        if getattr(kind, name) is not method:
+            return f"{class_name(kind)}.{name} has been replaced"
+    return None
+
+
+def class_name(kind: type) -> str:
+    """A layer's class as messages name it."""
+    return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
+
+
+def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
+    parts = layer._modules
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"its LoRA variant {type(variant).__name__} is not fused"
+    if layer.lora_bias.get(name):
+        return "lora_bias=True"
+    if not layer.cast_input_dtype_enabled:
+        return "the cast of its input is disabled"
+    owners = {"lora_A": parts["lora_A"]._modules[name], "lora_B": parts["lora_B"]._modules[name]}
+    for role, owner in owners.items():
+        if type(owner) is not nn.Linear:
+            return f"its {role} is a {type(owner).__name__}"
+    if variant is not None:
+        reason = verdicts.reasons["dora"]
+        if reason is not None:
+            return reason
+        owners["magnitude"] = parts["lora_magnitude_vector"]._modules[name]
+        if type(owners["magnitude"]) is not DoraLinearLayer:
+            return f"its magnitude is a {type(owners['magnitude']).__name__}"
+        if bool(owners["magnitude"].fan_in_fan_out) is not isinstance(parts["base_layer"], Conv1D):
+            return "its fan_in_fan_out is not that of its base"  # PEFT then takes the norm along the other axis
+        reason = _why_not_class(DoraLinearVariant)
+        if reason is not None:
+            return reason
+        if getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training:  # PEFT ≥ 0.19
+            return "PEFT's cache of DoRA norms is on"
+    for owner in owners.values():
+        reason = _why_not_class(type(owner))
+        if reason is not None:
+            return reason
+    dropout = parts["lora_dropout"]._modules[name]
+    dropout_p = _dropout_p(dropout)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if variant is not None and not layer.training:
+        dropout_p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
+    scale = layer.scaling[name]
+    if not isinstance(scale, Real):
+        return f"its scaling is a {type(scale).__name__}"
+    if not -math.inf < float(scale) < math.inf:  # math.isfinite does not trace
+        return "its scaling is not finite"
+    return _Adapter(owners, {}, dropout, float(scale), dropout_p)
+
+
+def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
+    parts, tensors = layer._modules, {}
+    for role in ("delora_A", "delora_B", "delora_lambda"):
+        tensors[role] = parameter(parts[role], name)
+    tensors["delora_w_norm"] = parts["delora_w_norm"]._buffers[name]
+    if tensors["delora_w_norm"].requires_grad:
+        return "its delora_w_norm requires a gradient"
+    dropout = parts["delora_dropout"]._modules[name]
+    dropout_p = _dropout_p(dropout)
+    return dropout_p if isinstance(dropout_p, str) else _Adapter({}, tensors, dropout, 1.0, dropout_p, layer.r[name])
+
+
+def _lora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused | str:
+    if len(adapters) > 1:
+        if any("magnitude" in adapter.tensors for adapter in adapters):
+            return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
+        return partial(_stacked, lambda A, B: (A, B), adapters, base)
+    adapter, tensors = adapters[0], adapters[0].tensors
+    arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
+    arguments.update(scale=adapter.scale, bias=base.bias, dropout_p=adapter.dropout_p)
+    if "magnitude" in tensors:
+        return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
+    return partial(functional.lora_linear, **arguments)
+
+
+def _delora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused:
+    def fused(x: Tensor) -> Tensor:
+        if len(adapters) > 1:
+            y = _stacked(functional.delora_factors, adapters, base, x)
+        else:
+            (A, B, lam, weight_norm), dropout_p = adapters[0].tensors.values(), adapters[0].dropout_p
+            y = functional.delora_linear(x, base.weight, A, B, lam, weight_norm, base.bias, dropout_p=dropout_p)
+        return y.to(x.dtype)  # as PEFT's DeLoRA, unlike its LoRA, does under autocast
+
+    return fused
+
+
+def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: PlainBase, x: Tensor) -> Tensor:
+    """Several adapters as one of their summed rank, each with its own mask; x is read once."""
+    A, B = zip(*(factors(*adapter.tensors.values()) for adapter in adapters), strict=True)
+    scales = [adapter.scale for adapter in adapters]
+    # not the largest: the others' B, divided by it, would sink below float16's normal numbers
+    scale = scales[0] if all(s == scales[0] for s in scales) else 1.0
+    with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
+        A_all = torch.cat(A)
+        B_all = torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1)
+    return functional.lora_linear(
+        x,
+        base.weight,
+        A_all,
+        B_all,
+        scale,
+        base.bias,
+        dropout_p=[adapter.dropout_p for adapter in adapters],
+        ranks=[a.shape[0] for a in A],
+    )
+
+
+def _dropout_p(dropout: Any) -> float | str:
+    """The probability that `dropout` drops with now, or why it can't be said."""
+    kind = type(dropout)
+    if kind not in (nn.Identity, nn.Dropout):
+        return f"its dropout is a {kind.__name__} that can't be fused"
+    reason = _why_not_class(kind)
+    if reason is not None:
+        return reason
+    if kind is nn.Identity:
+        return 0.0
+    if dropout.inplace:
+        return "its dropout writes into its input"
+    if dropout.p >= 1:
+        return "its dropout drops everything"
+    return dropout.p if dropout.training else 0.0

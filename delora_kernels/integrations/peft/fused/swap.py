@@ -1,0 +1,105 @@
+"""accelerate() and restore(): find the adapter layers of a model, swap their classes, report."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from delora_kernels.bases.plain import NotLocal
+from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.layers import (
+    FusedDeloraLinear,
+    FusedLoraLinear,
+    fused_class,
+    peft_class,
+    swap_class,
+)
+from delora_kernels.integrations.peft.fused.plan import class_name, plan_of
+from delora_kernels.integrations.peft.fused.report import LayerReport, Report
+
+
+def accelerate(model: nn.Module, strict: bool = False) -> Report:
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run fused, in place.
+
+    Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers differ by rounding.
+    Calling it again is harmless, and brings in layers that were added since.
+
+    Args:
+        model: Any module that holds PEFT adapter layers: a PeftModel, a bare model with injected adapters, one layer.
+        strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers that FSDP has sharded
+            already can't be judged, and do not raise: every rank must decide alike.
+
+    Returns:
+        The report: each adapter layer, fused or with the reason why it runs PEFT's own forward.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` has no PEFT adapter layer.
+        RuntimeError: `strict` and a layer can't be fused; the text is the report.
+    """
+    layers = _adapter_layers(model, "accelerate")
+    if not layers:
+        raise ValueError(
+            f"accelerate: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
+            "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
+        )
+    report = Report(tuple(_describe(name, layer) for name, layer in layers))
+    if strict and report.declined:
+        raise RuntimeError(f"accelerate: strict=True, but not every adapter layer can be fused: {report}")
+    for _, layer in layers:
+        swap_class(layer, fused_class(type(layer)))
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo accelerate(): give every fused layer PEFT's own class back, in place.
+
+    Returns:
+        The number of layers restored.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    fused = [layer for _, layer in _adapter_layers(model, "restore") if peft_class(type(layer)) is not type(layer)]
+    for layer in fused:
+        swap_class(layer, peft_class(type(layer)))
+    return len(fused)
+
+
+def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}; pass the PEFT model")
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
+
+
+def _describe(name: str, layer: Any) -> LayerReport:
+    kind = type(layer)
+    own = getattr(kind, "fused_method", None)
+    if own is not None:  # a layer of this library, which runs fused of itself
+        return LayerReport(name, own, None)
+    if fused_class(kind) is kind is peft_class(kind) and not isinstance(layer, FusedLoraLinear | FusedDeloraLinear):
+        return LayerReport(name, _method(layer), f"{class_name(kind)} layers are not fused")
+    plan = plan_of(layer)
+    managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
+    if isinstance(plan, NotLocal) and managed:
+        return LayerReport(name, _method(layer), _SHARDED, deferred=True)
+    return LayerReport(name, _method(layer), plan if isinstance(plan, str) else None)
+
+
+_SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"
+
+
+def _method(layer: Any) -> str:
+    if isinstance(layer, DeloraLinear):
+        return "delora"
+    if not isinstance(layer, LoraLinear):
+        return class_name(type(layer))
+    if verdicts.reasons["lora"] is not None:  # an untested PEFT, whose layer may lack what tells them apart
+        return "lora"
+    names = [name for name in layer.active_adapters if name in layer.lora_A.keys()]  # noqa: SIM118, it may be wrapped
+    return "dora" if any(isinstance(layer.lora_variant.get(name), DoraLinearVariant) for name in names) else "lora"
