@@ -1,5 +1,6 @@
 """The adapter modules: starts, numbers against the reference in float64, dtypes, construction, errors."""
 
+import inspect
 import math
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from nn_modules import EPS, KINDS, every_dtype, every_kind, make, oracle
 from torch import Tensor, nn
 
+import delora_kernels as dk
 from delora_kernels import ops
 from delora_kernels.nn import DeLoRALinear, DoRALinear, LoRALinear
+from delora_kernels.nn.base import BaseOptions
 from delora_kernels.testing import relative_error
 
 
@@ -242,3 +245,21 @@ def test_only_plain_linears_are_adapted() -> None:
     assert module.weight.data_ptr() == conv.weight.data_ptr()
     module.merge()
     assert relative_error(module(x), conv(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in dk.nn.__all__ if name.endswith("Linear")])
+def test_signatures_show_every_option(name: str) -> None:
+    """Those of the base too, which the modules do not spell out; all of them are taken."""
+    kind = getattr(dk.nn, name)
+    shown = inspect.signature(kind).parameters
+    defaults = {each: shown[each].default for each in BaseOptions.__annotations__}
+    assert defaults == dict.fromkeys(defaults) | {"bias": True, "dropout_p": 0.0}
+    assert not [each for each in shown.values() if each.kind is each.VAR_KEYWORD]
+    if name in ("MergeableLinear", "AdapterLinear"):
+        return
+    assert "experts" not in shown or issubclass(kind, dk.nn.MoELoRALinear)
+    options = {each: shown[each].default for each in shown if shown[each].default is not inspect.Parameter.empty}
+    module = kind(8, 6, **options)
+    assert module.bias is not None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        kind(8, 6, ranks=3)

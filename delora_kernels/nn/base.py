@@ -1,11 +1,12 @@
 """What the adapter modules share: the frozen base, dtypes, merging and the state dict."""
 
+import inspect
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from delora_kernels import checks
 from delora_kernels.bases.plain import PlainBase, why_not_plain
@@ -13,6 +14,16 @@ from delora_kernels.dtypes import accumulate_dtype
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of W' that `merge` holds in the wider dtype at a time: 16 MiB in float32."""
+
+
+class BaseOptions(TypedDict, total=False):
+    """The options that every module has, with the defaults that `MergeableLinear` gives them."""
+
+    bias: bool
+    dropout_p: float
+    adapter_dtype: torch.dtype | None
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
 
 
 class MergeableLinear(nn.Module):
@@ -64,15 +75,42 @@ class MergeableLinear(nn.Module):
         self._hold(base.weight, base.bias)
         self.register_parameter("base_weight", None)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show in the signature of each module what its `**base` or `**mixture` stands for."""
+        super().__init_subclass__(**kwargs)
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            above = MergeableLinear if own[-1].annotation == Unpack[BaseOptions] else cls.__base__
+            names = {each.name for each in own}
+            more = inspect.signature(above).parameters.values()  # type: ignore[arg-type]
+            own[-1:] = [each for each in more if each.kind is each.KEYWORD_ONLY and each.name not in names]
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+
     @classmethod
-    def _around(cls, linear: nn.Module, **options: Any) -> Self:
-        """A new module on the tensors of `linear`, on its device and in its mode."""
+    def from_linear(cls, linear: nn.Module, *arguments: Any, **options: Any) -> Self:
+        """Make the adapter on the weight and bias of `linear`: the same tensors, frozen.
+
+        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
+
+        Args:
+            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left
+                as it is.
+            *arguments, **options: As for the class, without in_features, out_features, bias, device and
+                dtype, which `linear` decides.
+
+        Returns:
+            The module, on linear's device and in its training mode.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+        """
         base = base_of(f"{cls.__name__}.from_linear", linear)
-        N, K = base.weight.shape
-        module = cls(K, N, bias=base.bias is not None, device="meta", dtype=base.weight.dtype, **options)
+        N, K = base.shape
+        decided: dict[str, Any] = {"bias": base.bias is not None, "device": "meta", "dtype": base.weight.dtype}
+        module = cls(K, N, *arguments, **decided, **options)
         for name in ("weight", "bias"):
             module.register_parameter(name, None)
-        module.to_empty(device=base.weight.device)
+        module.to_empty(device=base.device)
         module._hold(*base)
         module.reset_parameters()
         return module.train(linear.training)
@@ -209,9 +247,15 @@ class AdapterLinear(MergeableLinear):
     scale = 1.0
 
     def __init__(
-        self, in_features: int, out_features: int, r: int, *, experts: int | None = None, **options: Any
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        experts: int | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(in_features, out_features, **options)
+        super().__init__(in_features, out_features, **base)
         kind = type(self).__name__
         if isinstance(r, bool) or not isinstance(r, int):
             raise checks.fail(TypeError, kind, "r", "an int", type(r).__name__, "pass the rank")

@@ -49,7 +49,7 @@ def convert(
             if id(linear) in made:
                 continue
             try:
-                made[id(linear)] = adapter.from_linear(linear, **options)  # type: ignore[attr-defined]
+                made[id(linear)] = adapter.from_linear(linear, **options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"convert at {name}: {error}") from error
     placed = {name: made[id(linear)] for name, linear in found.items()}

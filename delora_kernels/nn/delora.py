@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Unpack
 
 from delora_kernels import checks, functional, ops
-from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.base import AdapterLinear, BaseOptions
 
 STARTS = ("zero", "frozen_live", "frozen_paper")
 WEIGHT_NORMS = ("column", "frobenius")
@@ -60,24 +60,11 @@ class DeLoRALinear(AdapterLinear):
         r: int = 8,
         lam: float = 15.0,
         *,
-        bias: bool = True,
         start: str = "zero",
         weight_norm: str = "column",
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, out_features, r, **base)
         kind = type(self).__name__
         self.initial_lam = checks.number(kind, "lam", lam)
         self.start = checks.option(kind, "start", start, STARTS)
@@ -93,36 +80,6 @@ class DeLoRALinear(AdapterLinear):
             "frozen_lam", torch.empty_like(self.lam, requires_grad=False) if start == "frozen_paper" else None
         )
         self.reset_parameters()
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        r: int = 8,
-        lam: float = 15.0,
-        *,
-        start: str = "zero",
-        weight_norm: str = "column",
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A DeLoRALinear on the weight and bias of `linear`: the same tensors, frozen.
-
-        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            r, lam, start, weight_norm, dropout_p, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(
-            linear, r=r, lam=lam, start=start, weight_norm=weight_norm, dropout_p=dropout_p, adapter_dtype=adapter_dtype
-        )
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""

@@ -38,10 +38,10 @@ class DeLoRAMoELinear(MoELoRALinear):
         experts: int = 8,
         top_k: int | None = 2,
         lam: float = 15.0,
-        **options: Any,
+        **mixture: Any,
     ) -> None:
         self.initial_lam = checks.number(type(self).__name__, "lam", lam)
-        super().__init__(in_features, out_features, r, experts, top_k, **options)
+        super().__init__(in_features, out_features, r, experts, top_k, **mixture)
 
     def _make(self) -> None:
         self.lam = nn.Parameter(self.A.new_empty(self.experts, dtype=self._vector_dtype))

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Unpack
 
 from delora_kernels import checks, functional, ops
-from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.base import AdapterLinear, BaseOptions
 from delora_kernels.nn.lora import lora_scale
 
 
@@ -46,73 +46,22 @@ class DoRALinear(AdapterLinear):
         r: int = 8,
         alpha: float = 8.0,
         *,
-        bias: bool = True,
         rslora: bool = False,
-        dropout_p: float = 0.0,
         dropout: str = "peft",
         saved: str = "private",
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, out_features, r, **base)
         kind = type(self).__name__
         self.alpha, self.rslora = alpha, rslora
         self.scale = lora_scale(kind, alpha, r, rslora)
         self.dropout = checks.option(kind, "dropout", dropout, ("peft", "branch"))
         self.saved = checks.option(kind, "saved", saved, ("private", "output"))
-        if saved == "output" and (bias or (dropout == "peft" and dropout_p > 0)):
-            got = "'output' with a bias" if bias else "'output' with dropout='peft' and dropout_p > 0"
+        if saved == "output" and (self.bias is not None or (dropout == "peft" and self.dropout_p > 0)):
+            got = "'output' with a bias" if self.bias is not None else "'output' with dropout='peft' and dropout_p > 0"
             raise checks.fail(ValueError, kind, "saved", "'private' here", got, "y does not hold c ⊙ u then")
         self.magnitude = nn.Parameter(self.A.new_empty(out_features, dtype=self._vector_dtype))
         self.reset_parameters()
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        r: int = 8,
-        alpha: float = 8.0,
-        *,
-        rslora: bool = False,
-        dropout_p: float = 0.0,
-        dropout: str = "peft",
-        saved: str = "private",
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A DoRALinear on the weight and bias of `linear`: the same tensors, frozen.
-
-        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            r, alpha, rslora, dropout_p, dropout, saved, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(
-            linear,
-            r=r,
-            alpha=alpha,
-            rslora=rslora,
-            dropout_p=dropout_p,
-            dropout=dropout,
-            saved=saved,
-            adapter_dtype=adapter_dtype,
-        )
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Unpack
 
 from delora_kernels import checks, functional
 from delora_kernels.autograd.reflection import reflected_weight
-from delora_kernels.nn.base import MergeableLinear
+from delora_kernels.nn.base import BaseOptions, MergeableLinear
 
 SIDES = ("input", "output", "both")
 
@@ -29,21 +29,9 @@ class _EtherBase(MergeableLinear):
         *,
         side: str | None = None,
         blocks: str = "paper",
-        bias: bool = True,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, out_features, **base)
         kind = type(self).__name__
         self.side = checks.option(kind, "side", self._SIDE if side is None else side, SIDES)
         self.blocks = checks.option(kind, "blocks", blocks, ("paper", "official"))
@@ -57,33 +45,6 @@ class _EtherBase(MergeableLinear):
                     vectors = nn.Parameter(torch.empty(n_blocks, features // n_blocks, **self._trained_as))
                 self.register_parameter(name + suffix, vectors)
         self.reset_parameters()
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        n_blocks: int = 1,
-        *,
-        side: str | None = None,
-        blocks: str = "paper",
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """The module on the weight and bias of `linear`: the same tensors, frozen.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            n_blocks, side, blocks, dropout_p, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(
-            linear, n_blocks=n_blocks, side=side, blocks=blocks, dropout_p=dropout_p, adapter_dtype=adapter_dtype
-        )
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""

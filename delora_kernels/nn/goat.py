@@ -57,7 +57,7 @@ class GoatLinear(MoELoRALinear):
         svd: str = "full",
         init_cof: float | None = None,
         residual: str = "stacked",
-        **options: Any,
+        **mixture: Any,
     ) -> None:
         self._prepare(experts, top_k)
         kind = type(self).__name__
@@ -65,7 +65,7 @@ class GoatLinear(MoELoRALinear):
         self.start: dict[str, Any] = {"start": start, "scaling": scaling, "eta": eta, "rho": rho, "svd": svd}
         self.init_cof = 1 / experts if init_cof is None else checks.number(kind, "init_cof", init_cof)
         self.residual = checks.option(kind, "residual", residual, RESIDUALS)
-        super().__init__(in_features, out_features, r, experts, top_k, alpha, **options)
+        super().__init__(in_features, out_features, r, experts, top_k, alpha, **mixture)
 
     def _make(self) -> None:
         vector = self.A.new_empty(self.experts, dtype=self._vector_dtype, requires_grad=False)

@@ -2,12 +2,11 @@
 
 import math
 
-import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
+from typing_extensions import Unpack
 
 from delora_kernels import checks, functional
-from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.base import AdapterLinear, BaseOptions
 
 
 class LoRALinear(AdapterLinear):
@@ -43,53 +42,13 @@ class LoRALinear(AdapterLinear):
         r: int = 8,
         alpha: float = 8.0,
         *,
-        bias: bool = True,
         rslora: bool = False,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(in_features, out_features, r, **base)
         self.alpha, self.rslora = alpha, rslora
         self.scale = lora_scale(type(self).__name__, alpha, r, rslora)
         self.reset_parameters()
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        r: int = 8,
-        alpha: float = 8.0,
-        *,
-        rslora: bool = False,
-        dropout_p: float = 0.0,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A LoRALinear on the weight and bias of `linear`: the same tensors, frozen.
-
-        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            r, alpha, rslora, dropout_p, adapter_dtype: as for the class.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(linear, r=r, alpha=alpha, rslora=rslora, dropout_p=dropout_p, adapter_dtype=adapter_dtype)
 
     def extra_repr(self) -> str:
         """The arguments that made the module, as nn.Linear prints its own."""

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Unpack
 
 from delora_kernels import checks, functional
 from delora_kernels.functional.router_stats import CONVENTIONS, RouterStats
-from delora_kernels.nn.base import AdapterLinear
+from delora_kernels.nn.base import AdapterLinear, BaseOptions
 
 
 class Routed:
@@ -80,28 +80,14 @@ class MoELoRALinear(Routed, AdapterLinear):
         alpha: float = 16.0,
         *,
         renormalize: bool = True,
-        bias: bool = True,
         balance_coef: float = 0.0,
         z_coef: float = 0.0,
         balance: str = "code",
-        dropout_p: float = 0.0,
         dropout: str = "shared",
-        adapter_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **base: Unpack[BaseOptions],
     ) -> None:
         self._prepare(experts, top_k)
-        super().__init__(
-            in_features,
-            out_features,
-            r,
-            bias=bias,
-            dropout_p=dropout_p,
-            adapter_dtype=adapter_dtype,
-            device=device,
-            dtype=dtype,
-            experts=experts,
-        )
+        super().__init__(in_features, out_features, r, experts=experts, **base)
         kind = type(self).__name__
         self.experts, self.top_k, self.renormalize = experts, top_k, renormalize
         self.alpha = checks.number(kind, "alpha", alpha)
@@ -128,25 +114,6 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     def _make(self) -> None:
         """Make the tensors that a subclass has beside A, B and the router."""
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Module, r: int = 4, experts: int = 8, top_k: int | None = 2, **options: Any
-    ) -> Self:
-        """A mixture on the weight and bias of `linear`: the same tensors, frozen.
-
-        Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left as it is.
-            r, experts, top_k: as for the class.
-            **options: The class's other arguments, but bias, device and dtype, which are linear's.
-
-        Returns:
-            The module, on linear's device and in its training mode.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the text names it and the remedy.
-        """
-        return cls._around(linear, r=r, experts=experts, top_k=top_k, **options)
 
     @property
     def balance_loss(self) -> Tensor | None:
