@@ -90,7 +90,7 @@ setup(
     cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
     packages=find_packages(include=["delora_kernels", "delora_kernels.*"]),
     package_data={"delora_kernels": ["py.typed"]},
-    python_requires=">=3.10",  # this and the lower bounds of torch, PEFT and Transformers: integrations/supported.py
+    python_requires=">=3.10",  # this and the lower bounds of torch, PEFT and Transformers: diagnostics/versions.py
     install_requires=["numpy", "packaging", "torch>=2.7", "tqdm>=4.60"],
     extras_require={"peft": PEFT, "trl": TRL, "bench": BENCH, "test": TEST, "dev": DEV},
     classifiers=[

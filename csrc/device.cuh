@@ -139,7 +139,7 @@ template <class T> __device__ __forceinline__ void store_eight(const Rows<T> &m,
   }
 }
 
-// splitmix64 (Steele, Lea, Flood, OOPSLA 2014), as in backends/eager/hashed_dropout.py: the same seed gives the same
+// splitmix64 (Steele, Lea, Flood, OOPSLA 2014), as in backends/dropout.py: the same seed gives the same
 // mask on every backend.
 __device__ __forceinline__ uint64_t hash(uint64_t index, uint64_t seed) {
   uint64_t z = (index + 1) * 0x9E3779B97F4A7C15u + seed;

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, settle dtypes, seed and backend, run the one autograd Function.
+"""The public functions: check the arguments, choose dtypes, seed and backend, run the one autograd Function.
 
 Every function takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors in any float dtype.
 Each gradient has the dtype of its tensor. Without autocast x and weight share one dtype; factors may be wider (PEFT's

@@ -1,6 +1,6 @@
 """expert_report: how a model's routers use their experts, as a table and a heat map, and which experts are dead.
 
-A forward pass leaves its statistics in each layer with a router; `expert_watch.py` adds up those of several passes.
+A forward pass leaves its statistics in each layer with a router; `watch.py` adds up those of several passes.
 """
 
 import math

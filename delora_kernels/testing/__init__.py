@@ -6,7 +6,7 @@
 
 A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager PyTorch in the same
 dtypes, and the oracle in float64. `measure` runs all three and compares. The rest of the package imports it where
-kernels are checked or prove themselves (backends/proof.py), and not before.
+kernels are checked or prove themselves (diagnostics/proof.py), and not before.
 """
 
 from delora_kernels.testing.dropout import measure_dropout_mask

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# splitmix64, see backends/eager/hashed_dropout.py: the same seed gives the same mask on every backend
+# splitmix64, see backends/dropout.py: the same seed gives the same mask on every backend
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
 _SECOND = tl.constexpr(0x94D049BB133111EB - (1 << 64))

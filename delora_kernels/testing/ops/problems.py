@@ -1,6 +1,6 @@
 """The ops of ops.py as problems: a backend's op against its formula in `naive_ops`.
 
-A new op is one formula in formulas.py and one entry of `OPS` in op_cases.py.
+A new op is one formula in formulas.py and one entry of `OPS` in cases.py.
 """
 
 from collections.abc import Iterator

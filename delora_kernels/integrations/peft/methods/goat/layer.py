@@ -2,7 +2,7 @@
 
 Each adapter has its tensors in PEFT's dictionaries: `goat_A` [E, r, K] (or [r, K], shared), `goat_B` [E, N, r],
 `goat_router` [E, K], `goat_lambda` [E]; constants are `goat_scale` [E], `goat_w_norm` [K] and the start that is
-subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to but by `merge` (`merging.py`).
+subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to but by `merge` (`methods/base.py`).
 """
 
 import math
