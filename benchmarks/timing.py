@@ -126,6 +126,13 @@ def clock_of(device: str) -> Clock:
 def interleaved(
     passes: Mapping[str, Pass], clock: Clock, budget: Budget, failed: Callable[[str, Exception], None] | None = None
 ) -> dict[str, Times]:
+    """Sum up what `rounds` finds, arguments as there: name → times of the passes that never raised."""
+    return {name: _times(spent) for name, spent in rounds(passes, clock, budget, failed).items()}
+
+
+def rounds(
+    passes: Mapping[str, Pass], clock: Clock, budget: Budget, failed: Callable[[str, Exception], None] | None = None
+) -> dict[str, list[tuple[float, float | None]]]:
     """Time every pass once a round, so that a machine that slows down or warms up does so for all of them.
 
     The first of a round is the second-last of the next: no pass always follows the same one at the same place.
@@ -137,7 +144,7 @@ def interleaved(
         failed: Called with a pass that raised; it is left out of the rest and of the result. None: raise.
 
     Returns:
-        Name → times of the passes that never raised.
+        Name → (ms, host's ms) of every round, of the passes that never raised.
     """
     names = list(passes)
     spent: dict[str, list[tuple[float, float | None]]] = {name: [] for name in names}
@@ -157,7 +164,7 @@ def interleaved(
             elif index >= budget.warmup:
                 spent[name].append(result)
         index += 1
-    return {name: _times(spent[name]) for name in names}
+    return {name: spent[name] for name in names}
 
 
 def _times(spent: list[tuple[float, float | None]]) -> Times:
