@@ -57,3 +57,16 @@ def step(made: nn.Module, x: Tensor, seed: int | None = None) -> dict[str, Tenso
     y.float().square().sum().backward()
     grads = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad} | grads
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Each of `step`'s results has its dtype, and its numbers but for the rounding of three layers."""
+    assert ours.keys() == theirs.keys()
+    numbers = [value.double().abs() for value in theirs.values() if value.numel() == 1]
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        # a lone number (dλ) may be a sum that cancels: the model's other ones tell what is large
+        scale = max(numbers) if value.numel() == 1 else value.double().abs().max()
+        # both sides round differently in a chain of three layers, each with a few roundings of size eps
+        error = (ours[name].double() - value.double()).abs().max() / scale
+        assert error <= 64 * torch.finfo(dtype).eps, (name, error)

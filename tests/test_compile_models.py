@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft_models import config, model, step
-from test_peft import assert_close
+from peft_models import assert_close, config, model, step
 from tiny_llama import llama, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend

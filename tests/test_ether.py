@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from ether_calls import ether_arguments
 from ether_cases import EtherCase, ether_cases, ether_errors
 from golden_cases import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_calls import Maker
-from test_ether_reference import ether_arguments
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

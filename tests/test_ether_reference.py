@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from ether_calls import ether_arguments
 from ether_cases import EtherCase, ether_cases, ether_errors
 from golden_cases import relative_error
 from hypothesis import given, settings
@@ -12,19 +13,6 @@ from reference_calls import Maker
 from torch import Tensor
 
 from delora_kernels import reference
-
-SIDES = {"into": ("u", "v"), "out_of": ("u_out", "v_out")}
-
-
-def ether_arguments(
-    maker: Maker, plus: bool, sides: tuple[str, ...], T: int, K: int, N: int, n: int = 2
-) -> dict[str, Any]:
-    """Every argument of `ether_linear`, or of `ether_plus_linear`, with n blocks; K and N are multiples of n."""
-    made: dict[str, Any] = {"x": maker.tensor(T, K), "weight": maker.tensor(N, K), "bias": maker.tensor(N)}
-    for side in sides:
-        for name in SIDES[side][: 2 if plus else 1]:
-            made[name] = maker.tensor(n, (K if side == "into" else N) // n)
-    return made
 
 
 def function_of(plus: bool) -> Any:

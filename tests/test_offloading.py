@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import METHODS, config, model, step
-from test_peft import assert_close
+from peft_models import METHODS, assert_close, config, model, step
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate")

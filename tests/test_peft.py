@@ -11,25 +11,13 @@ import pytest
 import torch
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft_models import METHODS, Small, config, model, step
+from peft_models import METHODS, Small, assert_close, config, model, step
 from torch import Tensor, nn
 
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import layers
 
 torch.set_num_threads(1)
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    assert ours.keys() == theirs.keys()
-    numbers = [value.double().abs() for value in theirs.values() if value.numel() == 1]
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype, name
-        # a lone number (dλ) may be a sum that cancels: the model's other ones tell what is large
-        scale = max(numbers) if value.numel() == 1 else value.double().abs().max()
-        # both sides round differently in a chain of three layers, each with a few roundings of size eps
-        error = (ours[name].double() - value.double()).abs().max() / scale
-        assert error <= 64 * torch.finfo(dtype).eps, (name, error)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 from goat_models import layers
 from golden_cases import relative_error
-from test_trainers import trainer
 from tiny_llama import base, tokens
+from trainers import trainer
 
 import delora_kernels as dk
 from delora_kernels.nn import router_parameter_groups

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import config, model, step
-from test_peft import assert_close
+from peft_models import assert_close, config, model, step
 from torch import Tensor, nn
 
 import delora_kernels as dk

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import METHODS, model, step
-from test_peft import assert_close
+from peft_models import METHODS, assert_close, model, step
 from torch import Tensor
 
 import delora_kernels as dk
