@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import host_build
 import pytest
 import torch
 from host_backend import LIBRARY, SANITIZED, shuffle_threads
@@ -29,8 +30,6 @@ from delora_kernels.backends.dropout import MaskGroup
 from delora_kernels.testing.ops.problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
-sys.path.insert(0, str(CSRC / "host_shim"))
-import host_build  # noqa: E402
 
 BARRIER = re.compile(r"__(?:syncthreads|syncwarp|pipeline_wait_prior)\([^)]*\);")
 OPS_OF = {

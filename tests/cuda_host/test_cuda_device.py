@@ -1,13 +1,8 @@
 """The CUDA backend makes every tensor where its inputs are (tests/another_device.py)."""
 
-import sys
-from pathlib import Path
-
+import another_device
 import pytest
 from host_backend import SANITIZED
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import another_device
 
 
 @pytest.mark.skipif(SANITIZED, reason="the other build has the addresses")

@@ -1,9 +1,9 @@
 """What the kernels do otherwise on sm_75, without asynchronous copies and bfloat16 tensor cores, on the CPU."""
 
 import ctypes
-import sys
 from pathlib import Path
 
+import host_build
 import pytest
 import torch
 from host_backend import SANITIZED, shuffle_threads
@@ -13,8 +13,6 @@ from delora_kernels.testing import measure
 from delora_kernels.testing.ops.problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
-sys.path.insert(0, str(CSRC / "host_shim"))
-import host_build  # noqa: E402
 
 FILES = {file.name: file.read_text(encoding="utf-8") for file in sorted(CSRC.glob("*.cu"))}
 TURING = {name: "#define __CUDA_ARCH__ 750\n" + text for name, text in FILES.items() if '"product.cuh"' in text}

@@ -1,15 +1,12 @@
 """The Triton backend makes every tensor where its inputs are (tests/another_device.py)."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import another_device
 
 

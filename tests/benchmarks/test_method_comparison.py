@@ -11,7 +11,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-from test_finetune import tiny  # noqa: F401 (a fixture)
 
 from benchmarks.finetune import model
 from benchmarks.method_comparison import LABELS, _adapted, _config, _parser, _seeded, main, plot
@@ -20,7 +19,7 @@ METHODS = ["lora", "delora", "dora", "goat-alpha", "goat-theory"]
 
 
 @pytest.fixture(scope="module")
-def record(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
+def record(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("record")
     options = {"model": tiny, "seeds": 2, "steps": 3, "seq-len": 32, "rank": 8, "heldout": 4, "lr": 1e-2, "threads": 1}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -69,7 +68,7 @@ def test_total_rank_is_equal(record: dict[str, Any]) -> None:
     assert count["goat-alpha"] == count["goat-theory"]
 
 
-def test_seed_draws_what_is_random_and_nothing_else(tiny: Path) -> None:  # noqa: F811
+def test_seed_draws_what_is_random_and_nothing_else(tiny: Path) -> None:
     args = _parser().parse_args(["--model", str(tiny), "--rank", "8"])
     drawn = {"lora": "lora_A", "delora": "delora_A", "dora": "lora_A", "goat-alpha": "goat_router"}
     for method, name in drawn.items():

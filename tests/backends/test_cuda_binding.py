@@ -7,7 +7,7 @@ from pathlib import Path
 from delora_kernels.backends.cuda import launch
 from delora_kernels.backends.cuda import library as cuda_library
 
-HEADER = (Path(__file__).parents[1] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
+HEADER = (Path(__file__).parents[2] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
 KINDS = {
     "dk_matrix": launch.Matrix,
     "dk_vector": launch.Vector,

@@ -9,17 +9,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nvcc_build
 import pytest
 from fake_nvcc import FAILS, KNOWN, calls, toolkit
+from nvcc_build import BuildError, build_if_wanted, choose_targets, find_nvcc
 from package_source import ROOT, build, copy_source
 
 from delora_kernels import __version__
 from delora_kernels.backends.cuda import library as cuda_library
-
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import nvcc_build
-from nvcc_build import BuildError, build_if_wanted, choose_targets, find_nvcc
 
 pytest.importorskip("build")
 

@@ -18,7 +18,6 @@ pytest.importorskip("tqdm")
 pytest.importorskip("transformers")
 
 import peft
-import tokenizers
 import transformers
 
 from benchmarks.finetune import demo, model, text, train
@@ -26,20 +25,6 @@ from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
 
 REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two blocks and a byte-level BPE tokenizer of 300 tokens, saved as a user would save them."""
-    folder = tmp_path_factory.mktemp("tiny")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(text.documents()[:10], vocab_size=300, special_tokens=["<end>"], show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=1, tie_word_embeddings=True, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.plots import draw
 from benchmarks.report.tables import compare, report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "torch": "2.13", "peft": "0.21", "commit": "abc"}
 MACHINE |= {"copy_tbps": 0.01, "gemm_tflops": 0.1, "gemm_tflops_by_dtype": {"fp32": 0.1}}
 

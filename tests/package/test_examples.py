@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-ROOT = str(Path(__file__).parent.parent)
+ROOT = str(Path(__file__).parents[2])
 EXAMPLES = Path(ROOT) / "examples"
 NUMBER = r"(\d+\.\d+(?:e[-+]\d+)?)"
 

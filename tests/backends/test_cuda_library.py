@@ -14,7 +14,7 @@ from delora_kernels.backends.cuda import launch, support
 from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.diagnostics.environment import environment
 
-HEADER = (Path(__file__).parents[1] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
+HEADER = (Path(__file__).parents[2] / "csrc/delora_kernels.h").read_text(encoding="utf-8")
 DECLARED = re.findall(r"^DK_API [\w ]+?\*?(dk_\w+)\(", HEADER, re.MULTILINE)
 INFO = "CUDA 13.0 for sm_75 sm_80 sm_90 compute_90"
 

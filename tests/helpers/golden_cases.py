@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-FOLDER = pathlib.Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 FUNCTIONS = {"lora": "lora_linear", "rslora": "lora_linear", "dora": "dora_linear", "delora": "delora_linear"}
 ARGUMENTS = {"C": "frozen_A", "D": "frozen_B"}
 

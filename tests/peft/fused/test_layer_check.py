@@ -17,7 +17,7 @@ from torch import Tensor
 from delora_kernels.diagnostics import versions
 from delora_kernels.integrations.peft.fused import layer_check, plan, verdicts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PEFT_NEWEST = versions.TABLE["peft"].newest
 
 
