@@ -1,4 +1,5 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
+# make test METHOD=dora  those of one method: its name is in their file, function or parameters
 # make lint   ruff and mypy            make bench  time and weigh layers and a model against PEFT on this machine
 # make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
 # make test-cuda-host    the CUDA kernels on CPU tensors, compiled by g++, with sanitizers and without
@@ -22,16 +23,12 @@ INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL) --constraint constraints.txt
 PYTEST := -m pytest -q -m 'not smollm2'
 
-# What PEFT's layers and Transformers' models have a part in.
-PEFT_TESTS = $(wildcard tests/test_peft*.py tests/test_nn_peft.py tests/test_model_families.py tests/test_training*.py \
-	tests/test_export*.py tests/test_trainers.py tests/test_supported.py tests/test_left_to_peft.py \
-	tests/test_call_time_safety.py tests/test_offloading.py)
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
 .PHONY: test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n auto $(if $(METHOD),-k '$(METHOD)') $(ARGS)
 
 test-interpreter: .venv/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests/interpreter $(ARGS)
@@ -75,7 +72,7 @@ test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)
 
 test-oldest-peft: .venv-oldest-peft/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) -n auto $(PEFT_TESTS) $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) -n auto tests/peft tests/transformers $(ARGS)
 
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) -n auto $(ARGS)

@@ -1,4 +1,4 @@
-"""The CUDA backend makes every tensor where its inputs are (tests/another_device.py)."""
+"""The CUDA backend makes every tensor where its inputs are (tests/helpers/another_device.py)."""
 
 import another_device
 import pytest

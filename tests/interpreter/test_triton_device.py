@@ -1,4 +1,4 @@
-"""The Triton backend makes every tensor where its inputs are (tests/another_device.py)."""
+"""The Triton backend makes every tensor where its inputs are (tests/helpers/another_device.py)."""
 
 import os
 

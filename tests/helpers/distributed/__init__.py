@@ -1,1 +1,1 @@
-"""Two processes on one machine (gloo, CPU) that train accelerated PEFT models; run by tests/test_distributed.py."""
+"""Two processes on one machine (gloo, CPU) that train accelerated PEFT models; run by tests/distributed."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import layers
 
+pytestmark = pytest.mark.oldest_peft
+
 torch.set_num_threads(1)
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from delora_kernels.diagnostics import versions
 from delora_kernels.integrations.peft.fused import layer_check, plan, verdicts
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.oldest_peft
+
+ROOT = Path(__file__).parents[3]
 PEFT_NEWEST = versions.TABLE["peft"].newest
 
 

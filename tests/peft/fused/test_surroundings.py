@@ -1,6 +1,6 @@
 """What surrounds the adapters of an accelerated model: hooks, casts, saving, scale contexts, and other kinds of models.
 
-As in test_peft_breadth.py, an accelerated model is compared with a plain one: outputs, every gradient, state.
+As in test_adapter_life.py, an accelerated model is compared with a plain one: outputs, every gradient, state.
 """
 
 from pathlib import Path

@@ -11,6 +11,8 @@ from torch import Tensor
 import delora_kernels as dk
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.oldest_peft
 STEPS = 30
 
 

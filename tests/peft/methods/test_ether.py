@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import delora_kernels as dk
 from delora_kernels import reference
 
+pytestmark = pytest.mark.oldest_peft
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

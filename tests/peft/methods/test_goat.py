@@ -15,6 +15,8 @@ import delora_kernels as dk
 from delora_kernels.nn import set_loss_scale
 from delora_kernels.nn.goat_start import moe_start
 
+pytestmark = pytest.mark.oldest_peft
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

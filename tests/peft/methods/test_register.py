@@ -19,6 +19,8 @@ import delora_kernels as dk
 from delora_kernels.diagnostics import versions
 from delora_kernels.integrations.peft.methods import register
 
+pytestmark = pytest.mark.oldest_peft
+
 
 @dataclass
 class OddConfig(peft.IA3Config):
