@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from benchmarks.ceilings import copy_tbps
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
-from delora_kernels.backends.library_gemm import RankTerm
+from delora_kernels.backends.library_gemm import WrittenTerm
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
@@ -70,7 +70,7 @@ def skinny_passes(T: int, K: int, N: int, device: str) -> dict[str, Skinny]:
         "update of y": Skinny(lambda: rank_update(y, h, B.t(), 1.0, y), y=2),
         "dv and dB": Skinny(lambda: dy_sums(y, B, h, 1.0, False, None), y=1),
         "dA": Skinny(lambda: token_sums(x, h, transposed=True), x=1),
-        "dA and prefill of dx": Skinny(lambda: token_sums(x, h, transposed=True, term=RankTerm(A, dx)), x=2),
+        "dA and prefill of dx": Skinny(lambda: token_sums(x, h, transposed=True, term=WrittenTerm(A, dx)), x=2),
         "row norm": Skinny(lambda: row_norm(W, A, B, 1.0, None, False), W=1),
     }
 

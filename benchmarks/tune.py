@@ -1,7 +1,6 @@
 """Time tile sizes and the three forms of a frozen GEMM with a rank-R term on this GPU, and write the tables.
 
-    python -m benchmarks.tune            rewrites this device's entries of tiles_table.py and forms_table.py
-                                         in delora_kernels/backends/triton
+    python -m benchmarks.tune      rewrites this device's entries of delora_kernels/backends/triton/tuned.py
 
 Tiles come first (benchmarks.tune_tiles): the forms are timed with them. For every class of shapes a few products of
 real layers are timed in each form, in turn, caches cold; the form with the least geometric mean over them becomes the
@@ -13,7 +12,7 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from tqdm import tqdm
 
 from benchmarks import tune_tiles
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
-from delora_kernels.backends.triton import forms, forms_table, stages, tables
+from delora_kernels.backends.triton import forms, stages, tables, tuned
+from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaling
 
-FOLDER = Path(forms_table.__file__).parent
 DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = (512, 1024, 4096, 8192)
 LAYERS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 2048))
@@ -33,6 +32,7 @@ LAYERS = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096)
 RANK = 16
 
 Entries = dict[str, str]
+Forms = dict[tuple[tuple[int, int], torch.dtype, str], Entries]
 
 
 def product(op: str, T: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
@@ -44,9 +44,9 @@ def product(op: str, T: int, inner: int, columns: int, dtype: torch.dtype, devic
     left, h, small = normal(T, inner), normal(T, RANK), normal(columns, RANK)
     if op == "expand":
         W = normal(columns, inner)
-        return lambda: stages.expand(left, W, None, h, small, 1.0, None, None, False, 0.0, None)
+        return lambda: stages.expand(left, W, None, RankTerm(h, small), Rescaling())
     W, x, A = normal(inner, columns), normal(T, columns), small.t().contiguous()
-    return lambda: stages.input_backward(left, W, h, A, x, RANK, 1.0, None, [], [0.0], None, False)
+    return lambda: stages.input_backward(left, Frozen(W), Branch(h, A, x, RANK), Masks())
 
 
 def _in_form(form: str, run: Callable[[], Any]) -> Callable[[], None]:
@@ -72,20 +72,31 @@ def fastest(op: str, dtype: torch.dtype, device: str, clock: Clock, budget: Budg
     return {name: min(found, key=lambda form: sum(found[form])) for name, found in sorted(logs.items())}
 
 
-def text(table: dict[tuple[tuple[int, int], torch.dtype, str], Entries]) -> str:
-    """The source of forms_table.py."""
-    lines = [
-        '"""Forms by device, as `python -m benchmarks.tune` timed them: not written by hand."""',
-        "",
-        "import torch",
-        "",
-    ]
-    lines += ["FORMS: dict[tuple[tuple[int, int], torch.dtype, str], dict[str, str]] = {"]
-    for (capability, dtype, op), entries in sorted(table.items(), key=str):
-        lines += [f'    ({capability}, {dtype}, "{op}"): {{']
-        lines += [f'        "{name}": "{form}",' for name, form in entries.items()]
-        lines += ["    },"]
-    return "\n".join([*lines, "}", ""])
+def text(tiles: tune_tiles.Table, chosen: Forms) -> str:
+    """The source of tuned.py: as it is, with these entries."""
+    head = Path(tuned.__file__).read_text(encoding="utf-8").split("TILES: ")[0].rstrip()
+    table = "dict[tuple[tuple[int, int], str], dict[str, tuple[int, ...]]]"
+    lines = [head, "", *_source(f"TILES: {table}", tiles), ""]
+    return "\n".join(
+        [*lines, *_source("FORMS: dict[tuple[tuple[int, int], torch.dtype, str], dict[str, str]]", chosen), ""]
+    )
+
+
+def _source(name: str, table: Mapping[Any, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of one table."""
+    if not table:
+        yield f"{name} = {{}}"
+        return
+    yield f"{name} = {{"
+    for key, entries in sorted(table.items(), key=str):
+        yield f"    ({', '.join(_written(part) for part in key)}): {{"
+        yield from (f"        {_written(limit)}: {_written(entry)}," for limit, entry in entries.items())
+        yield "    },"
+    yield "}"
+
+
+def _written(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budget | None = None) -> int:
@@ -93,7 +104,7 @@ def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budg
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--only", choices=("tiles", "forms"), help="default: both")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the tables; default: the library's own")
+    parser.add_argument("--out", type=Path, default=Path(tuned.__file__), help="default: the library's own tuned.py")
     options = parser.parse_args(argv)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.tune needs a CUDA device, and there is none", file=sys.stderr)
@@ -105,15 +116,15 @@ def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budg
             del tables.TILES[device, kernel]
         tables.TILES |= tune_tiles.tuned(device, options.device, clock, budget)
         print(*((name, entries) for (own, name), entries in tables.TILES.items() if own == device), sep="\n")
-        (options.out / "tiles_table.py").write_text(tune_tiles.text(tables.TILES), encoding="utf-8")
+        options.out.write_text(text(tables.TILES, forms.FORMS), encoding="utf-8")
     if options.only == "tiles":
         return 0
-    table = dict(forms_table.FORMS)
+    table = dict(forms.FORMS)
     for op, dtype in itertools.product(("expand", "dx"), DTYPES):
         key = device, dtype, op
         table[key] = fastest(op, dtype, options.device, clock, budget)
         print(*key, table[key])
-    (options.out / "forms_table.py").write_text(text(table), encoding="utf-8")
+    options.out.write_text(text(tables.TILES, table), encoding="utf-8")
     return 0
 
 

@@ -138,14 +138,3 @@ def _compiles(capability: Capability, name: str, limit: str, entry: Entry) -> bo
     with _using(capability, name, limit, entry):
         chosen = [v for v in variants(capability) if v.kernel == name.split()[0] and wanted in v.config.split()]
         return all(codegen.why_not(codegen.compile_variant(variant, arch)) is None for variant in chosen)
-
-
-def text(table: Table) -> str:
-    """The source of tiles_table.py."""
-    lines = ['"""Tile sizes by device, as `python -m benchmarks.tune` timed them: not written by hand."""', ""]
-    lines += ["TILES: dict[tuple[tuple[int, int], str], dict[str, tuple[int, ...]]] = {"]
-    for (capability, name), entries in sorted(table.items()):
-        lines += [f'    ({capability}, "{name}"): {{']
-        lines += [f'        "{limit}": {entry},' for limit, entry in entries.items()]
-        lines += ["    },"]
-    return "\n".join([*lines, "}", ""])

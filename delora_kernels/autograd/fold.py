@@ -11,6 +11,7 @@ from torch import Tensor
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import refuse_second_derivatives
+from delora_kernels.op_arguments import Folded, Start, Strength
 
 
 class Fold(torch.autograd.Function):
@@ -21,7 +22,7 @@ class Fold(torch.autograd.Function):
         ctx: Any, A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor, eps: float, backend: str
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(A.dtype, B.dtype)
-        A_hat, B_hat, a, b = ops.fold(A, B, lam, weight_norm, None, None, None, eps, dtype, backend)
+        A_hat, B_hat, a, b = ops.fold(A, B, Strength(lam, weight_norm, eps), Start(), dtype, backend)
         ctx.save_for_backward(A, B, lam, weight_norm, a, b)
         ctx.eps, ctx.backend = eps, backend
         return A_hat, B_hat
@@ -31,7 +32,11 @@ class Fold(torch.autograd.Function):
         A, B, lam, weight_norm, a, b = ctx.saved_tensors
         with torch.no_grad():
             dA, dB, dlam = ops.fold_backward(
-                dA_hat.to(a.dtype), dB_hat.to(b.dtype), A, B, lam, weight_norm, None, a, b, ctx.eps, ctx.backend
+                dA_hat.to(a.dtype),
+                dB_hat.to(b.dtype),
+                Folded(A, B, a, b),
+                Strength(lam, weight_norm, ctx.eps),
+                ctx.backend,
             )
         grads = (dA, dB, dlam.reshape(lam.shape).to(lam.dtype), None, None, None)
         if not torch.is_grad_enabled():

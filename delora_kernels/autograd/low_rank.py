@@ -16,6 +16,18 @@ from torch import Tensor
 from delora_kernels.autograd.function import Computed, differentiable
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.call import Call, Options
+from delora_kernels.op_arguments import (
+    Branch,
+    Folded,
+    Frozen,
+    Masks,
+    RankTerm,
+    Rescaled,
+    Rescaling,
+    Start,
+    Strength,
+    TermGradients,
+)
 
 
 class _Saved(NamedTuple):
@@ -41,22 +53,23 @@ class _Saved(NamedTuple):
 
 def _compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
     """y [T, N]; where nothing is wanted, nothing is kept."""
-    o = call.options
+    o, u_dropout = call.options, _u_dropout(call.options, call.seed)
     weight = PlainBase(call.weight).dense(o.compute_dtype)
     a = b = norm = c = scaled = None
     if call.lam is None and call.A.dtype == call.B.dtype == o.rank_dtype:
         A_hat, B_hat = call.A, call.B
     else:
-        start = (call.frozen_A, call.frozen_B, call.frozen_lam)
-        A_hat, B_hat, a, b = stages.fold(call.A, call.B, call.lam, call.weight_norm, *start, o.eps, o.rank_dtype)
+        strength = Strength(call.lam, call.weight_norm, o.eps)
+        start = Start(call.frozen_A, call.frozen_B, call.frozen_lam)
+        A_hat, B_hat, a, b = stages.fold(call.A, call.B, strength, start, o.rank_dtype)
     keep = bool(need.magnitude) and not o.save_output
     if call.magnitude is not None:
         wanted = not keep and not o.two_term and stages.wants_scaled(x, weight)
         norm, c, written = stages.row_norm(weight, A_hat, B_hat, o.scale, call.magnitude, wanted)
         scaled = written if wanted else None
-    h = stages.project(x, A_hat, o.ranks, o.dropout_p, call.seed)
-    u_dropout = (o.dropout_p[0], call.seed) if o.two_term else (0.0, None)
-    y, kept = stages.expand(x, weight, call.bias, h, B_hat, o.scale, c, scaled, keep, *u_dropout)
+    h = stages.project(x, A_hat, Masks(o.ranks, o.dropout_p, call.seed))
+    rescaling = Rescaling(c, scaled, keep, *u_dropout)
+    y, kept = stages.expand(x, weight, call.bias, RankTerm(h, B_hat, o.scale), rescaling)
 
     need_dv, need_dB_hat = need.x or need.A or need.magnitude, need.B or need.lam or need.magnitude
     folded = call.lam is not None
@@ -82,26 +95,31 @@ def _compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
     return Computed((y,), saved, (call.A, call.B, call.magnitude, call.lam))
 
 
+def _u_dropout(o: Options, seed: Tensor | None) -> tuple[float, Tensor | None]:
+    """Return probability and seed of the dropout that u itself is computed with."""
+    return (o.dropout_p[0], seed) if o.two_term else (0.0, None)
+
+
 def _gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> dict[str, Tensor | None]:
-    dv, dB_hat, dm, dy_sum = stages.expand_backward(
-        dy, saved.h, saved.B_hat, o.scale, saved.c, saved.kept, o.save_output, saved.kept_divisor, bool(need.bias)
-    )
+    term = TermGradients(saved.h, saved.B_hat, o.scale)
+    rescaled = Rescaled(saved.c, saved.kept, o.save_output, saved.kept_divisor)
+    dv, dB_hat, dm, dy_sum = stages.expand_backward(dy, term, rescaled, bool(need.bias))
     grad, dA_hat = {"bias": dy_sum, "magnitude": dm}, None
     if need.x or need.A:
         weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
-        r = dv.shape[1] - o.frozen_rank
-        into = (dy, weight, dv, saved.A_hat, saved.x if need.A else None, r, o.scale, saved.c)
-        grad["x"], dA_hat = stages.input_backward(*into, o.ranks, o.dropout_p, saved.seed, o.two_term)
+        frozen = Frozen(weight, saved.c, o.two_term)
+        branch = Branch(dv, saved.A_hat, saved.x if need.A else None, dv.shape[1] - o.frozen_rank, o.scale)
+        grad["x"], dA_hat = stages.input_backward(dy, frozen, branch, Masks(o.ranks, o.dropout_p, saved.seed))
     if saved.lam is None:
         grad["A"], grad["B"] = dA_hat, dB_hat
     else:
         hats = (dA_hat if need.A else None, dB_hat if saved.h is not None else None)
-        constants = (saved.weight_norm, saved.frozen_B, saved.a, saved.b, o.eps)
-        grad["A"], grad["B"], dlam = stages.fold_backward(*hats, saved.A, saved.B, saved.lam, *constants)
+        folded = Folded(saved.A, saved.B, saved.a, saved.b, saved.frozen_B)
+        strength = Strength(saved.lam, saved.weight_norm, o.eps)
+        grad["A"], grad["B"], dlam = stages.fold_backward(*hats, folded, strength)
         grad["lam"] = dlam.reshape(saved.lam.shape) if need.lam else None
     if need.weight:
-        u_dropout = (o.dropout_p[0], saved.seed) if o.two_term else (0.0, None)
-        grad["weight"] = stages.weight_grad(dy, saved.x, saved.c, *u_dropout)
+        grad["weight"] = stages.weight_grad(dy, saved.x, saved.c, *_u_dropout(o, saved.seed))
     return grad
 
 

@@ -17,28 +17,39 @@ from torch import Tensor
 from delora_kernels.autograd.function import Computed, differentiable
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.call import MoECall, MoEOptions
+from delora_kernels.op_arguments import (
+    Branch,
+    ExpertFactors,
+    Frozen,
+    Gated,
+    Gating,
+    Masks,
+    RankTerm,
+    Rescaled,
+    Rescaling,
+    TermGradients,
+)
 
 
 class _Factors(NamedTuple):
-    """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and the sizes of their parts."""
+    """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and how they are gated."""
 
     rows: Tensor
     columns: Tensor
-    experts: int
-    rank: int
     trained_rows: int
-    shared: bool
+    gating: Gating
 
 
-def _factors(stages: Any, of: Any, dtype: torch.dtype) -> _Factors:
+def _factors(stages: Any, of: Any, o: MoEOptions) -> _Factors:
     """Stack the factors of a call, or of what is kept of it."""
     (E, _, r), A_rows = of.B.shape, of.A.flatten(0, -2)
-    alone = of.router is None and of.frozen_A is None and of.A.dtype == dtype
+    alone = of.router is None and of.frozen_A is None and of.A.dtype == o.rank_dtype
     start = None if of.frozen_A is None else of.frozen_A.flatten(0, -2)
-    first = (None if alone else A_rows, of.router, start)
-    rows, columns = stages.stack_factors(*first, of.B, of.frozen_B, of.residual, dtype)
+    factors = ExpertFactors(None if alone else A_rows, of.router, start, of.B, of.frozen_B, of.residual)
+    rows, columns = stages.stack_factors(factors, o.rank_dtype)
     trained_rows = len(A_rows) + (0 if of.router is None else E)
-    return _Factors(A_rows if alone else rows, columns, E, r, trained_rows, of.A.dim() == 2)
+    gating = Gating(E, r, o.renormalize, of.A.dim() == 2, of.scale, of.token_share)
+    return _Factors(A_rows if alone else rows, columns, trained_rows, gating)
 
 
 class _Saved(NamedTuple):
@@ -66,13 +77,12 @@ class _Saved(NamedTuple):
 def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
     """y [T, N]; over tokens f [E] (a constant), mean P [E], mean logsumexp² [1]."""
     o = call.options
-    factors = _factors(stages, call, o.rank_dtype)
+    factors = _factors(stages, call, o)
     weight = PlainBase(call.weight).dense(o.compute_dtype)
-    masks = (o.ranks, o.dropout_p, call.seed)
-    gating = (call.gates, call.scale, call.token_share, factors.experts, factors.rank, o.top_k, o.renormalize)
-    found = stages.project_route(x, factors.rows, *masks, *gating, factors.shared)
+    masks = Masks(o.ranks, o.dropout_p, call.seed)
+    found = stages.project_route(x, factors.rows, masks, call.gates, o.top_k, factors.gating)
     h, v, w, fraction, probability, z = found
-    y, _ = stages.expand(x, weight, call.bias, v, factors.columns, 1.0, None, None, False, 0.0, None)
+    y, _ = stages.expand(x, weight, call.bias, RankTerm(v, factors.columns), Rescaling())
     saved = _Saved(
         x=x if need.A or need.router or need.weight else None,
         weight=call.weight if need.x else None,
@@ -98,29 +108,29 @@ def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
 def _gradients(
     o: MoEOptions, need: MoECall, saved: Any, stages: Any, dy: Tensor, _: Any, dP: Tensor, dz: Tensor
 ) -> dict[str, Any]:
-    f, given = _factors(stages, saved, o.rank_dtype), saved.router is None
-    E, R, rows_of_A = f.experts, f.experts * f.rank, saved.A.flatten(0, -2).shape[0]
+    f, given = _factors(stages, saved, o), saved.router is None
+    E, r, rows_of_A = f.gating.experts, f.gating.rank, saved.A.flatten(0, -2).shape[0]
     grad: dict[str, Any] = {}
     if need.x or need.A or need.router or need.gates or need.scale:
         if saved.balance_coef is not None:  # of balance_loss("code")
             dP = torch.addcmul(dP, saved.fraction, saved.balance_coef, value=E)
         if saved.z_coef is not None:
             dz = dz + saved.z_coef
-        routed = (saved.h, saved.w, saved.scale, saved.token_share, dP, dz)
-        wanted = (bool(need.scale), given, E, f.rank, o.renormalize, f.shared)
+        gated = Gated(saved.h, saved.w, given, dP, dz, bool(need.scale))
         dh, dB_hat, grad["bias"], grad["gates"], grad["scale"] = stages.expand_route_backward(
-            dy, saved.v, f.columns, bool(need.bias), *routed, *wanted
+            dy, saved.v, f.columns, bool(need.bias), gated, f.gating
         )
     else:
-        nothing = (None, 1.0, None, None, False, None)
-        _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, saved.v, *nothing, bool(need.bias))
+        term = TermGradients(saved.v, None)
+        _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, term, Rescaled(), bool(need.bias))
     if need.B:
-        grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
+        grad["B"] = dB_hat[:, : E * r].unflatten(1, (E, r)).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
         weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
-        into = (dy, weight, dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0, None)
-        grad["x"], trained = stages.input_backward(*into, o.ranks, o.dropout_p, saved.seed, False)
+        branch = Branch(dh, f.rows, saved.x if trains else None, f.trained_rows)
+        masks = Masks(o.ranks, o.dropout_p, saved.seed)
+        grad["x"], trained = stages.input_backward(dy, Frozen(weight), branch, masks)
         if trains:
             grad["A"], grad["router"] = trained[:rows_of_A].view(saved.A.shape), trained[rows_of_A:]
     if need.weight:

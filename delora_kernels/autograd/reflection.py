@@ -18,6 +18,7 @@ from delora_kernels.autograd.function import Computed, differentiable
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.call import ReflectCall, ReflectOptions
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.op_arguments import Rescaled, TermGradients
 
 
 class _Saved(NamedTuple):
@@ -57,7 +58,7 @@ def _compute(call: ReflectCall, x: Tensor, need: ReflectCall, stages: Any) -> Co
 def _gradients(o: ReflectOptions, need: ReflectCall, saved: Any, stages: Any, dy: Tensor) -> dict[str, Any]:
     grad: dict[str, Any] = {}
     if need.bias:
-        *_, grad["bias"] = stages.expand_backward(dy, None, None, 1.0, None, None, False, None, True)
+        *_, grad["bias"] = stages.expand_backward(dy, TermGradients(None, None), Rescaled(), True)
     reflects = need.u or need.v
     dz = dy
     if saved.z is not None:

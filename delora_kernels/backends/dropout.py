@@ -5,12 +5,13 @@ ops. One hash decides four neighbouring elements with 16 bits each, so p is met 
 tensor: no device is ever synchronised, and a CUDA graph that draws a new seed draws a new mask.
 """
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from delora_kernels.op_arguments import Masks
 
 _DECISIONS = 4
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -70,8 +71,9 @@ class MaskGroup(NamedTuple):
         return None if self.seed is None else KeepMask(K, self.dropout_p, self.seed)
 
 
-def mask_groups(R: int, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> list[MaskGroup]:
-    """How the R columns of a rank-space tensor are divided among masks; arguments as in the op `project`."""
+def mask_groups(R: int, masks: Masks) -> list[MaskGroup]:
+    """How the R columns of a rank-space tensor are divided among masks."""
+    ranks, dropout_p, seed = masks
     if seed is None or not ranks:
         return [MaskGroup(slice(0, R), dropout_p[0], seed)]
     ends = list(accumulate(ranks))

@@ -5,7 +5,7 @@ output, in place; (d) a pass that writes the rank-R term, to which the GEMM then
 writes it on its way, where it can. What a backend has besides, its own stages.py puts around them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels.backends.dropout import MaskGroup, mask_groups
+from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaled, Rescaling, TermGradients
 
 
 class DyParts(NamedTuple):
@@ -28,7 +29,7 @@ class DyParts(NamedTuple):
     dots: Tensor | None
 
 
-class RankTerm(NamedTuple):
+class WrittenTerm(NamedTuple):
     """The rank-R term of dx for `token_sums` to write on its way: out [T, C], from small [R, C] of any strides."""
 
     small: Tensor
@@ -52,17 +53,15 @@ class Stages:
     takes_term: Callable[[Tensor, Tensor, Tensor, MaskGroup], bool]
     takes_dy_sums: Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
     dy_sums: Callable[..., DyParts]
-    finish_dy: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+    finish_dy: Callable[[DyParts, DyParts, Tensor | None, Tensor | None, Tensor | None], None]
     add_parts: Callable[[Tensor, torch.dtype], Tensor]
     rank_update: Callable[..., Tensor]
     scale_matrix: Callable[..., Tensor]
     drop: Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]
 
-    def project(
-        self, x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None
-    ) -> Tensor:
+    def project(self, x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
         """drop(x) Âᵀ; x is read once for each mask."""
-        groups = mask_groups(A_hat.shape[0], ranks, dropout_p, seed)
+        groups = mask_groups(A_hat.shape[0], masks)
         parts = [self.times_small(x, A_hat[group.columns].t(), A_hat.dtype, group) for group in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -71,17 +70,12 @@ class Stages:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        h: Tensor,
-        B_hat: Tensor,
-        scale: float,
-        c: Tensor | None,
-        scaled: Tensor | None,
-        keep: bool,
-        dropout_p: float,
-        seed: Tensor | None,
+        term: RankTerm,
+        rescaling: Rescaling,
         prefill: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """y in form (d) if `prefill`; in (b) if not, or where x Wᵀ is kept or dropout asks for two products."""
+        (h, B_hat, scale), (c, scaled, keep, dropout_p, seed) = term, rescaling
         nothing, extra = x.new_empty(0), None
         if prefill and seed is None and not keep and (c is None or scaled is not None):
             y = x.new_empty((x.shape[0], weight.shape[0]))
@@ -97,18 +91,10 @@ class Stages:
         return y, (base if keep else nothing)
 
     def expand_backward(
-        self,
-        dy: Tensor,
-        h: Tensor | None,
-        B_hat: Tensor | None,
-        scale: float,
-        c: Tensor | None,
-        kept: Tensor | None,
-        kept_is_y: bool,
-        divisor: Tensor | None,
-        need_bias: bool,
+        self, dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂ in float32."""
+        (h, B_hat, scale), (c, kept, kept_is_y, divisor) = term, rescaled
         dv, dtype = None, torch.float32 if B_hat is None else B_hat.dtype
         if B_hat is not None and h is not None and self.takes_dy_sums(dy, B_hat, h, c):
             parts = self.dy_sums(dy, B_hat, h, scale, need_bias, kept, c)
@@ -118,11 +104,37 @@ class Stages:
             empty = h is None and kept is None and not need_bias
             nothing = DyParts(None, None, None, None)
             parts = nothing if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
-        finished = self.finish_dy(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)
-        dv = finished[0] if dv is None else dv
+        sums = self.finished(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)
+        dv = sums.dv if dv is None else dv
         wide = dy.new_empty(0, dtype=torch.float32)
-        dB_hat, dm, dy_sum = (wide.clone() if result is None else result for result in finished[1:])
+        dB_hat, dy_sum, dm = (wide.clone() if result is None else result for result in sums[1:])
         return (dy.new_empty(0) if dv is None else dv), dB_hat, dm, dy_sum
+
+    def finished(
+        self,
+        parts: DyParts,
+        dtype: torch.dtype,
+        column: Tensor | None = None,
+        B_hat: Tensor | None = None,
+        divisor: Tensor | None = None,
+    ) -> DyParts:
+        """dv in `dtype`, c ⊙ product, Σ_t dy and (dots + Σ_r product ⊙ B̂) / divisor, in one launch or none.
+
+        Args:
+            parts: What to add up.
+            dtype: Of dv.
+            column: c [N] float32, or None for 1.
+            B_hat: [N, R] where the dots lack the rank-R term of u, else None.
+            divisor: [N]; the quotient is 0 where it is 0. Needed with dots.
+        """
+        dv, product, sums, dots = parts
+        if dv is None and dots is None and (column is None or product is None or product.shape[2] == 0):
+            if all(found is None or len(found) == 1 for found in (product, sums)):
+                return DyParts(None, *(None if found is None else found[0] for found in parts[1:]))
+        out = [None if found is None else found.new_empty(found.shape[1:]) for found in parts]
+        out[0] = None if dv is None else dv.new_empty(dv.shape[1:], dtype=dtype)
+        self.finish_dy(parts, DyParts(*out), column, B_hat, divisor)
+        return DyParts(*out)
 
     def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
         """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes it, else two."""
@@ -133,40 +145,27 @@ class Stages:
         return parts._replace(dv=self.times_small_parts(dy, B_hat, B_hat.dtype))
 
     def input_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor | None,
-        dv: Tensor,
-        A_hat: Tensor | None,
-        x: Tensor | None,
-        r: int,
-        scale: float,
-        c: Tensor | None,
-        ranks: Sequence[int],
-        dropout_p: Sequence[float],
-        seed: Tensor | None,
-        two_term: bool,
-        prefill: bool = True,
+        self, dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks, prefill: bool = True
     ) -> tuple[Tensor, Tensor]:
         """dÂ from one read of x for each mask; dx in form (d) if `prefill`, else in (b)."""
-        groups, term = mask_groups(dv.shape[1], ranks, dropout_p, seed), None
+        (weight, c, two_term), (dv, A_hat, x, _, _) = frozen, branch
+        groups, term = mask_groups(dv.shape[1], masks), None
         if weight is None or A_hat is None:
-            return dy.new_empty(0), self.factor_grad(dv, x, r, scale, groups)
+            return dy.new_empty(0), self.factor_grad(branch, groups)
         if two_term and c is not None and groups[0].seed is not None:
-            dx = self._two_term_dx(dy, weight, dv, A_hat, scale, c, groups[0])
-            return dx, self.factor_grad(dv, x, r, scale, groups)
+            dx = self._two_term_dx(dy, weight, c, branch, groups[0])
+            return dx, self.factor_grad(branch, groups)
         if prefill and x is not None and len(groups) == 1 and self.takes_term(x, dv, A_hat, groups[0]):
-            term = RankTerm(A_hat, dy.new_empty((dy.shape[0], weight.shape[1])))
-        dA_hat = self.factor_grad(dv, x, r, scale, groups, term)
+            term = WrittenTerm(A_hat, dy.new_empty((dy.shape[0], weight.shape[1])))
+        dA_hat = self.factor_grad(branch, groups, term)
         dy, weight = self.scaled_operands(dy, weight, c)
         if term is not None:
             return term.out.addmm_(dy, weight), dA_hat
-        return self._input_grad(dy, weight, dv, A_hat, scale, groups, prefill), dA_hat
+        return self._input_grad(dy, weight, branch, groups, prefill), dA_hat
 
-    def factor_grad(
-        self, dv: Tensor, x: Tensor | None, r: int, scale: float, groups: list[MaskGroup], term: RankTerm | None = None
-    ) -> Tensor:
+    def factor_grad(self, branch: Branch, groups: list[MaskGroup], term: WrittenTerm | None = None) -> Tensor:
         """dÂ [r, K], float32, and from all of dv's columns the term, which asks for one group."""
+        dv, _, x, r, scale = branch
         if x is None:
             return dv.new_empty(0, dtype=torch.float32)
         sums = []
@@ -179,17 +178,10 @@ class Stages:
         found = [self.add_parts(product, torch.float32) for product in sums if product is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _input_grad(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        dv: Tensor,
-        A_hat: Tensor,
-        scale: float,
-        groups: list[MaskGroup],
-        prefill: bool,
-    ) -> Tensor:
+    def _input_grad(self, dy: Tensor, weight: Tensor, branch: Branch, groups: list[MaskGroup], prefill: bool) -> Tensor:
         """dx of scaled operands, the rank-R term in a pass of its own for each mask."""
+        dv, A_hat, _, _, scale = branch
+        assert A_hat is not None
         dx = dy.new_empty((dy.shape[0], weight.shape[1])) if prefill else torch.mm(dy, weight)
         base = None if prefill else dx
         for group in groups:
@@ -205,10 +197,9 @@ class Stages:
             return self.scale_matrix(dy, c, by_row=False), weight
         return dy, self.scale_matrix(weight, c, by_row=True)
 
-    def _two_term_dx(
-        self, dy: Tensor, weight: Tensor, dv: Tensor, A_hat: Tensor, scale: float, c: Tensor, group: MaskGroup
-    ) -> Tensor:
+    def _two_term_dx(self, dy: Tensor, weight: Tensor, c: Tensor, branch: Branch, group: MaskGroup) -> Tensor:
         """dy W + drop((dy ⊙ (c − 1)) W + scale · dv Â)."""
+        dv, A_hat, _, _, scale = branch
         inverse = 1 / (1 - group.dropout_p)
         dropped = torch.mm(*self.scaled_operands(dy, weight, (c - 1) * inverse)).contiguous()
         extra = torch.mm(dy, weight)

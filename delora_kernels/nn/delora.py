@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from delora_kernels import checks, functional, ops
 from delora_kernels.nn.base import AdapterLinear, BaseOptions
+from delora_kernels.op_arguments import Start, Strength
 
 STARTS = ("zero", "frozen_live", "frozen_paper")
 WEIGHT_NORMS = ("column", "frobenius")
@@ -117,16 +118,7 @@ class DeLoRALinear(AdapterLinear):
         )
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        A_hat, B_hat, _, _ = ops.fold(
-            self.A,
-            self.B,
-            self.lam,
-            self.weight_norm,
-            self.frozen_A,
-            self.frozen_B,
-            self.frozen_lam,
-            self.eps,
-            dtype,
-            "eager",
-        )
+        strength = Strength(self.lam, self.weight_norm, self.eps)
+        start = Start(self.frozen_A, self.frozen_B, self.frozen_lam)
+        A_hat, B_hat, _, _ = ops.fold(self.A, self.B, strength, start, dtype, "eager")
         return A_hat, B_hat, 1.0

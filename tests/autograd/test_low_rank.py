@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from delora_kernels import functional, ops, use_backend
 from delora_kernels.backends import eager
+from delora_kernels.op_arguments import Masks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -299,9 +300,9 @@ def test_torch_func_is_refused(variant: str, seed: int) -> None:
 def test_ops_refuse_to_be_differentiated(variant: str, seed: int) -> None:
     x, A = Maker(seed).tensor(3, 4).requires_grad_(), Maker(seed).tensor(2, 4)
     with pytest.raises(RuntimeError, match="no autograd formula of its own"):
-        ops.project(x, A, [], [0.0], None, "eager")
+        ops.project(x, A, Masks(), "eager")
     with torch.no_grad():
-        assert torch.equal(ops.project(x, A, [], [0.0], None, "eager"), x @ A.T)
+        assert torch.equal(ops.project(x, A, Masks(), "eager"), x @ A.T)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -347,5 +348,6 @@ def test_opcheck(variant: str, seed: int) -> None:
     assert {"project", "expand", "expand_backward", "input_backward", "weight_grad"} <= set(seen)
     for name, calls in seen.items():
         for args in calls:
-            detached = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+            values = (*ops.flat(name, args[:-1]), args[-1])
+            detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
             torch.library.opcheck(getattr(torch.ops.delora_kernels, name).default, detached)

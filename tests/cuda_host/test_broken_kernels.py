@@ -27,6 +27,7 @@ from delora_kernels.backends.cuda import dropout_mask, launch
 from delora_kernels.backends.cuda.kernels import token_sums
 from delora_kernels.backends.cuda.route import route
 from delora_kernels.backends.dropout import MaskGroup
+from delora_kernels.op_arguments import Gating
 from delora_kernels.testing.ops.problems import op_problems
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -101,7 +102,7 @@ def _results(file: str, order: int) -> list[Tensor]:
             patch.setattr(launch, "SPLIT_TARGET", target)
             results += _results_of_ops(Path(file).stem)
     if file == "gating.cuh":  # equal logits
-        results += route(torch.zeros(1, 5, 24), torch.float32, None, torch.ones(8), None, 8, 2, 4, True, False)
+        results += route(torch.zeros(1, 5, 24), torch.float32, None, 4, Gating(8, 2, True, False, torch.ones(8)))
     if file == "token_sums.cu":  # the vectors, beside a masked product
         x, y = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(1))
         results += token_sums(x, x[:, :5], sums=True, y=y, group=MaskGroup(slice(0, 5), 0.5, torch.tensor(7)))[1:]

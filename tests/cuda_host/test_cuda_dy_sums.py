@@ -7,6 +7,7 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda import dy_sums, kernels, launch, stages
 from delora_kernels.backends.library_gemm import DyParts
+from delora_kernels.op_arguments import Rescaled, TermGradients
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(WIDE, WIDE), *((x, small) for x in (HALF, BF16) for small in (x, WIDE))]
@@ -40,7 +41,7 @@ def test_odd_shapes(dtypes: tuple[torch.dtype, ...], seed: int, monkeypatch: pyt
         sums, dots = case % 2 == 0, case % 3 < 2
         found = dy_sums.dy_sums(dy, small, h, 0.75, sums, y if dots else None, c)
         wide = dy.double()
-        dv, product, *_ = dy_sums.finish_dy(found._replace(dots=None), torch.float32, None, None, None)
+        dv, product, *_ = stages.STAGES.finished(found._replace(dots=None), torch.float32)
         case_of = (T, N, R, case)
         assert _off(dv, wide @ (small.double() if c is None else small.double() * c.double()[:, None])) <= 1e-5, case_of
         assert _off(product, 0.75 * wide.t() @ h.double()) <= 1e-5, case_of
@@ -78,7 +79,8 @@ def test_reads_of_dy(R: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (dy_sums, kernels):
         monkeypatch.setattr(module, "launch", noted)
     dy, h, B_hat = torch.randn(70, 90), torch.randn(70, R), torch.randn(90, R)
-    stages.expand_backward(dy, h, B_hat, 2.0, torch.ones(90), dy, True, torch.ones(90), True)
+    rescaled = Rescaled(torch.ones(90), dy, True, torch.ones(90))
+    stages.expand_backward(dy, TermGradients(h, B_hat, 2.0), rescaled, True)
     readers = [name for name in launched if name in ("dy_sums", "times_small", "token_sums")]
     assert readers == (["dy_sums"] if reads == 1 else ["times_small", "token_sums"])
     assert launched[-1] == "finish_dy"
@@ -102,7 +104,7 @@ def test_nan_and_inf_stay_in_their_rows_and_columns() -> None:
     dy, small, h = torch.ones(70, 300), torch.ones(300, 3), torch.ones(70, 3)
     dy[66, 290], dy[3, 5] = torch.nan, torch.inf
     parts: DyParts = dy_sums.dy_sums(dy, small, h, 1.0, True, None)
-    dv, product, _, sums = dy_sums.finish_dy(parts, torch.float32, None, None, None)
+    dv, product, sums, _ = stages.STAGES.finished(parts, torch.float32)
     assert dv is not None
     assert product is not None
     assert sums is not None

@@ -12,7 +12,7 @@ from delora_kernels import functional as F
 from delora_kernels import ops, use_backend
 from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
-from delora_kernels.backends.cuda.dy_sums import finish_dy
+from delora_kernels.backends.cuda.stages import STAGES
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.ops.problems import op_problems
 
@@ -130,7 +130,7 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
         x, y = x.to(dtype), x.to(dtype) if x.is_contiguous() else x.flip(0).to(dtype)
         found = kernels.token_sums(x, h, 0.5, sums=True, y=y)
         assert found.product is not None
-        _, product, _, sums = finish_dy(found._replace(dots=None), dtype, None, None, None)
+        _, product, sums, _ = STAGES.finished(found._replace(dots=None), dtype)
         assert product is not None
         assert sums is not None
         return [

@@ -8,6 +8,7 @@ from host_backend import SANITIZED, shuffle_threads
 
 from delora_kernels.backends.cuda import launch, route
 from delora_kernels.backends.eager import route as eager
+from delora_kernels.op_arguments import Gated, Gating, Masks
 from delora_kernels.testing.draw import Draw
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -45,7 +46,7 @@ def test_the_same_bits_both_ways(
                 monkeypatch.setattr(route, "LARGEST_COLUMNS", largest)
                 shuffle_threads(seed + case + largest)
                 launched.clear()
-                results.append(route.project_route(x, A_hat, [], [p], mask, *gating))
+                results.append(route.project_route(x, A_hat, Masks([], [p], mask), *gating))
                 whole = len(A_hat) <= largest
                 assert launched == [*(["project_route"] if whole else ["times_small", "route"]), "route_totals"]
             assert all(torch.equal(a, b) for a, b in zip(*(result[:3] for result in results), strict=True))
@@ -78,7 +79,7 @@ def test_parts_are_added_in_their_order_and_gated_as_rounded(E: int, r: int, dty
 @pytest.mark.parametrize("E", [1, 3, 8, 33, 64])
 def test_ties_go_to_the_lowest_index(E: int) -> None:
     h = torch.zeros(1, 5, E * 2 + E)
-    *_, w, fraction, _, _ = route.route(h, WIDE, None, torch.ones(E), None, E, 2, max(1, E // 2), True, False)
+    *_, w, fraction, _, _ = route.route(h, WIDE, None, max(1, E // 2), Gating(E, 2, True, False, torch.ones(E)))
     expected = (torch.arange(E) < max(1, E // 2)).float()
     assert (fraction - expected).abs().max() <= 1e-6
     assert torch.equal(w != 0, (expected != 0).expand(5, E))
@@ -97,9 +98,9 @@ def test_launches_forward(monkeypatch: pytest.MonkeyPatch, launched: list[str]) 
     ):
         monkeypatch.setattr(launch, "SPLIT_TARGET", target)
         launched.clear()
-        drops = ([E * r, E], [0.5, 0.0], torch.arange(2)) if masks == 2 else ([], [0.0], None)
-        gating = (None, torch.ones(E), None, E, r, 1, True, False)
-        route.project_route(torch.randn(T, K), torch.randn(E * r + E, K), *drops, *gating)
+        drops = Masks([E * r, E], [0.5, 0.0], torch.arange(2)) if masks == 2 else Masks()
+        gating = (None, 1, Gating(E, r, True, False, torch.ones(E)))
+        route.project_route(torch.randn(T, K), torch.randn(E * r + E, K), drops, *gating)
         assert launched == [*expected, "route_totals"], (target, T, K, E, r, masks)
 
 
@@ -115,7 +116,7 @@ def test_what_is_not_finite(target: int, monkeypatch: pytest.MonkeyPatch, launch
         h[E * r] = logit
         A_hat = torch.zeros(len(h), K)
         A_hat[:, 0] = h
-        _, v, *_ = route.project_route(x, A_hat, [], [0.0], None, None, torch.ones(E), None, E, r, k, True, False)
+        _, v, *_ = route.project_route(x, A_hat, Masks(), None, k, Gating(E, r, True, False, torch.ones(E)))
         assert torch.equal(v.nan_to_num(7), torch.tensor(expected).expand(T, -1).nan_to_num(7)), k
     assert launched[0] == ("project_route" if target == 1 else "times_small")
 
@@ -123,7 +124,7 @@ def test_what_is_not_finite(target: int, monkeypatch: pytest.MonkeyPatch, launch
 def test_nan_logits_stay_in_their_row() -> None:
     h = torch.ones(1, 3, 4 * 2 + 4)
     h[0, 1, -2] = torch.nan
-    _, v, *_ = route.route(h, WIDE, None, torch.ones(4), None, 4, 2, 2, True, False)
+    _, v, *_ = route.route(h, WIDE, None, 2, Gating(4, 2, True, False, torch.ones(4)))
     assert v[1].isnan().all()
     assert v[[0, 2]].isfinite().all()
 
@@ -148,20 +149,19 @@ def test_what_the_launchers_refuse() -> None:
         with pytest.raises(RuntimeError, match=r"project_route\(.*a size out of range"):
             launch.launch("project_route", x, small, 6, *gated, 4, E, r, 0, 1, True, share, None, 0, 1.0)
     with pytest.raises(RuntimeError, match=r"route\(.*a size out of range"):
-        route.route(torch.zeros(1, 2, 1026), WIDE, None, torch.ones(513), None, 513, 1, 1, True, False)
+        route.route(torch.zeros(1, 2, 1026), WIDE, None, 1, Gating(513, 1, True, False, torch.ones(513)))
 
 
 def test_no_tokens(seed: int) -> None:
     E, r, K, N = 3, 2, 5, 4
     A_hat, scale = torch.randn(E * r + E, K), torch.ones(E)
-    h, v, w, *sums = route.project_route(
-        torch.zeros(0, K), A_hat, [], [0.0], None, None, scale, None, E, r, 1, True, False
-    )
+    gating = Gating(E, r, True, False, scale)
+    h, v, w, *sums = route.project_route(torch.zeros(0, K), A_hat, Masks(), None, 1, gating)
     assert h.shape == (0, E * r + E)
     assert v.shape == (0, E * r)
     assert w.shape == (0, E)
     assert not torch.cat(sums).any()
-    backward = (True, h, w, scale, None, torch.ones(E), torch.ones(1), True, False, E, r, True, False)
+    backward = (True, Gated(h, w, False, torch.ones(E), torch.ones(1), True), gating)
     dh, *rest = route.expand_route_backward(torch.zeros(0, N), v, torch.randn(N, E * r), *backward)
     assert dh.shape == h.shape
     assert [tuple(found.shape) for found in rest] == [(N, E * r), (N,), (0,), (E,)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from delora_kernels.backends.cuda import dy_sums, kernels, launch, route
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.dropout import MaskGroup
-from delora_kernels.backends.library_gemm import RankTerm
+from delora_kernels.backends.library_gemm import WrittenTerm
+from delora_kernels.op_arguments import Gating, Masks
 
 SHAPES = 4 if SANITIZED else 20
 Found = dict[str, tuple[Tensor, Tensor]]
@@ -43,7 +44,7 @@ def token_sums(T: int, C: int, R: int, draw: Callable[..., Tensor], rounded: Cal
     """The vectors are no products: nothing is rounded for them."""
     x, y, h, small, out = draw(T, C), draw(T, C), draw(T, R), draw(R, C), draw(T, C)
     found = kernels.token_sums(x, h, 0.75, sums=True, y=y)
-    kernels.token_sums(x, h, 0.75, group=MaskGroup(slice(0, R), 0.0, None), term=RankTerm(small, out))
+    kernels.token_sums(x, h, 0.75, group=MaskGroup(slice(0, R), 0.0, None), term=WrittenTerm(small, out))
     return {
         "product": (_total(found.product), 0.75 * rounded(x).t() @ rounded(h)),
         "sums": (_total(found.sums), x.double().sum(0)),
@@ -114,8 +115,8 @@ def test_a_mixture_gated_on_the_way(
     monkeypatch.setattr(launch, "SPLIT_TARGET", 1)
     for E, r in ((4, 3), (4, 7), (4, 15)):
         x, A = torch.randn(70, 90, generator=generator), torch.randn(E * r + E, 90, generator=generator)
-        gating = (None, torch.ones(E), None, E, r, 1, True, False)
-        h, *_ = route.project_route(x, A, [], [0.0], None, *gating)
+        gating = (None, 1, Gating(E, r, True, False, torch.ones(E)))
+        h, *_ = route.project_route(x, A, Masks(), *gating)
         exact = rounding(x) @ rounding(A).t()
         assert (h.double() - exact).abs().max() <= 1e-5 * exact.abs().max(), (E, r)
     assert launched == ["project_route", "route_totals"] * 3

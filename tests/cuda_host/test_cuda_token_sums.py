@@ -7,7 +7,8 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda import kernels, launch, stages
 from delora_kernels.backends.dropout import MaskGroup, mask_groups
-from delora_kernels.backends.library_gemm import RankTerm
+from delora_kernels.backends.library_gemm import WrittenTerm
+from delora_kernels.op_arguments import Branch, Frozen, Masks
 from delora_kernels.testing.errors import relative_error
 
 WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -62,7 +63,7 @@ def test_the_term_on_the_way(
         mask = MaskGroup(slice(0, R), p, torch.tensor(seed + case) if p else None)
         out = torch.full((T, C), torch.nan, dtype=dtypes[0])
         found = kernels.token_sums(
-            x, h, 1.75, group=mask, transposed=case % 2 == 0, ranks=ranks, term=RankTerm(small, out)
+            x, h, 1.75, group=mask, transposed=case % 2 == 0, ranks=ranks, term=WrittenTerm(small, out)
         )
         kept = kernels.dropout_mask(T, C, p, mask.seed).double() if mask.seed is not None else 1.0
         case_of, factor, wide, small = (T, C, R, case), 1.75 / (1 - p), h.double(), small.double()
@@ -88,7 +89,7 @@ def test_the_same_bits_in_any_order_of_threads(dtype: torch.dtype, seed: int) ->
         shuffle_threads(seed + order)
         out = torch.empty(200, 200, dtype=dtype)
         found = kernels.token_sums(
-            x.to(dtype), h, group=MaskGroup(slice(0, 40), 0.5, torch.tensor(seed)), term=RankTerm(small, out)
+            x.to(dtype), h, group=MaskGroup(slice(0, 40), 0.5, torch.tensor(seed)), term=WrittenTerm(small, out)
         )
         results.append((found.product, out))
     for product, out in results[1:]:
@@ -122,10 +123,8 @@ def test_who_writes_the_term(
     dy, weight, dv, A_hat, x = (
         torch.randn(shape, generator=generator) for shape in ((70, 40), (40, 90), (70, R), (R, 90), (70, 90))
     )
-    p = [0.0] * len(ranks)
-    dx, dA_hat = stages.input_backward(
-        dy, weight, dv, A_hat, x, r, 2.0, None, ranks, p, torch.arange(len(ranks)), False
-    )  # fmt: skip
+    masks = Masks(ranks, [0.0] * len(ranks), torch.arange(len(ranks)))
+    dx, dA_hat = stages.input_backward(dy, Frozen(weight), Branch(dv, A_hat, x, r, 2.0), masks)
     assert launched == launches
     assert relative_error(dA_hat, 2 * dv[:, :r].double().t() @ x.double()) <= 1e-5
     assert relative_error(dx, dy.double() @ weight.double() + 2 * dv.double() @ A_hat.double()) <= 1e-5
@@ -138,6 +137,6 @@ def test_what_it_does_not_take() -> None:
     assert not kernels.takes_term(x, h[:, :3], small[:3].half(), none)
     assert kernels.takes_term(x, h[:, :64], small[:64], none)
     with pytest.raises(RuntimeError, match=r"token_sums\(.*a size out of range"):
-        kernels.token_sums(x, h, term=RankTerm(small, torch.empty(4, 6)))
+        kernels.token_sums(x, h, term=WrittenTerm(small, torch.empty(4, 6)))
     with pytest.raises(RuntimeError, match=r"token_sums\(.*a dtype that"):
-        kernels.token_sums(x, h[:, :3], term=RankTerm(small[:3].half(), torch.empty(4, 6)))
+        kernels.token_sums(x, h[:, :3], term=WrittenTerm(small[:3].half(), torch.empty(4, 6)))

@@ -14,6 +14,7 @@ from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
 from delora_kernels.backends.eager import low_rank
 from delora_kernels.diagnostics import check
+from delora_kernels.op_arguments import Branch, Frozen, Masks
 from delora_kernels.testing import METHODS
 
 LOW_RANK = {name for name, method in METHODS.items() if not method.function.startswith("ether")}
@@ -44,6 +45,14 @@ def never_written(result: Tensor, *_: Any) -> Tensor:
     return y
 
 
+def other_seed(masks: Masks) -> Masks:
+    return masks if masks.seed is None else masks._replace(seed=masks.seed + 1)
+
+
+def one_mask(masks: Masks) -> Masks:
+    return masks if masks.seed is None else masks._replace(ranks=[], seed=masks.seed.reshape(-1)[0])
+
+
 def raises(*_: Any) -> None:
     raise RuntimeError("no such\nkernel")
 
@@ -52,17 +61,19 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     # name: (op, what takes (right op, *arguments), rows that must fail)
     "branch lost in dx": (
         "input_backward",
-        lambda right, dy, weight, dv, A_hat, *rest: right(dy, weight, dv, None if A_hat is None else 0 * A_hat, *rest),
+        lambda right, dy, frozen, branch, masks: right(
+            dy, frozen, branch._replace(A_hat=None if branch.A_hat is None else 0 * branch.A_hat), masks
+        ),
         {"op input_backward": "dx", "lora": "dx", "delora-zero-b": None},
     ),
     "scale forgotten in dA": (
         "input_backward",
-        part(1, lambda dA, dy, weight, dv, A_hat, x, r, scale, *_: dA / scale),
+        part(1, lambda dA, dy, frozen, branch, masks: dA / branch.scale),
         {"op input_backward": "dA_hat", "lora": "dA", "dora": "dA", "delora": None},
     ),
     "1 / (1 - p) forgotten": (
         "project",
-        lambda right, x, A_hat, ranks, p, seed: right(x, A_hat, ranks, p, seed) * (1 - p[0]),
+        lambda right, x, A_hat, masks: right(x, A_hat, masks) * (1 - masks.dropout_p[0]),
         {"op project": "h", "lora-dropout": "y", "lora": None},
     ),
     "branch rounded to bfloat16": (
@@ -77,8 +88,8 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "bias scaled by c": (
         "expand",
-        lambda right, x, weight, bias, h, B, scale, c, *rest: right(
-            x, weight, bias if c is None or bias is None else bias * c, h, B, scale, c, *rest
+        lambda right, x, weight, bias, term, rescaling: right(
+            x, weight, bias if rescaling.c is None or bias is None else bias * rescaling.c, term, rescaling
         ),
         {"op expand": "y", "dora": "y", "lora": None},
     ),
@@ -89,13 +100,13 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "dB without c": (
         "expand_backward",
-        part(1, lambda dB, dy, h, B, scale, c, *_: dB if c is None or h is None else dB / c[:, None]),
+        part(1, lambda dB, dy, term, done, *_: dB if done.c is None or term.h is None else dB / done.c[:, None]),
         {"op expand_backward": "dB_hat", "dora": "dB", "lora": None},
     ),
     "kept tensor mistaken for u": (
         "expand_backward",
-        lambda right, dy, h, B, scale, c, kept, kept_is_y, *rest: right(
-            dy, h, B, scale, c, kept, kept is not None, *rest
+        lambda right, dy, term, rescaled, need_bias: right(
+            dy, term, rescaled._replace(kept_is_y=rescaled.kept is not None), need_bias
         ),
         {"op expand_backward": "dm", "dora": "dmagnitude", "lora": None, "dora-saved-output": None},
     ),
@@ -111,7 +122,7 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "norms not clamped": (
         "fold",
-        lambda right, *arguments: right(*arguments[:7], 0.0, arguments[8]),
+        lambda right, A, B, strength, *rest: right(A, B, strength._replace(eps=0.0), *rest),
         {"op fold": "A_hat", "delora-clamped": "y", "delora": None},
     ),
     "start not negated": (
@@ -121,14 +132,14 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "residual not negated": (
         "stack_factors",
-        lambda right, A, G, A0, B, B0, residual, dtype: right(
-            A, G, A0, B, B0, None if residual is None else -residual, dtype
+        lambda right, factors, dtype: right(
+            factors if factors.residual is None else factors._replace(residual=-factors.residual), dtype
         ),
         {"op stack_factors": "columns", "goat": "y", "moe": None},
     ),
     "experts in another order": (
         "stack_factors",
-        lambda right, A, G, A0, B, *rest: right(A, G, A0, B.flip(0), *rest),
+        lambda right, factors, dtype: right(factors._replace(B=factors.B.flip(0)), dtype),
         {"op stack_factors": "columns", "moe": "y", "moe-gates": "dx", "lora": None},
     ),
     "norms in the wrong dtype": (
@@ -138,22 +149,27 @@ BREAKAGES: dict[str, tuple[str, Any, dict[str, str | None]]] = {
     ),
     "norm taken as constant": (
         "fold_backward",
-        part(0, lambda dA, dA_hat, dB_hat, A, B, lam, n, F, a, *_: dA_hat * n / a[: len(A), None] if dA.any() else dA),
+        part(
+            0,
+            lambda dA, dA_hat, dB_hat, folded, strength: (
+                dA_hat * strength.weight_norm / folded.a[: len(folded.A), None] if dA.any() else dA
+            ),
+        ),
         {"op fold_backward": "dA", "delora": "dA", "lora": None},
     ),
     "start left out of dlam": (
         "fold_backward",
-        lambda right, dA_hat, dB_hat, A, B, lam, n, frozen_B, *rest: right(dA_hat, dB_hat, A, B, lam, n, None, *rest),
+        lambda right, dA_hat, dB_hat, folded, *rest: right(dA_hat, dB_hat, folded._replace(frozen_B=None), *rest),
         {"op fold_backward": "dlam", "delora-frozen-live": "dlam", "delora-frozen-paper": None},
     ),
     "mask of another seed in backward": (
         "input_backward",
-        lambda right, *a: right(*a[:10], None if a[10] is None else a[10] + 1, a[11]),
+        lambda right, *rest: right(*rest[:3], other_seed(rest[3])),
         {"op input_backward": "dA_hat", "lora-dropout": "dA", "delora-dropout": "dA", "lora": None},
     ),
     "one mask for stacked adapters": (
         "input_backward",
-        lambda right, *a: right(*a[:8], [], a[9], a[10] if a[10] is None else a[10].reshape(-1)[0], a[11]),
+        lambda right, *rest: right(*rest[:3], one_mask(rest[3])),
         {"op input_backward": "dx", "lora-stacked-dropout": "dx", "lora-dropout": None},
     ),
     "every element kept": (
@@ -195,9 +211,10 @@ def test_precision_lost_in_mixed_dtypes_fails(
     """float32 adapters on a bfloat16 base must keep float32's precision in the adapters' gradients."""
     right = eager.input_backward
 
-    def narrow(dy: Tensor, weight: Tensor, dv: Tensor, A_hat: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        _, dA_hat = right(dy, None, dv.bfloat16(), None, x, *rest)
-        return right(dy, weight, dv, A_hat, None, *rest)[0], dA_hat
+    def narrow(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:
+        coarse = branch._replace(dv=branch.dv.bfloat16(), A_hat=None)
+        _, dA_hat = right(dy, frozen._replace(weight=None), coarse, masks)
+        return right(dy, frozen, branch._replace(x=None), masks)[0], dA_hat
 
     monkeypatch.setattr(eager, "input_backward", narrow)
     assert main(["check", "--dtype", "bfloat16", "--json"]) == 1

@@ -144,7 +144,8 @@ def bring_kernels(name: str) -> None:
         if op.namespace != ops.NAMESPACE or not any(isinstance(value, Disguised) for value in args):
             return there(op, args, kwargs)
         with Other():
-            results = getattr(package, op._schema.name.split("::")[1])(*args[:-1])
+            name = op._schema.name.split("::")[1]
+            results = getattr(package, name)(*ops.packed(name, args[:-1]))
         for result in results if isinstance(results, tuple | list) else (results,):
             if not isinstance(result, Disguised):
                 raise RuntimeError(f"{op}: a result {list(result.shape)} is on the CPU")

@@ -7,22 +7,23 @@ import pytest
 from torch import Tensor
 
 from delora_kernels.backends.cuda import dy_sums, kernels, launch, route
+from delora_kernels.op_arguments import Gating
 from delora_kernels.testing.draw import Draw
 
 
 def gatings(draw: Draw, T: int, E: int, r: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Columns that h has beside its logits' and the arguments of `project_route` from gates on, every option once."""
+    """Columns that h has beside its logits', gates, top_k and `Gating`, every option once."""
     scale, share = draw.normal(E).float(), draw.normal(T).abs().float()
     share[1::3] = 0
     gates = draw.normal(T, E).float()
     gates[gates.abs() < 0.5] = 0
     some = max(1, E // 2)
-    yield E * r, (None, scale, None, E, r, some, True, False)
-    yield E * r + 3, (None, scale, share, E, r, some, False, False)
-    yield E * r, (None, scale, None, E, r, E, True, False)
-    yield r + 2, (None, scale, share, E, r, 1, True, True)
-    yield E * r + 1, (gates, scale, share, E, r, some, True, False)
-    yield r, (gates, scale, None, E, r, some, False, True)
+    yield E * r, (None, some, Gating(E, r, True, False, scale))
+    yield E * r + 3, (None, some, Gating(E, r, False, False, scale, share))
+    yield E * r, (None, E, Gating(E, r, True, False, scale))
+    yield r + 2, (None, 1, Gating(E, r, True, True, scale, share))
+    yield E * r + 1, (gates, some, Gating(E, r, True, False, scale, share))
+    yield r, (gates, some, Gating(E, r, False, True, scale))
 
 
 def note_launches(patch: pytest.MonkeyPatch) -> list[str]:

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from benchmarks import tune, tune_tiles
 from benchmarks.timing import Budget
-from delora_kernels.backends.triton import forms, forms_table, stages, tables, tuned
+from delora_kernels.backends.triton import forms, stages, tables, tuned
+from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaling
 
 
 def test_a_table_decides_by_device_dtype_and_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +43,9 @@ def test_each_op_asks_for_the_form_of_its_own_product(monkeypatch: pytest.Monkey
     monkeypatch.setattr(forms, "choose", lambda *a: asked.append((a[0], *a[2:])) or choose(*a))
     T, K, N, R = 5, 7, 6, 3
     x, W, dy, h, A, B = (torch.ones(s) for s in ((T, K), (N, K), (T, N), (T, R), (R, K), (N, R)))
-    stages.expand(x, W, None, h, B, 1.0, None, None, False, 0.0, None)
+    stages.expand(x, W, None, RankTerm(h, B), Rescaling())
     stages.wants_scaled(x, W)
-    stages.input_backward(dy, W, h, A, x, R, 1.0, None, [], [0.0], None, False)
+    stages.input_backward(dy, Frozen(W), Branch(h, A, x, R), Masks())
     assert asked == [("expand", N, K), ("expand", N, K), ("dx", K, N)]
 
 
@@ -63,7 +64,7 @@ def test_the_form_that_was_chosen_runs(form: str, monkeypatch: pytest.MonkeyPatc
     for wide in (False, True):
         calls.clear()
         dtype = torch.bfloat16 if wide else torch.float32
-        y, _ = stages.expand(x.to(dtype), W.to(dtype), None, h, B, 0.5, None, None, False, 0.0, None)
+        y, _ = stages.expand(x.to(dtype), W.to(dtype), None, RankTerm(h, B, 0.5), Rescaling())
         assert calls == ["rank_gemm" if form == forms.OWN and not wide else "rank_update"]
         assert (y.float() - expected).abs().max() <= (0.05 if wide else 1e-5) * expected.abs().max()
 
@@ -101,14 +102,14 @@ def test_tune_times_each_form_in_every_class(monkeypatch: pytest.MonkeyPatch) ->
 def test_tune_writes_a_table_that_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tune, "TOKENS", (3, 5))
     monkeypatch.setattr(tune, "LAYERS", ((8, 16), (16, 8)))
-    arguments = ["--device", "cpu", "--only", "forms", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--only", "forms", "--out", str(tmp_path / "tuned.py")]
     assert tune.main(arguments, _Partial(), Budget(0, 1, 1, 0)) == 0
     found: dict[str, Any] = {}
-    exec((tmp_path / "forms_table.py").read_text(), found)
+    exec((tmp_path / "tuned.py").read_text(), found)
+    assert found["TILES"] == tables.TILES
     assert set(found["FORMS"]) == {((0, 0), dtype, op) for dtype in tune.DTYPES for op in ("expand", "dx")}
     assert all(entries == {"few narrow short": forms.OWN} for entries in found["FORMS"].values())
     assert forms.DEFAULT == forms.PREFILL
-    assert tune.text({}) == Path(forms_table.__file__).read_text().replace("= {}", "= {\n}")
 
 
 class _Tiles:
@@ -131,10 +132,11 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
     shipped = tables.TABLES["row_norm"]["16"]
     fast = {(32, 64, 8, 3): 1.0, (32, 64, 4, 2): 0.5, (64, 256, 32, 4, 4, 128): 1.5, tuple(shipped): 1.01}
     clock = _Tiles(fast, broken=(32, 64, 4, 2))
-    arguments = ["--device", "cpu", "--only", "tiles", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--only", "tiles", "--out", str(tmp_path / "tuned.py")]
     assert tune.main(arguments, clock, Budget(0, 1, 1, 0)) == 0
     found: dict[str, Any] = {}
-    exec((tmp_path / "tiles_table.py").read_text(), found)
+    exec((tmp_path / "tuned.py").read_text(), found)
+    assert found["FORMS"] == forms.FORMS
     table = found["TILES"]
     assert table.pop(((9, 0), "dy_sums")) == {}  # another device's are kept
     assert table.pop(((0, 0), tables.GEMM)) == {"pointers": (64, 256, 32, 4, 4, 128)}
@@ -147,7 +149,7 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
     assert tables.tiles("times_small", 64, (0, 0)) == tables.Tiles(32, 64, 8, 3)
     assert tables.tiles("times_small", 64, (8, 0)) == tables.TABLES["times_small"]["64"]
     assert tables.tiles("row_norm", 16, (0, 0)) == shipped
-    assert tune_tiles.text({}) == Path(tuned.__file__).read_text().replace("= {}", "= {\n}")
+    assert tune.text(tuned.TILES, tuned.FORMS) == Path(tuned.__file__).read_text()
 
 
 def test_each_launch_runs_in_the_tiles_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The mixture's Triton kernels in the interpreter: against their formulas, ties, empty batches, NaN, whole calls."""
 
 import importlib
-import inspect
 import os
 
 import pytest
@@ -15,7 +14,9 @@ from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.project_route import project_route
 from delora_kernels.backends.triton.route import route
 from delora_kernels.backends.triton.route_backward import expand_route_backward
+from delora_kernels.op_arguments import Gating, Masks
 from delora_kernels.testing.ops.cases import OPS, OpDraw
+from delora_kernels.testing.ops.cases import arguments as packed
 
 KERNELS = {"project_route": project_route, "expand_route_backward": expand_route_backward}
 SPLIT = {"whole": 1, "split": 1000}
@@ -34,8 +35,7 @@ def test_same_as_the_plain_form(name: str, rank_dtype: torch.dtype, target: str,
     """To 1e-5 of the largest element, and to two roundings of a narrower h; every way to weigh."""
     for T, K, N, R in ((7, 5, 6, 3), (33, 130, 70, 1), (70, 70, 130, 20)):
         for arguments in OPS[name][0](OpDraw(T, K, N, R, rank_dtype, rank_dtype, "cpu", seed)):
-            ours = KERNELS[name](**arguments)
-            theirs = getattr(eager, name)(*(arguments[a] for a in inspect.signature(KERNELS[name]).parameters))
+            ours, theirs = KERNELS[name](*packed(name, arguments)), getattr(eager, name)(*packed(name, arguments))
             for got, want in zip(ours, theirs, strict=True):
                 assert (got.dtype, got.shape) == (want.dtype, want.shape)
                 if want.numel():
@@ -52,16 +52,16 @@ def test_one_launch_projects_and_gates_where_nothing_is_split(target: str, monke
         monkeypatch.setattr(fused, name, lambda *a, n=name, k=kernel: calls.append(n) or k(*a))
     for number, arguments in enumerate(OPS["project_route"][0](OpDraw(9, 70, 6, 3, *[torch.float32] * 2, "cpu", 1))):
         calls.clear()
-        project_route(**arguments)
+        project_route(*packed("project_route", arguments))
         apart = target == "split" or arguments["shared"] or arguments["seed"] is not None
         assert calls == (["times_small_parts", "route"] if apart else []), number
 
 
 @pytest.mark.parametrize("E", [1, 3, 8, 64])
 def test_ties_go_to_the_lowest_index(E: int, target: str) -> None:
-    gating = (None, torch.ones(E), None, E, 2, max(1, E // 2), True, False)
+    gating = (None, max(1, E // 2), Gating(E, 2, True, False, torch.ones(E)))
     x, A_hat = torch.zeros(5, 7), torch.ones(E * 2 + E, 7)
-    _, _, w, fraction, *_ = project_route(x, A_hat, [], [0.0], None, *gating)
+    _, _, w, fraction, *_ = project_route(x, A_hat, Masks(), *gating)
     expected = (torch.arange(E) < max(1, E // 2)).float()
     assert torch.equal(fraction, expected) or (fraction - expected).abs().max() <= 1e-6
     assert torch.equal(w != 0, (expected != 0).expand(5, E))
@@ -69,7 +69,7 @@ def test_ties_go_to_the_lowest_index(E: int, target: str) -> None:
 
 def test_no_tokens_and_unselected_experts_that_are_not_finite() -> None:
     E, r = 3, 2
-    gating = (torch.float32, None, torch.ones(E), None, E, r, 1, True, False)
+    gating = (torch.float32, None, 1, Gating(E, r, True, False, torch.ones(E)))
     _, v, w, fraction, P, z = route(torch.zeros(1, 0, E * r + E), *gating)
     assert v.shape == (0, E * r)
     assert w.shape == (0, E)
@@ -85,8 +85,8 @@ def test_no_tokens_and_unselected_experts_that_are_not_finite() -> None:
 def test_nan_shows_everywhere_in_its_row(target: str) -> None:
     x, A_hat = torch.ones(3, 70), torch.ones(4 * 2 + 4, 70)
     x[1, 3] = torch.nan
-    gating = (None, torch.ones(4), None, 4, 2, 2, True, False)
-    _, v, *_ = project_route(x, A_hat, [], [0.0], None, *gating)
+    gating = (None, 2, Gating(4, 2, True, False, torch.ones(4)))
+    _, v, *_ = project_route(x, A_hat, Masks(), *gating)
     assert v[1].isnan().all()
     assert v[[0, 2]].isfinite().all()
 
@@ -95,6 +95,6 @@ def test_experts_that_nobody_chooses_do_not_count_even_where_they_are_not_finite
     x, A_hat = torch.eye(4, 6), torch.ones(4 * 2 + 4, 6)
     A_hat[2:4, 0] = torch.inf  # of expert 1, for the first token
     A_hat[-4:, 0] = torch.tensor([3.0, -9.0, 1.0, 2.0])
-    _, v, *_ = project_route(x, A_hat, [], [0.0], None, None, torch.ones(4), None, 4, 2, 2, True, False)
+    _, v, *_ = project_route(x, A_hat, Masks(), None, 2, Gating(4, 2, True, False, torch.ones(4)))
     assert v[0].isfinite().all()
     assert torch.equal(v[0, 2:6], torch.zeros(4))

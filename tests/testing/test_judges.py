@@ -191,10 +191,10 @@ def test_every_op_and_function_is_covered() -> None:
     assert {method.function for method in METHODS.values()} == set(functional.CALLS)
     assert all(name == method.name for name, method in METHODS.items())
     for name in OPS:
-        arguments = [argument.name for argument in getattr(torch.ops.delora_kernels, name).default._schema.arguments]
-        own = [*inspect.signature(getattr(naive, name)).parameters, "backend"]
-        renamed = {"mask": "seed"} | ({"u": "kept"} if name == "expand_backward" else {})
-        assert [renamed.get(argument, argument) for argument in own] == arguments, name
+        own, theirs = (inspect.signature(getattr(place, name)).parameters for place in (naive, ops))
+        given = [(parameter.name, parameter.annotation) for parameter in theirs.values()]
+        renamed = {"mask": "seed"}
+        assert [(renamed.get(each.name, each.name), each.annotation) for each in own.values()] == given, name
 
 
 @pytest.mark.parametrize("dtypes", [(F64, F64), (F32, F32), (BF16, F32), (F16, F16)], ids=str)

@@ -40,35 +40,15 @@ def dy_sums(
 
 
 def finish_dy(
-    parts: DyParts, dtype: torch.dtype, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dv in `dtype`, dB̂ = c ⊙ product, dm = (dots + Σ_r product ⊙ B̂) / divisor and Σ_t dy, in one launch.
-
-    Args:
-        parts: What to add up.
-        dtype: Of dv.
-        column: c [N] float32, or None for 1.
-        B_hat: [N, R] where the dots lack the rank-R term of u, else None.
-        divisor: [N]; dm is 0 where it is 0. Needed with dots.
-    """
-    vectors = next((found for found in parts[1:] if found is not None), None)
-    if vectors is None:
-        return None, None, None, None
-    P, N = vectors.shape[:2]
+    parts: DyParts, out: DyParts, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
+) -> None:
+    """Write to `out` what `Stages.finished` promises, in one launch."""
+    count, N = next((found.shape[:2] for found in parts[1:] if found is not None), (0, 0))
     R = 0 if parts.product is None else parts.product.shape[2]
-    if P == 1 and parts.dv is None and column is None and parts.dots is None:
-        return (
-            None,
-            None if parts.product is None else parts.product[0],
-            None,
-            None if parts.sums is None else parts.sums[0],
-        )
-    dv = None if parts.dv is None else parts.dv.new_empty(parts.dv.shape[1:], dtype=dtype)
-    dB = None if parts.product is None else vectors.new_empty((N, R))
-    dm, dy_sum = (None if found is None else vectors.new_empty(N) for found in (parts.dots, parts.sums))
-    dv_parts, dv_size = (0, 0) if dv is None or parts.dv is None else (len(parts.dv), dv.numel())
+    dv_parts, dv_size, dv_dtype = 0, 0, torch.float32
+    if parts.dv is not None and out.dv is not None:
+        dv_parts, dv_size, dv_dtype = len(parts.dv), out.dv.numel(), out.dv.dtype
     launch(
-        "finish_dy", parts.dv, dv_parts, dv_size, dv, DTYPES[dtype], *parts[1:], P, B_hat, column, divisor,
-        dB, dm, dy_sum, N, R,
+        "finish_dy", parts.dv, dv_parts, dv_size, out.dv, DTYPES[dv_dtype], *parts[1:], count, B_hat, column, divisor,
+        out.product, out.dots, out.sums, N, R,
     )  # fmt: skip
-    return dv, dB, dm, dy_sum

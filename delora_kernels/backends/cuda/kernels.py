@@ -7,7 +7,7 @@ from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
 from delora_kernels.backends.dropout import MaskGroup, threshold
-from delora_kernels.backends.library_gemm import DyParts, RankTerm
+from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 
 
 def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
@@ -79,7 +79,7 @@ def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
 
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
-    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: RankTerm | None = None,
+    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: WrittenTerm | None = None,
 ) -> DyParts:  # fmt: skip
     """product [P, C, R] (transposed: [P, R, C]) = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
 

@@ -5,7 +5,6 @@ gates as it adds the parts. Backward, `route_backward` adds the parts of dv, whi
 over tokens come in parts, which one more launch adds in their order.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from delora_kernels.backends.cuda.launch import DTYPES, TILE, launch, library, r
 from delora_kernels.backends.cuda.stages import STAGES
 from delora_kernels.backends.dropout import mask_groups
 from delora_kernels.backends.library_gemm import DyParts, sum_of
+from delora_kernels.op_arguments import Gated, Gating, Masks
 
 LARGEST_COLUMNS = 64
 """Of h, that a block of `project_route` has whole."""
@@ -25,42 +25,31 @@ LARGEST_EXPERTS = 32
 
 
 def project_route(
-    x: Tensor,
-    A_hat: Tensor,
-    ranks: Sequence[int],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
+    x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each mask."""
     (T, C), columns, small = x.shape, A_hat.shape[0], A_hat.t()
-    groups = mask_groups(columns, ranks, dropout_p, seed)
-    gating = (gates, scale, token_share, experts, rank, top_k, renormalize, shared)
-    whole = len(groups) == 1 and columns <= LARGEST_COLUMNS and experts <= LARGEST_EXPERTS and T * C > 0
+    groups = mask_groups(columns, masks)
+    whole = len(groups) == 1 and columns <= LARGEST_COLUMNS and gating.experts <= LARGEST_EXPERTS and T * C > 0
     if not whole or splits_of_times_small(T, C, [columns]) > 1:
-        return route(times_small_parts(x, small, A_hat.dtype, groups), A_hat.dtype, *gating)
+        return route(times_small_parts(x, small, A_hat.dtype, groups), A_hat.dtype, gates, top_k, gating)
     h, mask = A_hat.new_empty((T, columns)), mask_arguments(groups[0])
-    return h, *_gated("project_route", (rows(x), small, C), mask, TILE, h, *gating)
+    return h, *_gated("project_route", (rows(x), small, C), mask, TILE, h, gates, top_k, gating)
 
 
-def route(parts: Tensor, dtype: torch.dtype, *gating: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(
+    parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them.
 
     Args:
         parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
         dtype: Of h and v.
-        *gating: The arguments of `project_route` from gates on.
+        gates, top_k, gating: as in the op.
     """
-    adds = len(parts) > 1
+    adds, tokens = len(parts) > 1, library().dk_route_tokens()
     h = parts.new_empty(parts.shape[1:], dtype=dtype) if adds else parts[0]
-    return h, *_gated("route", (parts if adds else None, len(parts)), (), library().dk_route_tokens(), h, *gating)
+    return h, *_gated("route", (parts if adds else None, len(parts)), (), tokens, h, gates, top_k, gating)
 
 
 def _gated(
@@ -70,17 +59,13 @@ def _gated(
     tokens: int,
     h: Tensor,
     gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
     top_k: int,
-    renormalize: bool,
-    shared: bool,
+    gating: Gating,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """v, w, f, P and z by a kernel that has `tokens` in a block, and arguments before and after those of gating."""
+    experts, rank, renormalize, shared, scale, token_share = gating
     (T, columns), given = h.shape, gates is not None
-    passed = columns - (rank if shared else experts * rank) - (0 if given else experts)
+    passed = gating.passed(columns, 0 if given else experts)
     v = h.new_empty((T, experts * rank + passed))
     w = scale.new_empty(0 if given else (T, experts))
     sums = scale.new_empty((-(-T // tokens), 2 * experts + 1))
@@ -94,50 +79,21 @@ def _gated(
 
 
 def expand_route_backward(
-    dy: Tensor,
-    v: Tensor | None,
-    B_hat: Tensor,
-    need_bias: bool,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    need_scale: bool,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
+    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch, with ds two."""
-    read = STAGES.read_for_gating(dy, v, B_hat, need_bias)
-    gating = (h, w, scale, token_share, dP, dz, need_scale, given, experts, rank, renormalize, shared)
-    return route_backward(read, *gating)
+    return route_backward(STAGES.read_for_gating(dy, v, B_hat, need_bias), gated, gating)
 
 
-def route_backward(
-    read: DyParts,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    need_scale: bool,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route_backward(read: DyParts, gated: Gated, gating: Gating) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, dB̂, Σ_t dy, d gates and ds of what reads of dy left.
 
     Args:
         read: dv [Q, T, E r + passed] in float32, or [1, T, E r + passed] in any dtype; dyᵀ v, Σ_t dy; no dots.
-        h, w, ...: As in the op `expand_route_backward`.
+        gated, gating: As in the op `expand_route_backward`.
     """
+    h, w, given, dP, dz, need_scale = gated
+    experts, rank, renormalize, shared, scale, token_share = gating
     dv, product, sums, _ = read
     assert dv is not None
     T, h = h.shape[0], rows(h)

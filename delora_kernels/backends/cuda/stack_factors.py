@@ -4,19 +4,13 @@ import torch
 from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import launch
+from delora_kernels.op_arguments import ExpertFactors
 
 
-def stack_factors(
-    A: Tensor | None,
-    router: Tensor | None,
-    frozen_A: Tensor | None,
-    B: Tensor,
-    frozen_B: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
-    parts, (E, N, r) = (A, router, frozen_A), B.shape
+    *parts, B, frozen_B, residual = factors
+    E, N, r = B.shape
     sizes = [0 if part is None else len(part) for part in parts]
     K = next((part.shape[1] for part in parts if part is not None), 0)
     starts, _, r0 = (0, N, 1) if frozen_B is None else frozen_B.shape

@@ -4,21 +4,14 @@ import torch
 from torch import Tensor
 
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.op_arguments import Folded, Start, Strength
 
 
 def fold(
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor | None,
-    weight_norm: Tensor | None,
-    frozen_A: Tensor | None,
-    frozen_B: Tensor | None,
-    frozen_lam: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign it is given."""
-    acc = accumulate_dtype(dtype)
+    acc, (lam, weight_norm, eps), (frozen_A, frozen_B, frozen_lam) = accumulate_dtype(dtype), strength, start
     if lam is None or weight_norm is None:
         nothing = A.new_empty(0, dtype=acc)
         return A.to(dtype, copy=True), B.to(dtype, copy=True), nothing, nothing.clone()
@@ -53,18 +46,12 @@ def _reciprocal(norm: Tensor, eps: float) -> Tensor:
 
 
 def fold_backward(
-    dA_hat: Tensor | None,
-    dB_hat: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
-    frozen_B: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
+    dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dÂ → dA and dB̂ → dB, dλ; λ divides nothing, so λ = 0 is a value like any other."""
+    (A, B, a, b, frozen_B), (lam, weight_norm, eps) = folded, strength
+    assert lam is not None
+    assert weight_norm is not None
     r = A.shape[0]
     dA, dB, dlam = A.new_empty(0), B.new_empty(0), b.new_empty(0)
     if dA_hat is not None:

@@ -5,15 +5,14 @@ written. Wherever a tensor must be seen in a wider dtype (DoRA's column scale, f
 are taken in chunks that stay in cache: a float32 copy of x, y, dy or W never exists.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from delora_kernels.backends.dropout import KeepMask, MaskGroup, mask_groups, times_mask
+from delora_kernels.backends.dropout import KeepMask, mask_groups, times_mask
 from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaled, Rescaling, TermGradients
 
 
 def row_norm(
@@ -41,12 +40,12 @@ def wants_scaled(x: Tensor, weight: Tensor) -> bool:
     return False
 
 
-def project(x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None) -> Tensor:
+def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
     """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows and mask."""
-    if x.dtype == A_hat.dtype and seed is None:
+    if x.dtype == A_hat.dtype and masks.seed is None:
         return torch.mm(x, A_hat.t())
     h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
-    for group in mask_groups(A_hat.shape[0], ranks, dropout_p, seed):
+    for group in mask_groups(A_hat.shape[0], masks):
         mask, right, out = group.mask(x.shape[1]), A_hat[group.columns].t(), h[:, group.columns]
         if mask is None and x.dtype == A_hat.dtype:
             torch.mm(x, right, out=out)
@@ -58,20 +57,10 @@ def project(x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[
 
 
 def expand(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    B_hat: Tensor,
-    scale: float,
-    c: Tensor | None,
-    scaled: Tensor | None,
-    keep: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, rescaling: Rescaling
 ) -> tuple[Tensor, Tensor]:
     """The frozen GEMM, the rank-R term on top; DoRA scales both in float32 chunks, and what it keeps is x Wᵀ."""
-    nothing = x.new_empty(0)
+    nothing, (h, B_hat, scale), (c, scaled, keep, dropout_p, seed) = x.new_empty(0), term, rescaling
     if c is not None and scaled is not None:
         weight, B_hat, c = scaled, (B_hat * c[:, None]).to(B_hat.dtype), None
     if c is None:
@@ -135,37 +124,27 @@ def _drop(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 
 
 def expand_backward(
-    dy: Tensor,
-    h: Tensor | None,
-    B_hat: Tensor | None,
-    scale: float,
-    c: Tensor | None,
-    kept: Tensor | None,
-    kept_is_y: bool,
-    divisor: Tensor | None,
-    need_bias: bool,
+    dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two thin GEMMs on dy, and for DoRA its products with what was kept, summed in float32."""
-    acc = accumulate_dtype(dy.dtype)
-    dv, dB_hat = _rank_gradients(dy, h, B_hat, scale, c)
+    acc, (c, kept, kept_is_y, divisor) = accumulate_dtype(dy.dtype), rescaled
+    dv, dB_hat = _rank_gradients(dy, term, c)
     dm = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
     if kept is not None and divisor is not None:
         for rows, chunk in chunks_in(acc, dy):
             dm += (chunk * kept[rows].to(acc)).sum(0)
-        if not kept_is_y and B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
-            dm += (dB_hat * B_hat).sum(1)
+        if not kept_is_y and term.B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
+            dm += (dB_hat * term.B_hat).sum(1)
         dm = divide(dm, divisor, acc)
-    if c is not None and h is not None:
+    if c is not None and term.h is not None:
         dB_hat *= c[:, None]
     dy_sum = torch.sum(dy, 0, dtype=acc) if need_bias else dy.new_empty(0, dtype=acc)
     return dv, dB_hat, dm, dy_sum
 
 
-def _rank_gradients(
-    dy: Tensor, h: Tensor | None, B_hat: Tensor | None, scale: float, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[Tensor, Tensor]:
     """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor."""
-    acc = accumulate_dtype(dy.dtype)
+    acc, (h, B_hat, scale) = accumulate_dtype(dy.dtype), term
     scaled_B = B_hat if c is None or B_hat is None else B_hat * c[:, None]
     small = B_hat if h is None else h
     if small is not None and small.dtype != dy.dtype:
@@ -195,25 +174,13 @@ def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, 
     return dv, dB_hat
 
 
-def input_backward(
-    dy: Tensor,
-    weight: Tensor | None,
-    dv: Tensor,
-    A_hat: Tensor | None,
-    x: Tensor | None,
-    r: int,
-    scale: float,
-    c: Tensor | None,
-    ranks: Sequence[int],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    two_term: bool,
-) -> tuple[Tensor, Tensor]:
+def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:
     """dÂ, then dx: what the thin GEMM took is free again when the token-sized result is made.
 
     With dropout the frozen GEMM comes first, and each chunk of rows gets its rank-R term beside its part of dÂ.
     """
-    if seed is None:
+    (weight, c, two_term), (dv, A_hat, x, r, scale) = frozen, branch
+    if masks.seed is None:
         if x is None:
             dA_hat = dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
         else:
@@ -221,15 +188,14 @@ def input_backward(
         if weight is None or A_hat is None:
             return dy.new_empty(0), dA_hat
         return _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale), dA_hat
-    groups = mask_groups(dv.shape[1], ranks, dropout_p, seed)
     if weight is None or A_hat is None:
-        return dy.new_empty(0), _masked_backward(None, dv, None, x, r, scale, groups)
+        return dy.new_empty(0), _masked_backward(None, branch._replace(A_hat=None), masks)
     if not two_term or c is None:
         dx = scaled_gemm(dy, weight, c)
-        return dx, _masked_backward(dx, dv, A_hat, x, r, scale, groups)
-    inverse = 1 / (1 - dropout_p[0])
+        return dx, _masked_backward(dx, branch, masks)
+    inverse = 1 / (1 - masks.dropout_p[0])
     dx = _add_rank_term(scaled_gemm(dy, weight, (c - 1) * inverse), dv, A_hat, scale * inverse)
-    dA_hat = _masked_backward(dx, dv, None, x, r, scale, groups)
+    dA_hat = _masked_backward(dx, branch._replace(A_hat=None), masks)
     return dx.addmm_(dy, weight), dA_hat
 
 
@@ -244,25 +210,18 @@ def _factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
     return dA_hat
 
 
-def _masked_backward(
-    dx: Tensor | None,
-    dv: Tensor,
-    A_hat: Tensor | None,
-    x: Tensor | None,
-    r: int,
-    scale: float,
-    groups: Sequence[MaskGroup],
-) -> Tensor:
+def _masked_backward(dx: Tensor | None, branch: Branch, masks: Masks) -> Tensor:
     """dÂ; adds each mask's part of the rank-R term to dx, or without A_hat, where dx has it, drops elements of dx.
 
     A mask is made once, a chunk of rows at a time.
     """
+    dv, A_hat, x, r, scale = branch
     acc = accumulate_dtype(dv.dtype)
     dA_hat = dv.new_empty(0, dtype=acc) if x is None else dv.new_zeros((r, x.shape[1]), dtype=acc)
     tokens = x if dx is None else dx
     if tokens is None:
         return dA_hat
-    for group in groups:
+    for group in mask_groups(dv.shape[1], masks):
         columns, trained = group.columns, slice(group.columns.start, min(group.columns.stop, r))
         factor, mask = scale / (1 - group.dropout_p), group.mask(tokens.shape[1])
         if mask is None:
@@ -281,9 +240,9 @@ def _masked_backward(
             if A_hat is None:
                 times_mask(dx[rows], keep, out=dx[rows])
                 continue
-            branch = torch.mm(dv[rows, columns], A_hat[columns])
+            term = torch.mm(dv[rows, columns], A_hat[columns])
             total = dx[rows].to(dv.dtype)  # where that is its dtype, a view
-            total.add_(times_mask(branch, keep, out=branch), alpha=factor)
+            total.add_(times_mask(term, keep, out=term), alpha=factor)
             if dx.dtype != total.dtype:
                 dx[rows] = total
     return dA_hat

@@ -1,26 +1,15 @@
 """A mixture's gating and its gradient in plain torch: [T, R] and [T, E] tensors, never wider."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from delora_kernels.backends.eager.low_rank import expand_backward, project
+from delora_kernels.op_arguments import Gated, Gating, Masks, Rescaled, TermGradients
 
 
-def route(
-    h: Tensor,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route(h: Tensor, gates: Tensor | None, top_k: int, gating: Gating) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Softmax, choice, gate; all in float32 whatever h's dtype."""
+    experts, rank, renormalize, shared, scale, token_share = gating
     acc = scale.dtype
     u, logits, rest = _parts(h, experts if gates is None else 0, rank if shared else experts * rank)
     if gates is None:
@@ -75,22 +64,10 @@ def _mean(values: Tensor, token_share: Tensor | None) -> Tensor:
     return (values * share).masked_fill_(share == 0, 0).sum(0)
 
 
-def route_backward(
-    dv: Tensor,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    need_scale: bool,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def route_backward(dv: Tensor, gated: Gated, gating: Gating) -> tuple[Tensor, Tensor, Tensor]:
     """dh, d gates, ds; everything the gates' gradients need is ⟨u_te, dv_te⟩, a [T, E] tensor."""
+    h, w, given, dP, dz, need_scale = gated
+    experts, rank, renormalize, shared, scale, token_share = gating
     acc = w.dtype
     width = rank if shared else experts * rank
     u, logits, _ = _parts(h, 0 if given else experts, width)
@@ -122,17 +99,17 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
 
 
 def project_route(
-    x: Tensor, A_hat: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], seed: Tensor | None, *gating: Any
+    x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, ...]:
     """Project, then gate."""
-    h = project(x, A_hat, ranks, dropout_p, seed)
-    return h, *route(h, *gating)
+    h = project(x, A_hat, masks)
+    return h, *route(h, gates, top_k, gating)
 
 
 def expand_route_backward(
-    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, *gating: Any
+    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> tuple[Tensor, ...]:
     """dv and dB̂, then what the gating makes of dv."""
-    dv, dB_hat, _, dy_sum = expand_backward(dy, v, B_hat, 1.0, None, None, False, None, need_bias)
-    dh, dgates, dscale = route_backward(dv, *gating)
+    dv, dB_hat, _, dy_sum = expand_backward(dy, TermGradients(v, B_hat), Rescaled(), need_bias)
+    dh, dgates, dscale = route_backward(dv, gated, gating)
     return dh, dB_hat, dy_sum, dgates, dscale

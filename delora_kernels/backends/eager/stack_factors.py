@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
+from delora_kernels.op_arguments import ExpertFactors
 
-def stack_factors(
-    A: Tensor | None,
-    router: Tensor | None,
-    frozen_A: Tensor | None,
-    B: Tensor,
-    frozen_B: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+
+def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[A; G; A⁰] and [B | −γ B⁰] in `dtype`, cast on the way."""
-    parts = [part for part in (A, router, frozen_A) if part is not None]
+    *firsts, B, frozen_B, residual = factors
+    parts = [part for part in firsts if part is not None]
     rows = B.new_empty((sum(map(len, parts)), parts[0].shape[1]) if parts else 0, dtype=dtype)
     for here, part in zip(rows.split([len(part) for part in parts]), parts, strict=True):
         here.copy_(part)

@@ -87,40 +87,20 @@ def finish_dy_kernel(
 
 
 def finish_dy(
-    parts: DyParts, dtype: torch.dtype, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dv in `dtype`, dB̂ = c ⊙ product, dm = (dots + Σ_r product ⊙ B̂) / divisor and Σ_t dy, in one launch.
-
-    Args:
-        parts: What to add up.
-        dtype: Of dv.
-        column: c [N] float32, or None for 1.
-        B_hat: [N, R] where the dots lack the rank-R term of u, else None.
-        divisor: [N]; dm is 0 where it is 0. Needed with dots.
-    """
-    vectors = next((t for t in (parts.product, parts.sums, parts.dots) if t is not None), None)
-    count, N = (0, 0) if vectors is None else vectors.shape[:2]
+    parts: DyParts, out: DyParts, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
+) -> None:
+    """Write to `out` what `Stages.finished` promises, in one launch."""
+    count, N = next((found.shape[:2] for found in parts[1:] if found is not None), (0, 0))
     R = 0 if parts.product is None else parts.product.shape[2]
-    if count == 1 and parts.dv is None and parts.dots is None and (column is None or R == 0):
-        product, sums = (None if t is None else t[0] for t in (parts.product, parts.sums))
-        return None, product, None, sums
-    anchor = parts.dv if vectors is None else vectors
-    if anchor is None:
-        return None, None, None, None
-    dv = None if parts.dv is None else parts.dv.new_empty(parts.dv.shape[1:], dtype=dtype)
-    dB_hat = None if parts.product is None else parts.product.new_empty((N, R))
-    sums = None if parts.sums is None else parts.sums.new_empty(N)
-    dm = None if parts.dots is None else parts.dots.new_empty(N)
     BR = max(16, triton.next_power_of_2(R))
     BN = BLOCK // BR
-    elements = 0 if dv is None else dv.numel()
+    elements = 0 if out.dv is None else out.dv.numel()
     dv_count, strides = 0 if parts.dv is None else len(parts.dv), (0, 0) if B_hat is None else B_hat.stride()
     launch(
         finish_dy_kernel, (triton.cdiv(N, BN) + triton.cdiv(elements, BLOCK),),
-        (parts.dv, parts.product, parts.sums, parts.dots, B_hat, column, divisor, dv, dB_hat, sums, dm),
+        (*parts, B_hat, column, divisor, *out),
         (dv_count, count, elements, N, R, *strides),
-        WITH_DV=dv is not None, WITH_PRODUCT=dB_hat is not None, WITH_SUMS=sums is not None,
-        WITH_DOTS=dm is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
+        WITH_DV=out.dv is not None, WITH_PRODUCT=out.product is not None, WITH_SUMS=out.sums is not None,
+        WITH_DOTS=out.dots is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
         BN=BN, BR=BR, BLOCK=BLOCK,
     )  # fmt: skip
-    return dv, dB_hat, dm, sums

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.eager.fold import frozen_dlam
+from delora_kernels.backends.fold_pairs import fold_pairs
 from delora_kernels.backends.triton.launch import launch
+from delora_kernels.op_arguments import Folded, Start, Strength
 
 BLOCK, WARPS = 4096, 8
 """Elements of one step of a program: few steps, because few programs run and each waits for memory."""
@@ -64,33 +66,19 @@ def fold_kernel(
 
 
 def fold(
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor | None,
-    weight_norm: Tensor | None,
-    frozen_A: Tensor | None,
-    frozen_B: Tensor | None,
-    frozen_lam: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with the sign turned."""
-    pairs = [(A, B, lam, 1.0)]
-    if frozen_A is not None and frozen_B is not None:
-        pairs.append((frozen_A, frozen_B, lam if frozen_lam is None else frozen_lam, -1.0))
-    R, K, N = sum(pair[0].shape[0] for pair in pairs), A.shape[1], B.shape[0]
-    A_hat, B_hat = A.new_empty((R, K), dtype=dtype), B.new_empty((N, R), dtype=dtype)
-    a, b = (A.new_empty(0 if lam is None else R, dtype=torch.float32) for _ in range(2))
-    offset = 0
-    for one_A, one_B, one_lam, sign in pairs:
-        r = one_A.shape[0]
+    pairs, (A_hat, B_hat, a, b) = fold_pairs(A, B, strength, start, dtype)
+    _, weight_norm, eps = strength
+    for pair_A, pair_B, lam, sign, offset in pairs:
+        (r, K), N, R = pair_A.shape, pair_B.shape[0], A_hat.shape[0]
         launch(
-            fold_kernel, (2 * r,), (one_A, one_B, one_lam, weight_norm, A_hat, B_hat, a, b),
-            (K, N, r, R, offset, *one_A.stride(), *one_B.stride()), (sign, eps),
+            fold_kernel, (2 * r,), (pair_A, pair_B, lam, weight_norm, A_hat, B_hat, a, b),
+            (K, N, r, R, offset, *pair_A.stride(), *pair_B.stride()), (sign, eps),
             NORMALISE=lam is not None, CLAMP=eps > 0,
             WITH_VECTOR=weight_norm is not None and weight_norm.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        offset += r
     return A_hat, B_hat, a, b
 
 
@@ -143,18 +131,11 @@ def fold_backward_kernel(
 
 
 def fold_backward(
-    dA_hat: Tensor | None,
-    dB_hat: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
-    frozen_B: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
+    dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed order."""
+    (A, B, a, b, frozen_B), (lam, weight_norm, eps) = folded, strength
+    assert weight_norm is not None
     (r, K), N = A.shape, B.shape[0]
     dA = A.new_empty(0 if dA_hat is None else (r, K))
     dB = B.new_empty(0 if dB_hat is None else (N, r))

@@ -7,11 +7,11 @@
 import torch
 from torch import Tensor
 
-from delora_kernels.backends.triton import forms_table
+from delora_kernels.backends.triton import tuned
 
 UPDATE, PREFILL, OWN = "b", "d", "c"
 
-FORMS = forms_table.FORMS
+FORMS = tuned.FORMS
 """(device capability, dtype, "expand" or "dx") → shape class → form, as `benchmarks.tune` timed it; else DEFAULT."""
 
 DEFAULT = PREFILL

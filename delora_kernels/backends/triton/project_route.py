@@ -5,8 +5,6 @@ gates in its epilogue; the first tile writes w and the parts of the statistics. 
 or experts share one A, `times_small.py` leaves parts, and `route.py` gates as it adds them.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +16,7 @@ from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, 
 from delora_kernels.backends.triton.route import route, route_totals, weights, write_sums
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 from delora_kernels.backends.triton.times_small import split, times_small_parts
+from delora_kernels.op_arguments import Gating, Masks
 
 LARGEST_EXPERTS = 16
 """Experts whose logits a program holds beside its tile of h: a dot's least side."""
@@ -78,28 +77,17 @@ def project_route_kernel(
 
 
 def project_route(
-    x: Tensor,
-    A_hat: Tensor,
-    ranks: Sequence[int],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
+    x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each mask."""
+    experts, rank, renormalize, shared, scale, token_share = gating
     (T, C), columns, given = x.shape, A_hat.shape[0], gates is not None
     logits = 0 if given else experts
-    whole = seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
+    whole = masks.seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
     whole = whole and (x.dtype == A_hat.dtype or columns - logits <= LARGEST_MIXED_RANK)
     if not whole or split(x, [columns - logits])[0] > 1:
-        parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, ranks, dropout_p, seed))
-        return route(parts, A_hat.dtype, gates, scale, token_share, experts, rank, top_k, renormalize, shared)
+        parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, masks))
+        return route(parts, A_hat.dtype, gates, top_k, gating)
     x, gates = rows(x), None if gates is None else gates.contiguous()
     BR = rank_tile("times_small", columns - logits)
     tile = tiles("times_small", BR, capability(x.device))
@@ -113,7 +101,7 @@ def project_route(
         project_route_kernel, (programs, triton.cdiv(columns - logits, BR)),
         (x, A_hat, gates, scale.contiguous(), token_share, h, v, w, sums),
         (
-            T, C, experts, rank, columns - logits - experts * rank,
+            T, C, experts, rank, gating.passed(columns, logits),
             x.stride(0), A_hat.stride(1), A_hat.stride(0), h.stride(0), v.stride(0),
         ),
         GIVEN=given, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,

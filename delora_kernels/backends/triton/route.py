@@ -13,6 +13,7 @@ from torch import Tensor
 from delora_kernels.backends.triton.add_parts import total
 from delora_kernels.backends.triton.launch import launch
 from delora_kernels.backends.triton.tables import REGISTERS
+from delora_kernels.op_arguments import Gating
 
 NUMBERS = 1024
 """What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
@@ -145,26 +146,18 @@ def warps(experts: int) -> int:
 
 
 def route(
-    parts: Tensor,
-    dtype: torch.dtype,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
+    parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them, from one read of the parts.
 
     Args:
         parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
         dtype: Of h and v.
-        gates, scale, token_share, experts, rank, top_k, renormalize, shared: as in the op.
+        gates, top_k, gating: as in the op.
     """
+    experts, rank, renormalize, shared, scale, token_share = gating
     (count, T, columns), given = parts.shape, gates is not None
-    passed = columns - (rank if shared else experts * rank) - (0 if given else experts)
+    passed = gating.passed(columns, 0 if given else experts)
     adds = count > 1 or parts.dtype != dtype
     h = parts.new_empty((T, columns), dtype=dtype) if adds else parts[0]
     v = h.new_empty((T, experts * rank + passed))

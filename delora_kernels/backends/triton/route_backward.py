@@ -15,6 +15,7 @@ from delora_kernels.backends.triton.launch import launch, rows
 from delora_kernels.backends.triton.route import blocks, warps, weights
 from delora_kernels.backends.triton.stages import STAGES
 from delora_kernels.backends.triton.tables import REGISTERS
+from delora_kernels.op_arguments import Gated, Gating
 
 
 @triton.jit
@@ -99,24 +100,11 @@ def route_backward_kernel(
 
 
 def expand_route_backward(
-    dy: Tensor,
-    v: Tensor | None,
-    B_hat: Tensor,
-    need_bias: bool,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    need_scale: bool,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
+    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch."""
+    h, w, given, dP, dz, need_scale = gated
+    experts, rank, renormalize, shared, scale, token_share = gating
     dv, product, sums, _ = STAGES.read_for_gating(dy, v, B_hat, need_bias)
     assert dv is not None
     (T, N), h = dy.shape, rows(h)
@@ -125,9 +113,9 @@ def expand_route_backward(
     dB_hat, dy_sum = (sum_of(each, w) for each in (product, sums))
     adds_product, adds_sums = (each is not None and len(each) > 1 for each in (product, sums))
     sizes = blocks(experts, rank)
-    gating = triton.cdiv(T, sizes["BT"])
-    dscale = scale.new_empty((gating, experts)) if need_scale else None
-    programs = gating + triton.cdiv(dB_hat.numel(), BLOCK) * adds_product + triton.cdiv(N, BLOCK) * adds_sums
+    gaters = triton.cdiv(T, sizes["BT"])
+    dscale = scale.new_empty((gaters, experts)) if need_scale else None
+    programs = gaters + triton.cdiv(dB_hat.numel(), BLOCK) * adds_product + triton.cdiv(N, BLOCK) * adds_sums
     parts = len(product) if product is not None else 0 if sums is None else len(sums)
     if programs:
         launch(

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.launch import launch
+from delora_kernels.op_arguments import ExpertFactors
 
 BLOCK = 2048
 """Elements that a program copies."""
@@ -58,17 +59,10 @@ def stack_factors_kernel(
         tl.store(COLUMNS + n * all_columns + c, value.to(COLUMNS.dtype.element_ty), inside)
 
 
-def stack_factors(
-    A: Tensor | None,
-    router: Tensor | None,
-    frozen_A: Tensor | None,
-    B: Tensor,
-    frozen_B: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
-    parts = [None if part is None else part.contiguous() for part in (A, router, frozen_A)]
+    *firsts, B, frozen_B, residual = factors
+    parts = [None if part is None else part.contiguous() for part in firsts]
     there = [part for part in parts if part is not None]
     rows = B.new_empty((sum(map(len, there)), there[0].shape[1]) if there else 0, dtype=dtype)
     E, N, R = B.shape
@@ -83,7 +77,8 @@ def stack_factors(
         stack_factors_kernel, (programs,),
         (*parts, B.contiguous(), *(start or (None, None)), rows if there else None, columns),
         (*sizes, N, E, R, starts, rank_0),
-        WITH_A=A is not None, WITH_G=router is not None, WITH_A0=frozen_A is not None, WITH_B0=start is not None,
+        WITH_A=parts[0] is not None, WITH_G=parts[1] is not None, WITH_A0=parts[2] is not None,
+        WITH_B0=start is not None,
         BLOCK=BLOCK, BN=BLOCK // BC, BC=BC,
     )  # fmt: skip
     return rows, columns

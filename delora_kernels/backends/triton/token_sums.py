@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.dropout import MaskGroup, threshold
-from delora_kernels.backends.library_gemm import DyParts, RankTerm
+from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
@@ -79,7 +79,7 @@ def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
 
 def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
-    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: RankTerm | None = None,
+    group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: WrittenTerm | None = None,
 ) -> DyParts:  # fmt: skip
     """What one pass over x [T, C] sums up over tokens, in parts: product [P, C, R] or transposed [P, R, C], vectors.
 

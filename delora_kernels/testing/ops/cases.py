@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delora_kernels import ops
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods.ether import blocks_of
@@ -22,6 +23,17 @@ Variants = Iterator[Arguments]
 
 NO_DROPOUT: Arguments = {"dropout_p": 0.0, "seed": None}
 NO_MASKS: Arguments = {"ranks": [], "dropout_p": [0.0], "seed": None}
+
+
+def arguments(name: str, values: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments of an op's function, from values by their names in its schema."""
+    return ops.packed(name, [values[field] for field in fields(name)])
+
+
+def fields(name: str) -> list[str]:
+    """Return the names in an op's schema, but for the backend."""
+    schema = getattr(getattr(torch.ops, ops.NAMESPACE), name).default._schema
+    return [argument.name for argument in schema.arguments if argument.name != "backend"]
 
 
 class OpDraw:
@@ -118,7 +130,7 @@ def _stack_factors(d: OpDraw) -> Variants:
 def _fold_backward(d: OpDraw) -> Variants:
     for made in _normalising_fold(d):
         wide = moved(made, accumulate_dtype(d.rank_dtype))
-        _, _, a, b = formulas.fold(**wide)
+        _, _, a, b = formulas.fold(*arguments("fold", wide))
         given: Arguments = {name: made[name] for name in ("A", "B", "lam", "weight_norm", "eps")} | {"a": a, "b": b}
         given["frozen_B"] = made["frozen_B"] if made["frozen_lam"] is None else None
         grads = {"dA_hat": d.acc(d.R, d.K), "dB_hat": d.acc(d.N, 0 if b is None else len(b))}
@@ -218,8 +230,7 @@ def _expand_route_backward(d: OpDraw) -> Variants:
         if made["seed"] is not None:
             continue
         wide = moved(made, accumulate_dtype(d.rank_dtype))
-        wide["mask"] = wide.pop("seed")
-        h, v, w, *_ = formulas.project_route(**wide)
+        h, v, w, *_ = formulas.project_route(*arguments("project_route", wide))
         assert h is not None
         assert v is not None
         kept = ("scale", "token_share", "experts", "rank", "renormalize", "shared")

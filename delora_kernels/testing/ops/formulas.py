@@ -1,44 +1,45 @@
-"""Every op of ops.py by its formula alone, whole matrices at a time: what `op_cases` compares the backends with.
+"""Every op of ops.py by its formula alone, whole matrices at a time: what problems.py compares the backends with.
 
-Signatures are those of the ops without `backend`, with the mask of kept elements (bool `[T, K]` or None) in the place
-of `seed`. Operands of different dtypes meet in the wider one; None stands for a result that was not asked for.
+Signatures are those of the ops without `backend`, with the mask of kept elements (bool `[T, K]` or
+None) in the place of every `seed`. Operands of different dtypes meet in the wider one; None stands
+for a result that was not asked for.
 """
 
 import torch
 from torch import Tensor
 
+from delora_kernels.op_arguments import (
+    Branch,
+    ExpertFactors,
+    Folded,
+    Frozen,
+    Gated,
+    Gating,
+    Masks,
+    RankTerm,
+    Rescaled,
+    Rescaling,
+    Start,
+    Strength,
+    TermGradients,
+)
+
 Results = tuple[Tensor | None, ...]
 Two = tuple[Tensor, Tensor | None]
 
 
-def fold(
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor | None,
-    weight_norm: Tensor | None,
-    frozen_A: Tensor | None,
-    frozen_B: Tensor | None,
-    frozen_lam: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Results:
+def fold(A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype) -> Results:
     """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
-    if lam is None or weight_norm is None:
+    if strength.lam is None:
         return A.to(dtype), B.to(dtype), None, None
-    A_hat, B_hat, a, b = _folded(A, B, lam, weight_norm, frozen_A, frozen_B, frozen_lam, eps)
+    A_hat, B_hat, a, b = _folded(A, B, strength, start)
     return A_hat.to(dtype), B_hat.to(dtype), a, b
 
 
-def _folded(
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
-    frozen_A: Tensor | None,
-    frozen_B: Tensor | None,
-    frozen_lam: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _folded(A: Tensor, B: Tensor, strength: Strength, start: Start) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (lam, weight_norm, eps), (frozen_A, frozen_B, frozen_lam) = strength, start
+    assert lam is not None
+    assert weight_norm is not None
     pairs = [(A, B, lam)]
     if frozen_A is not None and frozen_B is not None:
         pairs.append((frozen_A, frozen_B, -(lam if frozen_lam is None else frozen_lam)))
@@ -48,41 +49,24 @@ def _folded(
     return torch.cat(A_hat), torch.cat(B_hat, dim=1), torch.cat(a), torch.cat(b)
 
 
-def stack_factors(
-    A: Tensor | None,
-    router: Tensor | None,
-    frozen_A: Tensor | None,
-    B: Tensor,
-    frozen_B: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Results:
+def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> Results:
     """[A; G; A⁰] and [B | −γ B⁰], expert by expert."""
-    parts = [part for part in (A, router, frozen_A) if part is not None]
+    *firsts, B, frozen_B, residual = factors
+    parts = [part for part in firsts if part is not None]
     columns = list(B)
     if frozen_B is not None and residual is not None:
         columns += [-factor * each for factor, each in zip(residual, frozen_B, strict=True)]
     return torch.cat(parts).to(dtype) if parts else None, torch.cat(columns, dim=1).to(dtype)
 
 
-def fold_backward(
-    dA_hat: Tensor | None,
-    dB_hat: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    lam: Tensor,
-    weight_norm: Tensor,
-    frozen_B: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-) -> Results:
+def fold_backward(dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength) -> Results:
     """The gradients that autograd finds for fold; its norms a and b are not needed for that."""
-    r = len(A)
+    r, frozen_B = len(folded.A), folded.frozen_B
+    assert strength.lam is not None
     with torch.enable_grad():
-        A, B, lam = (value.detach().clone().requires_grad_() for value in (A, B, lam))
+        A, B, lam = (value.detach().clone().requires_grad_() for value in (folded.A, folded.B, strength.lam))
         frozen_A = None if frozen_B is None else A.new_ones(frozen_B.shape[1], A.shape[1])
-        A_hat, B_hat, *_ = _folded(A, B, lam, weight_norm, frozen_A, frozen_B, None, eps)
+        A_hat, B_hat, *_ = _folded(A, B, strength._replace(lam=lam), Start(frozen_A, frozen_B))
     dA = dB = dlam = None
     if dA_hat is not None:
         (dA,) = torch.autograd.grad(A_hat[:r], A, dA_hat.to(A.dtype))
@@ -105,28 +89,18 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator).masked_fill(denominator == 0, 0)
 
 
-def project(x: Tensor, A_hat: Tensor, ranks: list[int], dropout_p: list[float], mask: Tensor | None) -> Tensor:
+def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
     """drop(x) Âᵀ, with `ranks` each block of Â's rows by its own mask of [len(ranks), T, K]."""
+    ranks, dropout_p, mask = masks
     if ranks and mask is not None:
-        blocks = zip(A_hat.split(ranks), dropout_p, mask, strict=True)
+        blocks = zip(A_hat.split(list(ranks)), dropout_p, mask, strict=True)
         return torch.cat([_mm(x * m / (1 - p), A.T) for A, p, m in blocks], dim=1)
     return _mm(_drop(x, dropout_p[0], mask), A_hat.T)
 
 
-def expand(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    B_hat: Tensor,
-    scale: float,
-    c: Tensor | None,
-    scaled: Tensor | None,
-    keep: bool,
-    dropout_p: float,
-    mask: Tensor | None,
-) -> Two:
+def expand(x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, rescaling: Rescaling) -> Two:
     """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ; `scaled` says nothing new."""
+    (h, B_hat, scale), (c, _, keep, dropout_p, mask) = term, rescaling
     dropped = _drop(x, dropout_p, mask)
     u = _mm(dropped, weight.T) + scale * _mm(h, B_hat.T)
     y = u if c is None else c * u
@@ -135,18 +109,9 @@ def expand(
     return (y if bias is None else y + bias), (u if keep else None)
 
 
-def expand_backward(
-    dy: Tensor,
-    h: Tensor | None,
-    B_hat: Tensor | None,
-    scale: float,
-    c: Tensor | None,
-    u: Tensor | None,
-    kept_is_y: bool,
-    divisor: Tensor | None,
-    need_bias: bool,
-) -> Results:
-    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, dm = Σ_t dy ⊙ u / divisor, Σ_t dy."""
+def expand_backward(dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool) -> Results:
+    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, dm = Σ_t dy ⊙ u / divisor, Σ_t dy; what was kept is u."""
+    (h, B_hat, scale), (c, u, _, divisor) = term, rescaled
     du = dy if c is None else c * dy
     dv = None if B_hat is None else _mm(du, B_hat)
     dB_hat = None if h is None else scale * _mm(du.T, h)
@@ -154,25 +119,13 @@ def expand_backward(
     return dv, dB_hat, dm, (dy.sum(0) if need_bias else None)
 
 
-def input_backward(
-    dy: Tensor,
-    weight: Tensor | None,
-    dv: Tensor,
-    A_hat: Tensor | None,
-    x: Tensor | None,
-    r: int,
-    scale: float,
-    c: Tensor | None,
-    ranks: list[int],
-    dropout_p: list[float],
-    mask: Tensor | None,
-    two_term: bool,
-) -> Results:
+def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> Results:
     """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale · dv Â);
     dÂ = scale · dvᵀ drop(x), with `ranks` both block by block."""
+    (weight, c, two_term), (dv, A_hat, x, r, scale), (ranks, dropout_p, mask) = frozen, branch, masks
     columns = list(ranks) if ranks and mask is not None else [dv.shape[1]]
-    masks = [mask] if not ranks or mask is None else list(mask)
-    blocks = list(zip(dv.split(columns, dim=1), dropout_p, masks, strict=True))
+    each_mask = [mask] if not ranks or mask is None else list(mask)
+    blocks = list(zip(dv.split(columns, dim=1), dropout_p, each_mask, strict=True))
     dx = dA_hat = None
     if weight is not None and A_hat is not None:
         du = dy if c is None else c * dy
@@ -193,39 +146,16 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, mask:
     return dW if mask is None else dW + _mm(dy.T, x - dropped)
 
 
-def project_route(
-    x: Tensor,
-    A_hat: Tensor,
-    ranks: list[int],
-    dropout_p: list[float],
-    mask: Tensor | None,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
-) -> Results:
+def project_route(x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating) -> Results:
     """project, then the gating."""
-    h = project(x, A_hat, ranks, dropout_p, mask)
-    return h, *_route(h, gates, scale, token_share, experts, rank, top_k, renormalize, shared)
+    h = project(x, A_hat, masks)
+    return h, *_route(h, gates, top_k, gating)
 
 
-def _route(
-    h: Tensor,
-    gates: Tensor | None,
-    scale: Tensor,
-    token_share: Tensor | None,
-    experts: int,
-    rank: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
-) -> Results:
+def _route(h: Tensor, gates: Tensor | None, top_k: int, gating: Gating) -> Results:
     """One expert at a time: v_e = w_e s_e u_e, and the means of what was chosen, of P and of logsumexp²."""
-    w, P, z = _weights(h, gates, experts, rank, top_k, renormalize, shared)
+    experts, rank, _, shared, scale, token_share = gating
+    w, P, z = _weights(h, gates, top_k, gating)
     chosen = w != 0
     v = [w[:, e, None] * scale[e] * h[:, _columns(0 if shared else e, rank)] for e in range(experts)]
     v = [value.to(h.dtype) for value in v]
@@ -235,10 +165,9 @@ def _route(
     return torch.cat([*v, passed], dim=1), (w if gates is None else None), means[0], means[1], means[2].reshape(1)
 
 
-def _weights(
-    h: Tensor, gates: Tensor | None, experts: int, rank: int, top_k: int, renormalize: bool, shared: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(h: Tensor, gates: Tensor | None, top_k: int, gating: Gating) -> tuple[Tensor, Tensor, Tensor]:
     """w [T, E], P [T, E] and logsumexp² [T]."""
+    experts, rank, renormalize, shared, *_ = gating
     if gates is not None:
         return gates, gates, gates.new_zeros(len(gates))
     first = (1 if shared else experts) * rank
@@ -254,35 +183,21 @@ def _columns(e: int, rank: int) -> slice:
 
 
 def expand_route_backward(
-    dy: Tensor,
-    v: Tensor | None,
-    B_hat: Tensor,
-    need_bias: bool,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    token_share: Tensor | None,
-    dP: Tensor,
-    dz: Tensor,
-    need_scale: bool,
-    given: bool,
-    experts: int,
-    rank: int,
-    renormalize: bool,
-    shared: bool,
+    dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> Results:
     """dv = dy B̂ and what autograd makes of the gating's formula, with the same experts chosen; dB̂ = dyᵀ v, Σ_t dy."""
-    dv, dB_hat, _, dy_sum = expand_backward(dy, v, B_hat, 1.0, None, None, False, None, need_bias)
+    h, w, given, dP, dz, need_scale = gated
+    dv, dB_hat, _, dy_sum = expand_backward(dy, TermGradients(v, B_hat), Rescaled(), need_bias)
     with torch.enable_grad():
-        leaves = [value.detach().clone().requires_grad_() for value in (h, w, scale)]
-        top_k = int((w[0] != 0).sum()) if not given and len(w) else experts
+        leaves = [value.detach().clone().requires_grad_() for value in (h, w, gating.scale)]
+        top_k = int((w[0] != 0).sum()) if not given and len(w) else gating.experts
         gates = leaves[1] if given else None
-        gated, _, _, P, z = _route(leaves[0], gates, leaves[2], token_share, experts, rank, top_k, renormalize, shared)
-        assert gated is not None
+        weighed, _, _, P, z = _route(leaves[0], gates, top_k, gating._replace(scale=leaves[2]))
+        assert weighed is not None
         assert dv is not None
         assert P is not None
         assert z is not None
-        total = (gated * dv).sum() + (P * dP).sum() + (z * dz).sum()
+        total = (weighed * dv).sum() + (P * dP).sum() + (z * dz).sum()
         dh, dw, dscale = torch.autograd.grad(total, leaves, allow_unused=True)
     return dh, dB_hat, dy_sum, (dw if given else None), (dscale if need_scale else None)
 

@@ -1,4 +1,4 @@
-"""The ops of ops.py as problems: a backend's op against its formula in `naive_ops`.
+"""The ops of ops.py as problems: a backend's op against its formula.
 
 A new op is one formula in formulas.py and one entry of `OPS` in cases.py.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from delora_kernels import ops
 from delora_kernels.testing.dropout import dropout_masks
 from delora_kernels.testing.ops import formulas
-from delora_kernels.testing.ops.cases import OPS, OpDraw
+from delora_kernels.testing.ops.cases import OPS, OpDraw, arguments
 from delora_kernels.testing.problem import Inputs, Outputs, Problem
 
 
@@ -60,7 +60,7 @@ def _run(name: str, backend: str, inputs: Inputs) -> Outputs:
     values = dict(inputs)
     if name == "expand_backward" and "x" in inputs:
         _, values["kept"] = ops.expand(*_expand_arguments(inputs, inputs["seed"]), backend)
-    results = getattr(ops, name)(*(values[argument] for argument in _arguments(name)), backend)
+    results = getattr(ops, name)(*arguments(name, values), backend)
     return {what: result for what, result in _named(name, results).items() if result.numel() > 0}
 
 
@@ -69,7 +69,7 @@ def _naive(name: str, inputs: Inputs) -> Outputs:
     values = dict(inputs) | {"seed": inputs.get("mask")}
     if name == "expand_backward" and "x" in inputs:
         _, values["kept"] = formulas.expand(*_expand_arguments(inputs, inputs.get("mask")))
-    results = getattr(formulas, name)(*(values[argument] for argument in _arguments(name)))
+    results = getattr(formulas, name)(*arguments(name, values))
     return {what: result for what, result in _named(name, results).items() if result is not None}
 
 
@@ -87,22 +87,14 @@ def _eager(name: str, widest: torch.dtype, inputs: Inputs) -> Outputs:
 def _dtypes(name: str, inputs: Inputs, backend: str) -> dict[str, torch.dtype]:
     """The dtypes that the op's fake, the contract, promises."""
     values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    results = _registered(name)(*(values[argument] for argument in _arguments(name)), backend)
+    results = getattr(ops, name)(*arguments(name, values), backend)
     return {what: result.dtype for what, result in _named(name, results).items()}
 
 
 def _expand_arguments(inputs: Inputs, seed: Tensor | None) -> list[Any]:
     """expand's arguments for the tensor that it keeps."""
     values = dict(inputs) | {"bias": None, "scaled": None, "keep": True, "seed": seed}
-    return [values[argument] for argument in _arguments("expand")]
-
-
-def _arguments(name: str) -> list[str]:
-    return [argument.name for argument in _registered(name)._schema.arguments if argument.name != "backend"]
-
-
-def _registered(name: str) -> Any:
-    return getattr(getattr(torch.ops, ops.NAMESPACE), name).default
+    return arguments("expand", values)
 
 
 def _named(name: str, results: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import delora_kernels as dk
 from delora_kernels import functional as F
 from delora_kernels import ops, reference
 from delora_kernels.backends import eager
+from delora_kernels.op_arguments import Masks
 
 RANKS = (3, 1, 5)
 NAMES = ("default", "second", "extra")
@@ -103,9 +104,9 @@ class _Recorder:
         self.seeds: list[Tensor] = []
         real = eager.project
 
-        def project(x: Tensor, A_hat: Tensor, ranks: Any, dropout_p: Any, seed: Any) -> Tensor:
-            self.seeds.append(seed)
-            return real(x, A_hat, ranks, dropout_p, seed)
+        def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
+            self.seeds.append(masks.seed)
+            return real(x, A_hat, masks)
 
         monkeypatch.setattr(eager, "project", project)
 

@@ -25,6 +25,7 @@ from delora_kernels import checks, ops
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear
+from delora_kernels.op_arguments import Start, Strength
 
 FUNCTION = "export_lora"
 
@@ -223,5 +224,5 @@ def _peft_fold(name: str, layer: Any, adapter: str) -> tuple[Any, dict[str, Tens
 
 def _fold_delora(tensors: dict[str, Tensor], _: Any, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     A, B, lam, weight_norm = tensors.values()
-    A_hat, B_hat, _, _ = ops.fold(A, B, lam, weight_norm, None, None, None, _PEFT_DELORA_EPS, acc, "eager")
+    A_hat, B_hat, _, _ = ops.fold(A, B, Strength(lam, weight_norm, _PEFT_DELORA_EPS), Start(), acc, "eager")
     return A_hat, B_hat
