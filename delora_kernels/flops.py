@@ -1,7 +1,11 @@
 """What torch.utils.flop_counter counts for each op: the multiply-adds of its matrix products, as for any GEMM.
 
-Call `register()` before a FlopCounterMode is made, or it counts nothing inside the fused layers. It is not done at
-import because torch's flop counter imports Triton.
+Call `register()` before a FlopCounterMode is made, or it counts nothing inside the fused layers. It
+is not done at import because torch's flop counter imports Triton.
+
+A reflection counts: x·û and the update by û are products of every block with a matrix of one column
+(ETHER+: two), and torch counts them where plain torch computes them. Norms, softmax, gating, masks
+and whatever else goes element by element do not, here or there.
 """
 
 from collections.abc import Callable
@@ -9,52 +13,66 @@ from typing import Any
 
 import torch
 
+from delora_kernels import ops
+from delora_kernels.op_arguments import (
+    Gated,
+    Gating,
+    Masks,
+    Rescaled,
+    Rescaling,
+    TermGradients,
+)
+
 
 def _gemm(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def _row_norm(weight: Any, A_hat: Any, *_: Any, **__: Any) -> int:
+def _row_norm(weight: Any, A_hat: Any, *_: Any) -> int:
     return _gemm(weight[0], A_hat[0], weight[1])
 
 
-def _project(x: Any, A_hat: Any, *_: Any, **__: Any) -> int:
+def _project(x: Any, A_hat: Any, masks: Masks) -> int:
     return _gemm(x[0], x[1], A_hat[0])
 
 
-def _expand(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    h: Any,
-    B_hat: Any,
-    scale: Any,
-    c: Any,
-    scaled: Any,
-    keep: Any,
-    p: Any,
-    seed: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    frozen = _gemm(x[0], x[1], weight[0]) * (1 if seed is None else 2)
-    return frozen + _gemm(x[0], h[1], weight[0])
+def _expand(x: Any, weight: Any, bias: Any, term: Any, rescaling: Rescaling) -> int:
+    frozen = _gemm(x[0], x[1], weight[0]) * (1 if rescaling.seed is None else 2)
+    return frozen + _gemm(x[0], term.h[1], weight[0])
 
 
-def _expand_backward(dy: Any, h: Any, B_hat: Any, *_: Any, **__: Any) -> int:
-    return sum(_gemm(dy[0], dy[1], small[1]) for small in (h, B_hat) if small is not None)
+def _expand_backward(dy: Any, term: Any, rescaled: Rescaled, need_bias: bool) -> int:
+    return sum(_gemm(dy[0], dy[1], small[1]) for small in (term.h, term.B_hat) if small is not None)
 
 
-def _input_backward(dy: Any, weight: Any, dv: Any, A_hat: Any, x: Any, r: int, *others: Any, **__: Any) -> int:
-    *_, two_term, _backend = others
-    total = 0 if x is None else _gemm(r, x[0], x[1])
+def _input_backward(dy: Any, frozen: Any, branch: Any, masks: Masks) -> int:
+    x, weight, dv = branch.x, frozen.weight, branch.dv
+    total = 0 if x is None else _gemm(branch.r, x[0], x[1])
     if weight is not None:
-        total += _gemm(dy[0], dy[1], weight[1]) * (2 if two_term else 1) + _gemm(dy[0], dv[1], weight[1])
+        total += _gemm(dy[0], dy[1], weight[1]) * (2 if frozen.two_term else 1) + _gemm(dy[0], dv[1], weight[1])
     return total
 
 
-def _weight_grad(dy: Any, x: Any, c: Any, p: Any, seed: Any, *_: Any, **__: Any) -> int:
+def _weight_grad(dy: Any, x: Any, c: Any, dropout_p: float, seed: Any) -> int:
     return _gemm(dy[1], x[0], x[1]) * (1 if seed is None else 2)
+
+
+def _project_route(x: Any, A_hat: Any, masks: Masks, gates: Any, top_k: int, gating: Gating) -> int:
+    return _project(x, A_hat, masks)
+
+
+def _expand_route_backward(dy: Any, v: Any, B_hat: Any, need_bias: bool, gated: Gated, gating: Gating) -> int:
+    return _expand_backward(dy, TermGradients(v, B_hat), Rescaled(), need_bias)
+
+
+def _reflect(x: Any, u: Any, v: Any, bias: Any) -> int:
+    """The products x·û, then the update, for each vector of a block."""
+    return 2 * _gemm(x[0], x[1], 1 if v is None else 2)
+
+
+def _reflect_backward(dy: Any, x: Any, u: Any, v: Any, need_dx: bool) -> int:
+    """x·û and dy·û, their sums over tokens with dy and x, and the update of dx."""
+    return (5 if need_dx else 4) * _gemm(x[0], x[1], 1 if v is None else 2)
 
 
 FORMULAS: dict[str, Callable[..., int]] = {
@@ -64,15 +82,27 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "expand_backward": _expand_backward,
     "input_backward": _input_backward,
     "weight_grad": _weight_grad,
+    "project_route": _project_route,
+    "expand_route_backward": _expand_route_backward,
+    "reflect": _reflect,
+    "reflect_backward": _reflect_backward,
 }
-"""Op name → FLOPs from its arguments, tensors given as shapes; fold, its inverse and masks have no matrix product."""
+"""Op name → FLOPs from the arguments of its function, tensors given as shapes."""
+
+WITHOUT_PRODUCTS = ("fold", "fold_backward", "stack_factors", "dropout_mask")
+"""The other ops."""
 
 
 def register() -> None:
     """Tell torch.utils.flop_counter the formulas; harmless when repeated."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    for name, formula in FORMULAS.items():
+    for name in FORMULAS:
         op = getattr(torch.ops.delora_kernels, name)
         if op not in flop_registry:
-            register_flop_formula(op)(formula)
+            register_flop_formula(op)(_of_values(name))
+
+
+def _of_values(name: str) -> Callable[..., int]:
+    """An op's formula as the flop counter calls it, with the values of the schema."""
+    return lambda *values, **_: FORMULAS[name](*ops.packed(name, values[:-1]))

@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "bases": {"checks"},
     "backends": {"call", "op_arguments", "dtypes"},
     "ops": {"backends", "op_arguments", "dtypes"},
-    "flops": {"ops"},
+    "flops": {"ops", "op_arguments"},
     "dispatch": {"backends", "call"},
     "autograd": {"ops", "bases", "op_arguments", "call", "dtypes"},
     "functional": {"autograd", "dispatch", "call", "checks"},
