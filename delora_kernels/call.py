@@ -63,11 +63,6 @@ class Call(NamedTuple):
     seed: Tensor | None
     options: Options
 
-    @property
-    def method(self) -> str:
-        """Name of the public function that was called."""
-        return self.options.method
-
 
 class MoEOptions(NamedTuple):
     """Everything about a mixture's call that is not a tensor.
@@ -123,11 +118,6 @@ class MoECall(NamedTuple):
     seed: Tensor | None
     options: MoEOptions
 
-    @property
-    def method(self) -> str:
-        """Name of the public function that was called."""
-        return self.options.method
-
 
 class ReflectOptions(NamedTuple):
     """Everything about a reflected linear's call that is not a tensor.
@@ -161,11 +151,6 @@ class ReflectCall(NamedTuple):
     u_out: Tensor | None
     v_out: Tensor | None
     options: ReflectOptions
-
-    @property
-    def method(self) -> str:
-        """Name of the public function that was called."""
-        return self.options.method
 
 
 AnyCall = Call | MoECall | ReflectCall

@@ -58,7 +58,7 @@ def choose(call: AnyCall) -> str:
         reason = reason_against(name, call)
         if reason is not None:
             raise RuntimeError(
-                f"{call.method}: the backend {name!r} was requested but can't take this call: {reason}. "
+                f"{call.options.method}: the backend {name!r} was requested but can't take this call: {reason}. "
                 f"Use use_backend('eager'), or leave the choice open."
             )
         return name
@@ -69,7 +69,7 @@ def choose(call: AnyCall) -> str:
         if (name, reason) not in _logged and not torch.compiler.is_compiling():
             _logged.add((name, str(reason)))
             logger.debug("backend %s not used: %s", name, reason)
-    raise RuntimeError(f"{call.method}: no backend takes this call")
+    raise RuntimeError(f"{call.options.method}: no backend takes this call")
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:

@@ -1,13 +1,15 @@
-"""The token-sized ops of `ops.py` as a library GEMM and passes beside it, for any backend that has kernels for these.
+"""The token-sized ops of `ops.py` as a library GEMM and passes beside it, for any backend that has
+kernels for these.
 
-`Stages` is given the launchers, and has forms (b) and (d) of docs/kernels.md: (b) the GEMM, then one pass over its
-output, in place; (d) a pass that writes the rank-R term, to which the GEMM then adds (beta = 1); for dx `token_sums`
-writes it on its way, where it can. What a backend has besides, its own stages.py puts around them.
+`Stages` is given the launchers, and has forms (b) and (d) of docs/kernels.md: (b) the GEMM, then
+one pass over its output, in place; (d) a pass that writes the rank-R term, to which the GEMM then
+adds (beta = 1); for dx `token_sums` writes it on its way, where it can. What a backend has besides,
+its own stages.py puts around them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescale
 
 
 class DyParts(NamedTuple):
-    """What reads of dy left, float32: dv [Q, T, R], scale · dyᵀ h [P, N, R], Σ_t dy and Σ_t dy ⊙ y [P, N] each.
+    """What reads of dy left, float32: dv [Q, T, R], scale · dyᵀ h [P, N, R], Σ_t dy and Σ_t dy ⊙ y
+    [P, N] each.
 
     None where not asked for; `dv` is None too where it is finished already.
     """
@@ -30,14 +33,50 @@ class DyParts(NamedTuple):
 
 
 class WrittenTerm(NamedTuple):
-    """The rank-R term of dx for `token_sums` to write on its way: out [T, C], from small [R, C] of any strides."""
+    """The rank-R term of dx for `token_sums` to write on its way: out [T, C], from small [R, C] of
+    any strides.
+    """
 
     small: Tensor
     out: Tensor
 
 
+class TokenSums(Protocol):
+    """What one pass over x sums up over tokens, in parts."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        factor: float = 1.0,
+        *,
+        sums: bool = False,
+        y: Tensor | None = None,
+        group: MaskGroup | None = None,
+        transposed: bool = False,
+        ranks: int | None = None,
+        term: WrittenTerm | None = None,
+    ) -> DyParts:
+        """product [P, C, R] = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
+
+        Args:
+            x: [T, C].
+            h: [T, R], or None: no product.
+            factor: Of the product and of the term.
+            sums: Whether Σ_t x is wanted.
+            y: [T, C]: Σ_t x ⊙ y is wanted; or None.
+            group: Mask of the product's x and of the term, or None.
+            transposed: Whether the product is laid out as hᵀ x, [P, R, C].
+            ranks: How many of h's columns the product has; None: all.
+            term: Where factor · h small goes, or None.
+        """
+        ...
+
+
 def sum_of(parts: Tensor | None, like: Tensor) -> Tensor:
-    """Where a kernel writes the sum of parts: a tensor of its own, or the one part itself; no parts: an empty one."""
+    """Where a kernel writes the sum of parts: a tensor of its own, or the one part itself; no
+    parts: an empty one.
+    """
     if parts is None:
         return like.new_empty(0)
     return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])
@@ -45,11 +84,30 @@ def sum_of(parts: Tensor | None, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stages:
-    """The ops over the launchers of a backend, which say themselves what they take and give."""
+    """The ops over the launchers of a backend, which say themselves what more they ask of dtypes
+    and strides.
+
+    Args:
+        times_small: (x [T, C], small [C, R], dtype, group) → x small [T, R] in `dtype`; with a
+            `MaskGroup`, elements of x are dropped by its mask.
+        times_small_parts: (x, small, dtype, groups) → the same in parts, [P, T, R] in float32, or
+            [1, T, R] in `dtype`; `groups`, the masks of x for each of R's columns, divide these, or
+            None.
+        token_sums: What one pass over x [T, C] sums up over tokens, as `DyParts`: see `TokenSums`.
+        takes_term: Whether token_sums can write the rank-R term for (x, h, small, group).
+        takes_dy_sums: Whether dy_sums takes (dy, small, h, c).
+        dy_sums: (dy, small, h, factor, sums, y, c) → dv = dy (c ⊙ small), factor · dyᵀ h, Σ_t dy,
+            Σ_t dy ⊙ y.
+        finish_dy: (parts, out, column, B_hat, divisor): writes to `out` what `finished` promises.
+        add_parts: (parts [P, ...], dtype) → their sum in `dtype`, in their order.
+        rank_update: Writes c ⊙ (base + scale · h small) + extra + bias to `out`, and returns it.
+        scale_matrix: (matrix, factor, by_row) → the matrix scaled by rows or columns.
+        drop: (x, dropout_p, seed) → drop(x) and x − drop(x).
+    """
 
     times_small: Callable[..., Tensor]
     times_small_parts: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    token_sums: Callable[..., DyParts]
+    token_sums: TokenSums
     takes_term: Callable[[Tensor, Tensor, Tensor, MaskGroup], bool]
     takes_dy_sums: Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
     dy_sums: Callable[..., DyParts]
@@ -74,7 +132,9 @@ class Stages:
         rescaling: Rescaling,
         prefill: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """y in form (d) if `prefill`; in (b) if not, or where x Wᵀ is kept or dropout asks for two products."""
+        """y in form (d) if `prefill`; in (b) if not, or where x Wᵀ is kept or dropout asks for two
+        products.
+        """
         (h, B_hat, scale), (c, scaled, keep, dropout_p, seed) = term, rescaling
         nothing, extra = x.new_empty(0), None
         if prefill and seed is None and not keep and (c is None or scaled is not None):
@@ -93,7 +153,9 @@ class Stages:
     def expand_backward(
         self, dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂ in float32."""
+        """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂
+        in float32.
+        """
         (h, B_hat, scale), (c, kept, kept_is_y, divisor) = term, rescaled
         dv, dtype = None, torch.float32 if B_hat is None else B_hat.dtype
         if B_hat is not None and h is not None and self.takes_dy_sums(dy, B_hat, h, c):
@@ -118,7 +180,8 @@ class Stages:
         B_hat: Tensor | None = None,
         divisor: Tensor | None = None,
     ) -> DyParts:
-        """dv in `dtype`, c ⊙ product, Σ_t dy and (dots + Σ_r product ⊙ B̂) / divisor, in one launch or none.
+        """dv in `dtype`, c ⊙ product, Σ_t dy and (dots + Σ_r product ⊙ B̂) / divisor, in one launch
+        or none.
 
         Args:
             parts: What to add up.
@@ -137,7 +200,9 @@ class Stages:
         return DyParts(*out)
 
     def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
-        """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes it, else two."""
+        """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes
+        it, else two.
+        """
         if v is not None and self.takes_dy_sums(dy, B_hat, v, None):
             return self.dy_sums(dy, B_hat, v, 1.0, need_bias, None)
         empty = v is None and not need_bias

@@ -14,23 +14,3 @@ from delora_kernels.backends.cuda.stack_factors import stack_factors
 from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.cuda.support import supports, why_not_here
 from delora_kernels.backends.eager import weight_grad
-
-__all__ = [
-    "dropout_mask",
-    "expand",
-    "expand_backward",
-    "expand_route_backward",
-    "fold",
-    "fold_backward",
-    "input_backward",
-    "project",
-    "project_route",
-    "reflect",
-    "reflect_backward",
-    "row_norm",
-    "stack_factors",
-    "supports",
-    "wants_scaled",
-    "weight_grad",
-    "why_not_here",
-]

@@ -18,14 +18,7 @@ def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
 
 
 def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None) -> Tensor:
-    """x small → [T, R] in `dtype`; with `group`, elements of x are dropped by its mask.
-
-    Args:
-        x: [T, C].
-        small: [C, R], any strides; x's dtype or float32.
-        dtype: Of the result.
-        group: The mask, or None.
-    """
+    """x small → [T, R] in `dtype`: `Stages.times_small`."""
     groups = None if group is None else [group._replace(columns=slice(0, small.shape[1]))]
     return add_parts(times_small_parts(x, small, dtype, groups), dtype)
 
@@ -33,14 +26,7 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
 def times_small_parts(
     x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
 ) -> Tensor:
-    """The parts of x small, [P, T, R] in float32, or [1, T, R] in `dtype`; a launch and a read of x for each mask.
-
-    Args:
-        x: [T, C].
-        small: [C, R], any strides; x's dtype or float32.
-        dtype: Of the one part.
-        groups: The masks of x for each of R's columns, which they divide, or None.
-    """
+    """The parts of x small: `Stages.times_small_parts`; small in x's dtype or float32."""
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
         return x.new_zeros((1, T, R), dtype=dtype)
@@ -81,19 +67,7 @@ def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
     group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: WrittenTerm | None = None,
 ) -> DyParts:  # fmt: skip
-    """product [P, C, R] (transposed: [P, R, C]) = factor · drop(x)ᵀ h, sums [P, C] = Σ_t x, dots [P, C] = Σ_t x ⊙ y.
-
-    Args:
-        x: [T, C].
-        h: [T, R], x's dtype or float32, or None: no product.
-        factor: Of the product and of the term.
-        sums: Whether Σ_t x is wanted.
-        y: [T, C] in x's dtype: Σ_t x ⊙ y is wanted; or None.
-        group: Mask of the product's x and of the term, or None.
-        transposed: Whether the product is laid out as hᵀ x.
-        ranks: How many of h's columns the product has; None: all.
-        term: Where factor · h small goes, or None.
-    """
+    """As `TokenSums`: h is in x's dtype or float32, y in x's dtype."""
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
     ranks = R if ranks is None else ranks
     small, out = (None, None) if term is None else term

@@ -40,13 +40,7 @@ def project_route(
 def route(
     parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them.
-
-    Args:
-        parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
-        dtype: Of h and v.
-        gates, top_k, gating: as in the op.
-    """
+    """The op `project_route` from `parts`, which `times_small_parts` left of h; h and v in `dtype`."""
     adds, tokens = len(parts) > 1, library().dk_route_tokens()
     h = parts.new_empty(parts.shape[1:], dtype=dtype) if adds else parts[0]
     return h, *_gated("route", (parts if adds else None, len(parts)), (), tokens, h, gates, top_k, gating)

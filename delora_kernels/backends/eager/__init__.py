@@ -16,25 +16,6 @@ from delora_kernels.backends.eager.route import expand_route_backward, project_r
 from delora_kernels.backends.eager.stack_factors import stack_factors
 from delora_kernels.call import AnyCall
 
-__all__ = [
-    "dropout_mask",
-    "expand",
-    "expand_backward",
-    "expand_route_backward",
-    "fold",
-    "fold_backward",
-    "input_backward",
-    "project",
-    "project_route",
-    "reflect",
-    "reflect_backward",
-    "row_norm",
-    "stack_factors",
-    "supports",
-    "wants_scaled",
-    "weight_grad",
-]
-
 
 def supports(call: AnyCall) -> str | None:
     """None: plain torch takes every call."""

@@ -14,22 +14,3 @@ from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.stack_factors import stack_factors
 from delora_kernels.backends.triton.stages import expand, expand_backward, input_backward, project, wants_scaled
 from delora_kernels.backends.triton.support import supports
-
-__all__ = [
-    "dropout_mask",
-    "expand",
-    "expand_backward",
-    "expand_route_backward",
-    "fold",
-    "fold_backward",
-    "input_backward",
-    "project",
-    "project_route",
-    "reflect",
-    "reflect_backward",
-    "row_norm",
-    "stack_factors",
-    "supports",
-    "wants_scaled",
-    "weight_grad",
-]

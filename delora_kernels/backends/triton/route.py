@@ -148,13 +148,7 @@ def warps(experts: int) -> int:
 def route(
     parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h [T, C] in `dtype`, v, w, f, P and z as the op `project_route` has them, from one read of the parts.
-
-    Args:
-        parts: [P, T, C], contiguous, float32; or [1, T, C] in `dtype`, which is h itself.
-        dtype: Of h and v.
-        gates, top_k, gating: as in the op.
-    """
+    """The op `project_route` from one read of `parts`, which `times_small_parts` left of h; h and v in `dtype`."""
     experts, rank, renormalize, shared, scale, token_share = gating
     (count, T, columns), given = parts.shape, gates is not None
     passed = gating.passed(columns, 0 if given else experts)

@@ -43,14 +43,7 @@ def times_small_kernel(
 
 
 def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None) -> Tensor:
-    """x small → [T, R] in `dtype`; with `group`, elements of x are dropped by its mask.
-
-    Args:
-        x: [T, C].
-        small: [C, R], any strides.
-        dtype: Of the result.
-        group: The mask, or None.
-    """
+    """x small → [T, R] in `dtype`: `Stages.times_small`."""
     groups = None if group is None else [group._replace(columns=slice(0, small.shape[1]))]
     return add_parts(times_small_parts(x, small, dtype, groups), dtype)
 
@@ -72,14 +65,7 @@ def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
 def times_small_parts(
     x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
 ) -> Tensor:
-    """The parts of x small, [P, T, R] in float32, or [1, T, R] in `dtype`; a launch and a read of x for each mask.
-
-    Args:
-        x: [T, C].
-        small: [C, R], any strides.
-        dtype: Of the one part.
-        groups: The masks of x for each of R's columns, which they divide, or None.
-    """
+    """The parts of x small: `Stages.times_small_parts`; a launch and a read of x for each mask."""
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
         return x.new_zeros((1, T, R), dtype=dtype)

@@ -81,19 +81,7 @@ def token_sums(
     x: Tensor, h: Tensor | None, factor: float = 1.0, *, sums: bool = False, y: Tensor | None = None,
     group: MaskGroup | None = None, transposed: bool = False, ranks: int | None = None, term: WrittenTerm | None = None,
 ) -> DyParts:  # fmt: skip
-    """What one pass over x [T, C] sums up over tokens, in parts: product [P, C, R] or transposed [P, R, C], vectors.
-
-    Args:
-        x: [T, C].
-        h: [T, R], or None: no product.
-        factor: Of the product and of the term.
-        sums: Whether Σ_t x is wanted.
-        y: [T, C]: Σ_t x ⊙ y is wanted; or None.
-        group: Mask of the product's x and of the term, or None.
-        transposed: Whether the product is laid out as Hᵀ X.
-        ranks: How many of h's columns the product has; None: all.
-        term: Where factor · h S goes, or None.
-    """
+    """As `TokenSums`: one read of x for each 128 ranks."""
     (T, C), R = x.shape, 0 if h is None else h.shape[1]
     ranks = R if ranks is None else ranks
     shape = (ranks, C) if transposed else (C, ranks)
