@@ -239,7 +239,7 @@ def test_other_threads_see_nothing_of_a_proof(stand_ins: dict[str, Any]) -> None
         return eager.project(*given)
 
     stand_ins["triton"].project = slow
-    stand_ins["triton"].supports = lambda call: "not this one" if call.method == "dora_linear" else None
+    stand_ins["triton"].supports = lambda call: "not this one" if call.options.method == "dora_linear" else None
     thread = threading.Thread(target=lambda: seen.append(explain("lora_linear", **arguments()).backend))
     thread.start()
     assert proving.wait(60)

@@ -62,7 +62,7 @@ def _count_fused_calls() -> None:
     run = function.run
 
     def counted(kind: Any, call: Any, *rest: Any) -> Any:
-        counts[f"calls of {call.method}"] += 1
+        counts[f"calls of {call.options.method}"] += 1
         return run(kind, call, *rest)
 
     function.run = counted

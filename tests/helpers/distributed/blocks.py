@@ -130,7 +130,7 @@ def fused_calls() -> Iterator[list[str]]:
     run = function.run
 
     def counted(kind: Any, call: Any, *rest: Any) -> tuple[Tensor, ...]:
-        calls.append(call.method)
+        calls.append(call.options.method)
         return run(kind, call, *rest)
 
     function.run = counted

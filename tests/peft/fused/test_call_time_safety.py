@@ -29,7 +29,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every fused call by the name of its function."""
     made: list[str] = []
     run = function.run
-    monkeypatch.setattr(function, "run", lambda kind, call, *rest: made.append(call.method) or run(kind, call, *rest))
+    monkeypatch.setattr(
+        function, "run", lambda kind, call, *rest: made.append(call.options.method) or run(kind, call, *rest)
+    )
     return made
 
 
