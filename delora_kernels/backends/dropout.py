@@ -71,6 +71,13 @@ class MaskGroup(NamedTuple):
         return None if self.seed is None else KeepMask(K, self.dropout_p, self.seed)
 
 
+def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
+    """Return what a kernel takes of a mask: seed, threshold and 1 / (1 − p)."""
+    if group is None or group.seed is None:
+        return None, 0, 1.0
+    return group.seed, threshold(group.dropout_p), 1 / (1 - group.dropout_p)
+
+
 def mask_groups(R: int, masks: Masks) -> list[MaskGroup]:
     """How the R columns of a rank-space tensor are divided among masks."""
     ranks, dropout_p, seed = masks

@@ -6,15 +6,8 @@ import torch
 from torch import Tensor
 
 from delora_kernels.backends.cuda.launch import DTYPES, launch, rows, splits, tiles
-from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.dropout import MaskGroup, mask_arguments, threshold
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
-
-
-def mask_arguments(group: MaskGroup | None) -> tuple[Tensor | None, int, float]:
-    """Seed, threshold and 1 / (1 − p) of a mask."""
-    if group is None or group.seed is None:
-        return None, 0, 1.0
-    return group.seed, threshold(group.dropout_p), 1 / (1 - group.dropout_p)
 
 
 def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels.backends.cuda.kernels import mask_arguments, splits_of_times_small, times_small_parts
+from delora_kernels.backends.cuda.kernels import splits_of_times_small, times_small_parts
 from delora_kernels.backends.cuda.launch import DTYPES, TILE, launch, library, rows
 from delora_kernels.backends.cuda.stages import STAGES
-from delora_kernels.backends.dropout import mask_groups
+from delora_kernels.backends.dropout import mask_arguments, mask_groups
 from delora_kernels.backends.library_gemm import DyParts, sum_of
 from delora_kernels.op_arguments import Gated, Gating, Masks
 

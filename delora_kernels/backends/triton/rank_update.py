@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting_in_rank, precision, rows
@@ -79,12 +79,12 @@ def rank_update(
     BR = rank_tile("rank_update", R)
     tile = tiles("rank_update", BR, capability(out.device))
     how = meeting_in_rank(h.dtype, small.dtype, out.dtype)
-    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
+    seed, limit, _ = mask_arguments(group)
     stride_base, stride_extra = (0 if t is None else t.stride(0) for t in (base, extra))
     launch(
         rank_update_kernel, (triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens)),
         (base, h, small, column, extra, bias, seed, out),
-        (T, C, R, stride_base, h.stride(0), *small.stride(), stride_extra, threshold(p)), (scale,),
+        (T, C, R, stride_base, h.stride(0), *small.stride(), stride_extra, limit), (scale,),
         WITH_BASE=base is not None, WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None,
         WITH_BIAS=bias is not None, MASK_TERM=seed is not None, MASK_BASE=mask_base,
         HOW=how, PRECISION=precision(out.dtype, how), INTERPRETED=INTERPRETED,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
@@ -75,13 +75,14 @@ def times_small_parts(
     parts, part = split(x, [block.shape[1] for block in blocks])
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
     how = meeting(x.dtype, small.dtype)
-    for block, (columns, p, seed) in zip(blocks, groups, strict=True):
+    for block, group in zip(blocks, groups, strict=True):
+        seed, limit, inverse = mask_arguments(group)
         BR = rank_tile("times_small", block.shape[1])
         tile = tiles("times_small", BR, capability(x.device))
         launch(
             times_small_kernel, (triton.cdiv(T, tile.tokens), triton.cdiv(block.shape[1], BR), parts),
-            (x, block, out[:, :, columns], seed),
-            (T, C, block.shape[1], x.stride(0), *block.stride(), R, part, threshold(p)), (1 / (1 - p),),
+            (x, block, out[:, :, group.columns], seed),
+            (T, C, block.shape[1], x.stride(0), *block.stride(), R, part, limit), (inverse,),
             DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
             BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.dropout import MaskGroup, threshold
+from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
@@ -100,14 +100,14 @@ def token_sums(
     summed, dots = (
         x.new_empty((parts, C), dtype=torch.float32) if wanted else None for wanted in (sums, y is not None)
     )
-    seed, p = (None, 0.0) if group is None else (group.seed, group.dropout_p)
+    seed, limit, inverse = mask_arguments(group)
     how = meeting(x.dtype, x.dtype if h is None else h.dtype)
     small, out = (None, None) if term is None else term
     strides = (0 if t is None else t.stride(0) for t in (x, h, y))
     launch(
         token_sums_kernel, (*grid, parts), (x, h, y, small, seed, product, summed, dots, out),
-        (T, part, C, R, ranks, *strides, *((0, 0) if small is None else small.stride()), threshold(p)),
-        (factor / (1 - p),),
+        (T, part, C, R, ranks, *strides, *((0, 0) if small is None else small.stride()), limit),
+        (factor * inverse,),
         DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
         WITH_OUT=out is not None, TRANSPOSED=transposed,
         HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
