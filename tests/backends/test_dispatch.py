@@ -21,7 +21,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
 
     def stand_in(name: str) -> Any:
         return SimpleNamespace(
-            **{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: refused[name]}
+            **{op: getattr(eager, op) for op in (*ops.NAMES, "wants_scaled")} | {"supports": lambda call: refused[name]}
         )
 
     monkeypatch.setattr(backends, "loaded", {name: stand_in(name) for name in backends.NAMES})

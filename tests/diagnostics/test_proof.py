@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from delora_kernels import backends, dispatch, explain
+from delora_kernels import backends, dispatch, explain, ops
 from delora_kernels import functional as F
 from delora_kernels.backends import eager
 from delora_kernels.diagnostics import proof
@@ -23,7 +23,9 @@ Op = Callable[..., Any]
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every backend runs on a CPU with eager's ops, until a test changes one; none is proved yet."""
     loaded = {
-        name: SimpleNamespace(**{op: getattr(eager, op) for op in eager.__all__} | {"supports": lambda call: None})
+        name: SimpleNamespace(
+            **{op: getattr(eager, op) for op in (*ops.NAMES, "wants_scaled")} | {"supports": lambda call: None}
+        )
         for name in backends.NAMES
     }
     monkeypatch.setattr(backends, "loaded", loaded)
