@@ -18,14 +18,13 @@ def uninitialised_is_nan() -> Iterator[None]:
     without a deterministic form run as usual.
     """
     memory: Any = deterministic
-    filled, enabled = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, mode = memory.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
+        torch.set_deterministic_debug_mode(max(mode, 1))  # use_deterministic_algorithms imports the whole compiler
         memory.fill_uninitialized_memory = True
         try:
             yield
         finally:
             memory.fill_uninitialized_memory = filled
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            torch.set_deterministic_debug_mode(mode)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,16 @@ def test_bf16_under_autocast_stays_close(demo_run: Any) -> None:
     assert report["largest_loss_difference"] < 0.02
 
 
-def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_it(fused: torch.nn.Module) -> str:
-        for name, parameter in fused.named_parameters():
-            if "delora_lambda" in name:
-                parameter.data.mul_(1.5)
-        return "broken"
+def scale_lambda(factor: float, fused: torch.nn.Module) -> str:
+    """A wrong fusion: DeLoRA's λ are off by a factor."""
+    for name, parameter in fused.named_parameters():
+        if "delora_lambda" in name:
+            parameter.data.mul_(factor)
+    return "broken"
 
-    monkeypatch.setattr(model, "fuse", break_it)
+
+def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "fuse", partial(scale_lambda, 1.5))
     code, report = demo_run()
     assert code == 0
     assert report["fusion"] == "broken"
@@ -140,13 +143,7 @@ def test_the_verdict_is_reported(demo_run: Any, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_slightly_wrong_fusion_fails(demo_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def scale_lambda(fused: torch.nn.Module) -> str:
-        for name, parameter in fused.named_parameters():
-            if "delora_lambda" in name:
-                parameter.data.mul_(1.01)
-        return "broken"
-
-    monkeypatch.setattr(model, "fuse", scale_lambda)
+    monkeypatch.setattr(model, "fuse", partial(scale_lambda, 1.01))
     code, report = demo_run("--accumulation", "2")
     assert code == 1
     assert report["verdict"]["passed"] is False

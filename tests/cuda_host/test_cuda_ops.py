@@ -6,9 +6,9 @@ Run by `make test-cuda-host`, which compiles them first. The order in which thre
 import pytest
 import torch
 from host_backend import SANITIZED, shuffle_threads
+from kernel_calls import DTYPES, check_no_tokens
 from torch import Tensor
 
-from delora_kernels import functional as F
 from delora_kernels import ops, use_backend
 from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
@@ -16,13 +16,6 @@ from delora_kernels.backends.cuda.stages import STAGES
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.ops.problems import op_problems
 
-DTYPES = {
-    "float32": (torch.float32, None),
-    "float16": (torch.float16, None),
-    "bfloat16": (torch.bfloat16, None),
-    "bfloat16+float32": (torch.bfloat16, torch.float32),
-    "float16+float32": (torch.float16, torch.float32),
-}
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20), (130, 72, 200, 70))
 RANDOM_SIZES = 50
 if SANITIZED:  # for addresses, not for numbers
@@ -188,13 +181,7 @@ def test_an_infinite_factor_in_row_norm_shows_as_in_the_formula(K: int, dtype: t
 
 
 def test_no_tokens() -> None:
-    tensors = {"x": torch.zeros(0, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(2, 6), "B": torch.zeros(5, 2)}
-    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
-    with use_backend("cuda"):
-        y = F.lora_linear(**leaves)
-        y.sum().backward()
-    assert y.shape == (0, 5)
-    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
+    check_no_tokens("cuda")
 
 
 def test_a_status_becomes_an_error() -> None:

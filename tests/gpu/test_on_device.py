@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from kernel_calls import DTYPES
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -17,15 +18,6 @@ from delora_kernels import functional as F
 from delora_kernels.backends.triton import forms
 from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.ops.problems import op_problems
-
-DTYPES = {
-    "float32": (torch.float32, None),
-    "float16": (torch.float16, None),
-    "bfloat16": (torch.bfloat16, None),
-    "bfloat16+float32": (torch.bfloat16, torch.float32),
-    "float16+float32": (torch.float16, torch.float32),
-}
-
 
 WAYS = {"cuda": None} | {f"triton-{name}": name for name in (forms.UPDATE, forms.PREFILL, forms.OWN)}
 

@@ -11,13 +11,13 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "other:0"
 HERE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -48,7 +48,7 @@ class Disguised(Tensor):
 
 def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The op on what its tensors hide."""
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = [value for value in _leaves((*args, *kwargs.values())) if isinstance(value, Tensor)]
     there = any(isinstance(tensor, Disguised) for tensor in tensors)
     strangers = [tensor for tensor in tensors if not isinstance(tensor, Disguised) and tensor.dim()]
     if there and strangers and str(op) not in MAY_MIX:
@@ -57,14 +57,29 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if device is not None:
         there = torch.device(device).type == "other"
         kwargs = kwargs | {"device": torch.device("cpu") if there else device}
-    result = op(*_revealed(args), **_revealed(kwargs))
+    result = op(*_revealed(args), **{name: _revealed(value) for name, value in kwargs.items()})
     if str(op).endswith("_.default") and isinstance(result, Tensor):
         return args[0]
-    return tree_map(lambda value: Disguised(value) if isinstance(value, Tensor) else value, result) if there else result
+    return _each(lambda value: Disguised(value) if isinstance(value, Tensor) else value, result) if there else result
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """What an op's arguments hold, in lists too: all that a dispatcher knows, in a tenth of a pytree's time."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)([_each(change, one) for one in value])
+    return change(value)
 
 
 def _revealed(values: Any) -> Any:
-    return tree_map(lambda value: value.raw if isinstance(value, Disguised) else value, values)
+    return _each(lambda value: value.raw if isinstance(value, Disguised) else value, values)
 
 
 class Other(TorchDispatchMode):
@@ -130,7 +145,7 @@ def bring_kernels(name: str) -> None:
     there, real = run, launching.launch
 
     def launch(*args: Any, **kwargs: Any) -> None:
-        strangers = [v for v in tree_leaves(args) if isinstance(v, Tensor) and not isinstance(v, Disguised)]
+        strangers = [v for v in _leaves(args) if isinstance(v, Tensor) and not isinstance(v, Disguised)]
         if strangers:
             raise RuntimeError(f"a launch of {args[0]}: a tensor {list(strangers[0].shape)} is on the CPU")
         real(*_revealed(args), **kwargs)

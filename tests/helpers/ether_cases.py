@@ -5,8 +5,7 @@ import functools
 from typing import Any
 
 import torch
-from golden_cases import FOLDER, relative_error
-from safetensors import safe_open
+from golden_cases import FOLDER, read, relative_error
 from torch import Tensor
 
 NAMES = {
@@ -50,10 +49,8 @@ def ether_cases() -> tuple[EtherCase, ...]:
 
 
 def _read(path: Any) -> EtherCase:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    data = {name: value.double() if value.is_floating_point() else value.long() for name, value in data.items()}
+    metadata, data = read(path)
+    data = {name: value if value.is_floating_point() else value.long() for name, value in data.items()}
     qkv = "qkv" in path.name
     names = {"R": "u"} if qkv else NAMES[metadata["side"]]
     grad_out, output, merged = data.pop("grad_out"), data.pop("out"), data.pop("weight_merged", None)

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 import torch
-from golden_cases import FOLDER
-from safetensors import safe_open
+from golden_cases import FOLDER, read
 from torch import Tensor
 
 BALANCE_COEF = 0.01
@@ -49,10 +48,7 @@ def goat_cases() -> tuple[GoatCase, ...]:
 
 
 def _read(path: Any) -> GoatCase:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    data = {name: value.double() if value.is_floating_point() else value for name, value in data.items()}
+    metadata, data = read(path)
     arguments: dict[str, Any] = {name: data.pop(name) for name in ("x", "weight", "A", "B", "router")}
     arguments |= {"bias": data.pop("bias", None), "scale": data.pop("scaling"), "top_k": int(metadata["top_k"])}
     start = {name: data.pop(name) for name in ("weight0", "A_init", "B_init")}

@@ -66,6 +66,14 @@ class GoldenCase:
         return self.name
 
 
+def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A file's metadata, and its tensors: numbers in float64."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return metadata, {name: value.double() if value.is_floating_point() else value for name, value in data.items()}
+
+
 @functools.cache
 def golden_cases() -> tuple[GoldenCase, ...]:
     """All cases but GOAT's and ETHER's, which goat_cases.py and ether_cases.py read, sorted by name."""

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from kernel_calls import DTYPES, check_no_tokens
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -26,13 +27,6 @@ from delora_kernels.testing import METHODS, OPS, measure
 from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.ops.problems import op_problems
 
-DTYPES = {
-    "float32": (torch.float32, None),
-    "float16": (torch.float16, None),
-    "bfloat16": (torch.bfloat16, None),
-    "bfloat16+float32": (torch.bfloat16, torch.float32),
-    "float16+float32": (torch.float16, torch.float32),
-}
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20))
 RANDOM_SIZES = 50
 
@@ -192,13 +186,7 @@ def test_nan_and_inf_show_where_they_do_in_the_eager_backend(value: float, seed:
 
 
 def test_no_tokens() -> None:
-    tensors = {"x": torch.zeros(0, 6), "weight": torch.zeros(5, 6), "A": torch.zeros(2, 6), "B": torch.zeros(5, 2)}
-    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
-    with use_backend("triton"):
-        y = F.lora_linear(**leaves)
-        y.sum().backward()
-    assert y.shape == (0, 5)
-    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves.values())
+    check_no_tokens("triton")
 
 
 def test_what_it_does_not_take() -> None:

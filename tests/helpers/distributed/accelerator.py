@@ -4,17 +4,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import delora_kernels as dk
-from distributed.blocks import (
-    assert_close,
-    batch,
-    blocks,
-    fused_calls,
-    gradients,
-    half,
-    optimizer_step,
-    parameters,
-    single_process,
-)
+from distributed.blocks import batch, blocks, half
+from distributed.passes import assert_close, check_step, fused_calls, gradients, single_process
 
 
 def train(rank: int, method: str, seed: int, before: bool) -> int:
@@ -37,6 +28,5 @@ def train(rank: int, method: str, seed: int, before: bool) -> int:
             assert_close({"y": out.detach()}, {"y": half(y, rank)})
             accelerator.backward(out.square().mean())
     assert_close(gradients(wrapped), grads)
-    optimizer_step(wrapped)
-    assert_close(parameters(wrapped), stepped)
+    check_step(wrapped, stepped)
     return len(calls)

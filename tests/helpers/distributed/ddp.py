@@ -7,19 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import delora_kernels as dk
-from distributed.blocks import (
-    Block,
-    assert_close,
-    backward,
-    batch,
-    blocks,
-    fused_calls,
-    gradients,
-    half,
-    optimizer_step,
-    parameters,
-    single_process,
-)
+from distributed.blocks import Block, batch, blocks, half
+from distributed.passes import assert_close, backward, check_step, fused_calls, gradients, single_process
 
 
 def train(rank: int, method: str, seed: int, before: bool, options: dict[str, Any], checkpointed: bool) -> int:
@@ -44,8 +33,7 @@ def train(rank: int, method: str, seed: int, before: bool, options: dict[str, An
             backward(wrapped, first, share=0.5)
         backward(wrapped, second, share=0.5)
         assert_close(gradients(wrapped), grads)
-    optimizer_step(wrapped)
-    assert_close(parameters(wrapped), stepped)
+    check_step(wrapped, stepped)
     return len(calls)
 
 

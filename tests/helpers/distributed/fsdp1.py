@@ -10,15 +10,12 @@ from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import delora_kernels as dk
-from distributed.blocks import (
-    Block,
+from distributed.blocks import Block, batch, blocks, half
+from distributed.passes import (
     assert_close,
     backward,
-    batch,
-    blocks,
     fused_calls,
     gradients,
-    half,
     optimizer_step,
     parameters,
     single_process,

@@ -10,19 +10,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 import delora_kernels as dk
-from distributed.blocks import (
-    Block,
-    assert_close,
-    backward,
-    batch,
-    blocks,
-    fused_calls,
-    gradients,
-    half,
-    optimizer_step,
-    parameters,
-    single_process,
-)
+from distributed.blocks import Block, batch, blocks, half
+from distributed.passes import assert_close, backward, check_step, fused_calls, gradients, single_process
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "reshard": {"reshard_after_forward": True},
@@ -48,8 +37,7 @@ def train(rank: int, method: str, seed: int, before: bool, units: str, options: 
             distributed.all_reduce(parameter.grad)
             parameter.grad /= 2
     assert_close(gradients(made), grads)
-    optimizer_step(made)
-    assert_close(parameters(made), stepped)
+    check_step(made, stepped)
     _check_restored(made, x, sharded_layers=units == "layers")
     return len(calls)
 

@@ -8,7 +8,7 @@ from nn_mixtures import Stack, expected_loss, leaves_of, loss_of
 from torch.nn.parallel import DistributedDataParallel
 
 from delora_kernels.nn import set_loss_scale
-from distributed.blocks import gradients
+from distributed.passes import gradients
 
 ONE_EXPERT = "layers.5.router"
 """Its gradient is zero."""

@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import delora_kernels as dk
-from distributed.blocks import BLOCKS, assert_close, backward, batch, blocks, fused_calls, gradients, single_process
+from distributed.blocks import BLOCKS, batch, blocks
+from distributed.passes import assert_close, backward, fused_calls, gradients, single_process
 
 
 def train(rank: int, method: str, seed: int, before: bool, sharded: str) -> int:

@@ -2,47 +2,26 @@
 
 import copy
 import json
-import warnings
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
+from adapter_life import (
+    batch,
+    check_goes_on,
+    check_loaded_switched_and_deleted,
+    load,
+    outputs_of_each,
+    train,
+)
 from ether_models import KINDS, config, layers, model, move, small
 from safetensors.torch import load_file
 from tiny_llama import base, tokens
-from torch import Tensor, nn
 
 import delora_kernels as dk
 
 both_methods = pytest.mark.parametrize("kind", ["ether", "ether+"])
-
-
-def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def load(folder: Path, onto: nn.Module, **options: Any) -> Any:
-    """The adapter on a copy of a base model; a missing key, or one that has no place, is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        return peft.PeftModel.from_pretrained(copy.deepcopy(onto), folder, **options)
-
-
-def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
-    state, other = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == other.keys()
-    assert [k for k in state if state[k].dtype != other[k].dtype or not torch.equal(state[k], other[k])] == []
-
-
-def train(made: nn.Module, x: Tensor, steps: int = 2) -> None:
-    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
-    for _ in range(steps):
-        made(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(
@@ -62,13 +41,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(
     assert told["peft_type"] == ("ETHER_PLUS" if plus else "ETHER")
     assert all((".etherplus_" if plus else ".ether_") in key for key in saved)
     again = load(tmp_path, onto, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
-    check_equal(again, made)
-    assert torch.equal(again.train()(x), made(x))
-    for one in (made, again):
-        train(one, x)
-    check_equal(again, made)
-    theirs, ours = (one.peft_config["default"].to_dict() for one in (made, again))
-    assert {k for k in ours if ours[k] != theirs[k]} <= {"inference_mode", "auto_mapping"}
+    check_goes_on(again, made, x)
 
 
 @both_methods
@@ -94,27 +67,10 @@ def test_loaded_beside_another_switched_and_deleted(kind: str, seed: int, tmp_pa
     assert not any(p.requires_grad for name, p in made.named_parameters() if name.endswith(".other"))
     made.set_adapter("other")
     move(made)
-    outputs = {}
-    for name in ("default", "other"):
-        made.set_adapter(name)
-        outputs[name] = made.eval()(x)
-        trained = {key for key, p in made.named_parameters() if p.requires_grad}
-        assert trained == {key for key, _ in made.named_parameters() if ".ether" in key and key.endswith(name)}
-    assert not torch.equal(outputs["default"], outputs["other"])
-    with made.disable_adapter():
-        assert torch.equal(made(x), onto(x))
-    assert torch.equal(made(x), outputs["other"])
+    outputs = outputs_of_each(made, onto, x, ".ether")
     made.save_pretrained(tmp_path)
-    again = load(tmp_path, onto, adapter_name="one")
-    again.load_adapter(tmp_path / "other", "two")
-    assert torch.equal(again(x), outputs["default"])
-    again.set_adapter("two")
-    assert torch.equal(again(x), outputs["other"])
-    again.delete_adapter("two")
-    assert not any("two" in key for key in again.state_dict())
+    again = check_loaded_switched_and_deleted(tmp_path, onto, x, outputs)
     assert not any("two" in layer.options for layer in layers(again).values())
-    again.set_adapter("one")
-    assert torch.equal(again(x), outputs["default"])
 
 
 @both_methods

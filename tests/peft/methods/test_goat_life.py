@@ -2,52 +2,32 @@
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from adapter_life import (
+    batch,
+    check_equal,
+    check_goes_on,
+    check_loaded_switched_and_deleted,
+    load,
+    outputs_of_each,
+    train,
+)
 from goat_models import KINDS, config, layers, model, move, small
 from golden_cases import relative_error
 from safetensors.torch import load_file
 from tiny_llama import LAYERS, base, tokens
-from torch import Tensor, nn
 
 import delora_kernels as dk
-
-
-def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def train(made: nn.Module, x: Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        made(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def load(folder: Path, onto: nn.Module, **options: Any) -> Any:
-    """The adapter on a copy of a base model; a missing key, or one that has no place, is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        return peft.PeftModel.from_pretrained(copy.deepcopy(onto), folder, **options)
 
 
 def goat_llama(seed: int) -> Any:
     options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(base(seed), dk.GoatConfig(r=2, **options))
-
-
-def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
-    state, other = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == other.keys()
-    assert [k for k in state if not torch.equal(state[k], other[k])] == []
-    assert [k for k in state if state[k].dtype != other[k].dtype] == []
 
 
 @pytest.mark.parametrize(
@@ -69,13 +49,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "GOAT"
     torch.manual_seed(seed + 1)  # another router, another random A, if they were not loaded
     again = load(tmp_path, onto, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
-    check_equal(again, made)
-    assert torch.equal(again.train()(x), made(x))
-    for one in (made, again):
-        train(one, x)
-    check_equal(again, made)
-    theirs, ours = (one.peft_config["default"].to_dict() for one in (made, again))
-    assert {k for k in ours if ours[k] != theirs[k]} <= {"inference_mode", "auto_mapping"}
+    check_goes_on(again, made, x)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -105,27 +79,11 @@ def test_loaded_beside_another_switched_and_deleted(seed: int, tmp_path: Path) -
     made.add_adapter("other", config(num_experts=3, r=1, target_modules=["first", "third"], init_weights=False))
     made.set_adapter("other")
     move(made)
-    outputs = {}
-    for name in ("default", "other"):
-        made.set_adapter(name)
-        outputs[name] = made.eval()(x)
-        trained = {key for key, p in made.named_parameters() if p.requires_grad}
-        assert trained == {key for key, _ in made.named_parameters() if "goat_" in key and key.endswith(name)}
-    with made.disable_adapter():
-        assert torch.equal(made(x), onto(x))
-    assert torch.equal(made(x), outputs["other"])
+    outputs = outputs_of_each(made, onto, x, "goat_")
     made.save_pretrained(tmp_path)
     for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
         assert torch.equal(load(folder, onto)(x), outputs[name])
-    again = load(tmp_path, onto, adapter_name="one")
-    again.load_adapter(tmp_path / "other", "two")
-    assert torch.equal(again(x), outputs["default"])
-    again.set_adapter("two")
-    assert torch.equal(again(x), outputs["other"])
-    again.delete_adapter("two")
-    assert not any("two" in key for key in again.state_dict())
-    again.set_adapter("one")
-    assert torch.equal(again(x), outputs["default"])
+    again = check_loaded_switched_and_deleted(tmp_path, onto, x, outputs)
     assert not any(
         "two" in getattr(layer, name) for layer in layers(again).values() for name in layer.other_param_names
     )
