@@ -95,7 +95,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(PY) -m benchmarks.run --set quick --out runs/bench.json $(ARGS); status=$$?; \
-		test ! -e runs/bench.json || $(PY) -m benchmarks.report runs/bench.json || status=$$?; exit $$status
+		$(PY) -m benchmarks.report $$(ls -t runs/bench.json runs/bench.json.partial 2>/dev/null | head -1); exit $$status
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
