@@ -98,8 +98,16 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **where)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, **where, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
+    except Exception as error:
+        if source.gguf:  # what its reader raises of a damaged file is of every kind, and speaks of shapes
+            file = Path(source.path, source.gguf)
+            what = f"{file} ({file.stat().st_size} bytes) is incomplete, damaged or of an unknown kind"
+            raise Problem(
+                f"cannot load model {source.name!r}: {what}: download it again ({_one_line(error)})"
+            ) from None
+        if isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
+        raise
     model.config.use_cache = False
     return model.to(config.device), tokenizer
 

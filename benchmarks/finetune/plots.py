@@ -25,11 +25,11 @@ def loss(result: Result) -> Figure:
         held_out = dict(zip((0, result.steps), run.heldout, strict=False))
         upper.plot(*zip(*held_out.items(), strict=True), "D", color=colour, markersize=size, markeredgecolor="white")
     upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out text")
-    upper.set_ylabel(f"loss (nats per token)\nfaint: each step; bold: mean of {SMOOTH}", linespacing=1.5)
+    upper.set_ylabel("loss (nats per token)")
     _differences(lower, result)
     lower.set_ylim(bottom=0.0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lower.set_xlabel("step")
+    lower.set_xlabel(f"step\nlosses: faint each step, bold the mean of {SMOOTH}", linespacing=1.5)
     for axes in (upper, lower):
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
         _plain(axes)

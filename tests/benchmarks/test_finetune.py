@@ -246,6 +246,28 @@ def test_bad_input_gives_one_line(arguments: list[str], words: str, capsys: pyte
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("part", [0.2, 0.6, 0.95])
+def test_a_truncated_gguf_is_called_so(part: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    for n in range(8):
+        writer.add_tensor(f"blk.{n}.attn_q.weight", torch.ones(64, 64).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(part * len(whole))])
+    assert main(["--model", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{file} ({file.stat().st_size} bytes) is incomplete, damaged or of an unknown kind: download it again" in error
+    )
+    assert error.count("\n") == 1
+
+
 def test_the_default_model_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

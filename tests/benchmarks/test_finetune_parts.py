@@ -16,9 +16,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 import peft
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.busy import wait_politely_if_busy
-from benchmarks.finetune import text, train
+from benchmarks.finetune import plots, text, train
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.plots import running_mean
@@ -167,6 +168,19 @@ def test_summary_of_hand_made_numbers() -> None:
     assert result.differences(fused) == [0.0, 0.5, 0.25]
     assert math.isnan(largest([0.0, math.nan, 1.0]))
     assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_the_plots_labels_stand_clear_of_its_legends() -> None:
+    eager, fused = (train.Run(name, torch.nn.Linear(1, 1)) for name in ("eager", "accelerated"))
+    eager.losses = fused.losses = [3.0, 2.0, 1.0]
+    eager.step_ms = fused.step_ms = [1.0] * 3
+    result = Result(Config(), "tiny", {"device": "cpu", "cpu": "Some CPU"}, "", eager, fused)
+    figure = plots.loss(result)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        label, legend = axes.yaxis.label.get_window_extent(), axes.get_legend().get_window_extent()
+        assert not label.overlaps(legend), (axes.get_ylabel(), label, legend)
+        assert label.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize(
