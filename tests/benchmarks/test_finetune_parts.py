@@ -174,7 +174,7 @@ def test_the_plots_labels_stand_clear_of_its_legends() -> None:
     eager, fused = (train.Run(name, torch.nn.Linear(1, 1)) for name in ("eager", "accelerated"))
     eager.losses = fused.losses = [3.0, 2.0, 1.0]
     eager.step_ms = fused.step_ms = [1.0] * 3
-    result = Result(Config(), "tiny", {"device": "cpu", "cpu": "Some CPU"}, "", eager, fused)
+    result = Result(CONFIG, "tiny", {"device": "cpu", "cpu": "Some CPU"}, "", eager, fused)
     figure = plots.loss(result)
     FigureCanvasAgg(figure).draw()
     for axes in figure.axes:

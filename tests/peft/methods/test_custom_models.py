@@ -55,7 +55,8 @@ def test_a_saved_folder_says_what_it_needs(method: str, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert saved["needs"].startswith("pip install delora-kernels; before loading: ")
-    code = f"{saved['needs'].partition('before loading: ')[2]}; import peft\nprint(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).needs)"
+    code = f"{saved['needs'].partition('before loading: ')[2]}; import peft\n"
+    code += f"print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).needs)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == saved["needs"]
 
