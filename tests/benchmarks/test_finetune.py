@@ -1,5 +1,6 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 import peft
 import transformers
 
-from benchmarks.finetune import demo, model, text, train
+from benchmarks.finetune import cli, demo, model, sizing, text, train
 from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
 
@@ -211,6 +212,21 @@ def test_the_time_limit_ends_training_early(demo_run: Any) -> None:
     assert report["steps"] == 1
     assert report["end"].startswith("stopped after 1 of 6 steps")
     assert len(report["runs"]["fused"]["heldout_loss"]) == 2
+
+
+def test_without_steps_the_run_is_sized(demo_run: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Where a step would take a second, the report has a curve of fewer tokens, and the record what was run."""
+    monkeypatch.setattr(cli, "_settings", lambda args, whole=cli._settings: dataclasses.replace(whole(args), **SIZED))
+    monkeypatch.setattr(sizing, "measure", lambda run, config: sizing.Cost(0.1, 0.9 / 512))
+    code, report = demo_run()
+    assert code == 0
+    assert "size     a step of 2 x 256 tokens takes about 1 s here: " in capsys.readouterr().out
+    assert (report["config"]["batch_size"], report["config"]["seq_len"]) != (2, 256)
+    assert report["steps"] == report["config"]["steps"] >= 10
+    assert len(report["runs"]["fused"]["heldout_loss"]) == 2
+
+
+SIZED = {"sized": True, "steps": 60, "minutes": 0.5, "batch_size": 2, "seq_len": 256, "yardstick": 3}
 
 
 def test_data_files_and_too_little_of_it(demo_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
