@@ -166,8 +166,9 @@ def _measure(result: Result, data: Data, began: float) -> None:
             each.heldout.append(evaluate(each, data.heldout, config, bar.update))
     reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
     deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
+    least = sizing.LEAST_STEPS if config.sized else 1  # what was sized is nearly in time, and one step is no curve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for _ in race(pair, result.yardsticks, stream, config, deadline):
+        for _ in race(pair, result.yardsticks, stream, config, deadline, least):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",

@@ -119,6 +119,7 @@ def race(
     stream: Iterator[torch.Tensor],
     config: Config,
     deadline: float = float("inf"),
+    least: int = 1,
 ) -> Iterator[int]:
     """Advance every run by one step on the same batch, again and again; yield the number of steps done.
 
@@ -129,11 +130,12 @@ def race(
         extras: runs that go along, last, for the first `config.yardstick` steps.
         stream: batches `[sequences_per_step, seq_len]`.
         config: steps, warm-up, learning rate.
-        deadline: the value of `time.monotonic()` by which to be done; the first step is always taken.
+        deadline: the value of `time.monotonic()` by which to be done.
+        least: steps that are taken whatever the time.
     """
     began = lasted = 0.0
     for done in range(config.steps):
-        if done and time.monotonic() + lasted > deadline:
+        if done >= least and time.monotonic() + lasted > deadline:
             return
         began = time.monotonic()
         batch = next(stream).to(config.device)

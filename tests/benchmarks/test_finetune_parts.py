@@ -80,6 +80,14 @@ def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None
     assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_the_least_steps_are_taken_whatever_the_time(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "step", lambda run, batch, lr, config: None)
+    stream = iter([torch.zeros(1, 2, dtype=torch.int64)] * 3)
+    done = train.race(("a", "b"), (), stream, CONFIG, deadline=0.0, least=least)  # type: ignore[arg-type]
+    assert list(done) == list(range(1, least + 1))
+
+
 def test_a_run_takes_the_rows_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
     monkeypatch.setattr(
