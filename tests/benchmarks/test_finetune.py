@@ -284,6 +284,23 @@ def test_a_truncated_gguf_is_called_so(part: float, tmp_path: Path, capsys: pyte
     assert error.count("\n") == 1
 
 
+def test_unpacked_weights_are_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second load reads no GGUF: here there is none, but a file of its name."""
+    monkeypatch.setattr(model, "UNPACKED", tmp_path / "kept")
+    (tmp_path / "tiny.gguf").write_bytes(b"no GGUF")
+    source = model.Source("tiny", str(tmp_path), "tiny.gguf")
+    config = dataclasses.replace(cli._settings(cli._parser().parse_args([])), dtype="fp32", device="cpu")
+    loaded, tokenizer = model.load(model.Source("tiny", str(tiny)), config)
+    with pytest.raises(model.Problem):
+        model.load(source, config)
+    kept = model._kept(source, "fp32")
+    model._keep(kept, loaded, tokenizer)
+    again, _ = model.load(source, config)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.name], "nothing half made"
+    assert model._kept(source, "bf16") != kept
+
+
 def test_the_default_model_missing_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
