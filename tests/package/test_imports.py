@@ -77,7 +77,7 @@ def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
     loaded = run("import sys, delora_kernels; print(*[n for n in sys.modules if n.startswith('delora_kernels.')])")
     parts = {name.split(".")[1] for name in loaded.split()}
     assert parts == {
-        *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes"),
+        *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes", "op_arguments"),
         *("functional", "ops", "renamed", "version"),
     }
     of_diagnostics = {name for name in loaded.split() if name.startswith("delora_kernels.diagnostics.")}
