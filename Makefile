@@ -9,10 +9,12 @@
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
-# make cuda              compile the CUDA kernels into the package in place, for TORCH_CUDA_ARCH_LIST or all GPUs (needs nvcc)
+# make cuda              compile the CUDA kernels for this machine's GPUs, or ARGS="--arch 8.0 9.0" (needs nvcc)
 # make test-cuda-build   the wheel with the CUDA kernels, by the real nvcc: what it holds, that it loads
 # make gpu-check PY=python3  on a machine with a CUDA device, nvcc and torch: checks, tests/gpu, a record of layers
 #                        (without nvcc: GPU_BACKENDS=triton)
+# make help              this text
+#
 # Every other target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
 
 PYTHON ?= python3
@@ -27,7 +29,10 @@ XDIST := -n auto --dist worksteal
 
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) $(XDIST) $(if $(METHOD),-k '$(METHOD)') $(ARGS)
@@ -49,18 +54,18 @@ codegen: .venv/installed
 codegen-cuda: .venv/installed
 	$(PY) -m benchmarks.codegen_cuda $(ARGS)
 
-cuda:
-	$(PYTHON) csrc/nvcc_build.py
+cuda: .venv/installed
+	$(PY) -m delora_kernels build-cuda $(ARGS)
 
 test-cuda-build: .venv/installed
-	DELORA_KERNELS_CUDA=1 $(PY) -m pytest -q tests/cuda_build $(ARGS)
+	DELORA_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-all} $(PY) -m pytest -q tests/cuda_build $(ARGS)
 
 # compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel. Most of the
 # time goes into compiling kernels, on as many processes as there are (where pytest-xdist is installed).
 GPU_BACKENDS ?= triton cuda
 SANITIZED := -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'
 gpu-check:
-	case '$(GPU_BACKENDS)' in *cuda*) $(PY) csrc/nvcc_build.py;; esac
+	case '$(GPU_BACKENDS)' in *cuda*) PYTHONPATH=. $(PY) -m delora_kernels build-cuda;; esac
 	for backend in $(GPU_BACKENDS); do PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend $$backend \
 		--dtype bfloat16 --dtype float16 --dtype float32 || exit 1; done
 	PYTHONPATH=. $(PY) -m pytest -q -rs $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/gpu $(ARGS)
@@ -91,8 +96,8 @@ lint: .venv/installed
 	$(PY) -m mypy
 
 bench: .venv/installed
-	$(PY) -m benchmarks.run --set quick --out runs/bench.json $(ARGS)
-	$(PY) -m benchmarks.report runs/bench.json
+	$(PY) -m benchmarks.run --set quick --out runs/bench.json $(ARGS); status=$$?; \
+		$(PY) -m benchmarks.report $$(ls -t runs/bench.json runs/bench.json.partial 2>/dev/null | head -1); exit $$status
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'

@@ -1,12 +1,14 @@
 """Packaging of delora_kernels; settings of the tools are in pyproject.toml.
 
-The wheel is pure Python, or where nvcc is, Python and one library of compiled kernels that serves every Python and
-every torch of the platform (csrc/nvcc_build.py, which has the environment variables). An editable install leaves the
-library alone unless DELORA_KERNELS_CUDA=1 asks for it: `make cuda` compiles it in place.
+The wheel is pure Python, and holds the sources of the CUDA kernels for `python -m delora_kernels build-cuda`. With
+DELORA_KERNELS_CUDA=1 they are compiled here, into a wheel that serves every Python and every torch of the platform, or
+into the package in place for an editable install (backends/cuda/build.py has the other variables).
 """
 
+import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import nvcc_build  # noqa: E402
+_SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "delora_kernels/backends/cuda/build.py")
+cuda_build = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(cuda_build)  # by its path, for the package imports torch
 
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "delora_kernels/version.py").read_text(encoding="utf-8"))[1]
 
@@ -30,9 +32,9 @@ DEV = [*BENCH, *TEST, "mypy", "ruff"]
 
 
 class BuildCuda(Command):
-    """Compile the CUDA kernels into the package that is built, where nvcc can (a step of `build`)."""
+    """Put the CUDA kernels' sources into the package, and where that is asked for, the compiled library."""
 
-    description = "compile the CUDA kernels"
+    description = "add the CUDA kernels: their sources, and with DELORA_KERNELS_CUDA=1 the library"
     user_options = []  # noqa: RUF012
     editable_mode = False
 
@@ -41,13 +43,34 @@ class BuildCuda(Command):
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+        wanted = os.environ.get("DELORA_KERNELS_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise ValueError(f"DELORA_KERNELS_CUDA must be 0, 1 or not set, got {wanted!r}")
+        self.compiles = wanted == "1"
 
     def run(self) -> None:
-        if not self.editable_mode or os.environ.get("DELORA_KERNELS_CUDA") == "1":
-            nvcc_build.build_if_wanted(self._target(), os.environ, self._say)
+        package = self._package()
+        if not self.editable_mode:
+            shutil.rmtree(package / "csrc", ignore_errors=True)
+            (package / cuda_build.LIBRARY).unlink(missing_ok=True)  # an earlier build's, in the same folder
+            (package / "csrc").mkdir(parents=True)
+            for file in self._sources():
+                shutil.copy(file, package / "csrc" / file.name)
+        if self.compiles:
+            self._compile(package / cuda_build.LIBRARY)
 
-    def _target(self) -> Path:
-        return (ROOT if self.editable_mode else Path(self.build_lib or "")) / "delora_kernels" / nvcc_build.LIBRARY
+    def _compile(self, target: Path) -> None:
+        try:
+            cuda_build.build(target, os.environ, self._say)
+        except cuda_build.BuildError as error:
+            self._say(error.details)
+            raise
+
+    def _package(self) -> Path:
+        return (ROOT if self.editable_mode else Path(self.build_lib or "")) / "delora_kernels"
+
+    def _sources(self) -> list[Path]:
+        return sorted(file for file in (ROOT / "csrc").iterdir() if file.suffix in (".cu", ".cuh", ".h"))
 
     def _say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -56,7 +79,10 @@ class BuildCuda(Command):
         return []  # MANIFEST.in has them
 
     def get_outputs(self) -> list[str]:
-        return [str(self._target())] if self._target().exists() else []
+        if self.editable_mode:
+            return []
+        made = [self._package() / "csrc" / file.name for file in self._sources()]
+        return [str(file) for file in [*made, *[self._package() / cuda_build.LIBRARY] * self.compiles]]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -72,7 +98,7 @@ class Wheel(bdist_wheel):
     """A wheel for every Python 3: of one platform where it has the library, else of all."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        if not Path(self.bdist_dir, "delora_kernels", nvcc_build.LIBRARY).exists():
+        if not Path(self.bdist_dir, "delora_kernels", cuda_build.LIBRARY).exists():
             return super().get_tag()
         self.root_is_pure = False  # not before: until here it says where files are installed
         return "py3", "none", super().get_tag()[2]
@@ -88,6 +114,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     keywords=["LoRA", "DoRA", "DeLoRA", "PEFT", "adapters", "fine-tuning", "PyTorch", "kernels"],
     cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
+    package_dir={"": "."},  # so an editable install is a line in a .pth file, which type checkers follow
     packages=find_packages(include=["delora_kernels", "delora_kernels.*"]),
     package_data={"delora_kernels": ["py.typed"]},
     python_requires=">=3.10",  # this and the lower bounds of torch, PEFT and Transformers: diagnostics/versions.py

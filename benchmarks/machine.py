@@ -3,10 +3,12 @@
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from delora_kernels.diagnostics import versions
+from delora_kernels.diagnostics.environment import processor
 
 
 def machine_info(device: str | torch.device | None = None) -> dict[str, str | int | None]:
@@ -23,7 +25,7 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
     on_gpu = where.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(where) if on_gpu else where.type,
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -36,30 +38,12 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
         "cuda": torch.version.cuda if on_gpu else None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "peft": _version("peft"),
-        "transformers": _version("transformers"),
-        "numpy": _version("numpy"),
+        "triton": versions.installed("triton"),
+        "peft": versions.installed("peft"),
+        "transformers": versions.installed("transformers"),
+        "numpy": versions.version_of("numpy"),
         "commit": _commit(),
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name as the kernel gives it, else as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    """The installed version of `package`, found without importing it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -162,7 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _compare(path, args.form)
         return 0
     if not (args.copy_tbps and args.gemm_tflops):
-        print("benchmarks.model: give --record, or both --copy-tbps and --gemm-tflops", file=sys.stderr)
+        print(
+            "benchmarks.model: give what the machine can do, as in --copy-tbps 0.02 --gemm-tflops 0.3 (make bench "
+            "measures both), or --record to compare predictions with what was measured; --help has the rest",
+            file=sys.stderr,
+        )
         return 2
     _print_prediction(args, Ceilings(1e12 * args.copy_tbps, 1e12 * args.gemm_tflops))
     return 0

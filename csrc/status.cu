@@ -5,7 +5,7 @@
 #define DK_TEXT(x) #x
 #define DK_STRING(x) DK_TEXT(x)
 
-#if !defined(DK_ARCHITECTURES)  // nvcc_build.py says
+#if !defined(DK_ARCHITECTURES)  // backends/cuda/build.py says
 #define DK_ARCHITECTURES "architectures unknown"
 #endif
 

@@ -8,22 +8,24 @@ y = dk.functional.lora_linear(x, W, A, B)     # the same as functions; delora_ke
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from delora_kernels import dispatch, functional, nn, reference, renamed
+from delora_kernels import dispatch, functional, renamed
 from delora_kernels.diagnostics import proof
-from delora_kernels.diagnostics.explain import explain
 from delora_kernels.dispatch import use_backend
-from delora_kernels.routing import expert_report, watch_experts
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from delora_kernels import flops, nn, reference
+    from delora_kernels.diagnostics.explain import explain
     from delora_kernels.integrations.peft.export.export_lora import export_lora
     from delora_kernels.integrations.peft.fused import accelerate, restore
     from delora_kernels.integrations.peft.methods.ether import EtherConfig, EtherPlusConfig
     from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft.methods.register import register_peft_methods
     from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback
+    from delora_kernels.routing import expert_report, watch_experts
 
 dispatch.unproved = proof.why_not
 renamed.install()
@@ -39,6 +41,7 @@ __all__ = [
     "expert_report",
     "explain",
     "export_lora",
+    "flops",
     "functional",
     "import_goat",
     "merge_mean_gate",
@@ -50,7 +53,17 @@ __all__ = [
     "watch_experts",
 ]
 
-_LAZY = {
+_MODULES = ("flops", "nn", "reference")
+"""Modules that are imported when they are asked for: importing the package is to cost little."""
+
+_OURS = {
+    "expert_report": "routing",
+    "explain": "diagnostics.explain",
+    "watch_experts": "routing",
+}
+"""Names that are imported when they are asked for, and the module of delora_kernels that has them."""
+
+_NEED_PEFT = {
     "accelerate": "peft.fused",
     "restore": "peft.fused",
     "export_lora": "peft.export.export_lora",
@@ -67,14 +80,27 @@ _LAZY = {
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """List the public names; those that need PEFT where it is installed, for help() asks for each."""
+    here = set(__all__) if _peft_is_installed() else set(__all__) - _NEED_PEFT.keys()
+    return sorted(here | {name for name in globals() if name.startswith("__") and name.endswith("__")})
+
+
+def _peft_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("peft") is not None
+    except ValueError:  # somebody has put something else in its place
+        return False
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _OURS:
+        return getattr(importlib.import_module(f"{__name__}.{_OURS[name]}"), name)
+    if name not in _NEED_PEFT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"delora_kernels.integrations.{_LAZY[name]}")
+        module = importlib.import_module(f"{__name__}.integrations.{_NEED_PEFT[name]}")
     except ImportError as error:
         raise ImportError(
             f"delora_kernels.{name} needs PEFT and Transformers: pip install 'delora-kernels[peft]' ({error})"

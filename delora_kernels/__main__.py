@@ -1,4 +1,7 @@
-"""The command line: `python -m delora_kernels` describes the environment, `python -m delora_kernels check` tests it."""
+"""The command line: `python -m delora_kernels` describes the environment.
+
+`check` tests every op and method there, `build-cuda` compiles the CUDA kernels for its GPUs.
+"""
 
 import argparse
 import json
@@ -9,16 +12,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from delora_kernels import backends, dispatch
+from delora_kernels.backends.cuda import build as cuda_build
+from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.diagnostics.check import DTYPES, Row, jobs, run_job
 from delora_kernels.diagnostics.environment import as_text, environment
+from delora_kernels.version import __version__
 
-_COLUMNS = "{:<25} {:<11} {:<16} {:<7} {:>8} {:>8}  {}"
-_HEADER = _COLUMNS.format("method", "what", "dtype", "backend", "error", "limit", "ok")
+_COLUMNS = "{:<25} {:<11} {:<16} {:<7} {:>8} {:>8} {:>5}  {}"
+_HEADER = _COLUMNS.format("method", "what", "dtype", "backend", "error", "limit", "part", "ok")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         print(as_text(environment()))
         return 0
+    return _build_cuda(options) if options.command == "build-cuda" else _check(options)
+
+
+def _build_cuda(options: argparse.Namespace) -> int:
+    """Compile the CUDA kernels to where the package finds them; the exit status."""
+    try:
+        cuda_build.build(cuda_library.new_path(), os.environ, partial(print, flush=True), " ".join(options.arch or []))
+    except cuda_build.BuildError as error:
+        print(
+            "\n".join(filter(None, (error.details, f"python -m delora_kernels build-cuda: {error}"))), file=sys.stderr
+        )
+        return 1
+    cuda_library.load.cache_clear()
+    try:
+        cuda_library.load()
+    except cuda_library.LibraryError as error:
+        print(f"python -m delora_kernels build-cuda: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Run the checks that are asked for; the exit status."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     reason = _why_not(device, options.backend)
     if reason is not None:
@@ -60,10 +91,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m delora_kernels",
         description="Print the environment report: versions, devices, backends and why each can or can't run.",
     )
-    check = parser.add_subparsers(dest="command", metavar="check").add_parser(
+    parser.add_argument("--version", action="version", version=f"delora-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="check | build-cuda")
+    build = commands.add_parser(
+        "build-cuda",
+        help="compile the CUDA kernels (needs nvcc)",
+        description="Compile the CUDA kernels for this machine's GPUs, into the package or the user's cache.",
+    )
+    build.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="8.0",
+        help="compute capabilities, as in TORCH_CUDA_ARCH_LIST; all: every one; default: the GPUs of this machine",
+    )
+    check = commands.add_parser(
         "check",
         help="check every op and every method on this machine",
-        description="Check every op and method against the float64 oracle. The exit status is 1 if one fails.",
+        description="Check every op and method against the float64 oracle. The exit status is 1 if one fails. "
+        "In the table, part is what the error takes of its limit.",
     )
     check.add_argument("--device", help="cpu, cuda or cuda:<index>; default: cuda if there is one")
     check.add_argument("--backend", choices=backends.NAMES, help="default: the one that each call would take")
@@ -107,14 +152,15 @@ def _run(device: str, options: argparse.Namespace) -> list[Row]:
         print(f"device {device}, seed {options.seed}\n{_HEADER}", flush=True)
     with _one_thread(), nullcontext() if options.backend is None else dispatch.use_backend(options.backend):
         todo = list(jobs(device, options.dtype or list(DTYPES), options.seed))
-        for done, job in enumerate(todo):
-            _progress(done, len(todo), f"{job.method} {job.dtype}")
+        bar = tqdm(todo, leave=False, mininterval=0, disable=None)  # None: where nobody watches
+        for job in bar:
+            bar.set_description(f"{job.method} {job.dtype}")
             new = run_job(job)
             rows += new
-            _progress()
             if not options.json:
                 shown = new if options.verbose else _worth_showing(new)
-                print("\n".join(_line(row) for row in shown), flush=True)
+                with bar.external_write_mode(sys.stdout):
+                    print("\n".join(_line(row) for row in shown), flush=True)
     return rows
 
 
@@ -129,13 +175,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _progress(done: int = 0, total: int = 0, what: str = "") -> None:
-    """Draw the bar on a terminal's standard error; without arguments: wipe it."""
-    if sys.stderr.isatty():
-        bar = f"[{'#' * (30 * done // total):<30}] {done}/{total} {what}" if total else ""
-        print(f"\r\033[K{bar}", end="", file=sys.stderr, flush=True)
-
-
 def _worth_showing(rows: list[Row]) -> list[Row]:
     """The rows that failed, or else the one nearest to its limit."""
     return [row for row in rows if row.status == "FAIL"] or [max(rows, key=lambda row: row.share)]
@@ -144,7 +183,8 @@ def _worth_showing(rows: list[Row]) -> list[Row]:
 def _line(row: Row) -> str:
     error, limit = ("-" if value is None else f"{value:.1e}" for value in (row.error, row.limit))
     verdict = f"{row.status}: {row.note}" if row.note else row.status
-    return _COLUMNS.format(row.method, row.what, row.dtype, row.backend, error, limit, verdict)
+    part = "-" if row.error is None or not row.limit else f"{row.share:.0%}"
+    return _COLUMNS.format(row.method, row.what, row.dtype, row.backend, error, limit, part, verdict)
 
 
 def _summary(rows: list[Row], failed: list[Row], seconds: float) -> str:

@@ -22,13 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: done, and the verdict is that the losses differ too much; 2: bad input, told in one line; 130: Ctrl-C,
     report written.
     """
+    began = time.monotonic()
     args = _parser().parse_args(argv)
     try:
         _check_packages()
         config = _settings(args)
         from benchmarks.finetune.demo import run
 
-        result = run(config)
+        result = run(config, began)
         if result.interrupted:
             return INTERRUPTED
         verdict = result.verdict()
@@ -53,9 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="PATH_OR_ID", help="directory, .gguf file or hub id; without it: SmolLM2-135M-Instruct")
     add("--data", metavar="FILE", nargs="+", type=Path, default=[], help="text files; without them: pydoc's topics")
     add("--rank", type=_at_least(int, 1), default=16, help="adapter rank; of all GOAT experts together [%(default)s]")
-    add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU within 5 minutes")
-    add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: 256 on a CPU, 512 on a GPU")
-    add("--batch-size", type=_at_least(int, 1), help="sequences per forward pass; without it: 2 on a CPU, 16 on a GPU")
+    add("--steps", type=_at_least(int, 1), help="steps of each run; without it: 60, on a CPU what fits into 5 minutes")
+    add("--seq-len", type=_at_least(int, 2), help="tokens per sequence; without it: up to 256, on a GPU 512")
+    add(
+        "--batch-size",
+        type=_at_least(int, 1),
+        help="sequences per forward pass; without it: at most 2 on a CPU, 16 on a GPU",
+    )
     add(
         "--accumulation",
         type=_at_least(int, 1),
@@ -174,7 +179,8 @@ def _settings(args: argparse.Namespace) -> Config:
     orders = _orders(args.accumulation, batch_size, args.orders) if args.yardstick and args.accumulation > 1 else 0
     dtype = args.dtype or ("bf16" if gpu or _fast_bf16_on_cpu() else "fp32")
     steps = args.steps or 60
-    default_minutes = None if gpu or args.steps else 5.0
+    minutes = args.minutes or (None if gpu or args.steps else 5.0)
+    chosen = args.steps or args.seq_len or args.batch_size or args.accumulation > 1
     return Config(
         method=args.method,
         model=args.model,
@@ -191,7 +197,7 @@ def _settings(args: argparse.Namespace) -> Config:
         autocast=dtype == "bf16" or (gpu and args.scaler) if args.autocast is None else args.autocast,
         device=device,
         threads=args.threads,
-        minutes=args.minutes or default_minutes,
+        minutes=minutes,
         yardstick=min(args.yardstick, steps),
         heldout_blocks=64 if gpu else 16,
         out=args.out or Path("runs") / f"finetune-{args.method}-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -201,6 +207,7 @@ def _settings(args: argparse.Namespace) -> Config:
         orders=orders,
         times=args.times,
         note=args.note,
+        sized=minutes is not None and not gpu and not chosen,
     )
 
 

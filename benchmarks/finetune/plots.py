@@ -15,21 +15,22 @@ SMOOTH = 8
 
 def loss(result: Result) -> Figure:
     """Training loss of both runs over the steps, and below it how far they are apart."""
-    figure = Figure(figsize=(7.0, 5.4), layout="constrained")
+    figure = Figure(figsize=(7.0, 6.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     steps = range(1, result.steps + 1)
     for run, colour, width, size in ((result.eager, EAGER, 5.0, 11.0), (result.fused, FUSED, 1.8, 6.0)):
         values = result.losses(run)
-        upper.plot(steps, values, color=colour, linewidth=0.3 * width, alpha=0.35)
+        few = "o" if result.steps == 1 else ""  # one step alone is no line
+        upper.plot(steps, values, marker=few, color=colour, linewidth=0.3 * width, alpha=0.35)
         upper.plot(steps, running_mean(values, SMOOTH), color=colour, linewidth=width, label=run.name)
         held_out = dict(zip((0, result.steps), run.heldout, strict=False))
         upper.plot(*zip(*held_out.items(), strict=True), "D", color=colour, markersize=size, markeredgecolor="white")
     upper.plot([], [], "D", color="0.4", markeredgecolor="white", label="held-out text")
-    upper.set_ylabel(f"loss (nats per token)\nfaint: each step; bold: mean of {SMOOTH}", linespacing=1.5)
+    upper.set_ylabel("loss (nats per token)")
     _differences(lower, result)
     lower.set_ylim(bottom=0.0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lower.set_xlabel("step")
+    lower.set_xlabel(f"step\nlosses: faint each step, bold the mean of {SMOOTH}", linespacing=1.5)
     for axes in (upper, lower):
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
         _plain(axes)
@@ -65,11 +66,11 @@ def _title(result: Result) -> str:
 
 
 def bars(result: Result) -> Figure:
-    """Median step time with its p20 to p80 range, if times are wanted, and memory, of both runs side by side."""
+    """Draw memory, and median step times with their p20 to p80 range where the table trusts them, side by side."""
     memory = {"kept for backward (MiB)": [run.kept_mib or 0.0 for run in (result.eager, result.fused)]}
     if result.eager.peak_mib and result.fused.peak_mib:
         memory["peak of a step above resident (MiB)"] = [median(run.peak_mib) for run in (result.eager, result.fused)]
-    timed = result.config.times
+    timed = result.trusted
     names = (result.eager.name, result.fused.name)
     figure = Figure(figsize=(3.2 * (timed + len(memory)), 3.6), layout="constrained")
     panels = figure.subplots(1, timed + len(memory), squeeze=False)[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.finetune import plots
 from benchmarks.finetune.config import Config
-from benchmarks.finetune.summary import ENOUGH_STEPS, STEADY, Result, largest, precision, rows, spread_ms, tokens
+from benchmarks.finetune.summary import ENOUGH_STEPS, Result, largest, precision, rows, spread_ms, tokens
 from benchmarks.finetune.train import Run
 from benchmarks.finetune.verdict import WINDOW
 
@@ -109,8 +109,8 @@ def _explanations(result: Result) -> list[str]:
     if result.config.times:
         lines.append(
             "* A step is forward, backward, clipping and the optimiser's update. The speed-up is the median over the "
-            f"steps of eager ms / accelerated ms; it is not told for fewer than {ENOUGH_STEPS} steps, or if p80 is "
-            f"above {STEADY} p20: then something else kept the machine busy."
+            "steps of eager ms / accelerated ms, with the interval that holds 95 % of it over steps drawn anew; it is "
+            f"not told for fewer than {ENOUGH_STEPS} steps, or if the interval holds 1: too noisy."
         )
     lines += [
         "* Kept for backward: what autograd keeps between one forward pass and its backward pass, "

@@ -10,10 +10,10 @@ from rich.table import Table
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.train import Run
 from benchmarks.finetune.verdict import WINDOW, Verdict, judge
+from benchmarks.overhead import interval
 
 TAIL = 5
 ENOUGH_STEPS = 5  # fewer say nothing about speed
-STEADY = 1.5  # p80 / p20 above this: something else used the machine
 
 
 @dataclass
@@ -72,7 +72,18 @@ class Result:
 
     def speedup(self) -> float:
         """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a step."""
-        return median(a / b for a, b in zip(self.step_ms(self.eager), self.step_ms(self.fused), strict=True))
+        return self.speedup_interval()[0]
+
+    def speedup_interval(self) -> tuple[float, float, float]:
+        """Return the speed-up, and the interval that holds 95 % of it over steps drawn anew."""
+        ratios = [a / b for a, b in zip(self.step_ms(self.eager), self.step_ms(self.fused), strict=True)]
+        return interval(lambda medians: medians["ratio"], {"ratio": ratios})
+
+    @property
+    def trusted(self) -> bool:
+        """Whether times say something: there are enough steps, and which run is faster is beyond doubt."""
+        _, low, high = self.speedup_interval()
+        return self.config.times and self.steps >= ENOUGH_STEPS and not low <= 1.0 <= high
 
 
 @dataclass(frozen=True)
@@ -157,11 +168,12 @@ def speed(result: Result) -> str:
     """The speed-up in words, or why there is none to be told."""
     if result.steps < ENOUGH_STEPS:
         return "too few steps"
-    times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
-    if any(p80 > STEADY * p20 for p20, _, p80 in times):
-        return "machine too busy"
-    ratio = result.speedup()
-    return f"{ratio:.2f}x faster" if ratio >= 1.0 else f"{1.0 / ratio:.2f}x slower"
+    ratio, low, high = result.speedup_interval()
+    if low <= 1.0 <= high:
+        return f"too noisy: {low:.2f}x to {high:.2f}x"
+    if ratio >= 1.0:
+        return f"{ratio:.2f}x faster ({low:.2f} to {high:.2f})"
+    return f"{1.0 / ratio:.2f}x slower ({1.0 / high:.2f} to {1.0 / low:.2f})"
 
 
 def _memory(label: str, eager: float, fused: float) -> Row:

@@ -1,7 +1,7 @@
 """Training: several runs advance together, one step each in turn, so that a noisy machine disturbs them alike."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -96,13 +96,14 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
         run.peak_mib.append((torch.cuda.max_memory_allocated(batch.device) - resident) / MIB)
 
 
-def evaluate(run: Run, rows: torch.Tensor, config: Config) -> float:
-    """Mean loss over `rows` `[sequences, tokens]`, without training on them."""
+def evaluate(run: Run, rows: torch.Tensor, config: Config, done: Callable[[int], object] = int) -> float:
+    """Return the mean loss over `rows` `[sequences, tokens]`, without training on them; `done` hears of each batch."""
     run.model.eval()
     total = 0.0
     with torch.no_grad():
         for batch in rows.split(config.batch_size):
             total += len(batch) * loss_of(run, batch.to(config.device), config).item()
+            done(len(batch))
     run.model.train()
     return total / len(rows)
 
@@ -118,6 +119,7 @@ def race(
     stream: Iterator[torch.Tensor],
     config: Config,
     deadline: float = float("inf"),
+    least: int = 1,
 ) -> Iterator[int]:
     """Advance every run by one step on the same batch, again and again; yield the number of steps done.
 
@@ -128,11 +130,12 @@ def race(
         extras: runs that go along, last, for the first `config.yardstick` steps.
         stream: batches `[sequences_per_step, seq_len]`.
         config: steps, warm-up, learning rate.
-        deadline: the value of `time.monotonic()` by which to be done; the first step is always taken.
+        deadline: the value of `time.monotonic()` by which to be done.
+        least: steps that are taken whatever the time.
     """
     began = lasted = 0.0
     for done in range(config.steps):
-        if done and time.monotonic() + lasted > deadline:
+        if done >= least and time.monotonic() + lasted > deadline:
             return
         began = time.monotonic()
         batch = next(stream).to(config.device)

@@ -1,6 +1,6 @@
 """Markdown tables of one record, losses shown as plainly as wins, and the comparison of two."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.cases import BOTH, PRECISIONS
 from benchmarks.report import mixtures, reflections
@@ -8,6 +8,9 @@ from benchmarks.report.by_case import Cases, Key, Row, by_case, condition, devic
 
 NOISE = 0.05
 """A comparison calls nothing a change that is smaller."""
+
+BUSY = 1.5
+"""How many times its shortest time the same frozen linear may take in other cases of a record on a quiet machine."""
 
 
 def _table(head: list[str], left: int, lines: list[list[str]]) -> list[str]:
@@ -26,14 +29,47 @@ def report(record: dict[str, Any]) -> str:
     if machine.get("copy_tbps"):
         gemm = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in machine["gemm_tflops_by_dtype"].items())
         lines += [f"Ceilings of the same run: copy {1e3 * machine['copy_tbps']:.4g} GB/s; GEMM {gemm}.", ""]
-    noise = noise_of(rows)
-    if noise is not None:
-        lines += [
-            f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases).",
-            "",
-        ]
+    lines += _noise(rows)
     lines += _layers(rows) + requirements(rows, machine) + _models(rows) + _not_there(rows)
     return "\n".join(lines) + "\n"
+
+
+def _noise(rows: list[Row]) -> list[str]:
+    """How far times may be trusted: within the rounds of a case, and from case to case."""
+    noise, spread = noise_of(rows), spread_of(rows)
+    if noise is None:
+        return []
+    text = f"Noise: the frozen linear timed twice in the same rounds differs by {noise:.1%} (median over cases)"
+    if spread is not None and spread.longest > BUSY * spread.shortest:
+        text = (
+            f"**The machine was busy**: the same frozen linear ({spread.what}) took {_number(spread.shortest)} to "
+            f"{_number(spread.longest)} ms in different cases. Compare times over the frozen linear, not ms of "
+            f"different cases, and run again on a quiet machine. Within the same rounds the frozen linear, timed "
+            f"twice, differs by {noise:.1%} (median over cases)"
+        )
+    return [f"{text}.", ""]
+
+
+class Spread(NamedTuple):
+    """How one frozen linear's times differ from case to case."""
+
+    what: str
+    shortest: float
+    longest: float
+
+
+def spread_of(rows: list[Row]) -> Spread | None:
+    """The frozen linear whose times differ most among cases with the same sizes, precision and mode, or None."""
+    times: dict[tuple[Any, ...], list[float]] = {}
+    for key, impls in by_case(rows).items():
+        for row in impls.values():
+            if row["impl"] in ("frozen", "frozen-again") and row["median_ms"]:
+                times.setdefault((key.T, key.K, key.N, key.precision, key.mode), []).append(row["median_ms"])
+    found = [
+        Spread(f"{T}, {K} → {N}, {precision}, {mode}", min(each), max(each))
+        for (T, K, N, precision, mode), each in times.items()
+    ]
+    return max(found, key=lambda spread: spread.longest / spread.shortest, default=None)
 
 
 def noise_of(rows: list[Row]) -> float | None:

@@ -72,7 +72,7 @@ def _cuda() -> dict[str, str | None] | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    cpu = {"device": "cpu", "name": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    cpu = {"device": "cpu", "name": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -83,8 +83,8 @@ def _devices() -> list[dict[str, Any]]:
     return [cpu, *gpus]
 
 
-def _processor() -> str:
-    """The processor's name as Linux gives it, else as Python does."""
+def processor() -> str:
+    """Return the processor's name as Linux gives it, else as Python does."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

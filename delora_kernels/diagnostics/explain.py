@@ -47,9 +47,13 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         ValueError: `function` is not a function of delora_kernels.functional.
         RuntimeError: a backend was requested that can't take the call.
     """
-    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
     if name not in CALLS:
-        raise ValueError(f"explain: function must be one of {', '.join(CALLS)}, got {name!r}; pass one or its name")
+        got = repr(name) if name else f"a {type(function).__name__}"
+        remedy = "pass one or its name"
+        if isinstance(function, torch.nn.Module):
+            remedy += "; print the report of accelerate(model) for what each layer of a model runs"
+        raise ValueError(f"explain: function must be one of {', '.join(CALLS)}, got {got}; {remedy}")
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
     call: AnyCall = CALLS[name](*args, **kwargs)
@@ -59,11 +63,12 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
 
 
 def _why_not(name: str, chosen: str, call: AnyCall) -> str:
-    asked, order = dispatch.requested(), backends.NAMES.index
+    if dispatch.requested():
+        return f"{chosen} was requested"
     reason = dispatch.reason_against(name, call)
-    if reason is None and not asked and order(name) < order(chosen):
+    if reason is None and backends.NAMES.index(name) < backends.NAMES.index(chosen):
         reason = dispatch.reason_unasked(name, call)
-    return reason or (f"{chosen} was requested" if asked else f"{chosen} comes first")
+    return reason or f"{chosen} comes first"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import NamedTuple
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 TESTED = "tested"
@@ -25,23 +26,29 @@ class Supported(NamedTuple):
         name: As people write it.
         oldest: The oldest version that is supported; what setup.py asks for.
         newest: The newest version that the tests ran with; "3.13" stands for every 3.13.x.
+        ran: The releases that the tests ran with; "2.13" stands for every 2.13.x.
         distributions: The names under which package indexes have it; none for Python itself.
     """
 
     name: str
     oldest: str
     newest: str
+    ran: tuple[str, ...]
     distributions: tuple[str, ...] = ()
 
 
 TABLE: Mapping[str, Supported] = {
-    "python": Supported("Python", "3.10", "3.13"),
-    "torch": Supported("PyTorch", "2.7", "2.15", ("torch",)),
+    "python": Supported("Python", "3.10", "3.13", ("3.10", "3.11", "3.13")),
+    "torch": Supported("PyTorch", "2.7", "2.15", ("2.7", "2.13", "2.15"), ("torch",)),
     "triton": Supported(
-        "Triton", "3.3", "3.9", ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm")
+        "Triton",
+        "3.3",
+        "3.9",
+        ("3.3", "3.7", "3.9"),
+        ("triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"),
     ),
-    "peft": Supported("PEFT", "0.18", "0.21.2", ("peft",)),
-    "transformers": Supported("Transformers", "4.56", "5.23", ("transformers",)),
+    "peft": Supported("PEFT", "0.18", "0.21.2", ("0.18.0", "0.21.2"), ("peft",)),
+    "transformers": Supported("Transformers", "4.56", "5.23", ("4.56", "5.23"), ("transformers",)),
 }
 
 
@@ -92,6 +99,8 @@ def status(name: str, version: str | None) -> str:
 def describe(name: str, version: str | None) -> str:
     """The version and where it lies, as a report shows it: "0.25.0 (newer than the tested 0.21.2)"."""
     state = status(name, version)
+    if state == TESTED and not any(SpecifierSet(f"=={ran}.*").contains(str(version), True) for ran in TABLE[name].ran):
+        return f"{version} (supported, but the tests ran with {', '.join(TABLE[name].ran)})"
     return "not installed" if state == MISSING else f"{version} ({in_words(name, state)})"
 
 

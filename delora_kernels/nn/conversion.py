@@ -41,6 +41,10 @@ def convert(
         TypeError, ValueError: a target is not there or no plain linear, or an option does not fit one of them; the text
             names it and the remedy. The model is as it was.
     """
+    if not (isinstance(adapter, type) and issubclass(adapter, AdapterLinear)):
+        got = adapter.__name__ if isinstance(adapter, type) else type(adapter).__name__
+        remedy = "pass one of delora_kernels.nn, such as LoRALinear"
+        raise checks.fail(TypeError, "convert", "adapter", "an adapter's class", got, remedy)
     found = _targets(model, targets)
     made: dict[int, Adapter] = {}
     with tqdm(found.items(), desc=adapter.__name__, delay=BAR_AFTER_SECONDS, disable=not progress) as bar:

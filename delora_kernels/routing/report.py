@@ -110,13 +110,17 @@ class ExpertReport:
             from rich.table import Table
         except ImportError as error:
             raise ImportError("the table of an expert report needs rich: pip install rich") from error
-        table = Table("layer", title=self.headline)
+        prefix = _shared_prefix([layer.name for layer in self.layers])
+        names = [layer.name.removeprefix(prefix) for layer in self.layers]
+        table = Table(title=self.headline)
+        width = min(40, max(map(len, names)))  # the shares give way to it: theirs is no loss when they are wrapped
+        table.add_column(f"layer of {prefix[:-1]}" if prefix else "layer", min_width=width, overflow="fold")
         for column in ("balance", "entropy", "shares (1 = even)", "dead"):
             table.add_column(column, justify="left" if column.startswith("shares") else "right")
-        for layer in self.layers:
+        for name, layer in zip(names, self.layers, strict=True):
             shares = " ".join(f"{share:.2f}" for share in layer.share)
             dead = ", ".join(map(str, layer.dead)) or "-"
-            table.add_row(layer.name, f"{layer.balance:.3f}", f"{layer.entropy:.3f}", shares, dead)
+            table.add_row(name, f"{layer.balance:.3f}", f"{layer.entropy:.3f}", shares, dead)
         return table
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -169,8 +173,18 @@ class ExpertReport:
         return "\n".join(lines)
 
 
+def _shared_prefix(names: list[str]) -> str:
+    """Return the parts that all dotted names begin with, and the dot behind them; "" where a name would vanish."""
+    shared = 0
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared += 1
+    return "".join(f"{part}." for part in names[0].split(".")[:shared])
+
+
 def expert_report(model: nn.Module) -> ExpertReport:
-    """How the routers of `model` used their experts in their last forward pass.
+    """Report how the routers of `model` used their experts in their last forward pass.
 
         print(dk.expert_report(model))                # 3 of 1680 experts dead in 210 layers ...
         rich.print(dk.expert_report(model).table())
@@ -182,8 +196,12 @@ def expert_report(model: nn.Module) -> ExpertReport:
         model: Any module with mixtures of `nn`, or with GOAT layers in PEFT.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no router of `model` has run yet, or it has none.
     """
+    if not isinstance(model, nn.Module):
+        remedy = "pass the model whose routers have run"
+        raise checks.fail(TypeError, "expert_report", "model", "an nn.Module", type(model).__name__, remedy)
     return report_of([ExpertUse(name, *_numbers(stats), stats.top_k) for name, stats in _stats(model)])
 
 

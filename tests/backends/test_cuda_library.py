@@ -1,5 +1,6 @@
 """The library of compiled kernels: what is said when it can't be used, and that nothing says it at import."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delora_kernels import backends, dispatch, explain, functional, use_backend
+from delora_kernels import __version__, backends, dispatch, explain, functional, use_backend
 from delora_kernels.backends.cuda import launch, support
 from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.diagnostics.environment import environment
@@ -54,18 +55,37 @@ def test_all_that_is_asked_for_is_declared_and_all_that_is_declared_is_asked_for
     assert {*launch.FUNCTIONS, *cuda_library._ASKED, "dk_abi_version"} == set(DECLARED)
 
 
-def test_no_library_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "backends/cuda/library.py"))
+def test_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda_library, "PACKAGE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_library.why_not_here() == "there is no GPU, and no compiled kernels are in the package"
+    assert cuda_library.why_not_here() == "there is no GPU, and there are no compiled kernels"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    expected = tmp_path / cuda_library.NAME
+    expected = tmp_path / cuda_library.LIBRARY
     assert cuda_library.why_not_here() == (
-        f"found no compiled kernels in the package; expected {expected}; to do: where nvcc is, "
-        "DELORA_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir <the source>"
+        f"found no compiled kernels; expected {expected}; to do: where nvcc is, python -m delora_kernels build-cuda"
     )
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "there is no GPU" in str(cuda_library.why_not_here())
+
+
+def test_where_it_is_made_and_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the package where that can be written to, else in the user's cache; the newer one of two is taken."""
+    package, cached = tmp_path / "package", tmp_path / "cache/delora_kernels" / __version__ / cuda_library.LIBRARY
+    package.mkdir()
+    monkeypatch.setattr(cuda_library, "PACKAGE", package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cuda_library.new_path() == cuda_library.path() == package / cuda_library.LIBRARY
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != package)  # root may write everywhere
+    assert cuda_library.new_path() == cuda_library.path() == cached
+    cached.parent.mkdir(parents=True)
+    for when, file in ((2, cached), (1, package / cuda_library.LIBRARY), (3, package / cuda_library.LIBRARY)):
+        file.touch()
+        os.utime(file, (when, when))
+        assert cuda_library.path() == (file if when == 3 else cached)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cuda_library.new_path() == tmp_path / "home/.cache/delora_kernels" / __version__ / cuda_library.LIBRARY
 
 
 def broken(what: str, folder: Path) -> tuple[str, str]:
@@ -145,7 +165,7 @@ def test_a_library_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     reason = support._why_not_on(torch.device("cuda", 0))
     assert str(reason).startswith(f"found a GPU of compute capability 7.0 and kernels compiled by {INFO}; expected")
-    assert "TORCH_CUDA_ARCH_LIST=7.0" in str(reason)
+    assert str(reason).endswith("python -m delora_kernels build-cuda --arch 7.0")
 
 
 @pytest.mark.parametrize(

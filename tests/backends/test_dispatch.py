@@ -53,6 +53,28 @@ def test_triton_then_cuda_then_eager(stand_ins: dict[str, str | None], caplog: p
         F.lora_linear(*arguments())
 
 
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_a_request_is_the_reason_against_all_others(name: str, stand_ins: dict[str, str | None]) -> None:
+    """Also against those that could not take the call: nobody asked them."""
+    stand_ins |= dict.fromkeys([other for other in backends.NAMES if other != name], REFUSES)
+    with dispatch.use_backend(name):
+        found = explain("lora_linear", *arguments())
+    assert found.backend == name
+    assert found.reasons == {other: f"{name} was requested" for other in backends.NAMES if other != name}
+
+
+def test_what_is_no_function_is_named_in_a_line() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(3, 3)] * 50)
+    with pytest.raises(
+        ValueError, match="explain: function must be one of lora_linear, .*got a Sequential; pass"
+    ) as of:
+        explain(model)
+    assert "accelerate(model)" in str(of.value)
+    assert len(str(of.value)) < 300
+    with pytest.raises(ValueError, match="got 'lora'; pass one or its name$"):
+        explain("lora")
+
+
 def test_what_does_not_run_here_is_not_asked(stand_ins: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._unavailable, "triton", "triton is not installed")
     monkeypatch.delitem(backends.loaded, "triton")

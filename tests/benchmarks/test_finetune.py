@@ -1,5 +1,6 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +22,7 @@ pytest.importorskip("transformers")
 import peft
 import transformers
 
-from benchmarks.finetune import demo, model, text, train
+from benchmarks.finetune import cli, demo, model, sizing, text, train
 from benchmarks.finetune.cli import main
 from benchmarks.finetune.config import METHODS, Config
 
@@ -210,6 +211,21 @@ def test_the_time_limit_ends_training_early(demo_run: Any) -> None:
     assert len(report["runs"]["fused"]["heldout_loss"]) == 2
 
 
+def test_without_steps_the_run_is_sized(demo_run: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Where a step would take a second, the report has a curve of fewer tokens, and the record what was run."""
+    monkeypatch.setattr(cli, "_settings", lambda args, whole=cli._settings: dataclasses.replace(whole(args), **SIZED))
+    monkeypatch.setattr(sizing, "measure", lambda run, config: sizing.Cost(0.1, 0.9 / 512))
+    code, report = demo_run()
+    assert code == 0
+    assert "size     a step of 2 x 256 tokens takes about 1 s here: " in capsys.readouterr().out
+    assert (report["config"]["batch_size"], report["config"]["seq_len"]) != (2, 256)
+    assert report["steps"] == report["config"]["steps"] >= 10
+    assert len(report["runs"]["fused"]["heldout_loss"]) == 2
+
+
+SIZED = {"sized": True, "steps": 60, "minutes": 0.5, "batch_size": 2, "seq_len": 256, "yardstick": 3}
+
+
 def test_data_files_and_too_little_of_it(demo_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prose = tmp_path / "prose.txt"
     prose.write_text("\n\n".join(f"Paragraph {i} says that {i} follows {i - 1}." for i in range(200)))
@@ -241,6 +257,45 @@ def test_bad_input_gives_one_line(arguments: list[str], words: str, capsys: pyte
     assert words in error
     assert error.startswith("finetune: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", [0.2, 0.6, 0.95])
+def test_a_truncated_gguf_is_called_so(part: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    for n in range(8):
+        writer.add_tensor(f"blk.{n}.attn_q.weight", torch.ones(64, 64).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(part * len(whole))])
+    assert main(["--model", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{file} ({file.stat().st_size} bytes) is incomplete, damaged or of an unknown kind: download it again" in error
+    )
+    assert error.count("\n") == 1
+
+
+def test_unpacked_weights_are_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second load reads no GGUF: here there is none, but a file of its name."""
+    monkeypatch.setattr(model, "UNPACKED", tmp_path / "kept")
+    (tmp_path / "tiny.gguf").write_bytes(b"no GGUF")
+    source = model.Source("tiny", str(tmp_path), "tiny.gguf")
+    config = dataclasses.replace(cli._settings(cli._parser().parse_args([])), dtype="fp32", device="cpu")
+    loaded, tokenizer = model.load(model.Source("tiny", str(tiny)), config)
+    with pytest.raises(model.Problem):
+        model.load(source, config)
+    kept = model._kept(source, "fp32")
+    model._keep(kept, loaded, tokenizer)
+    again, _ = model.load(source, config)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.name], "nothing half made"
+    assert model._kept(source, "bf16") != kept
 
 
 def test_the_default_model_missing_says_what_to_install(

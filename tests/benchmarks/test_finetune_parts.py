@@ -16,9 +16,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 import peft
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.busy import wait_politely_if_busy
-from benchmarks.finetune import text, train
+from benchmarks.finetune import plots, sizing, text, train
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.plots import running_mean
@@ -77,6 +78,14 @@ def test_runs_take_turns_in_going_first(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(train.race(("a", "b"), ("extra",), stream, CONFIG)) == [1, 2, 3]  # type: ignore[arg-type]
     assert [run for run, _ in order] == ["a", "b", "extra", "b", "a", "extra", "a", "b"]
     assert [lr for run, lr in order if run == "a"] == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_the_least_steps_are_taken_whatever_the_time(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "step", lambda run, batch, lr, config: None)
+    stream = iter([torch.zeros(1, 2, dtype=torch.int64)] * 3)
+    done = train.race(("a", "b"), (), stream, CONFIG, deadline=0.0, least=least)  # type: ignore[arg-type]
+    assert list(done) == list(range(1, least + 1))
 
 
 def test_a_run_takes_the_rows_in_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,19 +178,67 @@ def test_summary_of_hand_made_numbers() -> None:
     assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
 
 
+def test_the_plots_labels_stand_clear_of_its_legends() -> None:
+    eager, fused = (train.Run(name, torch.nn.Linear(1, 1)) for name in ("eager", "accelerated"))
+    eager.losses = fused.losses = [3.0, 2.0, 1.0]
+    eager.step_ms = fused.step_ms = [1.0] * 3
+    result = Result(CONFIG, "tiny", {"device": "cpu", "cpu": "Some CPU"}, "", eager, fused)
+    figure = plots.loss(result)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        label, legend = axes.yaxis.label.get_window_extent(), axes.get_legend().get_window_extent()
+        assert not label.overlaps(legend), (axes.get_ylabel(), label, legend)
+        assert label.height < 0.9 * axes.bbox.height, "in wider fonts too"
+
+
 @pytest.mark.parametrize(
     ("step_ms", "words"),
-    [([10.0] * 4, "too few steps"), ([10.0] * 9, "1.25x faster"), ([6.0] * 9, "1.33x slower")],
+    [
+        ([10.0] * 4, "too few steps"),
+        ([10.0] * 9, "1.25x faster (1.25 to 1.25)"),
+        ([6.0] * 9, "1.33x slower (1.33 to 1.33)"),
+        ([10.0] * 6 + [20.0] * 3, "1.25x faster (1.25 to 2.50)"),
+        ([4.0, 16.0] * 6, "too noisy: 0.50x to 2.00x"),
+    ],
 )
 def test_speed_in_words(step_ms: list[float], words: str) -> None:
     eager, fused = (train.Run(name, torch.nn.Linear(1, 1)) for name in ("eager", "fused"))
     eager.step_ms, fused.step_ms = step_ms, [8.0] * len(step_ms)
-    config: Any = None
-    result = Result(config, "tiny", {}, "", eager, fused)
+    result = Result(CONFIG, "tiny", {"device": "cpu", "cpu": "Some CPU"}, "", eager, fused)
     assert speed(result) == words
-    if len(step_ms) > 4:
-        eager.step_ms = [10.0] * 6 + [20.0] * 3
-        assert speed(result) == "machine too busy"
+    eager.kept_mib = fused.kept_mib = 1.0
+    assert result.trusted == ("x faster" in words or "x slower" in words)
+    assert len(plots.bars(result).axes) == 1 + result.trusted, "drawn is what the table trusts"
+
+
+@pytest.mark.parametrize("slower", [0.1, 1.0, 8.0, 40.0, 1000.0])
+def test_a_run_is_fitted_to_the_machine(slower: float) -> None:
+    """On the README's machine 60 steps of 2 × 256 do not fit into 5 minutes; ten steps remain on one that is slower."""
+    wanted = dataclasses.replace(CONFIG, steps=60, batch_size=2, seq_len=256, yardstick=15, heldout_blocks=16)
+    cost, seconds = sizing.Cost(0.05 * slower, 1.2 / 512 * slower), 240.0
+    config = sizing.fitted(wanted, cost, seconds)
+    step = cost.step(config.tokens_per_step)
+    assert 10 <= config.steps <= 60
+    takes = (2 * config.steps + 2 + config.yardstick) * step + 4 * config.heldout_blocks * cost.step(config.seq_len) / 2
+    if slower <= 8:
+        assert takes <= sizing.MARGIN * seconds
+        assert config.steps >= sizing.CURVE
+    if slower == 0.1:
+        assert config == dataclasses.replace(wanted, warmup=config.warmup)
+    if slower >= 8:
+        assert config.tokens_per_step < wanted.tokens_per_step
+    assert config.warmup <= config.steps // 4
+    assert config.heldout_blocks >= 1
+
+
+def test_the_measured_cost_is_that_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {32: 3.2 + 0.5, 128: 12.8 + 0.5}
+    monkeypatch.setattr(sizing, "_seconds", lambda run, length, config: seconds[length])
+    cost = sizing.measure(None, CONFIG)  # type: ignore[arg-type]
+    assert (cost.fixed, cost.per_token) == pytest.approx((0.5, 0.1))
+    assert cost.step(512) == pytest.approx(51.7)
+    seconds[128] = 3.0  # a neighbour slept while the longer one ran
+    assert sizing.measure(None, CONFIG).step(512) > 3.0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("load", "policy"), [(0.0, None), (64.0, "PASSIVE")])

@@ -80,6 +80,21 @@ def test_a_report_shows_losses_refusals_and_noise() -> None:
     assert "Some CPU, 2 threads, torch 2.13, PEFT 0.21, commit abc" in text
 
 
+def test_a_busy_machine_is_called_so() -> None:
+    """The same frozen linear, 31 ms in one case and 99 in another, contradicts a small noise within the rounds."""
+    for longest, busy in ((31.0 * 1.49, False), (99.0, True)):
+        rows = [each | {"median_ms": 31.0} for each in (row("lora", "frozen", 1.0), row("lora", "frozen-again", 1.03))]
+        rows += [
+            row("dora", "frozen", 1.0) | {"median_ms": longest},
+            row("dora", "frozen", 1.0, T=32) | {"median_ms": 9.0},
+        ]
+        text = report(record() | {"rows": rows})
+        assert ("**The machine was busy**" in text) == busy
+        assert "3.0%" in text
+        assert ("took 31 to 99 ms" in text) == busy
+        assert ("Noise: the frozen linear" in text) != busy
+
+
 def test_mixtures_are_held_to_what_they_must_show() -> None:
     """r=4 costs 1.3 / 1.2 of its LoRA and 1.3 / 1.22 of r=16: one limit passed, one kept."""
 

@@ -118,6 +118,23 @@ def test_a_refused_kernel_is_the_exit_status(
     assert "failed: lora dk T=3 fp32: y is off by" in capsys.readouterr().out
 
 
+def test_a_rivals_failure_is_a_row_and_no_exit_status(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from benchmarks.layer import rivals
+
+    whole = rivals.addmm
+    monkeypatch.setattr(rivals, "addmm", lambda *args: 2 * whole(*args))
+    out = tmp_path / "bench.json"
+    assert run.main(command(out)) == 0
+    said = capsys.readouterr().out
+    assert "failed: lora addmm T=3 fp32: y is off by" in said
+    assert "0 of ours failed, 3 of others" in said
+    rows = load(out)["rows"]
+    assert [row["status"] for row in rows if row["impl"] == "addmm"] == ["failed"] * 3
+    assert all(row["median_ms"] > 0 for row in rows if row["impl"] == "dk")
+
+
 @pytest.mark.parametrize("which", ["quick", "standard", "full"])
 @pytest.mark.parametrize(("device", "half"), [("cpu", "fp32"), ("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")])
 def test_every_case_of_a_set_is_there_once(which: str, device: str, half: str) -> None:

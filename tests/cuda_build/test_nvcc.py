@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from package_source import build, copy_source
 
-from delora_kernels.backends.cuda import library as cuda_library
+from delora_kernels.backends.cuda.build import LIBRARY
 
 if os.environ.get("DELORA_KERNELS_CUDA") != "1":
     pytest.skip("compiles all kernels (make test-cuda-build)", allow_module_level=True)
@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not wheel.name.endswith("-any.whl")
     install = ["install", "--quiet", "--no-deps", "--no-index", "--target", str(folder / "installed"), str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, timeout=600)
-    library = folder / "installed/delora_kernels" / cuda_library.NAME
+    library = folder / "installed/delora_kernels" / LIBRARY
     print(f"{library.name}: {library.stat().st_size / 1e6:.1f} MB, the wheel {wheel.stat().st_size / 1e6:.1f} MB")
     return folder / "installed"
 
@@ -65,7 +65,7 @@ def test_it_loads_and_a_launch_without_a_gpu_is_an_error_that_says_so(installed:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_it_shows_its_own_functions_alone(installed: Path) -> None:
     """The CUDA runtime inside must not meet the one that torch brings."""
-    library = installed / "delora_kernels" / cuda_library.NAME
+    library = installed / "delora_kernels" / LIBRARY
     listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     names = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert names

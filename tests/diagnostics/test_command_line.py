@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -98,7 +99,8 @@ def test_check_from_the_shell() -> None:
     assert done.stderr == ""
     first, header, *rows, summary = done.stdout.splitlines()
     assert first == "device cpu, seed 0"
-    assert header.split() == ["method", "what", "dtype", "backend", "error", "limit", "ok"]
+    assert header.split() == ["method", "what", "dtype", "backend", "error", "limit", "part", "ok"]
+    assert all(0 <= int(part) <= 100 for row in rows for part in re.findall(r" (\d+)%  ok$", row))
     assert all(row.endswith("  ok") and len(row) <= 120 for row in rows)
     shown = {row.split("  ")[0] for row in rows}
     assert shown == {f"op {name}" for name in ops.NAMES} | set(METHODS)
@@ -172,9 +174,10 @@ def test_progress_bar_is_for_terminals_only(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(["check", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
-    assert "1/2 lora float32" in err
-    assert err.endswith("\r\x1b[K"), "wiped at the end"
-    assert "\x1b" not in out
+    assert re.search(r"lora float32: +50%\|[^\r]*\| 1/2 ", err)
+    assert err.endswith("\r")
+    assert err.split("\r")[-2].strip(" ") == "", "wiped at the end"
+    assert "%|" not in out
 
 
 @pytest.mark.parametrize(
@@ -232,3 +235,10 @@ def test_what_a_requested_backend_does_not_take_is_skipped(
     assert {row["status"] for row in rows if not row["dtype"].startswith("float16")} == {"ok"}
     assert main(["check", "--backend", "cuda", "--dtype", "float16"]) == 2
     assert "nothing to check: no float16" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"delora-kernels {delora_kernels.__version__}\n"

@@ -36,3 +36,13 @@ def toolkit(folder: Path, does: str = ":", known: tuple[str, ...] = KNOWN) -> Pa
 def calls(folder: Path) -> list[str]:
     """What the toolkit's nvcc was called with, one line each."""
     return (folder / "log").read_text(encoding="utf-8").splitlines()
+
+
+def gpus(folder: Path, *capabilities: str, fails: str = "") -> Path:
+    """Make an nvidia-smi that shows GPUs of these compute capabilities, or fails with a word; its folder, for PATH."""
+    folder.mkdir(parents=True)
+    program = folder / "nvidia-smi"
+    shown = "".join(f"{capability}\\n" for capability in capabilities)
+    program.write_text("#!/bin/sh\n" + (f"echo {fails}; exit 9" if fails else f"printf '{shown}'"), encoding="utf-8")
+    program.chmod(0o755)
+    return folder

@@ -84,6 +84,12 @@ def test_what_does_not_fit_changes_nothing(
     assert list(dict(model.named_modules()).values()) == list(before.values())
 
 
+@pytest.mark.parametrize(("adapter", "got"), [(nn.Linear, "Linear"), (LoRALinear(3, 3, r=1), "LoRALinear"), (5, "int")])
+def test_what_is_no_adapter(model: Any, adapter: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"convert: adapter must be an adapter's class, got {got}; pass one of"):
+        convert(model, adapter, ["up"], r=2)
+
+
 def test_the_bar(model: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def shown(**options: Any) -> str:
         nn.Module.__setattr__(model, "2", nn.Linear(K, K))

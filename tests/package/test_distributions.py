@@ -58,7 +58,10 @@ def test_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = set(archive.namelist())
     info = f"delora_kernels-{VERSION}.dist-info"
-    assert {name for name in names if not name.startswith(f"{info}/")} == _files("delora_kernels")
+    kernels = {f"delora_kernels/{name}" for name in _files("csrc") if Path(name).suffix in (".cu", ".cuh", ".h")}
+    kernels = {name for name in kernels if "host_shim" not in name}
+    assert "delora_kernels/csrc/delora_kernels.h" in kernels
+    assert {name for name in names if not name.startswith(f"{info}/")} == _files("delora_kernels") | kernels
     assert "delora_kernels/py.typed" in names
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names
 

@@ -26,6 +26,7 @@ PUBLIC = {
         "expert_report",
         "explain",
         "export_lora",
+        "flops",
         "functional",
         "import_goat",
         "merge_mean_gate",
@@ -62,15 +63,70 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_touches_neither_cuda_nor_optional_packages() -> None:
-    loaded = run(
-        "import sys, delora_kernels, torch; assert not torch.cuda.is_initialized();"
-        "print([name for name in ('triton', 'peft', 'transformers', 'rich', 'matplotlib') if name in sys.modules])"
+HEAVY = ("triton", "peft", "transformers", "rich", "matplotlib", "torch.utils.flop_counter", "torch._dynamo")
+
+
+def test_import_touches_neither_cuda_nor_heavy_packages() -> None:
+    loaded = f"print([name for name in {HEAVY} if name in sys.modules])"
+    ours = run(f"import sys, delora_kernels, torch; assert not torch.cuda.is_initialized(); {loaded}")
+    assert ours == run(f"import sys, torch; {loaded}")
+
+
+def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
+    """What costs time comes when it is asked for: modules, reference, reports, the oracles of testing, PEFT's part."""
+    loaded = run("import sys, delora_kernels; print(*[n for n in sys.modules if n.startswith('delora_kernels.')])")
+    parts = {name.split(".")[1] for name in loaded.split()}
+    assert parts == {
+        *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes", "op_arguments"),
+        *("functional", "ops", "renamed", "version"),
+    }
+    of_diagnostics = {name for name in loaded.split() if name.startswith("delora_kernels.diagnostics.")}
+    assert of_diagnostics == {"delora_kernels.diagnostics.proof"}
+    assert "delora_kernels.backends.triton" not in loaded
+    assert "delora_kernels.backends.cuda" not in loaded
+
+
+def test_import_changes_nothing_of_other_packages_but_the_list_of_finders() -> None:
+    """Every attribute of every module, and of every class in them, that was there before is the same object after."""
+    said = run(
+        "import sys, torch, numpy, logging, warnings\n"
+        "def owners():\n"
+        "    for name, module in list(sys.modules.items()):\n"
+        "        if name == '__main__' or name.startswith('delora_kernels'): continue\n"
+        "        yield name, module\n"
+        "        for key, value in list(getattr(module, '__dict__', {}).items()):\n"
+        "            if isinstance(value, type) and value.__module__ == name: yield f'{name}.{key}', value\n"
+        "before = {what: dict(vars(owner)) for what, owner in owners() if hasattr(owner, '__dict__')}\n"
+        "finders, root = list(sys.meta_path), list(logging.getLogger().handlers)\n"
+        "import delora_kernels\n"
+        "for what, owner in list(owners()):\n"
+        "    for key, value in before.get(what, {}).items():\n"
+        "        if vars(owner).get(key) is not value: print(what, key)\n"
+        "print([type(finder).__name__ for finder in sys.meta_path if finder not in finders])\n"
+        "print(logging.getLogger().handlers == root)"
     )
-    assert loaded == run(
-        "import sys, torch;"
-        "print([name for name in ('triton', 'peft', 'transformers', 'rich', 'matplotlib') if name in sys.modules])"
+    assert said.splitlines() == ["['_Renamed']", "True"]
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_dir_and_help_show_what_is_public_and_nothing_else(peft: bool) -> None:
+    code = "" if peft else "import sys; sys.modules['peft'] = None\n"
+    code += "import delora_kernels as dk, pydoc; text = pydoc.render_doc(dk, renderer=pydoc.plaintext)\n"
+    shown, text = run(code + "print([name for name in dir(dk) if not name.startswith('__')]); print(text)").split(
+        "\n", 1
     )
+    needs_peft = set(dk._NEED_PEFT)
+    expected = [name for name in PUBLIC["delora_kernels"] if name != "__version__" and (peft or name not in needs_peft)]
+    assert shown == str(expected)
+    documented = text[text.index("CLASSES") if peft else text.index("FUNCTIONS") :]
+    for name in sorted(needs_peft | {"explain", "expert_report"}):
+        assert (f" {name}(" in documented) == (peft or name not in needs_peft), name
+    assert " proof" not in documented
+
+
+def test_flops_are_reached_as_the_readme_says() -> None:
+    code = "import delora_kernels, torch; delora_kernels.flops.register(); from torch.utils import flop_counter as f;"
+    assert run(code + "print(torch.ops.delora_kernels.project in f.flop_registry)") == "True"
 
 
 def test_without_peft_accelerate_says_what_to_install() -> None:

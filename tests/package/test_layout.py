@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "renamed": set(),
     "checks": set(),
     "bases": {"checks"},
-    "backends": {"call", "op_arguments", "dtypes"},
+    "backends": {"call", "op_arguments", "dtypes", "version"},
     "ops": {"backends", "op_arguments", "dtypes"},
     "flops": {"ops", "op_arguments"},
     "dispatch": {"backends", "call"},
@@ -47,8 +47,8 @@ LAYERS: dict[str, set[str]] = {
         "dtypes",
         "version",
     },
-    "__init__": {"diagnostics", "routing", "nn", "functional", "reference", "dispatch", "renamed", "version"},
-    "__main__": {"diagnostics", "dispatch", "backends"},
+    "__init__": {"diagnostics", "routing", "nn", "functional", "reference", "dispatch", "renamed", "version", "flops"},
+    "__main__": {"diagnostics", "dispatch", "backends", "version"},
 }
 """Layer → the layers that it may import, besides itself; each stands above all that it imports."""
 

@@ -1,6 +1,7 @@
 """expert_report and watch_experts: numbers, table and plot; a router biased on purpose shows dead experts."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,31 @@ def test_router_biased_on_purpose_shows_dead_experts(seed: int, tmp_path: Path) 
     assert axes.images[0].get_array().shape == (2, 4)
     assert axes.images[0].get_array().data == pytest.approx(torch.tensor([use.share for use in report.layers]).numpy())
     assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((1, 1), "×"), ((3, 1), "×")]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_tells_layers_apart(width: int, tmp_path: Path) -> None:
+    """At 80 columns too: what all names begin with stands in the head, and shares are wrapped before names are."""
+    rich = pytest.importorskip("rich.console")
+    before, E = "base_model.model.model.layers", 8
+    names = [f"{n}.{part}" for n in (0, 17) for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")]
+    report = ExpertReport(tuple(ExpertUse(f"{before}.{name}", (0.25,) * E, (0.125,) * E, 2) for name in names))
+    console = rich.Console(width=width, record=True, file=(tmp_path / "out").open("w"))
+    console.print(report.table())
+    text = console.export_text()
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(sum(name in line for line in text.splitlines()) == 1 for name in names), text
+    assert len(re.findall(r"\b1\.00\b", text)) == E * len(names)
+    alone = ExpertReport(report.layers[:1])
+    console.print(alone.table())
+    assert " q_proj " in console.export_text()
+
+
+@pytest.mark.parametrize("model", [5, None, "model"])
+def test_a_report_of_no_model(model: Any) -> None:
+    expected = f"expert_report: model must be an nn.Module, got {type(model).__name__}; pass the model"
+    with pytest.raises(TypeError, match=expected):
+        dk.expert_report(model)
 
 
 def test_watch_adds_up_passes_of_different_length(seed: int) -> None:

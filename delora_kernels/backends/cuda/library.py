@@ -1,7 +1,8 @@
 """The shared library of the compiled kernels (csrc/), loaded on first use; what is wrong when it can't be.
 
-It lies in the package where `pip install` found nvcc; DELORA_KERNELS_CUDA_LIBRARY names another. A failure is a
-`LibraryError` that says what was found, what was expected and what to do, and never happens at import.
+`python -m delora_kernels build-cuda` makes it: in the package, or where that can't be written to, in the user's cache;
+DELORA_KERNELS_CUDA_LIBRARY names another. A failure is a `LibraryError` that says what was found, what was expected and
+what to do, and never happens at import.
 """
 
 import ctypes
@@ -13,14 +14,16 @@ from pathlib import Path
 
 import torch
 
+from delora_kernels.backends.cuda.build import LIBRARY, PACKAGE
+from delora_kernels.version import __version__
+
 ABI_VERSION = 4
 """DK_ABI_VERSION of csrc/delora_kernels.h."""
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_CUDA_LIBRARY"
 
-NAME = "delora_kernels_cuda.dll" if os.name == "nt" else "libdelora_kernels_cuda.so"
-
-_REBUILD = "where nvcc is, DELORA_KERNELS_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir <the source>"
+_BUILD = "python -m delora_kernels build-cuda"
+_REBUILD = f"where nvcc is, {_BUILD}"
 _ASKED = ("dk_build_info", "dk_on_host", "dk_error_string")
 
 
@@ -32,9 +35,24 @@ class LibraryError(RuntimeError):
 
 
 def path() -> Path:
-    """Where the library is, or would be."""
+    """Return where the library is, the newest if there are several, or where it would be made."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(named) if named else Path(__file__).parents[2] / NAME
+    if named:
+        return Path(named)
+    return max(
+        (file for file in _places() if file.is_file()), key=lambda file: file.stat().st_mtime, default=new_path()
+    )
+
+
+def new_path() -> Path:
+    """Return where the library is to be made: the first of its places that can be written to."""
+    return next((file for file in _places() if os.access(file.parent, os.W_OK)), _places()[-1])
+
+
+def _places() -> tuple[Path, Path]:
+    """Return the package's folder, and a folder of this version in the user's cache."""
+    cache_folder = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
+    return PACKAGE / LIBRARY, Path(cache_folder, "delora_kernels", __version__, LIBRARY)
 
 
 @cache
@@ -53,7 +71,7 @@ def load(functions: tuple[str, ...] = ()) -> ctypes.CDLL:
             raise LibraryError(
                 f"no file {file}", f"the library that {ENVIRONMENT_VARIABLE} names", "correct or unset it"
             )
-        raise LibraryError("no compiled kernels in the package", str(file), _REBUILD)
+        raise LibraryError("no compiled kernels", str(file), _REBUILD)
     try:
         library = ctypes.CDLL(str(file.resolve()))
     except OSError as error:
@@ -78,7 +96,7 @@ def why_not_here(functions: Iterable[str] = ()) -> str | None:
     """Why the library can't be used on this machine at all, or None; `functions` as in `load`."""
     gpu = torch.cuda.is_available() and torch.version.hip is None
     if not gpu and not path().is_file() and not os.environ.get(ENVIRONMENT_VARIABLE):
-        return "there is no GPU, and no compiled kernels are in the package"
+        return "there is no GPU, and there are no compiled kernels"
     try:
         library = load(tuple(functions))
     except LibraryError as error:
@@ -105,7 +123,7 @@ def why_not_driver(info: str, version: int | None) -> str | None:
     if version is None or compiled is None or version // 1000 >= int(compiled[1]):
         return None
     found = f"a driver for CUDA {version // 1000}.{version % 1000 // 10} and kernels compiled by {info}"
-    remedy = f"update the driver, or with nvcc of CUDA {version // 1000} {_REBUILD}"
+    remedy = f"update the driver, or with nvcc of CUDA {version // 1000} {_BUILD}"
     return str(LibraryError(found, f"a driver for CUDA {compiled[1]}.0 or newer", remedy))
 
 
@@ -120,5 +138,5 @@ def why_not_capability(info: str, capability: tuple[int, int]) -> str | None:
         if of <= capability if kind == "compute" else of[0] == major and of[1] <= minor:
             return None
     found = f"a GPU of compute capability {major}.{minor} and kernels compiled by {info}"
-    remedy = f"with TORCH_CUDA_ARCH_LIST={major}.{minor} {_REBUILD}"
+    remedy = f"{_REBUILD} --arch {major}.{minor}"
     return str(LibraryError(found, f"kernels for sm_{major}{minor}", remedy))

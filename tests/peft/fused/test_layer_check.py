@@ -70,6 +70,11 @@ def test_describe() -> None:
     assert versions.describe("peft", "0.25.0") == f"0.25.0 (newer than the tested {PEFT_NEWEST})"
     assert versions.describe("torch", "2.5.1") == "2.5.1 (older than the supported 2.7)"
     assert versions.describe("torch", "2.13.0+cpu") == "2.13.0+cpu (tested)"
+    assert versions.describe("torch", "2.10.1") == "2.10.1 (supported, but the tests ran with 2.7, 2.13, 2.15)"
+    for name, row in versions.TABLE.items():
+        assert row.oldest in row.ran[0], name
+        assert row.newest == row.ran[-1], name
+        assert all("(tested)" in versions.describe(name, ran) for ran in row.ran), name
 
 
 def test_installed() -> None:

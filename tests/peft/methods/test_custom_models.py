@@ -1,6 +1,9 @@
 """What PEFT's custom-model suite asks of its methods, asked of GOAT, ETHER and ETHER+ (all of it: tests/peft_suite)."""
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,19 @@ def own(made: Any, adapter: str, *layers: str) -> set[str]:
     """The parameters of an adapter in layers of these names, or in all."""
     names = [name for name, _ in made.named_parameters() if name.endswith(f".{adapter}") and made.prefix in name]
     return {name for name in names if not layers or any(f".{layer}." in name for layer in layers)}
+
+
+@every_method
+def test_a_saved_folder_says_what_it_needs(method: str, tmp_path: Path) -> None:
+    """PEFT without this library raises KeyError: 'GOAT'; who then looks into the folder finds the remedy."""
+    made = peft.get_peft_model(small(0), config(method))
+    made.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["needs"].startswith("pip install delora-kernels; before loading: ")
+    code = f"{saved['needs'].partition('before loading: ')[2]}; import peft\n"
+    code += f"print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).needs)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == saved["needs"]
 
 
 @every_method

@@ -136,6 +136,13 @@ def test_doubtful_scale_is_said(tmp_path: Path) -> None:
         dk.import_goat(base_of(case), folder, scaling=200.0)
 
 
+@pytest.mark.parametrize(("folder", "got"), [("someone/goat", "where there is no folder"), ("", "which has none")])
+def test_a_name_on_a_hub_is_no_folder(folder: str, got: str, tmp_path: Path) -> None:
+    expected = rf"import_goat: directory must be a local folder with adapter_config.json, got '.*{folder}', {got}; "
+    with pytest.raises(ValueError, match=f"{expected}download.*snapshot_download"):
+        dk.import_goat(nn.Sequential(nn.Linear(3, 3)), folder or tmp_path, scaling=1.0)
+
+
 def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path) -> None:
     case = CASES[0]
     base, folder = base_of(case), saved_case(tmp_path, case)

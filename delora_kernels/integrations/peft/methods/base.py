@@ -1,7 +1,7 @@
 """What the PEFT methods of this library share: a config that names layers, a tuner for them, merging that keeps W."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,16 +13,23 @@ from transformers.pytorch_utils import Conv1D
 
 from delora_kernels import checks
 
+NEEDS = "pip install delora-kernels; before loading: import delora_kernels; delora_kernels.register_peft_methods()"
+
 
 @dataclass
 class TargetedConfig(PeftConfig):
-    """The options that say which layers are adapted, as in PEFT's LoraConfig."""
+    """The options that say which layers are adapted, as in PEFT's LoraConfig.
+
+    Args:
+        needs: What PEFT alone can't tell who opens a saved folder: its method comes from here.
+    """
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    needs: str = field(default=NEEDS, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,10 @@ def import_goat(
         ValueError: the folder is no such checkpoint or does not fit the model; the text says what and the remedy.
     """
     directory = Path(directory)
+    if not (directory / "adapter_config.json").is_file():
+        got = f"{str(directory)!r}" + (", which has none" if directory.is_dir() else ", where there is no folder")
+        remedy = "download a checkpoint of a hub first, with huggingface_hub.snapshot_download, and pass its folder"
+        raise checks.fail(ValueError, _NAME, "directory", "a local folder with adapter_config.json", got, remedy)
     source = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     if "init_type" not in source or "num_experts" not in source:
         remedy = "load an adapter of this library with PeftModel.from_pretrained"

@@ -1,12 +1,13 @@
-"""Compile the kernels of this folder into one shared library with nvcc: no PyTorch and no Python inside.
+"""Compile the CUDA kernels (csrc/) into one shared library with nvcc: no PyTorch and no Python inside.
 
-    python csrc/nvcc_build.py [FILE]        default: into the package, where cuda/library.py looks
+    python -m delora_kernels build-cuda            for the GPUs of this machine
+    DELORA_KERNELS_CUDA=1 pip install .            the same while the package is built, into the wheel
 
-setup.py does the same for a wheel. What it reads from the environment:
+setup.py loads this file where torch need not be, so it imports nothing of the package. What it reads from the
+environment:
 
-DELORA_KERNELS_CUDA    0: no library; 1: no library is an error; else a library where nvcc makes one
+TORCH_CUDA_ARCH_LIST   architectures as PyTorch writes them, "8.0 9.0+PTX", or "all"; else those that nvidia-smi shows
 CUDA_HOME, CUDA_PATH   the toolkit; else the nvcc on PATH, else /usr/local/cuda
-TORCH_CUDA_ARCH_LIST   architectures as PyTorch writes them, "8.0 9.0+PTX"; else those of ARCHITECTURES that nvcc knows
 MAX_JOBS               files compiled at a time; else the number of cores
 """
 
@@ -14,17 +15,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARY = "delora_kernels_cuda.dll" if os.name == "nt" else "libdelora_kernels_cuda.so"
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-"""Compiled for where nothing else is asked; the newest that nvcc knows as PTX too, for cards still to come."""
+"""Compiled for where "all" is asked; the newest that nvcc knows as PTX too, for cards still to come."""
 
 _NAMED = {"turing": "7.5", "ampere": "8.0 8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0 10.3 12.0 12.1"}
 FLAGS = ["-O3", "-std=c++17", "-Xfatbin=-compress-all"]  # a third of the size; the driver unpacks what it loads
@@ -41,46 +42,37 @@ class BuildError(RuntimeError):
         self.details = details
 
 
-def build_if_wanted(target: Path, environment: Mapping[str, str], say: Callable[[str], None]) -> bool:
-    """Compile `target` as DELORA_KERNELS_CUDA has it; whether it is there now.
-
-    Args:
-        target: The library's path. An old file there is removed.
-        environment: os.environ.
-        say: Prints a line.
+def sources() -> Path:
+    """Return the folder of the kernels' sources: in an installed package, or beside the package in a clone.
 
     Raises:
-        BuildError: it is not there, and the environment says that this is an error.
-        ValueError: the environment says neither 0 nor 1.
+        BuildError: there is neither.
     """
-    wanted = environment.get("DELORA_KERNELS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"DELORA_KERNELS_CUDA must be 0, 1 or not set, got {wanted!r}")
-    target.unlink(missing_ok=True)
-    if wanted == "0":
-        say("delora-kernels: without compiled CUDA kernels, as DELORA_KERNELS_CUDA=0 asks")
-        return False
-    try:
-        build(target, environment, say)
-    except BuildError as error:
-        if wanted == "1":
-            say(error.details)
-            raise
-        say(f"delora-kernels: without compiled CUDA kernels: {error} (DELORA_KERNELS_CUDA=1 makes this an error)")
-    return target.exists()
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / "delora_kernels.h").is_file():
+            return folder
+    raise BuildError(f"the kernels' sources are neither in {PACKAGE / 'csrc'} nor beside the package: install it again")
 
 
-def build(target: Path, environment: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Compile `target`.
+def build(target: Path, environment: Mapping[str, str], say: Callable[[str], None], asked: str = "") -> None:
+    """Compile `target`, and say what is done and how long it takes.
+
+    Args:
+        target: The library's path; an old file there is replaced when the new one is whole.
+        environment: os.environ.
+        say: Prints a line.
+        asked: Architectures in the place of TORCH_CUDA_ARCH_LIST.
 
     Raises:
         BuildError: it can't be compiled.
     """
+    began = time.perf_counter()
     nvcc = find_nvcc(environment)
     known = re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"]))
-    targets = choose_targets(known, environment.get("TORCH_CUDA_ARCH_LIST", ""))
+    asked = asked.strip() or environment.get("TORCH_CUDA_ARCH_LIST", "").strip() or " ".join(visible_gpus(environment))
+    targets = choose_targets(known, asked)
     generate, names = [_flag(name) for name in targets], " ".join(targets)
-    files = sorted(SOURCES.glob("*.cu"), key=lambda file: -file.stat().st_size)  # the longest first: shorter in all
+    files = sorted(sources().glob("*.cu"), key=lambda file: -file.stat().st_size)  # the longest first: shorter in all
     jobs = _jobs(environment)
     threads = max(1, jobs // len(files))
     say(f"delora-kernels: compiling {len(files)} files of CUDA kernels for {names}, {min(jobs, len(files))} at a time")
@@ -89,17 +81,52 @@ def build(target: Path, environment: Mapping[str, str], say: Callable[[str], Non
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(jobs, len(files))) as pool:
         objects = [str(Path(folder, f"{file.stem}.o")) for file in files]
         commands = [[*common, "-c", str(file), "-o", made] for file, made in zip(files, objects, strict=True)]
-        for done, file in enumerate(pool.map(_compile, commands, files), start=1):
-            say(f"  {done}/{len(files)} {file.name}")
+        compiling = [
+            pool.submit(_run, command, f" on {file.name}") for command, file in zip(commands, files, strict=True)
+        ]
+        try:
+            for done, future in enumerate(as_completed(compiling), start=1):
+                future.result()
+                name = files[compiling.index(future)].name
+                say(f"  {done}/{len(files)} {name} ({time.perf_counter() - began:.0f} s)")
+        finally:
+            pool.shutdown(cancel_futures=True)
         whole = Path(folder, LIBRARY)
         _run([nvcc, *LINK, *generate, *objects, "-o", str(whole)])
         if not whole.is_file():
             raise BuildError(f"{nvcc} ended well but wrote no library")
-        shutil.copy(whole, target)
+        beside = target.with_name(f"{LIBRARY}.{os.getpid()}")  # a process may have the old file open
+        shutil.copy(whole, beside)
+        beside.replace(target)
+    size, seconds = target.stat().st_size / 1e6, time.perf_counter() - began
+    say(f"delora-kernels: {target} ({size:.1f} MB, {seconds:.0f} s)")
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the compute capabilities of this machine's GPUs, as nvidia-smi has them: "8.0", ...
+
+    Raises:
+        BuildError: there is none, or nothing that says so; the text has what to pass.
+    """
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    said = ""
+    if program is not None:
+        try:
+            said = _run([program, "--query-gpu=compute_cap", "--format=csv,noheader"])
+        except BuildError as error:
+            said = str(error)
+    found = list(dict.fromkeys(re.findall(r"^\s*(\d+\.\d)\s*$", said, re.MULTILINE)))
+    if not found:
+        why = "there is no nvidia-smi" if program is None else f"nvidia-smi says: {said.strip() or 'nothing'}"
+        raise BuildError(
+            f"no GPU is visible to compile for ({why}): name the architectures, as in --arch '8.0 9.0+PTX' "
+            "or TORCH_CUDA_ARCH_LIST='8.0 9.0+PTX'; all: every one"
+        )
+    return found
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str:
-    """The path of nvcc.
+    """Return the path of nvcc.
 
     Raises:
         BuildError: there is none.
@@ -117,17 +144,18 @@ def find_nvcc(environment: Mapping[str, str]) -> str:
     return found
 
 
-def choose_targets(known: Sequence[str], asked: str = "") -> list[str]:
-    """What to compile for: `sm_80` is machine code, `compute_80` PTX.
+def choose_targets(known: Sequence[str], asked: str) -> list[str]:
+    """Return what to compile for: `sm_80` is machine code, `compute_80` PTX.
 
     Args:
         known: The architectures that nvcc knows: "75", "80", ...
-        asked: TORCH_CUDA_ARCH_LIST; "+PTX" adds PTX. Architectures that nvcc or the kernels do not know are left out.
+        asked: As in TORCH_CUDA_ARCH_LIST; "+PTX" adds PTX, "all" is all of ARCHITECTURES. Those that nvcc or the
+            kernels do not know are left out.
 
     Raises:
         BuildError: nothing is left, or `asked` can't be read.
     """
-    if not asked.strip():
+    if asked.strip().lower() == "all":
         numbers = [number for number in ARCHITECTURES if number in known]
         names = [f"sm_{number}" for number in numbers] + [f"compute_{number}" for number in numbers[-1:]]
     else:
@@ -139,7 +167,7 @@ def choose_targets(known: Sequence[str], asked: str = "") -> list[str]:
                 if number in known and int(number) >= int(ARCHITECTURES[0]):
                     names += [f"sm_{number}{suffix}"] + ([f"compute_{number}{suffix}"] if plus else [])
     if not names:
-        wanted = asked.strip() or " ".join(ARCHITECTURES)
+        wanted = " ".join(ARCHITECTURES) if asked.strip().lower() == "all" else asked.strip()
         raise BuildError(f"nvcc knows {' '.join(known) or 'no architecture'}, none of those to compile for ({wanted})")
     return list(dict.fromkeys(names))
 
@@ -153,7 +181,7 @@ def _number(version: str, asked: str) -> tuple[str, str]:
     """ "9.0a" → ("90", "a")."""
     match = re.fullmatch(r"(\d+)\.(\d)([af]?)", version)
     if match is None:
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like '8.0 9.0+PTX', got {asked!r}")
+        raise BuildError(f"architectures must be like '8.0 9.0+PTX' or 'all', got {asked!r}")
     return match[1] + match[2], match[3]
 
 
@@ -162,13 +190,8 @@ def _jobs(environment: Mapping[str, str]) -> int:
     return max(1, int(asked)) if asked.isdecimal() else os.cpu_count() or 1
 
 
-def _compile(command: list[str], file: Path) -> Path:
-    _run(command, f" on {file.name}")
-    return file
-
-
 def _run(command: list[str], where: str = "") -> str:
-    """The command's output; its first complaint is the reason of an error."""
+    """Run a command and return its output; its first complaint is the reason of an error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -180,18 +203,3 @@ def _run(command: list[str], where: str = "") -> str:
         details = f"{' '.join(command)}\n{said}"
         raise BuildError(f"{command[0]} failed{where} with status {done.returncode}: {first}", details)
     return done.stdout
-
-
-def _main(arguments: Sequence[str]) -> int:
-    target = Path(arguments[0]) if arguments else SOURCES.parent / "delora_kernels" / LIBRARY
-    try:
-        build(target, os.environ, print)
-    except BuildError as error:
-        print(f"{error}\n{error.details}".strip(), file=sys.stderr)
-        return 1
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
