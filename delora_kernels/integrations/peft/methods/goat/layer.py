@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from delora_kernels import functional
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.functional.common import exporting
 from delora_kernels.functional.router_stats import RouterStats
 from delora_kernels.integrations.peft.methods.base import MergesAndKeeps
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
@@ -186,7 +187,8 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
             **self._losses(c.balance_coef, c.z_coef, c.balance, c.chosen),
             **self._mixture(name),
         )
-        self.router_stats[name] = stats.detach()
+        if not exporting():
+            self.router_stats[name] = stats.detach()
         return y
 
     def counted_tokens(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
