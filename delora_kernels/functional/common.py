@@ -1,5 +1,6 @@
 """What the functions do alike with checked arguments: settle dtypes and the seed, make a low-rank call, run a call."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,11 @@ def exporting() -> bool:
     That is under torch.export, strict or not, torch.onnx.export and torch.jit.trace; torch.compile runs in this process
     and keeps the ops. Everything that is to be plain torch in such a program asks here.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    # torch 2.7 does not say so while Dynamo reads a strict export, whose translator knows
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    return dynamo is not None and getattr(getattr(dynamo.tls, "current_tx", None), "export", False)
 
 
 def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:

@@ -56,11 +56,20 @@ def _low_rank(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     o = call.options
     A, B, mask = _cast(call.A, o.rank_dtype), _cast(call.B, o.rank_dtype), _masks(call, x, o.dropout_p)
     if call.lam is not None and call.weight_norm is not None:
-        start = {"frozen_A": call.frozen_A, "frozen_B": call.frozen_B, "frozen_lam": call.frozen_lam}
-        if call.frozen_A is not None and call.frozen_B is not None:
-            start |= {"frozen_A": _cast(call.frozen_A, o.rank_dtype), "frozen_B": _cast(call.frozen_B, o.rank_dtype)}
-        vectors = (call.lam, call.weight_norm)
-        return reference.delora_linear(x, weight, A, B, *vectors, bias, **start, eps=o.eps, dropout_mask=mask)
+        return reference.delora_linear(
+            x,
+            weight,
+            A,
+            B,
+            call.lam,
+            call.weight_norm,
+            bias,
+            frozen_A=None if call.frozen_A is None else _cast(call.frozen_A, o.rank_dtype),
+            frozen_B=None if call.frozen_B is None else _cast(call.frozen_B, o.rank_dtype),
+            frozen_lam=call.frozen_lam,
+            eps=o.eps,
+            dropout_mask=mask,
+        )
     if call.magnitude is not None:
         kind = "peft" if o.two_term else "branch"  # without a mask both forms agree, and this one has one frozen GEMM
         arguments = (x, weight, A, B, call.magnitude, o.scale, bias)
@@ -93,7 +102,8 @@ def _reflected(call: ReflectCall, x: Tensor, weight: Tensor, bias: Tensor | None
     names = ("u", "v", "u_out", "v_out")
     vectors = {name: _cast(value, dtype) for name in names if (value := getattr(call, name)) is not None}
     blocks = "official" if call.options.by_row_groups else "paper"
-    return getattr(reference, call.method)(x, weight, bias=bias, blocks=blocks, **vectors)  # type: ignore[no-any-return]
+    y: Tensor = getattr(reference, call.options.method)(x, weight, bias=bias, blocks=blocks, **vectors)
+    return y
 
 
 def _masks(call: Call | MoECall, x: Tensor, p: Sequence[float]) -> Tensor | None:

@@ -201,12 +201,12 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         A, B = self.goat_A[name], self.goat_B[name]
         mixture: dict[str, Any] = {"router": self.goat_router[name]}
         if name in self.goat_lambda:
-            return mixture | normalised_experts(A, B, self.goat_lambda[name], self.goat_w_norm[name])
+            return {**mixture, **normalised_experts(A, B, self.goat_lambda[name], self.goat_w_norm[name])}
         scale = self.goat_scale[name].to(accumulate_dtype(A.dtype))
-        mixture |= {"A": A, "B": B, "scale": scale}
+        mixture.update(A=A, B=B, scale=scale)
         if name in self.goat_start_A:
-            frozen = {"frozen_A": self.goat_start_A[name], "frozen_B": self.goat_start_B[name]}
-            mixture |= frozen | {"residual": self.options[name].residual * scale}
+            mixture.update(frozen_A=self.goat_start_A[name], frozen_B=self.goat_start_B[name])
+            mixture["residual"] = self.options[name].residual * scale
         return mixture
 
     def __repr__(self) -> str:
