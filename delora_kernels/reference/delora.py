@@ -66,11 +66,12 @@ def delora_linear(
     """
     dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
     scaled = (dropped * _constant(weight_norm)).to(A.dtype)
-    y = x @ weight.T + lam / A.shape[0] * (scaled @ _directions(A, 1, eps).T) @ _directions(B, 0, eps).T
+    h = lam / A.shape[0] * (scaled @ _directions(A, 1, eps).T)
+    y = x @ weight.T + h.to(B.dtype) @ _directions(B, 0, eps).T
     if frozen_A is not None and frozen_B is not None:
         A0, B0 = _directions(frozen_A.detach(), 1, eps), _directions(frozen_B.detach(), 0, eps)
         lam0 = lam if frozen_lam is None else _constant(frozen_lam)
-        y = y - lam0 / A0.shape[0] * (scaled @ A0.T) @ B0.T
+        y = y - (lam0 / A0.shape[0] * (scaled @ A0.T)).to(B0.dtype) @ B0.T
     return y if bias is None else y + bias
 
 

@@ -168,8 +168,9 @@ def _routed(
         k = E if top_k is None else top_k
         logits = (tokens.to(router.dtype) @ router.T).to(dtype)
         p = probability = logits.softmax(1)
-        first = (-logits).argsort(dim=1, stable=True)[:, :k]  # stable: the lowest index wins a tie
-        chosen = torch.zeros_like(p).scatter(1, first, 1.0) != 0
+        before = logits[:, None] > logits[:, :, None]  # [T, e, j]: j comes before e; no sort, which ONNX lacks
+        tie = torch.ones(E, E, dtype=torch.bool, device=tokens.device).tril(-1)  # the lowest index wins one
+        chosen = (before | ((logits[:, None] == logits[:, :, None]) & tie)).sum(2) < k
         w = torch.where(chosen, p, 0.0)
         if renormalize:
             w = w / w.sum(1, keepdim=True)
