@@ -113,14 +113,6 @@ def probabilities(function: str, value: Any, ranks: tuple[int, ...]) -> tuple[fl
     return tuple(probability(function, p) for p in value)
 
 
-def dropout(
-    function: str, p: Any, seed_: Any, x: Tensor, ranks: tuple[int, ...] = ()
-) -> tuple[tuple[float, ...], Tensor | None]:
-    """Check `dropout_p` and `seed`; the probability of each mask, and their seeds if an element may drop."""
-    p = probabilities(function, p, ranks)
-    return p, seed(function, seed_, x, len(ranks)) if any(p) else None
-
-
 def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> str:
     """Check a named option."""
     if value not in choices:

@@ -111,7 +111,8 @@ def any_requires_grad(values: Iterable[Any]) -> bool:
 
 def _computed(compute: Callable[..., Computed], call: Any, need: Any, backend: str) -> Computed:
     """Compute with autocast off: a call's options hold every dtype."""
-    x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, call[:-1])
+    tensors = tuple(call)[:-1]  # torch 2.7 can't trace a slice of the NamedTuple itself
+    x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, tensors)
     if not torch.is_autocast_enabled(x.device.type):
         return compute(call, x, need, stages)
     with torch.autocast(x.device.type, enabled=False):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as all_modules
 from torch.utils.module_tracker import ModuleTracker
 
@@ -135,7 +136,8 @@ class NotLocal(str):
 
 def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
     """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
-    if type(tensor) not in PLAIN:
+    # a compiler that runs the module itself (torch.export) puts fakes in the place of plain tensors
+    if type(tensor) not in PLAIN and not (type(tensor) is FakeTensor and torch.compiler.is_compiling()):
         return NotLocal(f"the {name} is a {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         return NotLocal(f"the {name} has dtype {tensor.dtype}")

@@ -1,9 +1,54 @@
-"""What the functions make of checked arguments alike: their dtypes, tokens laid out as rows, a low-rank call."""
+"""What the functions do alike with checked arguments: settle dtypes and the seed, make a low-rank call, run a call."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from delora_kernels.call import Call, Options
+from delora_kernels import checks
+from delora_kernels.autograd import function
+from delora_kernels.call import AnyCall, Call, Options
+from delora_kernels.dispatch import choose
+from delora_kernels.functional import plain_torch
+
+
+@torch.compiler.assume_constant_result  # asked while a compiler traces: some of them say True of torch.compile as well
+def exporting() -> bool:
+    """Tell whether a program is being made that must run without this library.
+
+    That is under torch.export, strict or not, torch.onnx.export and torch.jit.trace; torch.compile runs in this process
+    and keeps the ops. Everything that is to be plain torch in such a program asks here.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    # torch 2.7 does not say so while Dynamo reads a strict export, whose translator knows
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    return dynamo is not None and getattr(getattr(dynamo.tls, "current_tx", None), "export", False)
+
+
+def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Run a call on the backend that takes it, or in plain torch where a program is exported.
+
+    Args:
+        family: The autograd Function of the call.
+        call: The call.
+        shape: Of x as it came, [..., K].
+    """
+    if exporting():
+        return plain_torch.run(call, shape)
+    return function.run(family, call, choose(call), shape)
+
+
+def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:
+    """Return the checked seeds of `masks` masks; None where a program is exported, which draws with torch's dropout."""
+    if not exporting():
+        return checks.seed(name, seed, x, masks)
+    if seed is not None:
+        remedy = "leave it out: the program's masks come from torch's generator"
+        raise checks.fail(ValueError, name, "seed", "None in a program that is exported", seed, remedy)
+    return None
 
 
 def dtypes(x: Tensor, *factors: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -33,7 +78,7 @@ def low_rank_call(
     B: Tensor,
     *,
     dropout_p: tuple[float, ...],
-    seed: Tensor | None,
+    seed: int | Tensor | None,
     ranks: tuple[int, ...] = (),
     scale: float = 1.0,
     magnitude: Tensor | None = None,
@@ -46,7 +91,8 @@ def low_rank_call(
     two_term: bool = False,
     save_output: bool = False,
 ) -> Call:
-    """Make the call of a low-rank method: arguments checked, as in `Call` and `Options`."""
+    """Make the call of a low-rank method: arguments checked but for the seed, as in `Call` and `Options`."""
+    seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
     frozen_rank = 0 if frozen_A is None else frozen_A.shape[0]
     options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, A, B))
     start = (frozen_A, frozen_B, frozen_lam)

@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from delora_kernels import checks
-from delora_kernels.autograd import function
 from delora_kernels.autograd.fold import Fold
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
-from delora_kernels.dispatch import choose, requested
-from delora_kernels.functional.common import low_rank_call
+from delora_kernels.dispatch import requested
+from delora_kernels.functional import plain_torch
+from delora_kernels.functional.common import exporting, low_rank_call, run
 
 
 def delora_linear(
@@ -76,7 +76,7 @@ def delora_linear(
         dropout_p=dropout_p,
         seed=seed,
     )
-    return function.run(AdaptedLinear, call, choose(call), x.shape)[0]
+    return run(AdaptedLinear, call, x.shape)[0]
 
 
 def delora_factors(
@@ -103,6 +103,8 @@ def delora_factors(
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-8.
     """
     lam, weight_norm, eps = factors_call(A, B, lam, weight_norm, eps)
+    if exporting():
+        return plain_torch.factors(A, B, lam, weight_norm, eps)
     A_hat, B_hat = Fold.apply(A, B, lam, weight_norm, eps, requested() or "eager")
     return A_hat, B_hat
 
@@ -143,7 +145,7 @@ def delora_call(
             )
         frozen_lam = checks.scalar_tensor(name, "frozen_lam", frozen_lam, x)
         checks.constant(name, "frozen_lam", frozen_lam)
-    dropout_p, seed = checks.dropout(name, dropout_p, seed, x)
+    dropout_p = checks.probabilities(name, dropout_p, ())
     return low_rank_call(
         name,
         x,

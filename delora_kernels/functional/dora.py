@@ -5,11 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from delora_kernels import checks
-from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
-from delora_kernels.dispatch import choose
-from delora_kernels.functional.common import low_rank_call
+from delora_kernels.functional.common import low_rank_call, run
 
 
 def dora_linear(
@@ -60,7 +58,7 @@ def dora_linear(
     call = dora_call(
         x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout, saved=saved
     )
-    return function.run(AdaptedLinear, call, choose(call), x.shape)[0]
+    return run(AdaptedLinear, call, x.shape)[0]
 
 
 def dora_call(
@@ -92,7 +90,7 @@ def dora_call(
             ValueError, name, "saved", "'private' here", f"'output' with {got}", "y does not hold c ⊙ u then"
         )
     scale = checks.number(name, "scale", scale)
-    dropout_p, seed = checks.dropout(name, dropout_p, seed, x)
+    dropout_p = checks.probabilities(name, dropout_p, ())
     return low_rank_call(
         name,
         x,

@@ -5,11 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from delora_kernels import checks
-from delora_kernels.autograd import function
 from delora_kernels.autograd.reflection import ReflectedLinear, row_groups_reflected
 from delora_kernels.call import ReflectCall, ReflectOptions
-from delora_kernels.dispatch import choose
-from delora_kernels.functional.common import as_rows, dtypes
+from delora_kernels.functional.common import as_rows, dtypes, exporting, run
 
 BLOCKS = ("paper", "official")
 
@@ -160,7 +158,6 @@ def _side(
 
 
 def _run(call: ReflectCall, x: Tensor) -> Tensor:
-    backend = choose(call)
-    if call.options.by_row_groups and call.u is not None:
+    if call.options.by_row_groups and call.u is not None and not exporting():
         call = call._replace(weight=row_groups_reflected(call.weight, call.u, call.v), u=None, v=None)
-    return function.run(ReflectedLinear, call, backend, x.shape)[0]
+    return run(ReflectedLinear, call, x.shape)[0]

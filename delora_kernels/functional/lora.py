@@ -6,11 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from delora_kernels import checks
-from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
-from delora_kernels.dispatch import choose
-from delora_kernels.functional.common import low_rank_call
+from delora_kernels.functional.common import low_rank_call, run
 
 
 def lora_linear(
@@ -54,7 +52,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq. 3.
     """
     call = lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed)
-    return function.run(AdaptedLinear, call, choose(call), x.shape)[0]
+    return run(AdaptedLinear, call, x.shape)[0]
 
 
 def lora_call(
@@ -74,5 +72,5 @@ def lora_call(
     checks.low_rank(name, x, weight, bias, A, B)
     scale = checks.number(name, "scale", scale)
     ranks = checks.ranks(name, ranks, A)
-    dropout_p, seed = checks.dropout(name, dropout_p, seed, x, ranks)
+    dropout_p = checks.probabilities(name, dropout_p, ranks)
     return low_rank_call(name, x, weight, bias, A, B, scale=scale, ranks=ranks, dropout_p=dropout_p, seed=seed)

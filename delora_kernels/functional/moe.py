@@ -4,12 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.mixture import MoELinear, ZeroGradient
 from delora_kernels.call import Call, MoECall
-from delora_kernels.dispatch import choose
-from delora_kernels.functional.common import low_rank_call
+from delora_kernels.functional.common import exporting, low_rank_call, run
 from delora_kernels.functional.moe_arguments import moe_lora_call
 from delora_kernels.functional.router_stats import RouterStats
 
@@ -71,6 +69,7 @@ def moe_lora_linear(
         seed: Int or 0-d int64 tensor on x's device that fixes the masks; None draws from torch's generator.
         balance_coef: Backward adds the gradient of balance_coef · balance_loss("code") of itself, once for each
             backward pass through y, whatever scales the loss. A number, or a 0-d tensor, which is read in backward.
+            A program that is exported has plain torch's backward, without it: there, add the loss yourself.
         z_coef: The same of z_coef · z.
 
     Returns:
@@ -109,17 +108,18 @@ def moe_lora_linear(
     k = 1 if adapter_ids is not None else call.options.top_k
     if router is not None and B.shape[0] == 1 and not isinstance(scale, Tensor) and frozen_A is None:
         alone = _of_one_expert(call, float(scale))
-        any_token = call.scale.new_full((1,), float(call.x.shape[0] > 0))
+        any_token = call.scale.new_full((1,), 1.0 if call.x.shape[0] > 0 else 0.0)
         counted = any_token if call.token_share is None else call.token_share.sum().reshape(1)
-        y = function.run(AdaptedLinear, alone, choose(alone), x.shape)[0]
+        y = run(AdaptedLinear, alone, x.shape)[0]
         return y, RouterStats(counted, counted.clone(), call.scale.new_zeros(()), 1)
-    y, fraction, probability, z = function.run(MoELinear, call, choose(call), x.shape)
+    y, fraction, probability, z = run(MoELinear, call, x.shape)
     return y, RouterStats(fraction, probability, z.reshape(()), k)
 
 
 def _of_one_expert(call: MoECall, scale: float) -> Call:
     """Make the call of LoRA that a mixture of one expert is; its router, which is not run, gets a gradient of zeros."""
-    A = ZeroGradient.apply(call.A if call.A.dim() == 2 else call.A[0], call.router)
+    A = call.A if call.A.dim() == 2 else call.A[0]
+    A = A if exporting() else ZeroGradient.apply(A, call.router)
     seed = None if call.seed is None else call.seed[0]
     drawn: Any = {"dropout_p": call.options.dropout_p[:1], "seed": seed, "scale": scale}
     return low_rank_call("lora_linear", call.x, call.weight, call.bias, A, call.B[0], **drawn)

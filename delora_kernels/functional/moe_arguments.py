@@ -7,7 +7,7 @@ from torch import Tensor
 
 from delora_kernels import checks
 from delora_kernels.call import MoECall, MoEOptions
-from delora_kernels.functional.common import as_rows, dtypes
+from delora_kernels.functional.common import as_rows, dtypes, seeds
 
 _NAME = "moe_lora_linear"
 
@@ -64,7 +64,7 @@ def moe_lora_call(
     undropped = (0 if router is None else E) + (0 if frozen_A is None else frozen_A.shape[0] * frozen_A.shape[1])
     ranks = (*experts, undropped)[: len(experts) + (undropped > 0)] if p > 0 else ()
     probabilities = (*((p,) * len(experts)), 0.0)[: len(ranks)] if p > 0 else (0.0,)
-    seed = checks.seed(_NAME, seed, x, len(ranks)) if p > 0 else None
+    seed = seeds(_NAME, seed, x, len(ranks)) if p > 0 else None
     compute_dtype, rank_dtype, rows = *dtypes(x, A, B, *(() if router is None else (router,))), as_rows(x)
     return MoECall(
         rows,

@@ -54,8 +54,8 @@ class DeLoRAMoELinear(MoELoRALinear):
         self.weight_norm.copy_(torch.linalg.vector_norm(self.weight, dim=0, dtype=self.weight_norm.dtype))
 
     def _mixture(self) -> dict[str, Any]:
-        tensors = {"weight": self.weight, "router": self.router}
-        return tensors | normalised_experts(self.A, self.B, self.lam, self.weight_norm)
+        experts = normalised_experts(self.A, self.B, self.lam, self.weight_norm)
+        return {"weight": self.weight, "router": self.router, **experts}
 
 
 def normalised_experts(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor) -> dict[str, Tensor]:

@@ -72,9 +72,14 @@ class GoatLinear(MoELoRALinear):
         self.register_buffer("expert_scale", vector)
         stacked = self.residual == "stacked" and self.start["start"] != "zero"
         folded = self.residual == "folded" and self.start["start"] != "zero"
-        self.register_buffer("frozen_A", torch.empty_like(self.A, requires_grad=False) if stacked else None)
-        self.register_buffer("frozen_B", torch.empty_like(self.B, requires_grad=False) if stacked else None)
-        self.register_buffer("residual_weight", torch.empty_like(self.weight, requires_grad=False) if folded else None)
+        like = {
+            "frozen_A": stacked and self.A,
+            "frozen_B": stacked and self.B,
+            "residual_weight": folded and self.weight,
+        }
+        # those that there are first: torch.export miscounts buffers behind one that is None
+        for name, tensor in sorted(like.items(), key=lambda item: item[1] is False):
+            self.register_buffer(name, None if tensor is False else torch.empty_like(tensor, requires_grad=False))
 
     @torch.no_grad()
     def _reset_adapter(self) -> None:
@@ -97,7 +102,8 @@ class GoatLinear(MoELoRALinear):
         tensors = {"weight": weight, "A": self.A, "B": self.B, "router": self.router, "scale": self.expert_scale}
         if self.frozen_A is None:
             return tensors
-        return tensors | {
+        return {
+            **tensors,  # the oldest torch can't trace dict | dict
             "frozen_A": self.frozen_A,
             "frozen_B": self.frozen_B,
             "residual": self.init_cof * self.expert_scale,

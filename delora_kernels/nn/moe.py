@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from delora_kernels import checks, functional
+from delora_kernels.functional.common import exporting
 from delora_kernels.functional.router_stats import CONVENTIONS, RouterStats
 from delora_kernels.nn.base import AdapterLinear, BaseOptions
 
@@ -140,7 +141,8 @@ class MoELoRALinear(Routed, AdapterLinear):
             **self._losses(self.balance_coef, self.z_coef, self.balance, self.top_k or self.experts),
             **self._mixture(),
         )
-        self.stats = stats.detach()
+        if not exporting():
+            self.stats = stats.detach()
         return y
 
     def counted_tokens(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor | None:

@@ -65,13 +65,32 @@ def delora_linear(
     Source: arXiv:2503.18225, equations 5, 8, 9 and 15.
     """
     dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
-    scaled = dropped * _constant(weight_norm)
-    y = x @ weight.T + lam / A.shape[0] * (scaled @ _directions(A, 1, eps).T) @ _directions(B, 0, eps).T
+    scaled = (dropped * _constant(weight_norm)).to(A.dtype)
+    h = lam / A.shape[0] * (scaled @ _directions(A, 1, eps).T)
+    y = x @ weight.T + h.to(B.dtype) @ _directions(B, 0, eps).T
     if frozen_A is not None and frozen_B is not None:
         A0, B0 = _directions(frozen_A.detach(), 1, eps), _directions(frozen_B.detach(), 0, eps)
         lam0 = lam if frozen_lam is None else _constant(frozen_lam)
-        y = y - lam0 / A0.shape[0] * (scaled @ A0.T) @ B0.T
+        y = y - (lam0 / A0.shape[0] * (scaled @ A0.T)).to(B0.dtype) @ B0.T
     return y if bias is None else y + bias
+
+
+def delora_factors(
+    A: Tensor, B: Tensor, lam: Tensor | float, weight_norm: Tensor | float, *, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """The update as a plain low-rank pair: y = x Wᵀ + z Âᵀ B̂ᵀ + bias, z = x ⊙ mask.
+
+        Â = Ā diag(n),   B̂ = (λ / r) B̄
+
+    Args:
+        A, B, lam, weight_norm, eps: as in `delora_linear`.
+
+    Returns:
+        Â, `[r, K]`, and B̂, `[N, r]`.
+
+    Source: arXiv:2503.18225, equations 5 and 8.
+    """
+    return _directions(A, 1, eps) * _constant(weight_norm), _directions(B, 0, eps) * (lam / A.shape[0])
 
 
 def delora_weight(

@@ -59,9 +59,9 @@ def dora_linear(
     """
     c = _row_scale(weight, A, B, magnitude, scale)
     dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
-    low_rank = scale * (dropped @ A.T) @ B.T
+    low_rank = scale * (dropped.to(A.dtype) @ A.T) @ B.T
     if dropout == "peft":
-        y = x @ weight.T + (c - 1) * (dropped @ weight.T) + c * low_rank
+        y = x @ weight.T + (c - 1) * (dropped.to(x.dtype) @ weight.T) + c * low_rank
     elif dropout == "branch":
         y = c * (x @ weight.T + low_rank)
     else:

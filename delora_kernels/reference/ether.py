@@ -124,10 +124,10 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, into: Pair, out_of: Pair, bias: Tensor | None, blocks: str) -> Tensor:
+    dtype = weight.dtype
     if blocks == "official":
-        y = x @ _weight(weight, into, out_of, blocks).T
-    else:
-        y = _reflect(_reflect(x, *into) @ weight.T, *out_of)
+        weight, into = _weight(weight, into, (None, None), blocks), (None, None)
+    y = _reflect(_reflect(x, *into).to(dtype) @ weight.to(dtype).T, *out_of)
     return y if bias is None else y + bias
 
 
@@ -152,7 +152,7 @@ def _weight(weight: Tensor, into: Pair, out_of: Pair, blocks: str) -> Tensor:
         n, D, _ = matrices.shape
         if blocks == "official":  # W as a list of its N · n chunks, N of them for each H in turn
             chunks = weight.reshape(n, weight.shape[0], D)
-            weight = torch.bmm(chunks, matrices).reshape(weight.shape)
+            weight = torch.bmm(chunks.to(matrices.dtype), matrices).reshape(weight.shape)
         else:
             weight = weight @ torch.block_diag(*matrices)
     if out_of[0] is not None:

@@ -48,7 +48,7 @@ def lora_linear(
     masks = [None] * len(widths) if dropout_mask is None else dropout_mask.reshape(len(widths), *x.shape)
     for A_j, B_j, mask in zip(A.split(widths), B.split(widths, dim=1), masks, strict=True):
         dropped = x if mask is None else x * mask
-        y = y + scale * (dropped @ A_j.T) @ B_j.T
+        y = y + scale * (dropped.to(A_j.dtype) @ A_j.T) @ B_j.T
     return y if bias is None else y + bias
 
 

@@ -115,9 +115,9 @@ def moe_lora_linear_dense(
     residual: float | Tensor = 1.0,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats]:
-    """The same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x W'ᵀ + v B̂ᵀ + bias.
+    """The same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x Wᵀ + v B̂ᵀ − γ ⊙ (x Â⁰ᵀ) B̂⁰ᵀ + bias.
 
-    W' = W − Σ_j γ_j B⁰_j A⁰_j, as the authors' code folds the residual into the weight.
+    Â and B̂ hold the experts' factors one beside the other, Â⁰ and B̂⁰ the constant pairs.
 
     Args:
         x, weight, A, B, router, gates, adapter_ids, top_k, renormalize, scale, bias, token_mask, frozen_A, frozen_B,
@@ -130,17 +130,20 @@ def moe_lora_linear_dense(
     """
     tokens = x.reshape(-1, x.shape[-1])
     w, stats = _routed(tokens, len(B), router, gates, adapter_ids, top_k, renormalize, token_mask)
-    mask = dropout_mask[None] if dropout_mask is not None and dropout_mask.dim() == 2 else dropout_mask
-    dropped = tokens[None] if mask is None else tokens * mask
-    E, r = len(B), B.shape[2]
-    h = torch.einsum("etk,erk->ter", dropped.expand(E, *tokens.shape), A.expand(E, r, -1))
+    dropped = (tokens if dropout_mask is None else tokens * dropout_mask).to(A.dtype)
+    E, _, r = B.shape
+    if dropped.dim() == 2:
+        h = (dropped @ A.reshape(-1, A.shape[-1]).T).unflatten(1, (-1, r)).expand(-1, E, r)
+    else:
+        h = torch.einsum("etk,erk->ter", dropped, A.expand(E, r, -1))
     factor = (w * scale).unsqueeze(2)
     v = factor * torch.where((w.unsqueeze(2) == 0) & ~h.isfinite(), 0.0, h)
+    y = tokens @ weight.T + v.to(B.dtype).flatten(1) @ B.transpose(1, 2).flatten(0, 1)
     if frozen_A is not None and frozen_B is not None:
-        gamma = torch.as_tensor(residual, dtype=weight.dtype).expand(len(frozen_A))
-        weight = weight - torch.einsum("j,jnr,jrk->nk", gamma, frozen_B, frozen_A)
-    y = tokens @ weight.T + torch.einsum("ter,enr->tn", v, B)
-    return (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight)), stats
+        start = (tokens.to(frozen_A.dtype) @ frozen_A.flatten(0, 1).T).unflatten(1, frozen_A.shape[:2])
+        start = (start * torch.as_tensor(residual).reshape(-1, 1)).to(frozen_B.dtype)
+        y = y - start.flatten(1) @ frozen_B.transpose(1, 2).flatten(0, 1)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.shape[0]), stats
 
 
 def _each(value: float | Tensor, experts: Tensor) -> list[float] | Tensor:
@@ -159,14 +162,15 @@ def _routed(
     token_mask: Tensor | None,
 ) -> tuple[Tensor, RouterStats]:
     """w [T, E], zero where an expert is not chosen, and the statistics."""
-    T, dtype = len(tokens), tokens.dtype
-    z = tokens.new_zeros(T)
+    T, dtype = tokens.shape[0], torch.promote_types(tokens.dtype, torch.float32)  # of the gating
+    z = tokens.new_zeros(T, dtype=dtype)
     if router is not None:
         k = E if top_k is None else top_k
-        logits = tokens @ router.T
+        logits = (tokens.to(router.dtype) @ router.T).to(dtype)
         p = probability = logits.softmax(1)
-        first = (-logits).argsort(dim=1, stable=True)[:, :k]  # stable: the lowest index wins a tie
-        chosen = torch.zeros_like(p, dtype=torch.bool).scatter(1, first, True)
+        before = logits[:, None] > logits[:, :, None]  # [T, e, j]: j comes before e; no sort, which ONNX lacks
+        tie = torch.ones(E, E, dtype=torch.bool, device=tokens.device).tril(-1)  # the lowest index wins one
+        chosen = (before | ((logits[:, None] == logits[:, :, None]) & tie)).sum(2) < k
         w = torch.where(chosen, p, 0.0)
         if renormalize:
             w = w / w.sum(1, keepdim=True)
@@ -177,7 +181,10 @@ def _routed(
             gates = adapter_ids.reshape(T, 1) == torch.arange(E, device=tokens.device)  # type: ignore[union-attr]
         w = probability = gates.reshape(T, E).to(dtype)
         chosen = w != 0
-    counted = slice(None) if token_mask is None else token_mask.reshape(T)
-    n = max(1, len(z[counted]))
-    fraction, probability, z = (value[counted].sum(0) / n for value in (chosen.to(dtype), probability, z))
+    counted = chosen.new_ones(T) if token_mask is None else token_mask.reshape(T)
+    n = counted.sum().clamp(min=1)
+    fraction, probability = (
+        torch.where(counted[:, None], of, 0.0).sum(0) / n for of in (chosen.to(dtype), probability)
+    )
+    z = torch.where(counted, z, 0.0).sum() / n
     return w, RouterStats(fraction, probability, z, k)

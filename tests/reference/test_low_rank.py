@@ -128,6 +128,7 @@ dora_linear x weight A B magnitude scale=1.0 bias=None dropout_mask=None dropout
 dora_weight weight A B magnitude scale=1.0
 delora_linear x weight A B lam weight_norm bias=None frozen_A=None frozen_B=None frozen_lam=None \
 eps=0.0001 dropout_mask=None
+delora_factors A B lam weight_norm eps=0.0001
 delora_weight weight A B lam weight_norm frozen_A=None frozen_B=None frozen_lam=None eps=0.0001
 ether_linear x weight u=None bias=None u_out=None blocks=paper
 ether_plus_linear x weight u=None v=None bias=None u_out=None v_out=None blocks=paper

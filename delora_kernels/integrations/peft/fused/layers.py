@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.checks import active_transform
+from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.fused.plan import ON_PURPOSE, plan_of
 
 logger = logging.getLogger(__name__)
+
+EXPORTED = "it is exported or traced"
+"""The reason of a layer that becomes part of a program; nothing to log."""
 
 
 class FusedLoraLinear(LoraLinear):
@@ -82,14 +86,15 @@ def swap_class(layer: nn.Module, kind: type) -> None:
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    # a trace that is saved or exported to ONNX must run without this library
-    plan = "it is traced (torch.jit.trace, ONNX)" if torch.jit.is_tracing() else plan_of(layer)
+    # an exported program must run without this library; where Dynamo makes it (strict), it can read the plan, whose
+    # functions are plain torch then, but not PEFT's DoRA
+    plan = EXPORTED if exporting() and not torch.compiler.is_dynamo_compiling() else plan_of(layer)
     if not isinstance(plan, str):
         reason = _why_not_call(layer, x, args, kwargs)
         if reason is None:
             return plan(x)
         plan = reason
-    if plan not in ON_PURPOSE:
+    if plan not in ON_PURPOSE and plan != EXPORTED:
         _log_once(plan)
     return peft_forward(layer, x, *args, **kwargs)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from delora_kernels import functional
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.functional.common import exporting
 from delora_kernels.functional.router_stats import RouterStats
 from delora_kernels.integrations.peft.methods.base import MergesAndKeeps
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
@@ -186,7 +187,8 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
             **self._losses(c.balance_coef, c.z_coef, c.balance, c.chosen),
             **self._mixture(name),
         )
-        self.router_stats[name] = stats.detach()
+        if not exporting():
+            self.router_stats[name] = stats.detach()
         return y
 
     def counted_tokens(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -199,12 +201,12 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         A, B = self.goat_A[name], self.goat_B[name]
         mixture: dict[str, Any] = {"router": self.goat_router[name]}
         if name in self.goat_lambda:
-            return mixture | normalised_experts(A, B, self.goat_lambda[name], self.goat_w_norm[name])
+            return {**mixture, **normalised_experts(A, B, self.goat_lambda[name], self.goat_w_norm[name])}
         scale = self.goat_scale[name].to(accumulate_dtype(A.dtype))
-        mixture |= {"A": A, "B": B, "scale": scale}
+        mixture.update(A=A, B=B, scale=scale)
         if name in self.goat_start_A:
-            frozen = {"frozen_A": self.goat_start_A[name], "frozen_B": self.goat_start_B[name]}
-            mixture |= frozen | {"residual": self.options[name].residual * scale}
+            mixture.update(frozen_A=self.goat_start_A[name], frozen_B=self.goat_start_B[name])
+            mixture["residual"] = self.options[name].residual * scale
         return mixture
 
     def __repr__(self) -> str:
