@@ -115,14 +115,16 @@ def _gradients(
         nothing = (None, 1.0, None, None, False, None)
         _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, saved.v, *nothing, bool(need.bias))
     if need.B:
-        grad["B"] = dB_hat[:, :R].unflatten(1, (E, f.rank)).transpose(0, 1)
+        grad["B"] = dB_hat.narrow(1, 0, R).view(-1, E, f.rank).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
         weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
         into = (dy, weight, dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0, None)
         grad["x"], trained = stages.input_backward(*into, o.ranks, o.dropout_p, saved.seed, False)
         if trains:
-            grad["A"], grad["router"] = trained[:rows_of_A].view(saved.A.shape), trained[rows_of_A:]
+            grad["A"] = trained.narrow(0, 0, rows_of_A).view(saved.A.shape)
+            routed = trained.narrow(0, rows_of_A, f.trained_rows - rows_of_A)
+            grad["router"] = routed.clone() if need.router else None  # of its own: an optimizer may keep either
     if need.weight:
         grad["weight"] = stages.weight_grad(dy, saved.x, None, 0.0, None)
     return grad
