@@ -48,7 +48,7 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
 
 
 def registered(backend: str) -> Any:
-    """The registered ops of one backend, each without its last argument, as whoever takes part in dispatch sees them."""
+    """The registered ops of one backend, each without its last argument: whoever takes part in dispatch sees them."""
     return _registered[backend]
 
 

@@ -1,9 +1,8 @@
 """The fused classes that accelerate() gives to PEFT's layers, and what a call of one does.
 
-Each call asks `plan_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
+Each call asks `verdict_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
 from types import MethodType
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.checks import active_transform
-from delora_kernels.integrations.peft.fused.plan import ON_PURPOSE, plan_of
-
-logger = logging.getLogger(__name__)
+from delora_kernels.integrations.peft.fused.plan import verdict_of
+from delora_kernels.integrations.peft.verdict import log_once
 
 
 class FusedLoraLinear(LoraLinear):
@@ -83,14 +81,15 @@ def swap_class(layer: nn.Module, kind: type) -> None:
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     # a trace that is saved or exported to ONNX must run without this library
-    plan = "it is traced (torch.jit.trace, ONNX)" if torch.jit.is_tracing() else plan_of(layer)
-    if not isinstance(plan, str):
-        reason = _why_not_call(layer, x, args, kwargs)
-        if reason is None:
-            return plan(x)
-        plan = reason
-    if plan not in ON_PURPOSE:
-        _log_once(plan)
+    if torch.jit.is_tracing():
+        reason: str | None = "it is traced (torch.jit.trace, ONNX)"
+    else:
+        _, reason, run = verdict_of(layer)
+        if run is not None:
+            reason = _why_not_call(layer, x, args, kwargs)
+            if reason is None:
+                return run(x)
+    log_once("an accelerated layer runs PEFT's own forward", str(reason))
     return peft_forward(layer, x, *args, **kwargs)
 
 
@@ -119,12 +118,3 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
 
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast casts."""
-
-_logged: set[str] = set()
-
-
-@torch.compiler.assume_constant_result  # a compiler that meets a call makes it once, while it traces
-def _log_once(reason: str) -> None:
-    if reason not in _logged:
-        _logged.add(reason)
-        logger.warning("an accelerated layer runs PEFT's own forward: %s", reason)
