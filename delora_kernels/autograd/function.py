@@ -70,7 +70,7 @@ def differentiable(
         return refuse_second_derivatives(ctx.options.method, grads, (*douts, *saved, *ctx.depends_on))
 
     def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        batched = any(map(is_batched, douts))  # whose ops run once for each of the batch
+        batched = not torch.compiler.is_compiling() and any(map(_is_batched, douts))
         stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
         arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), saved_type(*saved), stages, *douts)
         if torch.is_autocast_enabled(douts[0].device.type):
@@ -127,8 +127,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 _LOW_RANK = ("lora_linear", "dora_linear", "delora_linear")
 """What accelerate() puts into a model; the library's own PEFT methods have no other forward to go back to."""
 
-is_batched = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a tensor is the batch of `is_grads_batched=True` and `vectorize=True`."""
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is the batch of `is_grads_batched=True` or `vectorize=True`: registered ops run for each of it."""
 
 
 class _SecondDerivative(torch.autograd.Function):
