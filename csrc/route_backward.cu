@@ -52,8 +52,11 @@ struct Back {
   __device__ __forceinline__ int64_t width() const { return shared ? r : static_cast<int64_t>(E) * r; }
 };
 
-// The gradient of the logits of p = softmax(logits), where inner = sum p * dp.
-__device__ __forceinline__ float softmax_backward(float p, float dp, float inner) { return p * (dp - inner); }
+// The gradient of the logits of p = softmax(logits), p * (dp - sum p * dp), of which inner = sum p * dp and then
+// left = sum p * (dp - inner): twice, as in backends/eager/route.py.
+__device__ __forceinline__ float softmax_backward(float p, float dp, float inner, float left) {
+  return p * (dp - inner - left);
+}
 
 // dlogits of a group's token, or d gates, of how u and dv are aligned; p: room for its logits.
 template <int MOST>
@@ -69,20 +72,26 @@ __device__ __forceinline__ void weights_backward(const Back &g, int64_t t, const
   }
   for (int e = group.lane; e < g.E; e += group.LANES) p[e] = inside ? load(g.h, t, g.width() + e) : 0;
   const Softmax softmax = softmax_of<MOST>(p, g.E);
-  float inner = 0, inner_P = 0;
+  const auto dw = [&](int e) { return w[e] == 0 ? 0 : aligned[e] * g.scale[e]; };
+  const auto kept = [&](int e) { return g.renormalize ? w[e] : p[e]; };
+  float inner = 0, inner_P = 0, left = 0, left_P = 0;
   for (int e = group.lane; e < g.E; e += group.LANES) {
     p[e] = softmax.power(p[e]) / softmax.total;
-    const float dw = w[e] == 0 ? 0 : aligned[e] * g.scale[e];
-    inner += (g.renormalize ? w[e] : p[e]) * dw;
+    inner += kept(e) * dw(e);
     inner_P += p[e] * g.dP[e];
   }
   inner = warp_sum<Group<MOST>::LANES>(inner);
   inner_P = warp_sum<Group<MOST>::LANES>(inner_P);
+  for (int e = group.lane; e < g.E; e += group.LANES) {
+    left += kept(e) * (dw(e) - inner);
+    left_P += p[e] * (g.dP[e] - inner_P);
+  }
+  left = warp_sum<Group<MOST>::LANES>(left);
+  left_P = warp_sum<Group<MOST>::LANES>(left_P);
   for (int e = group.lane; e < g.E && inside; e += group.LANES) {
-    const float dw = w[e] == 0 ? 0 : aligned[e] * g.scale[e], kept = g.renormalize ? w[e] : p[e];
-    const float task = kept == 0 ? 0 : softmax_backward(kept, dw, inner);
-    const float mean =
-        counted == 0 ? 0 : (softmax_backward(p[e], g.dP[e], inner_P) + 2 * g.dz[0] * softmax.lse() * p[e]) * counted;
+    const float task = kept(e) == 0 ? 0 : softmax_backward(kept(e), dw(e), inner, left);
+    const float balance = softmax_backward(p[e], g.dP[e], inner_P, left_P);
+    const float mean = counted == 0 ? 0 : (balance + 2 * g.dz[0] * softmax.lse() * p[e]) * counted;
     store(g.dh, t, g.width() + e, task + mean);
   }
 }

@@ -89,6 +89,11 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     return backends.loaded[backend]  # the call's choice has loaded it
 
 
+def registered(backend: str) -> Any:
+    """The registered ops of one backend, each without its last argument: whoever takes part in dispatch sees them."""
+    return _registered[backend]
+
+
 class _Registered:
     """The registered ops with the name of a backend as their last argument."""
 

@@ -70,7 +70,8 @@ def differentiable(
         return refuse_second_derivatives(ctx.options.method, grads, (*douts, *saved, *ctx.depends_on))
 
     def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        stages = ops.stages(ctx.backend, (*douts, *saved))
+        batched = not torch.compiler.is_compiling() and any(map(_is_batched, douts))
+        stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
         arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), saved_type(*saved), stages, *douts)
         if torch.is_autocast_enabled(douts[0].device.type):
             with torch.autocast(douts[0].device.type, enabled=False):
@@ -124,6 +125,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+_LOW_RANK = ("lora_linear", "dora_linear", "delora_linear")
+"""What accelerate() puts into a model; the library's own PEFT methods have no other forward to go back to."""
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is the batch of `is_grads_batched=True` or `vectorize=True`: registered ops run for each of it."""
+
+
 class _SecondDerivative(torch.autograd.Function):
     """The gradients as they are; differentiating them again raises."""
 
@@ -134,9 +142,10 @@ class _SecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        restore = ", or restore() the model if accelerate() fused it" if ctx.method in _LOW_RANK else ""
         raise RuntimeError(
             f"{ctx.method} has no second derivative: its gradients can't be differentiated again; "
-            f"use delora_kernels.reference.{ctx.method} there, or restore() the model"
+            f"use delora_kernels.reference.{ctx.method} there{restore}"
         )
 
 

@@ -124,7 +124,7 @@ def _gradients(
         term = TermGradients(saved.v, None)
         _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, term, Rescaled(), bool(need.bias))
     if need.B:
-        grad["B"] = dB_hat[:, : E * r].unflatten(1, (E, r)).transpose(0, 1)
+        grad["B"] = dB_hat.narrow(1, 0, E * r).view(-1, E, r).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
         weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
@@ -132,7 +132,9 @@ def _gradients(
         masks = Masks(o.ranks, o.dropout_p, saved.seed)
         grad["x"], trained = stages.input_backward(dy, Frozen(weight), branch, masks)
         if trains:
-            grad["A"], grad["router"] = trained[:rows_of_A].view(saved.A.shape), trained[rows_of_A:]
+            grad["A"] = trained.narrow(0, 0, rows_of_A).view(saved.A.shape)
+            routed = trained.narrow(0, rows_of_A, f.trained_rows - rows_of_A)
+            grad["router"] = routed.clone() if need.router else None  # of its own: an optimizer may keep either
     if need.weight:
         grad["weight"] = stages.weight_grad(dy, saved.x, None, 0.0, None)
     return grad

@@ -45,6 +45,7 @@ LAYERS: dict[str, set[str]] = {
         "bases",
         "checks",
         "dtypes",
+        "reference",
         "version",
     },
     "__init__": {"diagnostics", "routing", "nn", "functional", "reference", "dispatch", "renamed", "version", "flops"},

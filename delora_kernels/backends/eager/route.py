@@ -94,7 +94,12 @@ def route_backward(dv: Tensor, gated: Gated, gating: Gating) -> tuple[Tensor, Te
 
 
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    """Gradient of the logits of p = softmax(logits)."""
+    """Gradient of the logits of p = softmax(logits): p ⊙ (dp − Σ p dp), the mean taken twice.
+
+    Where dp's entries are close, what is left of them after the first subtraction is exact, and the second takes away
+    what rounding left of the mean.
+    """
+    dp = dp - (p * dp).sum(1, keepdim=True)
     return p * (dp - (p * dp).sum(1, keepdim=True))
 
 

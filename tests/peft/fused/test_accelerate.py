@@ -15,6 +15,7 @@ from peft_models import METHODS, Small, assert_close, config, model, step
 from torch import Tensor, nn
 
 import delora_kernels as dk
+from delora_kernels.integrations.peft import verdict
 from delora_kernels.integrations.peft.fused import layers
 
 pytestmark = pytest.mark.oldest_peft
@@ -254,8 +255,8 @@ def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCapture
         torch.manual_seed(seed)
         both.add_adapter("second", config("dora", target_modules=["first"]))
         both.base_model.set_adapter(["default", "second"])
-    layers._logged.clear()
-    with caplog.at_level(logging.WARNING, logger=layers.__name__):
+    verdict._logged.clear()
+    with caplog.at_level(logging.WARNING, logger=verdict.__name__):
         for _ in range(2):
             assert_close({"y": made(x)}, {"y": plain(x)})
     assert [r.getMessage() for r in caplog.records] == [

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import delora_kernels as dk
-from delora_kernels.integrations.peft.fused import layers
+from delora_kernels.integrations.peft import verdict
 
 torch.set_num_threads(1)
 
@@ -165,11 +165,11 @@ def test_what_runs_pefts_forward_is_logged_once(seed: int, caplog: pytest.LogCap
     dk.accelerate(made, strict=True)
     for one in (made, eager):
         one.base_model.model.first.base_layer.register_forward_hook(lambda module, args, output: 2 * output)
-    layers._logged.clear()
+    verdict._logged.clear()
     compiled, x = torch.compile(made, backend="eager", fullgraph=True), inputs(seed, 3, 12)
-    with caplog.at_level(logging.WARNING, logger=layers.__name__):
+    with caplog.at_level(logging.WARNING, logger=verdict.__name__):
         for _ in range(2):
             torch.testing.assert_close(compiled(x), eager(x))
-    assert [record.getMessage() for record in caplog.records if record.name == layers.__name__] == [
+    assert [record.getMessage() for record in caplog.records if record.name == verdict.__name__] == [
         "an accelerated layer runs PEFT's own forward: the base layer has hooks"
     ]

@@ -1,9 +1,8 @@
 """The fused classes that accelerate() gives to PEFT's layers, and what a call of one does.
 
-Each call asks `plan_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
+Each call asks `verdict_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from itertools import chain
 from types import MethodType
@@ -17,12 +16,8 @@ from torch import Tensor, nn
 from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
-from delora_kernels.integrations.peft.fused.plan import ON_PURPOSE, plan_of
-
-logger = logging.getLogger(__name__)
-
-EXPORTED = "it is exported or traced"
-"""The reason of a layer that becomes part of a program; nothing to log."""
+from delora_kernels.integrations.peft.fused.plan import verdict_of
+from delora_kernels.integrations.peft.verdict import log_once
 
 
 class FusedLoraLinear(LoraLinear):
@@ -88,14 +83,14 @@ def swap_class(layer: nn.Module, kind: type) -> None:
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     # an exported program must run without this library; where Dynamo makes it (strict), it can read the plan, whose
     # functions are plain torch then, but not PEFT's DoRA
-    plan = EXPORTED if exporting() and not torch.compiler.is_dynamo_compiling() else plan_of(layer)
-    if not isinstance(plan, str):
+    if exporting() and not torch.compiler.is_dynamo_compiling():
+        return peft_forward(layer, x, *args, **kwargs)
+    _, reason, run = verdict_of(layer)
+    if run is not None:
         reason = _why_not_call(layer, x, args, kwargs)
         if reason is None:
-            return plan(x)
-        plan = reason
-    if plan not in ON_PURPOSE and plan != EXPORTED:
-        _log_once(plan)
+            return run(x)
+    log_once("an accelerated layer runs PEFT's own forward", str(reason))
     return peft_forward(layer, x, *args, **kwargs)
 
 
@@ -124,12 +119,3 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
 
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast casts."""
-
-_logged: set[str] = set()
-
-
-@torch.compiler.assume_constant_result  # a compiler that meets a call makes it once, while it traces
-def _log_once(reason: str) -> None:
-    if reason not in _logged:
-        _logged.add(reason)
-        logger.warning("an accelerated layer runs PEFT's own forward: %s", reason)

@@ -28,12 +28,9 @@ from delora_kernels.bases.plain import (
     why_not_plain,
 )
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict
 
 Fused = Callable[[Tensor], Tensor]
-
-ON_PURPOSE = ("its adapters are disabled", "its adapter is merged", "it has no active adapter")
-"""Reasons that a user brings about on purpose: nothing to log."""
-
 
 _LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"), nn.ModuleDict)
 _DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
@@ -74,6 +71,16 @@ class _Adapter(NamedTuple):
     rank: int | None = None
 
 
+def verdict_of(layer: Any) -> Verdict:
+    """Judge how an adapter layer runs as it stands: a linear of PEFT's, fused or not, or a layer of this library."""
+    own = getattr(type(layer), "verdict", None)
+    if own is not None:
+        verdict: Verdict = own(layer)
+        return verdict
+    plan = plan_of(layer)
+    return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
+
+
 def plan_of(layer: Any) -> Fused | str:
     """Find what computes the layer's output from its input x, or the reason why it must be PEFT's own forward.
 
@@ -89,9 +96,9 @@ def plan_of(layer: Any) -> Fused | str:
     if reason is not None:
         return reason
     if layer._disable_adapters:
-        return ON_PURPOSE[0]
+        return DISABLED
     if layer.merged_adapters:
-        return ON_PURPOSE[1]
+        return MERGED
     parts = layer._modules
     for role, kind in (_DELORA_DICTS if is_delora else _LORA_DICTS).items():
         if type(parts[role]) is not kind:
@@ -99,7 +106,7 @@ def plan_of(layer: Any) -> Fused | str:
     known = parts["delora_A" if is_delora else "lora_A"]
     names = [name for name in layer.active_adapters if name in known]
     if not names:
-        return ON_PURPOSE[2]
+        return INACTIVE
     adapters: list[_Adapter] = []
     for name in names:
         adapter = _delora_adapter(layer, name) if is_delora else _lora_adapter(layer, name)

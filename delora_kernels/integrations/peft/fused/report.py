@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from delora_kernels.integrations.peft.verdict import State
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -10,15 +12,18 @@ class LayerReport:
 
     Args:
         name: Qualified module name.
-        method: "lora", "dora", "delora", or the layer's class where the library does not know it.
-        reason: Why the layer runs its own forward as things stand, or None: it is fused.
+        method: "lora", "dora", "delora", "goat", "ether", "ether+", or the layer's class where the library does not
+            know it.
+        reason: Why not all of the layer runs fused as things stand, or None: it does.
         deferred: Whether only a call can tell; `reason` says why.
+        state: "fused", "rank term fused" (beside the base layer's own forward) or "own forward".
     """
 
     name: str
     method: str
     reason: str | None
     deferred: bool = False
+    state: State = State.FUSED
 
     @property
     def fused(self) -> bool:
@@ -39,7 +44,7 @@ class Report:
 
     @property
     def declined(self) -> tuple[LayerReport, ...]:
-        """The layers that run their own forward, each with its reason."""
+        """The layers of which not all runs fused, each with its reason."""
         return tuple(layer for layer in self.layers if not layer.fused and not layer.deferred)
 
     @property
@@ -50,7 +55,10 @@ class Report:
     def __str__(self) -> str:
         methods = ", ".join(f"{count} {method}" for method, count in Counter(x.method for x in self.fused).items())
         lines = [f"fused {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")]
-        for title, layers in (("not fused", self.declined), ("decided at each call", self.deferred)):
+        beside = tuple(layer for layer in self.declined if layer.state == State.RANK_TERM)
+        unfused = tuple(layer for layer in self.declined if layer.state != State.RANK_TERM)
+        titles = {"not fused": unfused, "rank term alone fused": beside, "decided at each call": self.deferred}
+        for title, layers in titles.items():
             for reason, count in Counter(layer.reason for layer in layers).most_common():
                 names = [layer.name for layer in layers if layer.reason == reason]
                 shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")

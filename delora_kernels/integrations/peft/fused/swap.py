@@ -18,8 +18,9 @@ from delora_kernels.integrations.peft.fused.layers import (
     peft_class,
     swap_class,
 )
-from delora_kernels.integrations.peft.fused.plan import class_name, plan_of
+from delora_kernels.integrations.peft.fused.plan import class_name, verdict_of
 from delora_kernels.integrations.peft.fused.report import LayerReport, Report
+from delora_kernels.integrations.peft.verdict import State
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:
@@ -34,7 +35,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
             already can't be judged, and do not raise: every rank must decide alike.
 
     Returns:
-        The report: each adapter layer, fused or with the reason why it runs PEFT's own forward.
+        The report: each adapter layer, fused or with the reason why not all of it is.
 
     Raises:
         TypeError: `model` is not a module.
@@ -79,16 +80,16 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
 
 def _describe(name: str, layer: Any) -> LayerReport:
     kind = type(layer)
-    own = getattr(kind, "fused_method", None)
-    if own is not None:  # a layer of this library, which runs fused of itself
-        return LayerReport(name, own, None)
-    if fused_class(kind) is kind is peft_class(kind) and not isinstance(layer, FusedLoraLinear | FusedDeloraLinear):
-        return LayerReport(name, _method(layer), f"{class_name(kind)} layers are not fused")
-    plan = plan_of(layer)
+    own = getattr(kind, "fused_method", None)  # of a layer of this library, which runs fused of itself
+    method: str = own or _method(layer)
+    known = fused_class(kind) is not kind or isinstance(layer, FusedLoraLinear | FusedDeloraLinear)
+    if own is None and not known:
+        return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
+    state, reason, _ = verdict_of(layer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
-    if isinstance(plan, NotLocal) and managed:
-        return LayerReport(name, _method(layer), _SHARDED, deferred=True)
-    return LayerReport(name, _method(layer), plan if isinstance(plan, str) else None)
+    if isinstance(reason, NotLocal) and managed:
+        return LayerReport(name, method, _SHARDED, deferred=True, state=state)
+    return LayerReport(name, method, reason, state=state)
 
 
 _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"

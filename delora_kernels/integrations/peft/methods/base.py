@@ -1,6 +1,7 @@
-"""What the PEFT methods of this library share: a config that names layers, a tuner for them, merging that keeps W."""
+"""What the PEFT methods of this library share: a config that names layers, and a tuner for them."""
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from delora_kernels import checks
@@ -82,57 +83,64 @@ class LinearTuner(BaseTuner):
     ) -> None:
         kind: Any = self.tuner_layer_cls
         options = self._options(peft_config, current_key)
-        if isinstance(target, kind):
-            target.update_layer(adapter_name, *options)
-            return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)) or base.weight.dtype not in checks.FLOATS:
-            got = f"{type(base).__name__} ({getattr(getattr(base, 'weight', None), 'dtype', 'without a weight')})"
+        self._check_called(parent, base, target_name, current_key)
+        if isinstance(target, kind):
+            with _naming(current_key):
+                target.update_layer(adapter_name, *options)
+            return
+        if not isinstance(base, (nn.Linear, Conv1D)) or not _is_float(base.weight):
+            got = f"{type(base).__name__} ({_described(getattr(base, 'weight', None))})"
             expected = "nn.Linear or Transformers' Conv1D with a float weight"
-            remedy = "leave it out of target_modules"
+            remedy = "leave it out of target_modules, or name it in exclude_modules"
             raise checks.fail(TypeError, type(self).__name__, f"target module {current_key!r}", expected, got, remedy)
-        layer = kind(target, adapter_name, *options)
+        with _naming(current_key):
+            layer = kind(target, adapter_name, *options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train until it is chosen
         self._replace_module(parent, target_name, layer, target)
 
+    def _check_called(self, parent: nn.Module, base: nn.Module, target_name: str, key: str) -> None:
+        """Refuse a layer whose module reads its weight and never calls it: an adapter there would do nothing."""
+        kind = type(parent).__name__
+        reason = None
+        if isinstance(parent, nn.MultiheadAttention):
+            reason = "takes its weight, and never calls it"
+        elif hasattr(parent, "A_log") and target_name in _STATE_SPACE:
+            reason = "takes its weight, in its fast path at least, and does not call it"
+        elif isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            reason = "takes its weight in evaluation (its fast path), and does not call it"
+        if reason is not None:
+            remedy = f"leave it out of target_modules, or pass exclude_modules=[{target_name!r}]"
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                remedy += ", or call torch.backends.mha.set_fastpath_enabled(False) first"
+            got = f"one of a {kind}, which {reason}"
+            expected = "a layer that is called"
+            raise checks.fail(ValueError, type(self).__name__, f"target module {key!r}", expected, got, remedy)
 
-class MergesAndKeeps:
-    """What a tuner layer does with its base's weight: read it as [N, K], put a merged one there, and give it back.
 
-    Comes before BaseTunerLayer among the bases of a layer.
-    """
+_STATE_SPACE = ("x_proj", "dt_proj", "out_proj")
+"""What Mamba's kernels are given the weights of."""
 
-    merged: bool
-    merged_adapters: list[str]
-    get_base_layer: Any
-    _unmerged: Tensor | None = None
 
-    def unmerge(self) -> None:
-        """Give the base layer its own weight back, bit for bit."""
-        if not self.merged or self._unmerged is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.get_base_layer().weight.data, self._unmerged = self._unmerged, None
-        self.merged_adapters.clear()
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Make an error of an option that does not fit a layer say which layer, and how to leave it out."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        last = key.rpartition(".")[2]
+        remedy = f"to leave it as it is, take it out of target_modules or pass exclude_modules=[{last!r}]"
+        raise type(error)(f"target module {key!r}: {error}; {remedy}") from error
 
-    @torch.no_grad()
-    def _put(self, merged: Tensor, adapter_names: list[str], safe_merge: bool) -> None:
-        """Make `merged` [N, K], rounded to its dtype, the base's weight, and keep the base's own for `unmerge`."""
-        base = self.get_base_layer()
-        merged = merged.to(base.weight.dtype)
-        if safe_merge and not bool(merged.isfinite().all()):
-            raise ValueError(f"NaNs detected in the merged weights: an adapter of {adapter_names} seems to be broken")
-        if self._unmerged is None:
-            self._unmerged = base.weight.data
-        base.weight.data = merged.t().contiguous() if self._transposed else merged.contiguous()
-        self.merged_adapters.extend(adapter_names)
 
-    @property
-    def _transposed(self) -> bool:
-        return type(self.get_base_layer()).__name__ == "Conv1D"
+def _is_float(weight: Any) -> bool:
+    """Whether a weight is of floats: a quantised tensor's class may call itself float32; torch's own shards are."""
+    plain = type(weight) in checks.PLAIN or type(weight).__module__.startswith("torch.")
+    return plain and weight.dtype in checks.FLOATS
 
-    def _base_weight(self) -> Tensor:
-        """W, [N, K]."""
-        weight: Tensor = self.get_base_layer().weight.detach()
-        return weight.t() if self._transposed else weight
+
+def _described(weight: Any) -> str:
+    if weight is None:
+        return "without a weight"
+    return str(weight.dtype) if type(weight) in checks.PLAIN else f"a {type(weight).__name__}"

@@ -12,11 +12,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from delora_kernels import functional
+from delora_kernels import functional, reference
 from delora_kernels.autograd.reflection import reflected_weight
 from delora_kernels.bases.plain import PlainBase
-from delora_kernels.integrations.peft.methods.base import MergesAndKeeps, move_parameters
+from delora_kernels.integrations.peft.methods.base import move_parameters
 from delora_kernels.integrations.peft.methods.ether.config import EtherConfig, EtherPlusConfig
+from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
+from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
 from delora_kernels.nn.ether import check_blocks
 
 Config = EtherConfig | EtherPlusConfig
@@ -32,6 +34,7 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
     """
 
     other_param_names = ("options",)
+    additive = False
     fused_method: str
     """What `accelerate` reports: the layer runs fused of itself."""
     why_not_low_rank = ("reflections before and after the weight", "save_pretrained the adapter as it is, or merge it")
@@ -87,10 +90,16 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.options]
-        reason = PlainBase.why_not(self.base_layer)
-        if not names or args or kwargs or reason is not None:
-            return self._around_forward(names, x, *args, **kwargs)
+        _, reason, _ = self.verdict()
+        names = [] if reason in ON_PURPOSE else self._active()
+        if names and x.is_meta:
+            return self._shaped(names, x)
+        if reason is None and (args or kwargs):
+            reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+        if reason is not None:
+            log_once("an ETHER layer runs its own forward, with GEMMs of the identity", reason)
+            if len(names) < 2 or args or kwargs or PlainBase.why_not(self.base_layer) is not None:
+                return self._around_forward(names, x, *args, **kwargs)
         base = PlainBase.of(self.base_layer)
         for name in names:
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
@@ -100,20 +109,37 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
             weight = self._reflected(name, identity, weight, None).to(weight.dtype).t()
         return self._reflected(names[-1], x, weight, base.bias)
 
+    def verdict(self) -> Verdict:
+        """Say whether the layer runs fused as it stands, and why not."""
+        return verdict_of_own(self, self._active(), State.OWN_FORWARD)
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.options]
+
+    def _shaped(self, names: list[str], x: Tensor) -> Tensor:
+        """The output on the meta device, which has shapes and dtypes alone."""
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            formula = getattr(reference, type(self)._function.__name__)
+            weight = x.new_zeros(self.out_features, self.in_features)
+            y = y + formula(x, weight, blocks=self.options[name].blocks, **self._vectors(name)).to(y.dtype)
+        return y
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put H_out W H_in of adapters into the base layer, in float32 or wider, rounded once; W itself is kept.
 
         Raises:
+            RuntimeError: the base layer has adapters of its own that are not merged; nothing has changed.
             ValueError: `safe_merge`, and the merged weight is not finite; nothing has changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.options]
-        if not names:
-            return
-        merged = self._base_weight()
-        with torch.no_grad(), torch.autocast(merged.device.type, enabled=False):
-            for name in names:
-                merged = reflected_weight(merged, self.options[name].blocks, **self._vectors(name))
-        self._put(merged, names, safe_merge)
+        self._merge(names, safe_merge)
+
+    def _merged(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            for name in adapter_names:
+                weight = reflected_weight(weight, self.options[name].blocks, **self._vectors(name))
+        return weight
 
     def _around_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same around whatever the base layer's own forward does; slow, with GEMMs of the identity."""
@@ -130,10 +156,11 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         names = [name for name in names if self.options[name].side != "input"]
         bias = self.get_base_layer().bias if names else None
+        dtype = y.dtype
         y = y if bias is None else y - bias
         for name in names:
             y = self._turned(name, y, out=True)
-        return y if bias is None else y + bias
+        return y if bias is None else (y + bias).to(dtype)
 
     def _turned(self, name: str, x: Tensor, out: bool) -> Tensor:
         """x [..., C] reflected by one side of an adapter."""

@@ -2,7 +2,7 @@
 
 Each adapter has its tensors in PEFT's dictionaries: `goat_A` [E, r, K] (or [r, K], shared), `goat_B` [E, N, r],
 `goat_router` [E, K], `goat_lambda` [E]; constants are `goat_scale` [E], `goat_w_norm` [K] and the start that is
-subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to but by `merge` (`methods/base.py`).
+subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to but by `merge` (`methods/merging.py`).
 """
 
 import math
@@ -13,15 +13,16 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from delora_kernels import functional
+from delora_kernels import functional, reference
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.common import exporting
 from delora_kernels.functional.router_stats import RouterStats
-from delora_kernels.integrations.peft.methods.base import MergesAndKeeps
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
 from delora_kernels.integrations.peft.methods.goat.padding import Padding
 from delora_kernels.integrations.peft.methods.goat.start import StartedLayer, Starts, make_start
+from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
+from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
 from delora_kernels.nn.delora_moe import normalised_experts
 from delora_kernels.nn.moe import Routed
 
@@ -117,15 +118,37 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         """The output of the active adapters, [..., K] → [..., N]; disabled or merged, the base layer's alone."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        off = self.disable_adapters or self.merged
-        names = [] if off else [name for name in self.active_adapters if name in self.goat_A]
-        if not names or args or kwargs or PlainBase.why_not(self.base_layer) is not None:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-        else:
+        _, reason, _ = self.verdict()
+        names = [] if reason in ON_PURPOSE else self._active()
+        if names and x.is_meta:
+            return self._shaped(names, x)
+        if reason is None and (args or kwargs):
+            reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+        if reason is not None:
+            log_once("a GOAT layer runs its base layer's own forward, its rank term fused beside it", reason)
+        if reason is None or (len(names) > 1 and not (args or kwargs) and PlainBase.why_not(self.base_layer) is None):
             base = PlainBase.of(self.base_layer)
             y = self._mixed(names.pop(0), x, base.weight, base.bias)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
         for name in names:  # what acts beside the first: its mixture on a weight of zeros
             y = y + self._mixed(name, x, x.new_zeros(self.out_features, self.in_features), None).to(y.dtype)
+        return y
+
+    def verdict(self) -> Verdict:
+        """Say how much of the layer runs fused as it stands, and why not all of it."""
+        return verdict_of_own(self, self._active(), State.RANK_TERM)
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.goat_A]
+
+    def _shaped(self, names: list[str], x: Tensor) -> Tensor:
+        """The output on the meta device, which has shapes and dtypes alone."""
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            c, zeros = self.options[name], x.new_zeros(self.out_features, self.in_features)
+            options: dict[str, Any] = {"top_k": c.top_k, "renormalize": c.renormalize} | self._mixture(name)
+            y = y + reference.moe_lora_linear_dense(x, zeros, **options)[0].to(y.dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -154,12 +177,11 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         Raises:
             ValueError: `safe_merge`, and the merged weight is not finite; nothing has changed.
         """
-        if not adapter_names:
-            return
-        weight = self._base_weight()
+        self._merge(adapter_names, safe_merge)
+
+    def _merged(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
         dtype = accumulate_dtype(weight.dtype)
-        merged = weight.to(dtype) + sum(self.mean_update(name).to(dtype) for name in adapter_names)
-        self._put(merged, adapter_names, safe_merge)
+        return weight.to(dtype) + sum(self.mean_update(name).to(dtype) for name in adapter_names)
 
     @torch.no_grad()
     def mean_update(self, adapter_name: str) -> Tensor:

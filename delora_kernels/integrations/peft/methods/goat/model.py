@@ -40,6 +40,17 @@ class GoatModel(LinearTuner):
         for layer in layers:
             layer.padding = padding
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; with the last one go the hooks that told the layers of padding."""
+        super().delete_adapter(adapter_name)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, PeftGoatLinear)]
+        if any(layer.options for layer in layers):
+            return
+        for padding in {layer.padding for layer in layers if layer.padding is not None}:
+            padding.forget()
+        for layer in layers:
+            layer.padding = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output; PEFT 0.18 calls its forward past its hooks."""
         return self.model(*args, **kwargs)
