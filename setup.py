@@ -1,8 +1,9 @@
 """Packaging of delora_kernels; settings of the tools are in pyproject.toml.
 
-The wheel is pure Python, and holds the sources of the CUDA kernels for `python -m delora_kernels build-cuda`. With
-DELORA_KERNELS_CUDA=1 they are compiled here, into a wheel that serves every Python and every torch of the platform, or
-into the package in place for an editable install (backends/cuda/build.py has the other variables).
+The wheel is pure Python, and holds the sources of the CUDA kernels for `python -m delora_kernels
+build-cuda`. With DELORA_KERNELS_CUDA=1 they are compiled here, into a wheel that serves every
+Python and every torch of the platform, or into the package in place for an editable install
+(backends/cuda/build.py has the other variables).
 """
 
 import importlib.util
@@ -32,7 +33,9 @@ DEV = [*BENCH, *TEST, "mypy", "ruff"]
 
 
 class BuildCuda(Command):
-    """Put the CUDA kernels' sources into the package, and where that is asked for, the compiled library."""
+    """Put the CUDA kernels' sources into the package, and where that is asked for, the compiled
+    library.
+    """
 
     description = "add the CUDA kernels: their sources, and with DELORA_KERNELS_CUDA=1 the library"
     user_options = []  # noqa: RUF012

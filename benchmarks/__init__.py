@@ -1,1 +1,3 @@
-"""Measurements of delora-kernels: each one a command that writes a record naming the machine and the commit."""
+"""Measurements of delora-kernels: each one a command that writes a record naming the machine and
+the commit.
+"""

@@ -2,7 +2,8 @@
 
     for case in cases("standard", methods=("lora", "dora"), device="cuda", half="bf16"):
 
-A case is one method at one shape, in one precision and one mode; every implementation of it is timed side by side.
+A case is one method at one shape, in one precision and one mode; every implementation of it is
+timed side by side.
 """
 
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ class Case:
     Args:
         method: Key of benchmarks.layer.methods.METHODS.
         shape: Where K and N come from; free text.
-        T, K, N, r: Tokens, in-features, out-features, rank (of a mixture: of each expert; of reflections 0).
+        T, K, N, r: Tokens, in-features, out-features, rank (of a mixture: of each expert; of
+            reflections 0).
         precision: Key of PRECISIONS.
         mode: FORWARD (no gradients: inference, prefill) or BOTH (with dx).
         dropout_p: On the low-rank branch's input.
@@ -110,7 +112,7 @@ class Case:
         return self.T * self.K * self.N * (2.0 if self.mode == BOTH else 1.0)
 
     def columns(self) -> dict[str, Any]:
-        """The record's columns that say what was measured."""
+        """Return the record's columns that say what was measured."""
         narrow, wide, *_ = PRECISIONS[self.precision]
         dtypes = {"dtype": str(narrow).removeprefix("torch."), "adapter_dtype": str(wide).removeprefix("torch.")}
         facts = asdict(self)
@@ -119,7 +121,7 @@ class Case:
 
 
 def cases(which: str, methods: tuple[str, ...], device: str, half: str) -> Iterator[Case]:
-    """The layers of a set.
+    """Return the layers of a set.
 
     Args:
         which: One of SETS.
@@ -206,7 +208,9 @@ def _place(which: str, gpu: bool) -> tuple[str, int]:
 
 
 def _mixtures(which: str, method: str, precision: str, gpu: bool) -> Iterator[Case]:
-    """Eight experts of rank 4, two for a token, then other ranks (16 for `benchmarks.report`'s check), E and k."""
+    """Eight experts of rank 4, two for a token, then other ranks (16 for `benchmarks.report`'s
+    check), E and k.
+    """
     shape, T = _place(which, gpu)
     centre = _case(method, shape, T, 4, precision, E=8, k=2)
     yield replace(centre, compiled=which != "quick")
@@ -232,7 +236,9 @@ def _mixtures(which: str, method: str, precision: str, gpu: bool) -> Iterator[Ca
 
 
 def _reflections(which: str, method: str, precision: str, gpu: bool) -> Iterator[Case]:
-    """One block a side, where the authors' code computes what the paper says, then other n, T, shapes, inference."""
+    """One block a side, where the authors' code computes what the paper says, then other n, T,
+    shapes, inference.
+    """
     shape, T = _place(which, gpu)
     centre = _case(method, shape, T, 0, precision, n_blocks=1)
     yield centre

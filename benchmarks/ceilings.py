@@ -1,4 +1,6 @@
-"""What the device itself can do, measured in the run that is compared with it: a copy, a GEMM of each dtype."""
+"""What the device itself can do, measured in the run that is compared with it: a copy, a GEMM of
+each dtype.
+"""
 
 import torch
 
@@ -37,7 +39,8 @@ def gemm_tflops(device: str, clock: Clock, dtypes: tuple[str, ...], size: int | 
 
 
 def half_precision(device: str, clock: Clock) -> str:
-    """The dtype people train in on this device: bf16 where its GEMM is faster than fp32's, else fp32.
+    """Return the dtype people train in on this device: bf16 where its GEMM is faster than fp32's,
+    else fp32.
 
     dx = dy W is what is timed: some CPUs have a fast x Wᵀ in bf16 and emulate the other.
     """

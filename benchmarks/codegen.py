@@ -1,9 +1,10 @@
-"""Cross-compile every Triton kernel in every table configuration, without a GPU: registers, spills, shared memory, MMA.
+"""Cross-compile every Triton kernel in every table configuration, without a GPU: registers, spills,
+shared memory, MMA.
 
     python -m benchmarks.codegen [--arch sm_80 ...] [--kernel add_parts ...] [--json FILE]
 
-Exit status 1 if a kernel spills on, or does not fit, an NVIDIA architecture, or if a 16-bit product for sm_90 does not
-run on wgmma. gfx942 (`--arch gfx942`) is reported only.
+Exit status 1 if a kernel spills on, or does not fit, an NVIDIA architecture, or if a 16-bit product
+for sm_90 does not run on wgmma. gfx942 (`--arch gfx942`) is reported only.
 """
 
 import argparse
@@ -29,7 +30,8 @@ _MMA = (("wgmma", "wgmma.mma_async"), ("mma.sync", "mma.sync"), ("mfma", "v_mfma
 
 
 def compile_variant(variant: Variant, arch: str, ones: bool = False) -> dict[str, Any]:
-    """One row of the record: {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}.
+    """One row of the record: {"kernel", "arch", "config", "registers", "spill_bytes",
+    "shared_bytes", "mma"}.
 
     Args:
         variant: What to compile.
@@ -74,7 +76,7 @@ def compile_variant(variant: Variant, arch: str, ones: bool = False) -> dict[str
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of its stack, where spilled registers go."""
+    """Return the registers of a thread, and the bytes of its stack, where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -98,7 +100,9 @@ def why_not(row: dict[str, Any]) -> str | None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: for each kernel and architecture the number of configurations, and the most that one takes."""
+    """Return a Markdown table: for each kernel and architecture the number of configurations, and
+    the most that one takes.
+    """
     lines = ["| kernel | arch | configurations | registers | spilled bytes | shared bytes | 16-bit products on |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
     for kernel, arch in dict.fromkeys((row["kernel"], row["arch"]) for row in rows):

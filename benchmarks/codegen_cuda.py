@@ -1,9 +1,11 @@
-"""Compile every CUDA kernel of csrc/ for every GPU that nvcc knows: registers, spills, shared memory, tensor cores.
+"""Compile every CUDA kernel of csrc/ for every GPU that nvcc knows: registers, spills, shared
+memory, tensor cores.
 
     python -m benchmarks.codegen_cuda [--arch sm_90 ...] [--json FILE] [--summary]
 
-Exit status 1 where nvcc fails or warns (-Wall, -Wextra), a kernel spills, asks for more shared memory than a block has,
-or leaves the tensor cores out where they could multiply. Rows are those of `benchmarks.codegen`.
+Exit status 1 where nvcc fails or warns (-Wall, -Wextra), a kernel spills, asks for more shared
+memory than a block has, or leaves the tensor cores out where they could multiply. Rows are those of
+`benchmarks.codegen`.
 """
 
 import argparse
@@ -30,13 +32,13 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def architectures() -> list[str]:
-    """What nvcc compiles for: sm_75, sm_80, ..."""
+    """Return what nvcc compiles for: sm_75, sm_80, ..."""
     listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     return sorted(("sm_" + name.split("_")[1] for name in listed.split()), key=lambda arch: int(arch[3:]))
 
 
 def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
-    """The rows of the kernels of one file.
+    """Return the rows of the kernels of one file.
 
     Raises:
         RuntimeError: nvcc failed, or warned; the text has its messages.
@@ -57,7 +59,7 @@ def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """The rows that ptxas -v reports, with mangled names."""
+    """Return the rows that ptxas -v reports, with mangled names."""
     rows: list[dict[str, Any]] = []
     for line in text.splitlines():
         if found := _ENTRY.search(line):
@@ -97,7 +99,9 @@ def why_not(row: dict[str, Any]) -> str | None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: for each kernel the most that one configuration takes, registers by architecture."""
+    """Return a Markdown table: for each kernel the most that one configuration takes, registers by
+    architecture.
+    """
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     lines = [f"| kernel | configurations | shared bytes | spilled bytes | registers {' | '.join(archs)} |"]
     lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(archs))

@@ -1,4 +1,6 @@
-"""Every Triton kernel in every configuration that is shipped: what `benchmarks.codegen` compiles."""
+"""Every Triton kernel in every configuration that is shipped: what `benchmarks.codegen`
+compiles.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -47,7 +49,9 @@ TYPES = {
 
 
 class Variant(NamedTuple):
-    """One kernel in one configuration: what it is called, its pointers' dtypes, its constants, its launch options."""
+    """One kernel in one configuration: what it is called, its pointers' dtypes, its constants, its
+    launch options.
+    """
 
     kernel: str
     config: str
@@ -65,7 +69,8 @@ def variants(capability: tuple[int, int] = (9, 0)) -> Iterator[Variant]:
     """Every shipped configuration, with the features that cost registers switched on.
 
     Args:
-        capability: Of the device, (0, 0) for one that is not NVIDIA's: what is tuned for it, how it loads tiles.
+        capability: Of the device, (0, 0) for one that is not NVIDIA's: what is tuned for it, how it
+            loads tiles.
     """
     for kernel in FEATURES:
         for rank_class in tables.TABLES[kernel]:
@@ -94,13 +99,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "rank_update": ("", "prefill", "dropout"),
     "row_norm": ("", "scaled"),
 }
-"""Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what is not there."""
+"""Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what
+is not there.
+"""
 
 
 def _tabled(
     kernel: str, BR: int, name: str, big: str, small: str, features: str, capability: tuple[int, int]
 ) -> Variant | None:
-    """A configuration of tables.TABLES, or None where no launch asks for it."""
+    """Return a configuration of tables.TABLES, or None where no launch asks for it."""
     tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small else "")
     drop = features == "dropout"
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
@@ -206,7 +213,9 @@ EXPERT_RANKS = (1, 4, 16)
 
 
 def _gating() -> Iterator[Variant]:
-    """A mixture's gating and its gradient, for few and many experts, low and high ranks, each way to weigh."""
+    """Return a mixture's gating and its gradient, for few and many experts, low and high ranks,
+    each way to weigh.
+    """
     for E in EXPERTS:
         pointers = dict.fromkeys(("SUMS", "FRACTION", "PROBABILITY", "Z"), "fp32")
         yield Variant("route_totals", f"E={E}", route_totals_kernel, pointers, totals_blocks(E), {})
@@ -230,7 +239,7 @@ def _gating() -> Iterator[Variant]:
 
 
 def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
-    """The projection that gates in its epilogue, with a router and with given gates."""
+    """Return the projection that gates in its epilogue, with a router and with given gates."""
     for rank_class in tables.TABLES["times_small"]:
         for name, (big, small) in TYPES.items():
             if big != small and int(rank_class) > LARGEST_MIXED_RANK:
@@ -248,7 +257,9 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
 
 
 BLOCK_SIZES = (128, WHOLE, 14336)
-"""Features of a reflected block: several blocks' tokens in a tile, the largest whole block, one walked in chunks."""
+"""Features of a reflected block: several blocks' tokens in a tile, the largest whole block, one
+walked in chunks.
+"""
 
 
 def _reflections() -> Iterator[Variant]:

@@ -1,9 +1,11 @@
-"""ETHER's layer as its authors run it: reflections as matrices, a transformed weight, a full weight gradient.
+"""ETHER's layer as its authors run it: reflections as matrices, a transformed weight, a full weight
+gradient.
 
-The rival `authors` of the benchmarks, written from a description of mwbini/ether's `ether-instruct/lit_gpt/ether.py`
-(commit ddc1038): H of every block through an identity matrix, W' = H_out (W H_in) by batched products over row groups
-(see blocks="official" in delora_kernels.reference), then one linear. Dropout 0, as in our cases. Beside a narrower
-weight, without autocast, H is made in the vectors' dtype and rounded to the weight's.
+The rival `authors` of the benchmarks, written from a description of mwbini/ether's
+`ether-instruct/lit_gpt/ether.py` (commit ddc1038): H of every block through an identity matrix, W'
+= H_out (W H_in) by batched products over row groups (see blocks="official" in
+delora_kernels.reference), then one linear. Dropout 0, as in our cases. Beside a narrower weight,
+without autocast, H is made in the vectors' dtype and rounded to the weight's.
 """
 
 import torch

@@ -1,10 +1,12 @@
-"""The family of bounded adapters, rung by rung: LoRA → DeLoRA and ETHER+ → DeLoRA, each trained on one task.
+"""The family of bounded adapters, rung by rung: LoRA → DeLoRA and ETHER+ → DeLoRA, each trained on
+one task.
 
     python -m benchmarks.family [--steps 300]
 
-A small network learns a task in full and is frozen. Then each rung of docs/family.md adapts it to a second task, whose
-targets differ by a rotation of the input. The table shows the loss before and after, the largest ‖ΔW‖_F of its three
-layers as a part of the bound which that rung keeps, and the largest such part at any step.
+A small network learns a task in full and is frozen. Then each rung of docs/family.md adapts it to a
+second task, whose targets differ by a rotation of the input. The table shows the loss before and
+after, the largest ‖ΔW‖_F of its three layers as a part of the bound which that rung keeps, and the
+largest such part at any step.
 """
 
 import argparse
@@ -24,7 +26,8 @@ R = 8
 
 
 class Multiplicative(nn.Module):
-    """ΔW = (λ / r) Σ_i ± b̂_i â_iᵀ W: what lies between ETHER+ and DeLoRA, from `delora_factors` and `lora_linear`.
+    """ΔW = (λ / r) Σ_i ± b̂_i â_iᵀ W: what lies between ETHER+ and DeLoRA, from `delora_factors`
+    and `lora_linear`.
 
     Args:
         linear: The frozen layer, `[N, K]`.
@@ -64,7 +67,8 @@ def spectral(linear: nn.Linear) -> float:
 
 
 class Rung(NamedTuple):
-    """One method: how it is made of a frozen layer, and the bound of ‖ΔW‖_F, from its module and the layer.
+    """One method: how it is made of a frozen layer, and the bound of ‖ΔW‖_F, from its module and
+    the layer.
 
     In `formula` λ stands for its absolute value.
     """
@@ -128,7 +132,7 @@ def network() -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error."""
+    """Return the mean squared error."""
     return nn.functional.mse_loss(model(x), target)
 
 
@@ -162,7 +166,7 @@ class Task(NamedTuple):
 
 
 def task(steps: int) -> Task:
-    """The first task learned in `steps` steps; in the second a rotation of the input."""
+    """Return the first task learned in `steps` steps; in the second a rotation of the input."""
     teacher, x = network(), torch.randn(512, 16)
     rotation = torch.linalg.qr(torch.randn(16, 16)).Q
     with torch.no_grad():
@@ -173,7 +177,9 @@ def task(steps: int) -> Task:
 
 
 class Outcome(NamedTuple):
-    """What became of a rung: its losses, and ‖ΔW‖_F over the bound, the largest layer's at the end and at any step."""
+    """What became of a rung: its losses, and ‖ΔW‖_F over the bound, the largest layer's at the end
+    and at any step.
+    """
 
     start: float
     loss: float

@@ -1,13 +1,15 @@
 """GOAT's layer as its authors run it: a Python loop over experts that gathers and scatters tokens.
 
 The rival `goat-eager` of the benchmarks, written from a description of Facico/GOAT-PEFT's
-`goat/peta/src/goat/layer.py` (commit ef4d21a): a copy of x in the adapters' dtype, a whole pass of the first expert for
-a buffer's shape, then for each expert the tokens that chose it, found by `torch.where`, through a dropout of its own.
+`goat/peta/src/goat/layer.py` (commit ef4d21a): a copy of x in the adapters' dtype, a whole pass of
+the first expert for a buffer's shape, then for each expert the tokens that chose it, found by
+`torch.where`, through a dropout of its own.
 
-What it costs is memory traffic: at T=1024, K=N=2048, E=8, k=2, r=4 in float32, forward and backward move 1.3 GB (1.6
-with dropout) beside the frozen GEMMs' 17.2 GFLOP; its own products are 0.3. Whatever takes its place is therefore at
-most 1 + (1.3 GB / bandwidth) / (17.2 GFLOP / GEMM rate) times faster: three times only where the device computes 26
-times as many FLOP as it moves bytes, as GPUs and bfloat16 units do, and float32 on a CPU does not.
+What it costs is memory traffic: at T=1024, K=N=2048, E=8, k=2, r=4 in float32, forward and backward
+move 1.3 GB (1.6 with dropout) beside the frozen GEMMs' 17.2 GFLOP; its own products are 0.3.
+Whatever takes its place is therefore at most 1 + (1.3 GB / bandwidth) / (17.2 GFLOP / GEMM rate)
+times faster: three times only where the device computes 26 times as many FLOP as it moves bytes, as
+GPUs and bfloat16 units do, and float32 on a CPU does not.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
     python -m benchmarks.kernel_figures [--json FILE]
 
-Our GEMM (with a rank-16 term) over the library's, x Wᵀ (NT) and dy W (NN): form (c) pays below about 1.04. Adding to
-the output (beta = 1) over writing it: what form (d) pays in the GEMM. Each skinny pass as a part of a copy's rate.
+Our GEMM (with a rank-16 term) over the library's, x Wᵀ (NT) and dy W (NN): form (c) pays below
+about 1.04. Adding to the output (beta = 1) over writing it: what form (d) pays in the GEMM. Each
+skinny pass as a part of a copy's rate.
 """
 
 import argparse
@@ -44,7 +45,7 @@ class Skinny(NamedTuple):
 
 
 def gemms(T: int, K: int, N: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The products of one layer, by the library and by our GEMM."""
+    """Return the products of one layer, by the library and by our GEMM."""
     x, W, dy, h = (_normal(device, *shape) for shape in ((T, K), (N, K), (T, N), (T, RANK)))
     A, B, y = _normal(device, RANK, K), _normal(device, N, RANK), _normal(device, T, N)
     return {
@@ -80,7 +81,9 @@ def _normal(device: str, *shape: int) -> Tensor:
 
 
 def measured(device: str, clock: Clock, budget: Budget) -> list[Row]:
-    """Rows {"K", "N", "figure", "ms", "ratio"}: a ratio of times, or of a skinny pass its part of a copy's rate."""
+    """Rows {"K", "N", "figure", "ms", "ratio"}: a ratio of times, or of a skinny pass its part of a
+    copy's rate.
+    """
     rows: list[Row] = []
     copy = copy_tbps(device, clock)
     for K, N in LAYERS:
@@ -98,7 +101,7 @@ def measured(device: str, clock: Clock, budget: Budget) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table: a line for each figure, a column for each layer."""
+    """Return a Markdown table: a line for each figure, a column for each layer."""
     layers = list(dict.fromkeys((row["K"], row["N"]) for row in rows))
     lines = ["| | " + " | ".join(f"{K} → {N}" for K, N in layers) + " |", "| --- |" + " ---: |" * len(layers)]
     for figure in dict.fromkeys(row["figure"] for row in rows):

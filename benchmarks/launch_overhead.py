@@ -1,9 +1,11 @@
-"""What a launch costs the host: by Triton's own path, and directly, once it is compiled (backends/triton/launch.py).
+"""What a launch costs the host: by Triton's own path, and directly, once it is compiled
+(backends/triton/launch.py).
 
     python -m benchmarks.launch_overhead [--json FILE]
 
-On a CUDA device the kernels run; elsewhere they are compiled for sm_90 and a stand-in takes the driver's place, so that
-its own time is left out of both columns. Of a whole call the library's GEMMs, tiny here, are in both columns too.
+On a CUDA device the kernels run; elsewhere they are compiled for sm_90 and a stand-in takes the
+driver's place, so that its own time is left out of both columns. Of a whole call the library's
+GEMMs, tiny here, are in both columns too.
 """
 
 import argparse
@@ -28,7 +30,9 @@ from delora_kernels.testing import METHODS
 T, N, R = 16, 64, 4
 CALLS = {"lora": 128, "dora": 64, "delora": 64, "moe": 64, "goat": 128, "ether-plus": 64}
 CALLS |= {"lora-dropout": 64, "dora-dropout": 64}
-"""Methods whose whole calls are timed → K: at 128 its sum is split. With fewer, some kernel would not be launched."""
+"""Methods whose whole calls are timed → K: at 128 its sum is split. With fewer, some kernel would
+not be launched.
+"""
 REPEATS = 20
 """Launches between two looks at the clock."""
 
@@ -55,7 +59,7 @@ class HostClock:
 
 
 def by_triton(kernel: Any, grid: tuple[int, ...], *given: tuple[Any, ...], **constants: Any) -> None:
-    """A launch by Triton's own path."""
+    """Return a launch by Triton's own path."""
     kernel[grid](*(argument for group in given for argument in group), **constants)
 
 
@@ -63,7 +67,7 @@ WAYS: dict[str, Callable[..., None]] = {"triton": by_triton, "direct": launch.la
 
 
 def _launchers() -> list[ModuleType]:
-    """The modules of the backend that launch kernels."""
+    """Return the modules of the backend that launch kernels."""
     package = launch.__name__.rpartition(".")[0]
     found = [module for name, module in sys.modules.items() if name.startswith(f"{package}.") and module is not launch]
     return [module for module in found if getattr(module, "launch", None) is launch.launch]
@@ -82,7 +86,7 @@ def launching(function: Callable[..., None], modules: list[ModuleType]) -> Itera
 
 
 def _calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Method → forward, and forward with backward."""
+    """Return method → forward, and forward with backward."""
     found: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, K in CALLS.items():
         inputs = METHODS[name].draw(T, K, N, R, dtype=torch.bfloat16, adapter_dtype=torch.float32, device=device)
@@ -114,7 +118,9 @@ def _compared(ways: Mapping[str, Callable[[], Any]], device: str, budget: Budget
 
 
 def measured(device: str, budget: Budget) -> list[Row]:
-    """A row for each kernel, {"kernel", "arguments", "triton_us", "direct_us"}, then for each call, with "launches"."""
+    """Return a row for each kernel, {"kernel", "arguments", "triton_us", "direct_us"}, then for
+    each call, with "launches".
+    """
     rows: list[Row] = []
     calls, modules = _calls(device), _launchers()
     kernels: dict[str, Launch] = {}

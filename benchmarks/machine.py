@@ -15,11 +15,13 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
     """Describe the machine, the versions and the commit of this measurement.
 
     Args:
-        device: where the measurement runs; None: the first CUDA device if there is one, else the CPU.
+        device: where the measurement runs; None: the first CUDA device if there is one, else the
+            CPU.
 
     Returns:
-        `device`, `cpu`, `cores`, `threads`, `omp_wait_policy`, `driver`, `clocks`, `cuda`, `python`, `torch`,
-        `triton`, `peft`, `transformers`, `numpy` and `commit`; None for what is not there.
+        `device`, `cpu`, `cores`, `threads`, `omp_wait_policy`, `driver`, `clocks`, `cuda`,
+        `python`, `torch`, `triton`, `peft`, `transformers`, `numpy` and `commit`; None for what is
+        not there.
     """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = where.type == "cuda"
@@ -47,7 +49,9 @@ def machine_info(device: str | torch.device | None = None) -> dict[str, str | in
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with `-dirty` if a file differs from it; None outside git."""
+    """Return the commit of this source tree, with `-dirty` if a file differs from it; None outside
+    git.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     commit = _first_line([*git, "rev-parse", "--short=12", "HEAD"])
     if commit is None:
@@ -56,7 +60,9 @@ def _commit() -> str | None:
 
 
 def _first_line(command: list[str]) -> str | None:
-    """The first line that `command` prints; None if it fails, is missing or prints nothing."""
+    """Return the first line that `command` prints; None if it fails, is missing or prints
+    nothing.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,7 @@
 """What a pass keeps, allocates and holds at its peak, in bytes above what was there before.
 
-On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from its allocator.
+On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from its
+allocator.
 """
 
 import gc
@@ -28,8 +29,8 @@ class _Kept:
 def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward, the storages of `but` left out.
 
-    Each storage counts once and whole, however many saved tensors are views of it; what the forward pass itself lets
-    go again, as a detached branch does, does not count.
+    Each storage counts once and whole, however many saved tensors are views of it; what the forward
+    pass itself lets go again, as a detached branch does, does not count.
     """
     everything: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
@@ -51,8 +52,8 @@ def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
 def only_new_garbage() -> Iterator[None]:
     """Collect garbage once, then let every further gc.collect() look at new objects alone.
 
-    Whole libraries are loaded, and looking through all they have made takes a good part of a second; what a
-    measurement must be rid of, before it weighs or after it failed, is its own.
+    Whole libraries are loaded, and looking through all they have made takes a good part of a
+    second; what a measurement must be rid of, before it weighs or after it failed, is its own.
     """
     gc.collect()
     gc.freeze()
@@ -71,7 +72,9 @@ class Allocations:
 
 
 def allocations(run: Callable[[], Any], device: str = "cpu") -> Allocations:
-    """Weigh one pass on `device`; it runs once before, for what is allocated once and kept (library workspaces)."""
+    """Weigh one pass on `device`; it runs once before, for what is allocated once and kept (library
+    workspaces).
+    """
     run()
     gc.collect()
     return _on_gpu(run) if device.startswith("cuda") else _on_cpu(run)
@@ -91,7 +94,9 @@ def _on_cpu(run: Callable[[], Any]) -> Allocations:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Standard error shut, below Python: some builds of torch's profiler write a line there whenever it starts."""
+    """Shut standard error, below Python: some builds of torch's profiler write a line there
+    whenever it starts.
+    """
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

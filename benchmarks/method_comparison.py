@@ -1,9 +1,11 @@
-"""`python -m benchmarks.method_comparison`: LoRA, DeLoRA, DoRA and GOAT on one model at the same total rank.
+"""`python -m benchmarks.method_comparison`: LoRA, DeLoRA, DoRA and GOAT on one model at the same
+total rank.
 
-Every method is fine-tuned from the same base model on the same batches, all of them one step each in turn, in an order
-that rotates, so that a noisy machine disturbs them alike; again for each seed, which draws the adapters and the order
-of the batches. All layers run fused; the learning rates are tuned for none of them. The record has every loss and
-duration; --plot FILE shows held-out loss, time and memory, --record FILE shows a record that is there.
+Every method is fine-tuned from the same base model on the same batches, all of them one step each
+in turn, in an order that rotates, so that a noisy machine disturbs them alike; again for each seed,
+which draws the adapters and the order of the batches. All layers run fused; the learning rates are
+tuned for none of them. The record has every loss and duration; --plot FILE shows held-out loss,
+time and memory, --record FILE shows a record that is there.
 """
 
 import argparse
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace, method: str) -> Any:
-    """The demo's settings for one method."""
+    """Return the demo's settings for one method."""
     from benchmarks.finetune.config import Config
     from benchmarks.finetune.goat import EXPERTS
 
@@ -146,7 +148,9 @@ def _config(args: argparse.Namespace, method: str) -> Any:
 
 
 def _adapted(base: Any, config: Any) -> Any:
-    """The base with fused adapters of one method; the frozen parameters are the base's own."""
+    """Return the base with fused adapters of one method; the frozen parameters are the base's
+    own.
+    """
     from benchmarks.finetune import model
 
     adapted = model.adapt(model.twin(base.requires_grad_(False)), config)
@@ -155,7 +159,9 @@ def _adapted(base: Any, config: Any) -> Any:
 
 
 def _seeded(start: Any, seed: int) -> Any:
-    """A copy whose random parameters are drawn anew: all but GOAT's factors, which an SVD has made."""
+    """Return a copy whose random parameters are drawn anew: all but GOAT's factors, which an SVD
+    has made.
+    """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -176,7 +182,7 @@ def _seeded(start: Any, seed: int) -> Any:
 
 
 def _row(method: str, seed: int, each: Any, config: Any, watch: Any) -> dict[str, Any]:
-    """What one run gave; `watch` saw its routers on the held-out text after training."""
+    """Return what one run gave; `watch` saw its routers on the held-out text after training."""
     row = {
         "method": method,
         "seed": seed,
@@ -216,7 +222,9 @@ def table(record: dict[str, Any]) -> Any:
 
 
 def plot(record: dict[str, Any]) -> Any:
-    """Held-out loss after training, a dot for each seed; time of a step; what is kept for backward."""
+    """Held-out loss after training, a dot for each seed; time of a step; what is kept for
+    backward.
+    """
     from matplotlib.figure import Figure
 
     methods = record["config"]["methods"]

@@ -1,16 +1,18 @@
 """What a layer should cost: time and bytes from the traffic contract and a device's two ceilings.
 
-    python -m benchmarks.model --record FILE                  # measured / predicted of every row of ours
+    python -m benchmarks.model --record FILE  # measured / predicted of every row of ours
     python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --K 4096 --N 4096 --T 8192 --r 16
 
-A layer is a list of stages; each takes max(bytes / copy, FLOPs / GEMM), they follow each other, launches are free. The
-frozen linear moves x, W and y; what a method adds depends on how the rank term meets the frozen GEMM (--form):
+A layer is a list of stages; each takes max(bytes / copy, FLOPs / GEMM), they follow each other,
+launches are free. The frozen linear moves x, W and y; what a method adds depends on how the rank
+term meets the frozen GEMM (--form):
 
     b   library GEMM, then one pass over its result that reads and writes it
     d   the rank term is written first, the library GEMM accumulates onto it: one write
     c   a GEMM of our own with the rank term in its epilogue: no pass at all
 
-A reflection has one form: a pass over what it turns, and in the backward pass one over the gradient beside it.
+A reflection has one form: a pass over what it turns, and in the backward pass one over the gradient
+beside it.
 """
 
 import argparse
@@ -55,13 +57,15 @@ class Ceilings(NamedTuple):
 
 
 def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
-    """The bare linear, and its dx."""
+    """Return the bare linear, and its dx."""
     gemm = Stage("x Wᵀ", element * (T * K + N * K + T * N), 2.0 * T * K * N)
     return [gemm, Stage("dy W", *gemm[1:])] if backward else [gemm]
 
 
 def reflected(method: str, T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
-    """One layer of ETHER or ETHER+: x turned, and for an output side z = x' Wᵀ, and the way back of each."""
+    """One layer of ETHER or ETHER+: x turned, and for an output side z = x' Wᵀ, and the way back of
+    each.
+    """
     sides = {"x": K, "z": N} if method.endswith("-both") else {"x": K}
     stages = frozen(T, K, N, element, backward)
     for side, C in sides.items():
@@ -76,8 +80,8 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
     """One adapted layer by the traffic contract; R: total rank.
 
     Args:
-        method: One of REFLECTIONS: see `reflected`. "dora" has a norm, a column scale and a kept [T, N] tensor; every
-            other is x Wᵀ + h B̂ᵀ.
+        method: One of REFLECTIONS: see `reflected`. "dora" has a norm, a column scale and a kept
+            [T, N] tensor; every other is x Wᵀ + h B̂ᵀ.
         T, K, N, R: Sizes.
         element: Bytes of an element of x and W.
         backward: Whether the backward pass counts.
@@ -105,21 +109,27 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
 
 
 def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int:
-    """Kept for backward beside x: h, folded or cast factors; one [T, N] for DoRA or where an output is reflected."""
+    """Kept for backward beside x: h, folded or cast factors; one [T, N] for DoRA or where an output
+    is reflected.
+    """
     if method in REFLECTIONS:
         return element * T * N if method.endswith("-both") else 0
     return element * (T * R + R * (K + N) + (T * N if method == "dora" else 0))
 
 
 def predict(row: dict[str, Any], ceilings: Ceilings, form: str | None = None) -> float:
-    """Milliseconds of a record's row, by default in its backend's form; of `frozen` and `merged` the bare linear's."""
+    """Milliseconds of a record's row, by default in its backend's form; of `frozen` and `merged`
+    the bare linear's.
+    """
     return 1e3 * ceilings.seconds(_stages(row, form or BACKEND_FORMS.get(str(row.get("backend")), "b")))
 
 
 def roofline_fraction(row: dict[str, Any], machine: dict[str, Any]) -> float | None:
-    """The part of the measured time that the roofline of the same run explains; None: nothing was measured.
+    """Return the part of the measured time that the roofline of the same run explains; None:
+    nothing was measured.
 
-    The bound has the contract's traffic with the rank term in the GEMM (form c), for every implementation alike.
+    The bound has the contract's traffic with the rank term in the GEMM (form c), for every
+    implementation alike.
     """
     ceilings = measured_ceilings(machine, row["dtype"])
     if ceilings is None or not row["median_ms"]:

@@ -56,7 +56,7 @@ class ModelCase:
         return 2.0 * self.batch * self.sequence * self.blocks * block
 
     def columns(self) -> dict[str, Any]:
-        """The record's columns that say what was measured; K and N are those of the MLP."""
+        """Return the record's columns that say what was measured; K and N are those of the MLP."""
         narrow, wide, *_ = PRECISIONS[self.precision]
         sizes = {"T": self.batch * self.sequence, "K": self.hidden, "N": self.intermediate, "r": self.r, "E": None}
         dtypes = {"dtype": str(narrow).removeprefix("torch."), "adapter_dtype": str(wide).removeprefix("torch.")}
@@ -81,7 +81,7 @@ LARGE |= {"vocabulary": 32000, "blocks": 8, "batch": 1, "sequence": 4096, "r": 1
 
 
 def model_cases(which: str, methods: tuple[str, ...], device: str, half: str) -> list[ModelCase]:
-    """The whole models of a set, with and without checkpointing."""
+    """Return the whole models of a set, with and without checkpointing."""
     gpu = device.startswith("cuda")
     precision = half if half == "fp32" else f"{half}-autocast"
     sizes: dict[str, Any] = dict(LARGE if gpu else SMALL)

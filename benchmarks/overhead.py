@@ -1,17 +1,17 @@
 """What part of PEFT's overhead over the frozen model is gone, in small whole models.
 
-    python -m benchmarks.overhead                         # LoRA, DoRA, DeLoRA; two threads of a CPU, or a GPU
+    python -m benchmarks.overhead  # LoRA, DoRA, DeLoRA; two threads of a CPU, or a GPU
     python -m benchmarks.overhead --method lora --rounds 40 --out runs/overhead.json
 
-A step is zero_grad, forward, backward and fused AdamW, on a Llama of SmolLM2's widths whose linears all carry an
-adapter with a random B. Four models take their steps in turn: `frozen` (no adapters; every dx that the others
-compute), `peft`, `addmm` (bare autograd Functions around addmm, layer by layer: benchmarks/layer/addmm.py) and `dk`.
-Their layers share the frozen weights.
+A step is zero_grad, forward, backward and fused AdamW, on a Llama of SmolLM2's widths whose linears
+all carry an adapter with a random B. Four models take their steps in turn: `frozen` (no adapters;
+every dx that the others compute), `peft`, `addmm` (bare autograd Functions around addmm, layer by
+layer: benchmarks/layer/addmm.py) and `dk`. Their layers share the frozen weights.
 
     gone = 1 − (ms − frozen) / (peft − frozen)
 
-An interval holds 95 % of what the same rounds give when they are drawn anew (bootstrap): a figure whose interval is
-wide says that the machine was busy, not what the code does.
+An interval holds 95 % of what the same rounds give when they are drawn anew (bootstrap): a figure
+whose interval is wide says that the machine was busy, not what the code does.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def gone(spent: Mapping[str, float], name: str) -> float:
 def interval(
     figure: Callable[[dict[str, float]], float], times: Mapping[str, Sequence[float]], seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return a figure of the medians, and the interval that holds 95 % of it over rounds drawn anew.
+    """Return a figure of the medians, and the interval that holds 95 % of it over rounds drawn
+    anew.
 
     Args:
         figure: Of name → milliseconds.
@@ -117,7 +118,9 @@ def interval(
 
 
 def measure(case: ModelCase, device: str, budget: Budget) -> list[dict[str, Any]]:
-    """Return a row for each implementation: ms, over the frozen model, the part of PEFT's overhead that is gone."""
+    """Return a row for each implementation: ms, over the frozen model, the part of PEFT's overhead
+    that is gone.
+    """
     base = adapted(case, device, case.blocks)
     steps = {name: Step(case, base, name, device) for name in IMPLEMENTATIONS}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}

@@ -1,8 +1,10 @@
-"""Benchmark records: what ran, on what, row by row; and the partial file that a killed run goes on from.
+"""Benchmark records: what ran, on what, row by row; and the partial file that a killed run goes on
+from.
 
-A record is `{"machine": {...}, "run": {...}, "rows": [...]}` in `results/<machine>/<date>-<commit>.json`. While a run
-lasts, `FILE.partial` holds one JSON line for its header and one for each finished case; a line that was cut off when
-the run was killed is dropped, and its case measured again.
+A record is `{"machine": {...}, "run": {...}, "rows": [...]}` in
+`results/<machine>/<date>-<commit>.json`. While a run lasts, `FILE.partial` holds one JSON line for
+its header and one for each finished case; a line that was cut off when the run was killed is
+dropped, and its case measured again.
 """
 
 import json
@@ -103,7 +105,8 @@ class Partial:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The record in a file, finished or partial; rows of older records get the columns they lack.
+    """Return the record in a file, finished or partial; rows of older records get the columns they
+    lack.
 
     Raises:
         ValueError: the file holds no benchmark record.

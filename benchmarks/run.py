@@ -28,10 +28,14 @@ from benchmarks.record import Mismatch, Partial, Row
 from benchmarks.report.tables import requirements
 
 SECONDS = {"quick": 1.0, "standard": 2.0, "full": 3.0}
-"""How long the timing of a case may last after its least number of rounds, plain and as CUDA graphs together."""
+"""How long the timing of a case may last after its least number of rounds, plain and as CUDA graphs
+together.
+"""
 
 OURS = ("dk", "frozen")
-"""How the names of those begin whose failure is the exit status; without its frozen linear a case is not judged."""
+"""How the names of those begin whose failure is the exit status; without its frozen linear a case
+is not judged.
+"""
 
 
 class Paused(Exception):
@@ -48,7 +52,9 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a set and write its record; 0: done, 1: something of ours was refused or broke, 2: bad input, 3: paused."""
+    """Run a set and write its record; 0: done, 1: something of ours was refused or broke, 2: bad
+    input, 3: paused.
+    """
     args = _parser().parse_args(argv)
     import torch
 
@@ -130,7 +136,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ceilings(device: str, clock: Any) -> dict[str, Any]:
-    """What this device can do, and the dtype that is worth measuring on it."""
+    """Return what this device can do, and the dtype that is worth measuring on it."""
     from benchmarks.ceilings import copy_tbps, gemm_tflops, half_precision
 
     half = half_precision(device, clock)

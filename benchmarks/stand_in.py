@@ -1,6 +1,8 @@
-"""A stand-in for a GPU: Triton compiles for one, and every launch ends where the driver would be called.
+"""A stand-in for a GPU: Triton compiles for one, and every launch ends where the driver would be
+called.
 
-    with standing_in(): ...     the Triton backend takes CPU tensors; its kernels are compiled for sm_90 and never run
+    with standing_in(): ...     the Triton backend takes CPU tensors; its kernels are compiled for
+                                sm_90 and never run
 
 What calls compute is left undefined: this is for what happens on the host.
 """
@@ -46,7 +48,7 @@ class StandIn:
         self.utils = self
 
     def get_current_device(self) -> int:
-        """What torch says of a CPU tensor, unless it was set to another."""
+        """Return what torch says of a CPU tensor, unless it was set to another."""
         return self.device
 
     def get_current_stream(self, device: int) -> int:
@@ -54,21 +56,21 @@ class StandIn:
         return self.stream
 
     def get_current_target(self) -> GPUTarget:
-        """What kernels are compiled for."""
+        """Return what kernels are compiled for."""
         return GPUTarget("cuda", self.capability[0] * 10 + self.capability[1], 32)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """What Triton asks for: an H100's shared memory."""
+        """Return what Triton asks for: an H100's shared memory."""
         return {"max_shared_mem": 227 * 1024}
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills and the most threads of a program."""
+        """Return module, function, registers, spills and the most threads of a program."""
         return 1, 1, 32, 0, 1024
 
 
 @contextmanager
 def standing_in(stand_in: StandIn | None = None) -> Iterator[StandIn]:
-    """The Triton backend available, on CPU tensors, in front of a stand-in."""
+    """Return the Triton backend available, on CPU tensors, in front of a stand-in."""
     stand_in, cpu = stand_in or StandIn(), torch.device("cpu")
     before = driver.__dict__.get("_active", driver.__dict__.get("active"))
     unavailable, interpreted = dict(backends._unavailable), support.INTERPRETED

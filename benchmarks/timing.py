@@ -1,12 +1,13 @@
 """How a pass is timed: in turn with its rivals, on a clock that fits the device.
 
     clock = clock_of("cuda")
-    times = interleaved({"frozen": a, "dk": b}, clock, Budget())      # name → Times, in milliseconds
+    times = interleaved({"frozen": a, "dk": b}, clock, Budget())  # name → Times, in milliseconds
 
-On a CPU the clock is `perf_counter`. On a GPU it is a pair of events on a stream that was filled first: while it
-sleeps, the host issues the whole pass, so that the events enclose work and no waiting for the host. Before each pass
-memory twice as large as the L2 cache is read, which leaves inputs and weights cold (and nothing to write back); what
-the host takes to issue the pass is measured beside it.
+On a CPU the clock is `perf_counter`. On a GPU it is a pair of events on a stream that was filled
+first: while it sleeps, the host issues the whole pass, so that the events enclose work and no
+waiting for the host. Before each pass memory twice as large as the L2 cache is read, which leaves
+inputs and weights cold (and nothing to write back); what the host takes to issue the pass is
+measured beside it.
 """
 
 import statistics
@@ -22,7 +23,9 @@ Pass = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one pass: median, 20th and 80th percentile, rounds; host_ms: the host's median to issue it."""
+    """Milliseconds of one pass: median, 20th and 80th percentile, rounds; host_ms: the host's
+    median to issue it.
+    """
 
     median_ms: float
     p20_ms: float
@@ -95,7 +98,9 @@ class CudaClock:
         return lambda: torch.sum(cold, dim=0, out=sink)
 
     def round(self, passes: Mapping[str, Pass]) -> dict[str, tuple[float, float | None] | Exception]:
-        """As Clock.round; the sleep before a pass is three times what the host took to issue it before."""
+        """As Clock.round; the sleep before a pass is three times what the host took to issue it
+        before.
+        """
         events: dict[str, tuple[Any, Any, float]] = {}
         spent: dict[str, tuple[float, float | None] | Exception] = {}
         for name, run in passes.items():
@@ -119,29 +124,34 @@ class CudaClock:
 
 
 def clock_of(device: str) -> Clock:
-    """The clock of a device: "cpu", "cuda", "cuda:1"."""
+    """Return the clock of a device: "cpu", "cuda", "cuda:1"."""
     return CudaClock() if device.startswith("cuda") else CpuClock()
 
 
 def interleaved(
     passes: Mapping[str, Pass], clock: Clock, budget: Budget, failed: Callable[[str, Exception], None] | None = None
 ) -> dict[str, Times]:
-    """Sum up what `rounds` finds, arguments as there: name → times of the passes that never raised."""
+    """Sum up what `rounds` finds, arguments as there: name → times of the passes that never
+    raised.
+    """
     return {name: _times(spent) for name, spent in rounds(passes, clock, budget, failed).items()}
 
 
 def rounds(
     passes: Mapping[str, Pass], clock: Clock, budget: Budget, failed: Callable[[str, Exception], None] | None = None
 ) -> dict[str, list[tuple[float, float | None]]]:
-    """Time every pass once a round, so that a machine that slows down or warms up does so for all of them.
+    """Time every pass once a round, so that a machine that slows down or warms up does so for all
+    of them.
 
-    The first of a round is the second-last of the next: no pass always follows the same one at the same place.
+    The first of a round is the second-last of the next: no pass always follows the same one at the
+    same place.
 
     Args:
         passes: Name → pass.
         clock: Of the device.
         budget: How many rounds.
-        failed: Called with a pass that raised; it is left out of the rest and of the result. None: raise.
+        failed: Called with a pass that raised; it is left out of the rest and of the result. None:
+            raise.
 
     Returns:
         Name → (ms, host's ms) of every round, of the passes that never raised.
@@ -176,7 +186,7 @@ def _times(spent: list[tuple[float, float | None]]) -> Times:
 
 
 def captured(run: Pass) -> Pass:
-    """The pass as a CUDA graph's replay: the same kernels without the host's part.
+    """Return the pass as a CUDA graph's replay: the same kernels without the host's part.
 
     Raises:
         RuntimeError: the pass can't be captured (it synchronises, or allocates outside the pool).

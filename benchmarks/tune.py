@@ -1,10 +1,12 @@
-"""Time tile sizes and the three forms of a frozen GEMM with a rank-R term on this GPU, and write the tables.
+"""Time tile sizes and the three forms of a frozen GEMM with a rank-R term on this GPU, and write
+the tables.
 
-    python -m benchmarks.tune      rewrites this device's entries of delora_kernels/backends/triton/tuned.py
+    python -m benchmarks.tune      rewrites this device's entries of
+                                   delora_kernels/backends/triton/tuned.py
 
-Tiles come first (benchmarks.tune_tiles): the forms are timed with them. For every class of shapes a few products of
-real layers are timed in each form, in turn, caches cold; the form with the least geometric mean over them becomes the
-entry. Offline: nothing is tuned at run time.
+Tiles come first (benchmarks.tune_tiles): the forms are timed with them. For every class of shapes a
+few products of real layers are timed in each form, in turn, caches cold; the form with the least
+geometric mean over them becomes the entry. Offline: nothing is tuned at run time.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def fastest(op: str, dtype: torch.dtype, device: str, clock: Clock, budget: Budg
 
 
 def text(tiles: tune_tiles.Table, chosen: Forms) -> str:
-    """The source of tuned.py: as it is, with these entries."""
+    """Return the source of tuned.py: as it is, with these entries."""
     head = Path(tuned.__file__).read_text(encoding="utf-8").split("TILES: ")[0].rstrip()
     table = "dict[tuple[tuple[int, int], str], dict[str, tuple[int, ...]]]"
     lines = [head, "", *_source(f"TILES: {table}", tiles), ""]
@@ -83,7 +85,7 @@ def text(tiles: tune_tiles.Table, chosen: Forms) -> str:
 
 
 def _source(name: str, table: Mapping[Any, Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of one table."""
+    """Return the lines of one table."""
     if not table:
         yield f"{name} = {{}}"
         return

@@ -1,8 +1,8 @@
 """Time tile sizes of the kernels that have a table: the second half of `python -m benchmarks.tune`.
 
-For every kernel and class of ranks each candidate runs in turn, caches cold, on products of real layers. The least
-geometric mean wins, if it beats the shipped tiles by more than MARGIN and its every variant passes what
-`benchmarks.codegen` demands; a candidate that does not launch is out.
+For every kernel and class of ranks each candidate runs in turn, caches cold, on products of real
+layers. The least geometric mean wins, if it beats the shipped tiles by more than MARGIN and its
+every variant passes what `benchmarks.codegen` demands; a candidate that does not launch is out.
 """
 
 import itertools
@@ -40,7 +40,9 @@ Table = dict[tuple[Capability, str], dict[str, Entry]]
 
 
 def tuned(capability: Capability, device: str, clock: Clock, budget: Budget) -> Table:
-    """(capability, kernel) → rank class, or for our GEMM the way it loads → the tiles that beat the shipped ones."""
+    """(capability, kernel) → rank class, or for our GEMM the way it loads → the tiles that beat the
+    shipped ones.
+    """
     way = "descriptors" if capability >= DESCRIPTORS_FROM else "pointers"
     jobs = [(name, limit) for name, table in tables.TABLES.items() for limit in table] + [(tables.GEMM, way)]
     found: Table = {}
@@ -131,7 +133,9 @@ def _launch(name: str, R: int, rows: int, columns: int, device: str) -> Callable
 
 
 def _compiles(capability: Capability, name: str, limit: str, entry: Entry) -> bool:
-    """Whether `make codegen` will take the entry; nothing is compiled for the CPU of the interpreter."""
+    """Whether `make codegen` will take the entry; nothing is compiled for the CPU of the
+    interpreter.
+    """
     if capability < (8, 0):
         return True
     arch, wanted = "sm_{}{}".format(*capability), limit if name == tables.GEMM else f"R={limit}"

@@ -1,9 +1,11 @@
-"""A whole model trained: a Llama of random weights, sized to the device, with adapters on all its linears.
+"""A whole model trained: a Llama of random weights, sized to the device, with adapters on all its
+linears.
 
-Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is forward, backward,
-clipping and AdamW. Reported: step time, tokens/s, the step's peak above what was resident, what is kept for backward,
-and the longest sequence that trains within a memory limit. Models share their frozen weights. The gate runs the first
-BLOCKS blocks in float64 too: loss and gradients of the accelerated model may be twice as far from it as PEFT's.
+Timed in turn: the model as PEFT makes it, through torch.compile, and accelerated; a step is
+forward, backward, clipping and AdamW. Reported: step time, tokens/s, the step's peak above what was
+resident, what is kept for backward, and the longest sequence that trains within a memory limit.
+Models share their frozen weights. The gate runs the first BLOCKS blocks in float64 too: loss and
+gradients of the accelerated model may be twice as far from it as PEFT's.
 """
 
 import copy
@@ -31,7 +33,7 @@ GRANULE = 32
 
 @only_new_garbage()
 def measure_model(case: ModelCase, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of one case: PEFT's model, its compiled form, ours."""
+    """Return the rows of one case: PEFT's model, its compiled form, ours."""
     names = ["peft", "dk", *(["peft-compile"] if case.compiled else [])]
     columns = {"kind": "model", **case.columns(), **dict.fromkeys(MEASURED), "status": "ok"}
     rows = {name: {**columns, "impl": name} for name in names if not only or name in only or name == "peft"}
@@ -98,7 +100,7 @@ def adapted(case: ModelCase, device: str, blocks: int) -> Any:
 
 
 def twin(model: nn.Module) -> Any:
-    """A copy with adapters of its own on the same frozen tensors."""
+    """Return a copy with adapters of its own on the same frozen tensors."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
@@ -121,7 +123,7 @@ class Trainer:
         self.model: Any = torch.compile(model) if name == "peft-compile" else model
 
     def loss(self, sequence: int | None = None) -> Tensor:
-        """The loss on random tokens, the same at every call."""
+        """Return the loss on random tokens, the same at every call."""
         shape = (self.case.batch, sequence or self.case.sequence)
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(self.case.vocabulary, shape, generator=generator).to(self.device)
@@ -139,7 +141,9 @@ class Trainer:
 
 
 def _gate(case: ModelCase, device: str) -> str:
-    """What is wrong with the accelerated model; empty: nothing. Runs the first blocks, in float64 for the truth."""
+    """Return what is wrong with the accelerated model; empty: nothing. Runs the first blocks, in
+    float64 for the truth.
+    """
     base = adapted(case, device, min(BLOCKS, case.blocks))
     sequence = min(case.sequence, 4 * GRANULE)
     found = {name: _results(Trainer(case, twin(base), name, device), sequence) for name in ("peft", "dk")}
@@ -154,7 +158,9 @@ def _gate(case: ModelCase, device: str) -> str:
 
 
 def _results(trainer: Trainer, sequence: int) -> dict[str, Tensor]:
-    """The loss and all gradients of each kind of adapter tensor as one vector: one rounded λ alone proves nothing."""
+    """Return the loss and all gradients of each kind of adapter tensor as one vector: one rounded λ
+    alone proves nothing.
+    """
     loss = trainer.loss(sequence)
     loss.backward()
     kinds: dict[str, list[Tensor]] = {}
@@ -184,7 +190,7 @@ def _longest(case: ModelCase, trainer: Trainer, device: str) -> int:
 
 
 def longest_sequence(fits: Callable[[int], bool], start: int, most: int = 2**17) -> int:
-    """The longest multiple of GRANULE that fits, to a sixteenth of its length; 0: none does.
+    """Return the longest multiple of GRANULE that fits, to a sixteenth of its length; 0: none does.
 
     Args:
         fits: Whether a step at this length stays within the limit; larger lengths need more.

@@ -1,10 +1,12 @@
-"""Fused low-rank adapters for PyTorch: LoRA, DoRA and DeLoRA in less time and memory than eager layers.
+"""Fused low-rank adapters for PyTorch: LoRA, DoRA and DeLoRA in less time and memory than eager
+layers.
 
 import delora_kernels as dk
 
-dk.accelerate(peft_model)                     # swap PEFT's eager adapter layers for fused ones, in place
+dk.accelerate(peft_model)  # swap PEFT's eager adapter layers for fused ones, in place
 dk.export_lora(peft_model, "folder")          # a DeLoRA adapter as a standard LoRA adapter
-y = dk.functional.lora_linear(x, W, A, B)     # the same as functions; delora_kernels.nn has them as modules
+# the same as functions; delora_kernels.nn has them as modules
+y = dk.functional.lora_linear(x, W, A, B)
 """
 
 import importlib
@@ -61,7 +63,8 @@ _OURS = {
     "explain": "diagnostics.explain",
     "watch_experts": "routing",
 }
-"""Names that are imported when they are asked for, and the module of delora_kernels that has them."""
+"""Names that are imported when they are asked for, and the module of delora_kernels that has them.
+"""
 
 _NEED_PEFT = {
     "accelerate": "peft.fused",
@@ -80,7 +83,9 @@ _NEED_PEFT = {
 
 
 def __dir__() -> list[str]:
-    """List the public names; those that need PEFT where it is installed, for help() asks for each."""
+    """List the public names; those that need PEFT where it is installed, for help() asks for
+    each.
+    """
     here = set(__all__) if _peft_is_installed() else set(__all__) - _NEED_PEFT.keys()
     return sorted(here | {name for name in globals() if name.startswith("__") and name.endswith("__")})
 

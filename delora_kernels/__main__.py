@@ -146,7 +146,9 @@ def _refuse(reason: str) -> int:
 
 
 def _run(device: str, options: argparse.Namespace) -> list[Row]:
-    """Every row; the table is printed as it grows, with a progress bar behind it where a person watches."""
+    """Every row; the table is printed as it grows, with a progress bar behind it where a person
+    watches.
+    """
     rows: list[Row] = []
     if not options.json:
         print(f"device {device}, seed {options.seed}\n{_HEADER}", flush=True)
@@ -166,7 +168,9 @@ def _run(device: str, options: argparse.Namespace) -> list[Row]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep the CPU's work on one thread: the problems are tiny, and on a busy machine threads would wait for others."""
+    """Keep the CPU's work on one thread: the problems are tiny, and on a busy machine threads would
+    wait for others.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -176,7 +180,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _worth_showing(rows: list[Row]) -> list[Row]:
-    """The rows that failed, or else the one nearest to its limit."""
+    """Return the rows that failed, or else the one nearest to its limit."""
     return [row for row in rows if row.status == "FAIL"] or [max(rows, key=lambda row: row.share)]
 
 
@@ -199,7 +203,9 @@ def _summary(rows: list[Row], failed: list[Row], seconds: float) -> str:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """The row as JSON has it: there are no infinite numbers, so null stands for them (`note` says why)."""
+    """Return the row as JSON has it: there are no infinite numbers, so null stands for them (`note`
+    says why).
+    """
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(row).items()
@@ -207,7 +213,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _run_as_program() -> int:
-    """main(), quiet when the reader of its output goes away, as `| head -1` does."""
+    """Run main(), quiet when the reader of its output goes away, as `| head -1` does."""
     try:
         status = main()
         sys.stdout.flush()

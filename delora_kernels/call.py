@@ -13,13 +13,17 @@ class Options(NamedTuple):
         method: Name of the public function, for messages.
         scale: Factor of the rank-R term (LoRA's s); 1 for DeLoRA.
         eps: Lower clamp of DeLoRA's norms; 0 for none.
-        ranks: Widths of the adapters stacked in A and B, each with a dropout mask of its own; () for one.
-        dropout_p: For each mask, the probability of dropping an element of the low-rank branch's input, in [0, 1).
-        two_term: PEFT's DoRA with dropout: the column scale acts on a frozen GEMM of the dropped input.
+        ranks: Widths of the adapters stacked in A and B, each with a dropout mask of its own; ()
+            for one.
+        dropout_p: For each mask, the probability of dropping an element of the low-rank branch's
+            input, in [0, 1).
+        two_term: PEFT's DoRA with dropout: the column scale acts on a frozen GEMM of the dropped
+            input.
         save_output: DoRA keeps its output for backward in place of a private tensor.
         frozen_rank: Rank of DeLoRA's frozen start; 0: there is none.
         compute_dtype: Dtype of x, W and y inside the call; autocast's dtype under autocast.
-        rank_dtype: Dtype of Â, B̂ and every [T, R] tensor: the wider of compute_dtype and the factors' dtype.
+        rank_dtype: Dtype of Â, B̂ and every [T, R] tensor: the wider of compute_dtype and the
+            factors' dtype.
     """
 
     method: str
@@ -45,7 +49,8 @@ class Call(NamedTuple):
         magnitude: [N] for DoRA, else None.
         lam: 0-d or [1] for DeLoRA, else None.
         weight_norm: [K] or 0-d for DeLoRA, else None; a constant.
-        frozen_A, frozen_B, frozen_lam: DeLoRA's frozen start, constants; frozen_lam None: scaled by the live lam.
+        frozen_A, frozen_B, frozen_lam: DeLoRA's frozen start, constants; frozen_lam None: scaled by
+            the live lam.
         seed: int64 on x's device if an element may drop, 0-d or one for each of ranks, else None.
     """
 
@@ -69,10 +74,13 @@ class MoEOptions(NamedTuple):
 
     Args:
         method: Name of the public function, for messages.
-        top_k: Experts a router keeps for a token; all of them where it is dense or the gates are given.
+        top_k: Experts a router keeps for a token; all of them where it is dense or the gates are
+            given.
         renormalize: Whether the kept probabilities are divided by their sum.
-        ranks: Widths of the blocks of [A; router; frozen A] with a dropout mask of their own; () for no dropout.
-        dropout_p: For each of `ranks`, the probability of dropping an element of its input; 0 where all see x itself.
+        ranks: Widths of the blocks of [A; router; frozen A] with a dropout mask of their own; ()
+            for no dropout.
+        dropout_p: For each of `ranks`, the probability of dropping an element of its input; 0 where
+            all see x itself.
         compute_dtype, rank_dtype: as in `Options`.
     """
 
@@ -86,7 +94,8 @@ class MoEOptions(NamedTuple):
 
 
 class MoECall(NamedTuple):
-    """The tensors of one mixture's call (its autograd Function's inputs, in this order) and its options.
+    """The tensors of one mixture's call (its autograd Function's inputs, in this order) and its
+    options.
 
     Args:
         x, weight, bias: as in `Call`.
@@ -95,9 +104,12 @@ class MoECall(NamedTuple):
         router: [E, K], or None where the gates are given.
         gates: [T, E] in float32 or float64, or None.
         scale: [E] in float32 or float64, each expert's factor.
-        frozen_A, frozen_B, residual: the subtracted pairs, [J, r₀, K], [J, N, r₀], constants, and their factors [J].
-        token_share: [T] in float32 or float64: the weight of each token in the statistics; None: all count alike.
-        balance_coef, z_coef: 0-d: the part of each loss whose gradient backward adds of itself, or None.
+        frozen_A, frozen_B, residual: the subtracted pairs, [J, r₀, K], [J, N, r₀], constants, and
+            their factors [J].
+        token_share: [T] in float32 or float64: the weight of each token in the statistics; None:
+            all count alike.
+        balance_coef, z_coef: 0-d: the part of each loss whose gradient backward adds of itself, or
+            None.
         seed: int64 [len(ranks)] on x's device if an element may drop, else None.
     """
 
@@ -125,7 +137,8 @@ class ReflectOptions(NamedTuple):
     Args:
         method: Name of the public function, for messages.
         by_row_groups: u, v reflect row groups of W (blocks="official") in place of x's blocks.
-        compute_dtype, rank_dtype: as in `Options`; the reflections are computed in rank_dtype or float32.
+        compute_dtype, rank_dtype: as in `Options`; the reflections are computed in rank_dtype or
+            float32.
     """
 
     method: str
@@ -135,7 +148,8 @@ class ReflectOptions(NamedTuple):
 
 
 class ReflectCall(NamedTuple):
-    """The tensors of one reflected linear's call (its autograd Function's inputs, in this order) and its options.
+    """The tensors of one reflected linear's call (its autograd Function's inputs, in this order)
+    and its options.
 
     Args:
         x, weight, bias: as in `Call`.

@@ -1,6 +1,8 @@
-"""What the public functions accept, and the one format of every error: argument, expectation, what came, what to do.
+"""What the public functions accept, and the one format of every error: argument, expectation, what
+came, what to do.
 
-Every check runs before anything is allocated or drawn. Kinds are tuples, not unions: torch.compile of 2.7 traces those.
+Every check runs before anything is allocated or drawn. Kinds are tuples, not unions: torch.compile
+of 2.7 traces those.
 """
 
 import math
@@ -16,7 +18,9 @@ _FLOATS = set(FLOATS)
 
 
 def fail(kind: type[Exception], function: str, argument: str, expected: str, got: object, remedy: str) -> Exception:
-    """The exception every check raises: `function: argument must be expected, got got; remedy`."""
+    """Make the exception that every check raises: `function: argument must be expected, got got;
+    remedy`.
+    """
     return kind(f"{function}: {argument} must be {expected}, got {got}; {remedy}")
 
 
@@ -92,7 +96,7 @@ def probability(function: str, value: Any) -> float:
 
 
 def ranks(function: str, value: Any, A: Tensor) -> tuple[int, ...]:
-    """The widths of the adapters stacked in A `[r, K]`, or () for one adapter."""
+    """Return the widths of the adapters stacked in A `[r, K]`, or () for one adapter."""
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(type(r) is int for r in value):
@@ -104,7 +108,7 @@ def ranks(function: str, value: Any, A: Tensor) -> tuple[int, ...]:
 
 
 def probabilities(function: str, value: Any, ranks: tuple[int, ...]) -> tuple[float, ...]:
-    """The dropout probability of each stacked adapter; one number counts for all of them."""
+    """Return the dropout probability of each stacked adapter; one number counts for all of them."""
     if not isinstance(value, (list, tuple)):
         return (probability(function, value),) * max(1, len(ranks))
     if len(value) != len(ranks):
@@ -121,7 +125,8 @@ def option(function: str, argument: str, value: Any, choices: tuple[str, ...]) -
 
 
 PLAIN = (torch.nn.Parameter, Tensor)
-"""The types of tensors that are nothing but memory: a subclass may be a shard, quantised, or fake."""
+"""The types of tensors that are nothing but memory: a subclass may be a shard, quantised, or fake.
+"""
 
 
 def plainly_right(x: Any, weight: Any, bias: Any, A: Any, B: Any) -> bool:
@@ -206,7 +211,8 @@ def scalar_tensor(function: str, argument: str, value: Any, x: Tensor) -> Tensor
 
 
 def seed(function: str, value: Any, x: Tensor, masks: int = 0) -> Tensor:
-    """The dropout seed as an int64 tensor on x's device, 0-d or `[masks]`; None draws from torch's generator there.
+    """Return the dropout seed as an int64 tensor on x's device, 0-d or `[masks]`; None draws from
+    torch's generator there.
 
     One seed for several masks makes seed, seed + 1, ... of it.
     """
@@ -236,7 +242,9 @@ def low_rank(function: str, x: Any, weight: Any, bias: Any, A: Any, B: Any, *oth
 
 
 def active_transform(tensors: Iterable[Any]) -> str | None:
-    """The functional transform that is under way, which the autograd Function can't take part in, or None."""
+    """Name the functional transform that is under way, which the autograd Function can't take part
+    in, or None.
+    """
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():

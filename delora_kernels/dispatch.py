@@ -1,4 +1,6 @@
-"""Which backend takes a call: the one asked for, or the first that can and has shown that it is right; or why none."""
+"""Which backend takes a call: the one asked for, or the first that can and has shown that it is
+right; or why none.
+"""
 
 import logging
 import os
@@ -25,7 +27,9 @@ def _nothing_to_prove(name: str, call: AnyCall) -> str | None:
 
 
 unproved: Callable[[str, AnyCall], str | None] = _nothing_to_prove
-"""Why kernels that nobody asked for are not known to be right on the call's device; the package hands in proof.py's."""
+"""Why kernels that nobody asked for are not known to be right on the call's device; the package
+hands in proof.py's.
+"""
 
 
 def reason_against(name: str, call: AnyCall) -> str | None:
@@ -34,7 +38,9 @@ def reason_against(name: str, call: AnyCall) -> str | None:
 
 
 def reason_unasked(name: str, call: AnyCall) -> str | None:
-    """Say why an automatic choice leaves alone a backend that can take `call`, or None if it does not."""
+    """Say why an automatic choice leaves alone a backend that can take `call`, or None if it does
+    not.
+    """
     if name == "eager":
         return None
     if call.x.device.type == "cpu":
@@ -43,7 +49,9 @@ def reason_unasked(name: str, call: AnyCall) -> str | None:
 
 
 def requested() -> str | None:
-    """Return the backend asked for by `use_backend` or the environment variable, or None for an automatic choice."""
+    """Return the backend asked for by `use_backend` or the environment variable, or None for an
+    automatic choice.
+    """
     return None if _requested is None else _known(_requested, ENVIRONMENT_VARIABLE)
 
 
@@ -73,10 +81,12 @@ def choose(call: AnyCall) -> str:
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Make a context in which every call runs on one backend, its backward pass too (process-wide, not per thread).
+    """Make a context in which every call runs on one backend, its backward pass too (process-wide,
+    not per thread).
 
     Args:
-        name: "eager", "triton" or "cuda". A call that the backend can't take raises instead of falling back.
+        name: "eager", "triton" or "cuda". A call that the backend can't take raises instead of
+            falling back.
 
     Raises:
         ValueError: `name` is no backend.

@@ -1,4 +1,5 @@
-"""What torch.utils.flop_counter counts for each op: the multiply-adds of its matrix products, as for any GEMM.
+"""What torch.utils.flop_counter counts for each op: the multiply-adds of its matrix products, as
+for any GEMM.
 
 Call `register()` before a FlopCounterMode is made, or it counts nothing inside the fused layers. It
 is not done at import because torch's flop counter imports Triton.
@@ -66,7 +67,7 @@ def _expand_route_backward(dy: Any, v: Any, B_hat: Any, need_bias: bool, gated: 
 
 
 def _reflect(x: Any, u: Any, v: Any, bias: Any) -> int:
-    """The products x·û, then the update, for each vector of a block."""
+    """Return the products x·û, then the update, for each vector of a block."""
     return 2 * _gemm(x[0], x[1], 1 if v is None else 2)
 
 
@@ -104,5 +105,5 @@ def register() -> None:
 
 
 def _of_values(name: str) -> Callable[..., int]:
-    """An op's formula as the flop counter calls it, with the values of the schema."""
+    """Return an op's formula as the flop counter calls it, with the values of the schema."""
     return lambda *values, **_: FORMULAS[name](*ops.packed(name, values[:-1]))

@@ -71,8 +71,9 @@ _OPS: dict[str, _Op] = {}
 
 
 def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
-    """The ops of one backend, each without its last argument: its kernels themselves, or where a
-    compiler, tracer, dispatch mode or tensor subclass must see the calls, the registered ops.
+    """Return the ops of one backend, each without its last argument: its kernels themselves, or
+    where a compiler, tracer, dispatch mode or tensor subclass must see the calls, the registered
+    ops.
 
     Autograd does not see the kernels: this is for the inside of an autograd Function, with autocast
     off.
@@ -90,7 +91,9 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
 
 
 def registered(backend: str) -> Any:
-    """The registered ops of one backend, each without its last argument: whoever takes part in dispatch sees them."""
+    """Return the registered ops of one backend, each without its last argument: whoever takes part
+    in dispatch sees them.
+    """
     return _registered[backend]
 
 
@@ -199,8 +202,8 @@ def fold(
 def fold_backward(
     dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of fold for gradients: dÂ [r, K], dB̂ [N, R] (acc) → dA, dB in the factors'
-    dtypes, dλ [1] (acc).
+    """Return the inverse of fold for gradients: dÂ [r, K], dB̂ [N, R] (acc) → dA, dB in the
+    factors' dtypes, dλ [1] (acc).
 
     dA_i ⟂ A_i and dB_i ⟂ B_i wherever the clamp is not active. A gradient that is None gives an
     output of size 0.
@@ -291,8 +294,8 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed:
 
 @_op
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A mixture's factors side by side, in `dtype`: [A; G; A⁰], of those that are given (size 0 if
-    none is), and [B | −γ B⁰], [N, E r + E₀ r₀].
+    """Return a mixture's factors side by side, in `dtype`: [A; G; A⁰], of those that are given
+    (size 0 if none is), and [B | −γ B⁰], [N, E r + E₀ r₀].
     """
     B = factors.B
     parts = [part for part in factors[:3] if part is not None]
@@ -305,9 +308,9 @@ def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, T
 def project_route(
     x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A mixture's project, and its gating in rank space: h = [u | logits | rest] as `project` finds
-    it, then v = [w_te · s_e · u_te | rest] in h's dtype, w [T, E] (acc), and sums over tokens
-    (acc): chosen f [E], mean probability P [E], mean logsumexp² [1].
+    """Return a mixture's project, and its gating in rank space: h = [u | logits | rest] as
+    `project` finds it, then v = [w_te · s_e · u_te | rest] in h's dtype, w [T, E] (acc), and sums
+    over tokens (acc): chosen f [E], mean probability P [E], mean logsumexp² [1].
 
     w is the softmax of the logits (`experts` columns), zero but for the `top_k` largest (the lowest
     index wins ties), with `renormalize` divided by its sum; or `gates` [T, E] (acc), then h has no
@@ -375,8 +378,8 @@ def reflect_backward(
 
 @_op
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The elements of a [T, K] input that dropout keeps, as the other ops decide them from the same
-    seed.
+    """Return the elements of a [T, K] input that dropout keeps, as the other ops decide them from
+    the same seed.
     """
     return seed.new_empty((T, K), dtype=torch.bool)
 

@@ -49,7 +49,7 @@ class _Renamed(MetaPathFinder, Loader):
 
 
 def _now(name: str) -> str | None:
-    """The full name of today, or None where `name` is none of the old ones."""
+    """Return the full name of today, or None where `name` is none of the old ones."""
     for old, new in RENAMED.items():
         if name == PACKAGE + old or name.startswith(f"{PACKAGE}{old}."):
             return PACKAGE + new + name.removeprefix(PACKAGE + old)

@@ -1,11 +1,14 @@
-"""Gradient-check every op and method on this machine as a step of your CI: fails if one is beyond its limit.
+"""Gradient-check every op and method on this machine as a step of your CI: fails if one is beyond
+its limit.
 
     python examples/check_in_ci.py                    # float32
-    python examples/check_in_ci.py --dtype bfloat16   # any of `python -m delora_kernels check --help`; may be repeated
+    # any of `python -m delora_kernels check --help`; may be repeated
+    python examples/check_in_ci.py --dtype bfloat16
     python examples/check_in_ci.py --out check.json   # keep the whole report
 
-`python -m delora_kernels check` alone does as a CI step too: its exit status is 0, or 1 if a check failed, or 2 if what
-was asked for can't run here. This script reads its --json. examples/github-actions.yml is a workflow that runs it.
+`python -m delora_kernels check` alone does as a CI step too: its exit status is 0, or 1 if a check
+failed, or 2 if what was asked for can't run here. This script reads its --json.
+examples/github-actions.yml is a workflow that runs it.
 """
 
 import argparse

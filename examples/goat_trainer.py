@@ -1,9 +1,11 @@
-"""GOAT, a mixture of low-rank experts, with PEFT and Transformers' Trainer: train, see whether the experts live, save.
+"""GOAT, a mixture of low-rank experts, with PEFT and Transformers' Trainer: train, see whether the
+experts live, save.
 
-    python examples/goat_trainer.py                          # a small random Llama, seconds on a CPU
-    python examples/goat_trainer.py --model NAME --steps 500 # a model and tokenizer of the hub or a folder
+    python examples/goat_trainer.py  # a small random Llama, seconds on a CPU
+    python examples/goat_trainer.py --model NAME --steps 500  # a model of the hub or a folder
 
-The text is the standard library's help on Python (pydoc_data.topics). What the options mean: docs/goat.md.
+The text is the standard library's help on Python (pydoc_data.topics). What the options mean:
+docs/goat.md.
 """
 
 import argparse
@@ -21,7 +23,9 @@ from delora_kernels.nn import router_parameter_groups
 
 
 def model_and_tokens(name: str | None) -> tuple[Any, list[int]]:
-    """The model `name` and the text in its tokens, or a random Llama and the text's bytes."""
+    """Return the model `name` and the text in its tokens, or a random Llama and the text's
+    bytes.
+    """
     text = "\n\n".join(topics[key] for key in sorted(topics))
     if name is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

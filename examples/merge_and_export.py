@@ -1,9 +1,11 @@
-"""Train DeLoRA with PEFT, then ship it: merged into the weights, or exported as a standard LoRA adapter.
+"""Train DeLoRA with PEFT, then ship it: merged into the weights, or exported as a standard LoRA
+adapter.
 
     python examples/merge_and_export.py
 
-A folded DeLoRA adapter is a LoRA adapter, so whatever loads LoRA can serve it: PEFT, and LoRA servers that have never
-heard of DeLoRA. The script loads the export with PEFT and compares the logits. The model is a small random Llama.
+A folded DeLoRA adapter is a LoRA adapter, so whatever loads LoRA can serve it: PEFT, and LoRA
+servers that have never heard of DeLoRA. The script loads the export with PEFT and compares the
+logits. The model is a small random Llama.
 """
 
 import copy
@@ -24,13 +26,13 @@ STEPS = 20
 
 
 def small_llama() -> Any:
-    """A random Llama of two blocks that reads bytes."""
+    """Return a random Llama of two blocks that reads bytes."""
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=4, **sizes))
 
 
 def train(model: Any, rows: Tensor) -> None:
-    """A few steps; the loss is printed before and after."""
+    """Return a few steps; the loss is printed before and after."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     for step in range(STEPS):
         batch = rows[torch.randint(len(rows), (8,))]
@@ -43,7 +45,7 @@ def train(model: Any, rows: Tensor) -> None:
 
 
 def difference(ours: Any, theirs: Any, batch: Tensor) -> float:
-    """The largest difference of two models' logits, relative to the largest logit."""
+    """Return the largest difference of two models' logits, relative to the largest logit."""
     with torch.no_grad():
         expected = theirs(batch).logits
         return ((ours(batch).logits - expected).abs().max() / expected.abs().max()).item()

@@ -1,10 +1,12 @@
-"""Fine-tune a PEFT model with Transformers' Trainer: the one line that makes its adapters run fused is the callback.
+"""Fine-tune a PEFT model with Transformers' Trainer: the one line that makes its adapters run fused
+is the callback.
 
-    python examples/peft_trainer.py                               # a small random Llama, seconds on a CPU
-    python examples/peft_trainer.py --model NAME --method dora    # a model and tokenizer of the hub or a folder
+    python examples/peft_trainer.py  # a small random Llama, seconds on a CPU
+    # a model and tokenizer of the hub or a folder
+    python examples/peft_trainer.py --model NAME --method dora
 
-The text is the standard library's help on Python (pydoc_data.topics); the small Llama reads its bytes. TRL's SFTTrainer
-takes the same callback, and the config as its peft_config.
+The text is the standard library's help on Python (pydoc_data.topics); the small Llama reads its
+bytes. TRL's SFTTrainer takes the same callback, and the config as its peft_config.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import delora_kernels as dk
 
 
 def adapter_config(method: str) -> peft.PeftConfig:
-    """A PEFT config for every linear of a causal language model."""
+    """Return a PEFT config for every linear of a causal language model."""
     if method == "delora":
         return peft.DeloraConfig(r=8, delora_lambda=15, target_modules="all-linear", task_type="CAUSAL_LM")
     dora = method == "dora"
@@ -28,7 +30,9 @@ def adapter_config(method: str) -> peft.PeftConfig:
 
 
 def model_and_tokens(name: str | None) -> tuple[Any, list[int]]:
-    """The model `name` and the text in its tokens, or a random Llama and the text's bytes."""
+    """Return the model `name` and the text in its tokens, or a random Llama and the text's
+    bytes.
+    """
     text = "\n\n".join(topics[key] for key in sorted(topics))
     if name is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

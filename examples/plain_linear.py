@@ -1,9 +1,11 @@
-"""Adapt your own model of nn.Linear layers without PEFT: DeLoRA modules, a learning rate for λ, training, merging.
+"""Adapt your own model of nn.Linear layers without PEFT: DeLoRA modules, a learning rate for λ,
+training, merging.
 
     python examples/plain_linear.py
 
-A small network learns one task in full. Then it is frozen, and DeLoRA modules in the place of its linears learn a
-second task, whose targets differ by a rotation of the input. At the end the adapters are merged into the weights.
+A small network learns one task in full. Then it is frozen, and DeLoRA modules in the place of its
+linears learn a second task, whose targets differ by a rotation of the input. At the end the
+adapters are merged into the weights.
 """
 
 import torch
@@ -40,7 +42,7 @@ def add_adapters(model: nn.Module, r: int) -> None:
 
 @torch.no_grad()
 def loss(model: nn.Module, x: Tensor, target: Tensor) -> float:
-    """The mean squared error."""
+    """Return the mean squared error."""
     return nn.functional.mse_loss(model(x), target).item()
 
 

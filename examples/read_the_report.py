@@ -1,8 +1,10 @@
-"""Read what accelerate() did: which layers run fused, which do not and why, now and when a call changes it.
+"""Read what accelerate() did: which layers run fused, which do not and why, now and when a call
+changes it.
 
     python examples/read_the_report.py
 
-The model has a layer of each kind: fused; of a type that is not fused; with a hook; with a bias in its adapter.
+The model has a layer of each kind: fused; of a type that is not fused; with a hook; with a bias in
+its adapter.
 """
 
 import logging
@@ -33,7 +35,8 @@ class Model(nn.Module):
 
 def main() -> None:
     """Print the report in its three forms, then what a call says."""
-    # what is decided at a call is logged: once for each reason, by the logger delora_kernels and those below it
+    # what is decided at a call is logged: once for each reason, by the logger delora_kernels and
+    # those below it
     logging.basicConfig(stream=sys.stdout, format="log %(levelname)s %(name)s: %(message)s")
     torch.manual_seed(0)
     targets = ["table", "up", "down", "head"]

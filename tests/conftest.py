@@ -20,8 +20,9 @@ def seed() -> int:
 def process_group() -> Iterator[None]:
     """A gloo group of this process alone, which nothing that a test wraps outlives.
 
-    A DDP module that is the last to hold the group waits in its destructor for the group's threads, with Python's lock
-    held: for ever where one of them needs it. Python's own reference lets go of the lock first.
+    A DDP module that is the last to hold the group waits in its destructor for the group's threads,
+    with Python's lock held: for ever where one of them needs it. Python's own reference lets go of
+    the lock first.
     """
     from torch import distributed
 

@@ -1,1 +1,3 @@
-"""`make demo`: fine-tune a small language model twice, with PEFT's eager adapter layers and with the fused ones."""
+"""`make demo`: fine-tune a small language model twice, with PEFT's eager adapter layers and with
+the fused ones.
+"""

@@ -19,8 +19,8 @@ Number = TypeVar("Number", int, float)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code.
 
-    0: done; 1: done, and the verdict is that the losses differ too much; 2: bad input, told in one line; 130: Ctrl-C,
-    report written.
+    0: done; 1: done, and the verdict is that the losses differ too much; 2: bad input, told in one
+    line; 130: Ctrl-C, report written.
     """
     began = time.monotonic()
     args = _parser().parse_args(argv)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The arguments; None stands for a default that depends on the device."""
+    """Return the arguments; None stands for a default that depends on the device."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.finetune",
         description="Fine-tune a small language model with PEFT adapters, eager and accelerated side by side.",
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _at_least(kind: Callable[[str], Number], low: Number) -> Callable[[str], Number]:
-    """An argparse type that rejects numbers below `low`."""
+    """Return an argparse type that rejects numbers below `low`."""
 
     def parse(text: str) -> Number:
         value = kind(text)
@@ -127,7 +127,7 @@ def _at_least(kind: Callable[[str], Number], low: Number) -> Callable[[str], Num
 
 
 def _above(low: float) -> Callable[[str], float]:
-    """An argparse type that rejects numbers that are not above `low`."""
+    """Return an argparse type that rejects numbers that are not above `low`."""
 
     def parse(text: str) -> float:
         value = float(text)
@@ -212,7 +212,9 @@ def _settings(args: argparse.Namespace) -> Config:
 
 
 def _fast_bf16_on_cpu() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (elsewhere bf16 is emulated and slower than fp32)."""
+    """Whether this CPU multiplies bf16 in hardware (elsewhere bf16 is emulated and slower than
+    fp32).
+    """
     import torch
 
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

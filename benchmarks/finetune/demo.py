@@ -22,7 +22,9 @@ from benchmarks.machine import machine_info
 
 @dataclass
 class Data:
-    """Rows of token ids `[rows, seq_len]`: the training part, and what is evaluated of the held-out part."""
+    """Rows of token ids `[rows, seq_len]`: the training part, and what is evaluated of the held-out
+    part.
+    """
 
     train: torch.Tensor
     heldout: torch.Tensor
@@ -33,7 +35,8 @@ def run(config: Config, began: float | None = None) -> Result:
 
     Args:
         config: The settings.
-        began: The value of `time.monotonic()` when the command began, from which its minutes count; None: now.
+        began: The value of `time.monotonic()` when the command began, from which its minutes count;
+            None: now.
 
     Returns:
         What was measured; with `interrupted` set if Ctrl-C cut the run short.
@@ -75,7 +78,9 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def _folder(config: Config) -> Any:
-    """Make the report's folder before anything is computed; take it away again if it stays empty."""
+    """Make the report's folder before anything is computed; take it away again if it stays
+    empty.
+    """
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,12 +136,14 @@ def _yardsticks(config: Config, eager: torch.nn.Module) -> Iterator[Run]:
 
 
 def _scaler(config: Config) -> torch.amp.GradScaler:
-    """A new scaler, disabled unless the config wants one."""
+    """Return a new scaler, disabled unless the config wants one."""
     return torch.amp.GradScaler(torch.device(config.device).type, enabled=config.scaler)
 
 
 def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
-    """Split the documents, turn both parts into rows of tokens, choose the held-out rows to evaluate."""
+    """Split the documents, turn both parts into rows of tokens, choose the held-out rows to
+    evaluate.
+    """
     train, heldout = (text.blocks(part, tokenizer, config.seq_len) for part in text.split(documents))
     if not len(train) or not len(heldout):
         raise Problem(
@@ -153,7 +160,9 @@ def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
 
 
 def _measure(result: Result, data: Data, began: float) -> None:
-    """Probe memory, evaluate, train, evaluate again; everything measured lands in `result` at once."""
+    """Probe memory, evaluate, train, evaluate again; everything measured lands in `result` at
+    once.
+    """
     config, pair = result.config, (result.eager, result.fused)
     stream = text.batches(data.train, config.sequences_per_step, config.seed)
     first = data.train[: config.batch_size]

@@ -1,4 +1,6 @@
-"""ETHER and ETHER+ in the demo: their adapters, and the same layers as their authors run them, with W' made anew."""
+"""ETHER and ETHER+ in the demo: their adapters, and the same layers as their authors run them, with
+W' made anew.
+"""
 
 import peft
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from delora_kernels.integrations.peft.methods.ether import PeftEtherLinear, Peft
 
 
 def ether_config(config: Config) -> peft.PeftConfig:
-    """One block a side, where the authors' code is what the paper says; ETHER on the input side, ETHER+ on both."""
+    """One block a side, where the authors' code is what the paper says; ETHER on the input side,
+    ETHER+ on both.
+    """
     method = dk.EtherPlusConfig if config.method == "ether+" else dk.EtherConfig
     return method(n_blocks=1, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -1,4 +1,6 @@
-"""GOAT in the demo: its adapters, and the same layers as their authors run them, a loop over experts."""
+"""GOAT in the demo: its adapters, and the same layers as their authors run them, a loop over
+experts.
+"""
 
 from typing import Any
 
@@ -13,11 +15,14 @@ from delora_kernels.integrations.peft.methods.goat import PeftGoatLinear
 
 EXPERTS = 8
 FULL_TUNING_LR = 2e-5
-"""What one would fine-tune all weights with: η of the theoretical scale is this over the adapters' learning rate."""
+"""What one would fine-tune all weights with: η of the theoretical scale is this over the adapters'
+learning rate.
+"""
 
 
 def goat_config(config: Config) -> peft.PeftConfig:
-    """GOAT with `config.rank` as the rank of all experts together: 8 of them, or as many as there are ranks.
+    """GOAT with `config.rank` as the rank of all experts together: 8 of them, or as many as there
+    are ranks.
 
     With the scaling "alpha/r", alpha is twice that rank, as in the authors' scripts.
 
@@ -40,7 +45,9 @@ def goat_config(config: Config) -> peft.PeftConfig:
 
 
 class LoopLinear(PeftGoatLinear):
-    """The layer as its authors run it: the start folded into the weight, then the loop, its balance loss added."""
+    """The layer as its authors run it: the start folded into the weight, then the loop, its balance
+    loss added.
+    """
 
     def _mixed(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         A, B, options = self.goat_A[name], self.goat_B[name], self.options[name]
@@ -61,7 +68,9 @@ class LoopLinear(PeftGoatLinear):
 
 
 class _WithLoss(torch.autograd.Function):
-    """y, in whose backward pass `loss` gets the gradient 1: the authors' trainer adds the losses of all layers."""
+    """y, in whose backward pass `loss` gets the gradient 1: the authors' trainer adds the losses of
+    all layers.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a directory or a hub id, `gguf` the file in it for a GGUF model.
+    """Where a model comes from: `path` is a directory or a hub id, `gguf` the file in it for a GGUF
+    model.
 
     `offline`: a hub model that lies in the local cache, while the hub can't be reached.
     """
@@ -59,7 +60,9 @@ def find(model: str | None) -> Source:
 
 
 def _on_hub(model_id: str) -> Source:
-    """The model with this hub id; asked for once, so that a wrong id or a missing network is known within seconds."""
+    """Return the model with this hub id; asked for once, so that a wrong id or a missing network is
+    known within seconds.
+    """
     import huggingface_hub
 
     try:
@@ -74,7 +77,9 @@ def _on_hub(model_id: str) -> Source:
 
 
 def _in_directory(path: Path) -> Source:
-    """The model in one directory: Transformers' own files if there, else the one GGUF file."""
+    """Return the model in one directory: Transformers' own files if there, else the one GGUF
+    file.
+    """
     if (path / "config.json").is_file():
         return Source(path.resolve().name, str(path))
     files = sorted(path.glob("*.gguf"))
@@ -86,7 +91,9 @@ def _in_directory(path: Path) -> Source:
 
 
 def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer; GGUF weights are unpacked into ordinary linear layers of the wanted dtype."""
+    """Load model and tokenizer; GGUF weights are unpacked into ordinary linear layers of the wanted
+    dtype.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -121,7 +128,9 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
 
 
 def _kept(source: Source, dtype: str) -> Path | None:
-    """Return where the unpacked weights of a GGUF file are kept: unpacking takes longer than a run's first steps."""
+    """Return where the unpacked weights of a GGUF file are kept: unpacking takes longer than a
+    run's first steps.
+    """
     if source.gguf is None:
         return None
     file = Path(source.path, source.gguf).stat()
@@ -129,7 +138,9 @@ def _kept(source: Source, dtype: str) -> Path | None:
 
 
 def _keep(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Save model and tokenizer as a folder that is whole or not there; where it can't be written, nothing is kept."""
+    """Save model and tokenizer as a folder that is whole or not there; where it can't be written,
+    nothing is kept.
+    """
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it is unpacked
     being_made = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -142,13 +153,15 @@ def _keep(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of an error that says something."""
+    """Return the first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def adapt(model: nn.Module, config: Config) -> nn.Module:
-    """Put PEFT adapters on every linear layer of the blocks, exactly as a user gets them, started from the seed."""
+    """Put PEFT adapters on every linear layer of the blocks, exactly as a user gets them, started
+    from the seed.
+    """
     import peft
 
     torch.manual_seed(config.seed)
@@ -181,7 +194,9 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with adapters of its own; the frozen parameters are the same tensors, so they exist once."""
+    """Return a copy with adapters of its own; the frozen parameters are the same tensors, so they
+    exist once.
+    """
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
 
@@ -197,7 +212,9 @@ def nudge(model: nn.Module, relative: float, seed: int) -> None:
 
 
 def as_rival(model: nn.Module, config: Config) -> nn.Module:
-    """The adapted model as people run it without this library, in place: PEFT's, or the authors' form."""
+    """Return the adapted model as people run it without this library, in place: PEFT's, or the
+    authors' form.
+    """
     return as_the_authors(as_loop(model))
 
 

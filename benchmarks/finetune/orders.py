@@ -1,7 +1,8 @@
 """Other orders of summation, for the same losses and gradients in exact arithmetic.
 
-`orders`: the rows of a step dealt to its parts anew, so that gradients are added up in other orders. `sum_in_parts`:
-every sum inside the linear layers as two partial sums, as another kernel might take them.
+`orders`: the rows of a step dealt to its parts anew, so that gradients are added up in other
+orders. `sum_in_parts`: every sum inside the linear layers as two partial sums, as another kernel
+might take them.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ _TRIES = 1000
 
 
 def orders(parts: int, part_size: int) -> Iterator[torch.Tensor]:
-    """Permutations of a step's rows whose sums differ by more than commuting, from each other and from the given order.
+    """Permutations of a step's rows whose sums differ by more than commuting, from each other and
+    from the given order.
 
-    A part's gradient is taken to depend on its rows alone, and the first two parts' sum on which two they are.
+    A part's gradient is taken to depend on its rows alone, and the first two parts' sum on which
+    two they are.
 
     Args:
         parts: forward and backward passes of one step.
@@ -38,7 +41,9 @@ def orders(parts: int, part_size: int) -> Iterator[torch.Tensor]:
 
 
 def _signature(order: torch.Tensor, part_size: int) -> tuple[frozenset[frozenset[int]], ...]:
-    """What decides the rounding of a step's sum: the first two parts, then each further one."""
+    """Return what decides the rounding of a step's sum: the first two parts, then each
+    further one.
+    """
     parts = [frozenset(part.tolist()) for part in order.split(part_size)]
     return (frozenset(parts[:2]), *(frozenset([part]) for part in parts[2:]))
 
@@ -46,8 +51,9 @@ def _signature(order: torch.Tensor, part_size: int) -> tuple[frozenset[frozenset
 def sum_in_parts(model: nn.Module, first_part: float) -> None:
     """Make every float32 `nn.Linear` of the model take its sums in two parts, in place.
 
-    Those are the sum over features in y = x Wᵀ and, because autograd follows the parts, over out-features in dx and
-    over tokens in dW. A 16-bit layer stays as it is: its parts would be rounded, which another order alone does not do.
+    Those are the sum over features in y = x Wᵀ and, because autograd follows the parts, over
+    out-features in dx and over tokens in dW. A 16-bit layer stays as it is: its parts would be
+    rounded, which another order alone does not do.
 
     Args:
         model: its own instances of `nn.Linear` get a `forward` of their own.

@@ -39,7 +39,9 @@ def loss(result: Result) -> Figure:
 
 
 def _differences(axes: Axes, result: Result) -> None:
-    """How far the accelerated run and the yardsticks are from eager; bold: means like the verdict's."""
+    """How far the accelerated run and the yardsticks are from eager; bold: means like the
+    verdict's.
+    """
     long = result.verdict() is not None and result.steps > WINDOW
     yardsticks = result.nudged_or_reordered
     for run, colour, style in (*((run, YARDSTICK, "--") for run in yardsticks), (result.fused, FUSED, "-")):
@@ -60,13 +62,15 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 def _title(result: Result) -> str:
-    """Method, model and device."""
+    """Name method, model and device."""
     device = result.machine["device"] if result.machine["device"] != "cpu" else result.machine["cpu"]
     return f"{result.config.method} r={result.config.rank}, {result.model}, {device}"
 
 
 def bars(result: Result) -> Figure:
-    """Draw memory, and median step times with their p20 to p80 range where the table trusts them, side by side."""
+    """Draw memory, and median step times with their p20 to p80 range where the table trusts them,
+    side by side.
+    """
     memory = {"kept for backward (MiB)": [run.kept_mib or 0.0 for run in (result.eager, result.fused)]}
     if result.eager.peak_mib and result.fused.peak_mib:
         memory["peak of a step above resident (MiB)"] = [median(run.peak_mib) for run in (result.eager, result.fused)]

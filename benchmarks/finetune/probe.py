@@ -9,7 +9,8 @@ from benchmarks.memory import MIB, kept_bytes
 
 
 def kept_mib(model: nn.Module, forward: Callable[[], torch.Tensor]) -> float:
-    """MiB that autograd keeps between `forward()` and its backward pass, parameters and buffers left out.
+    """MiB that autograd keeps between `forward()` and its backward pass, parameters and buffers
+    left out.
 
     Args:
         model: its parameters and buffers are not counted: they are there anyway.

@@ -71,7 +71,7 @@ def _run(result: Result, run: Run) -> dict[str, Any]:
 
 
 def markdown(result: Result) -> str:
-    """The report for people."""
+    """Return the report for people."""
     config, machine = result.config, result.machine
     lines = [
         f"# Fine-tuning {result.model} with {config.method}, rank {config.rank}",
@@ -98,13 +98,13 @@ def markdown(result: Result) -> str:
 
 
 def _without(config: Config) -> str:
-    """The first run in words."""
+    """Return the first run in words."""
     theirs = {"goat": "GOAT", "ether": "ETHER", "ether+": "ETHER+"}.get(config.method)
     return "PEFT as it comes" if theirs is None else f"{theirs} as its authors run it"
 
 
 def _explanations(result: Result) -> list[str]:
-    """What the table's lines mean."""
+    """Return what the table's lines mean."""
     lines = []
     if result.config.times:
         lines.append(

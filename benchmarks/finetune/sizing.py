@@ -1,7 +1,8 @@
-"""How large a run is, so that its report comes in time: what a step costs on this machine is measured first.
+"""How large a run is, so that its report comes in time: what a step costs on this machine is
+measured first.
 
-A step of n tokens takes `fixed + per_token · n` seconds, which two lengths tell. A run that does not fit gets fewer
-tokens in a step before it gets fewer steps: a curve needs steps.
+A step of n tokens takes `fixed + per_token · n` seconds, which two lengths tell. A run that does
+not fit gets fewer tokens in a step before it gets fewer steps: a curve needs steps.
 """
 
 import time
@@ -58,7 +59,8 @@ def _seconds(run: Run, length: int, config: Config) -> float:
 def fitted(config: Config, cost: Cost, seconds: float) -> Config:
     """Return the settings with the steps, tokens and evaluations that fit into `seconds`.
 
-    Two models take each step, are probed once (a step) and evaluated twice (a forward pass, half a step at most).
+    Two models take each step, are probed once (a step) and evaluated twice (a forward pass, half a
+    step at most).
 
     Args:
         config: What is wanted where there is time for it.

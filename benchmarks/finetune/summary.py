@@ -27,7 +27,8 @@ class Result:
         fusion: what `accelerate()` reported.
         eager: PEFT as it comes, or GOAT as its authors run it.
         fused: the same model, accelerated.
-        yardsticks: PEFT again, with its sums in other orders, or once with its start changed by one rounding error.
+        yardsticks: PEFT again, with its sums in other orders, or once with its start changed by one
+            rounding error.
         end: why the run ended early; None if it did not.
         interrupted: whether that was Ctrl-C.
     """
@@ -65,13 +66,17 @@ class Result:
         return [abs(a - b) for a, b in zip(run.losses, self.losses(self.eager), strict=False)]
 
     def verdict(self) -> Verdict | None:
-        """Whether the accelerated run is within the spread of the eager runs; None without reordered ones."""
+        """Whether the accelerated run is within the spread of the eager runs; None without
+        reordered ones.
+        """
         if not self.nudged_or_reordered or not self.config.reordered:
             return None
         return judge(self.fused.losses, [self.eager.losses, *(run.losses for run in self.nudged_or_reordered)])
 
     def speedup(self) -> float:
-        """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a step."""
+        """Median over the steps of eager ms / accelerated ms: drift of the machine cancels within a
+        step.
+        """
         return self.speedup_interval()[0]
 
     def speedup_interval(self) -> tuple[float, float, float]:
@@ -81,14 +86,18 @@ class Result:
 
     @property
     def trusted(self) -> bool:
-        """Whether times say something: there are enough steps, and which run is faster is beyond doubt."""
+        """Whether times say something: there are enough steps, and which run is faster is beyond
+        doubt.
+        """
         _, low, high = self.speedup_interval()
         return self.config.times and self.steps >= ENOUGH_STEPS and not low <= 1.0 <= high
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the two runs' cells, and a remark where comparing them says something."""
+    """One line of the table: the two runs' cells, and a remark where comparing them says
+    something.
+    """
 
     label: str
     cells: tuple[str, ...]
@@ -96,18 +105,18 @@ class Row:
 
 
 def spread_ms(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
+    """Return the 20th, 50th and 80th percentile."""
     low, middle, high = np.percentile(values, (20, 50, 80))
     return float(low), float(middle), float(high)
 
 
 def rows(result: Result) -> list[Row]:
-    """The table: time, memory, losses."""
+    """Return the table: time, memory, losses."""
     return [*(_times(result) if result.config.times else []), *_sizes(result), *_losses(result)]
 
 
 def _times(result: Result) -> list[Row]:
-    """The lines about time."""
+    """Return the lines about time."""
     times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
     per_step = result.config.tokens_per_step
     return [
@@ -118,7 +127,7 @@ def _times(result: Result) -> list[Row]:
 
 
 def _sizes(result: Result) -> list[Row]:
-    """The lines about memory."""
+    """Return the lines about memory."""
     eager, fused = result.eager, result.fused
     table = []
     if eager.peak_mib and fused.peak_mib:
@@ -129,7 +138,7 @@ def _sizes(result: Result) -> list[Row]:
 
 
 def _losses(result: Result) -> list[Row]:
-    """The lines about the losses."""
+    """Return the lines about the losses."""
     eager, fused = pair = result.eager, result.fused
     tail = min(TAIL, result.steps)
     table = [
@@ -155,17 +164,17 @@ def _losses(result: Result) -> list[Row]:
 
 
 def largest(values: Sequence[float]) -> float:
-    """The largest value; NaN if one is NaN, which `max` may hide."""
+    """Return the largest value; NaN if one is NaN, which `max` may hide."""
     return float(np.max(values))
 
 
 def number(value: float) -> str:
-    """A duration or a size with three digits or more."""
+    """Return a duration or a size with three digits or more."""
     return f"{value:.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
 def speed(result: Result) -> str:
-    """The speed-up in words, or why there is none to be told."""
+    """Return the speed-up in words, or why there is none to be told."""
     if result.steps < ENOUGH_STEPS:
         return "too few steps"
     ratio, low, high = result.speedup_interval()
@@ -183,7 +192,7 @@ def _memory(label: str, eager: float, fused: float) -> Row:
 
 
 def printed(result: Result) -> Table:
-    """The table for the terminal."""
+    """Return the table for the terminal."""
     config = result.config
     table = Table(
         title=f"{config.method} r={config.rank} on {result.model}: {result.steps} steps each, "
@@ -201,20 +210,20 @@ def printed(result: Result) -> Table:
 
 
 def precision(config: Config) -> str:
-    """The arithmetic in a few words."""
+    """Return the arithmetic in a few words."""
     words = [f"{config.dtype} base, fp32 adapters"]
     words.append(f"{config.autocast_dtype} autocast" if config.autocast else "no autocast")
     return ", ".join(words + ["GradScaler"] * config.scaler + ["checkpointing"] * config.checkpointing)
 
 
 def tokens(config: Config) -> str:
-    """What one step sees."""
+    """Return what one step sees."""
     parts = f"{config.accumulation} x " if config.accumulation > 1 else ""
     return f"{parts}{config.batch_size} x {config.seq_len} tokens"
 
 
 def _caption(result: Result) -> str | None:
-    """What the table calls the yardsticks."""
+    """Return what the table calls the yardsticks."""
     if not result.nudged_or_reordered:
         return None
     if result.config.reordered:

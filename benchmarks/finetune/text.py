@@ -1,4 +1,6 @@
-"""The text: documents, a held-out split that shares no paragraph with the training part, blocks of tokens."""
+"""The text: documents, a held-out split that shares no paragraph with the training part, blocks of
+tokens.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,9 @@ HELD_OUT = 0.1
 
 
 def documents(files: Sequence[Path] = ()) -> list[str]:
-    """The texts of `files`, or without any the standard library's pydoc topics (some 465 000 characters)."""
+    """Return the texts of `files`, or without any the standard library's pydoc topics (some 465 000
+    characters).
+    """
     if files:
         return [_read(path) for path in files]
     from pydoc_data.topics import topics
@@ -22,7 +26,7 @@ def documents(files: Sequence[Path] = ()) -> list[str]:
 
 
 def _read(path: Path) -> str:
-    """The text of one file."""
+    """Return the text of one file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -80,7 +84,9 @@ def blocks(texts: Sequence[str], tokenizer: Any, seq_len: int) -> torch.Tensor:
 
 
 def batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches `[batch_size, seq_len]`: every row once per epoch, in an order drawn from `seed`."""
+    """Endless batches `[batch_size, seq_len]`: every row once per epoch, in an order drawn from
+    `seed`.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     while True:

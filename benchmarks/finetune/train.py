@@ -1,4 +1,6 @@
-"""Training: several runs advance together, one step each in turn, so that a noisy machine disturbs them alike."""
+"""Training: several runs advance together, one step each in turn, so that a noisy machine disturbs
+them alike.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,8 @@ class Run:
         kept_mib: what one forward pass keeps for backward, in MiB.
         heldout: held-out loss before and after training.
         scaler: scales the loss; a disabled one leaves everything as it is.
-        order: the order in which this run takes the rows of a batch, int64 `[sequences_per_step]`; None: as they come.
+        order: the order in which this run takes the rows of a batch, int64 `[sequences_per_step]`;
+            None: as they come.
         skipped: steps that the scaler skipped because a gradient overflowed.
     """
 
@@ -56,11 +59,13 @@ def loss_of(run: Run, batch: torch.Tensor, config: Config) -> torch.Tensor:
 
 
 def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
-    """One optimiser step: forward, backward, clip the gradient norm to 1, update; records loss, ms and peak MiB.
+    """One optimiser step: forward, backward, clip the gradient norm to 1, update; records loss, ms
+    and peak MiB.
 
     Args:
         run: what to train.
-        batch: `[sequences_per_step, seq_len]`; each `batch_size` rows of it go forward and backward by themselves.
+        batch: `[sequences_per_step, seq_len]`; each `batch_size` rows of it go forward and backward
+            by themselves.
         lr: the learning rate.
         config: `batch_size`, autocast.
     """
@@ -97,7 +102,9 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
 
 
 def evaluate(run: Run, rows: torch.Tensor, config: Config, done: Callable[[int], object] = int) -> float:
-    """Return the mean loss over `rows` `[sequences, tokens]`, without training on them; `done` hears of each batch."""
+    """Return the mean loss over `rows` `[sequences, tokens]`, without training on them; `done`
+    hears of each batch.
+    """
     run.model.eval()
     total = 0.0
     with torch.no_grad():
@@ -109,7 +116,9 @@ def evaluate(run: Run, rows: torch.Tensor, config: Config, done: Callable[[int],
 
 
 def probe(run: Run, batch: torch.Tensor, config: Config) -> None:
-    """Measure what one forward pass keeps for backward; it also warms up caches and compiled kernels."""
+    """Measure what one forward pass keeps for backward; it also warms up caches and compiled
+    kernels.
+    """
     run.kept_mib = kept_mib(run.model, lambda: loss_of(run, batch.to(config.device), config))
 
 
@@ -121,7 +130,8 @@ def race(
     deadline: float = float("inf"),
     least: int = 1,
 ) -> Iterator[int]:
-    """Advance every run by one step on the same batch, again and again; yield the number of steps done.
+    """Advance every run by one step on the same batch, again and again; yield the number of steps
+    done.
 
     Who goes first alternates, so that neither of the pair always finds the caches warm.
 

@@ -1,9 +1,10 @@
-"""The verdict: are the accelerated losses as close to eager's as eager runs that sum in other orders are to each other?
+"""The verdict: are the accelerated losses as close to eager's as eager runs that sum in other
+orders are to each other?
 
-The distance of two runs is |loss − loss| of each step, condensed to its mean over all steps and to the largest mean of
-20 steps in a row, which finds curves that part only later. In both, the accelerated run must be no further from the
-eager runs, on average over them, than the two eager runs that are furthest apart: were it one more eager run in another
-order, it would be so too.
+The distance of two runs is |loss − loss| of each step, condensed to its mean over all steps and to
+the largest mean of 20 steps in a row, which finds curves that part only later. In both, the
+accelerated run must be no further from the eager runs, on average over them, than the two eager
+runs that are furthest apart: were it one more eager run in another order, it would be so too.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ WINDOW = 20
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two loss curves are apart: mean, largest mean of `WINDOW` steps in a row, largest of all steps."""
+    """How far two loss curves are apart: mean, largest mean of `WINDOW` steps in a row, largest of
+    all steps.
+    """
 
     mean: float
     worst_window: float
@@ -57,7 +60,7 @@ class Verdict:
 
 
 def judge(fused: Sequence[float], eager: Sequence[Sequence[float]]) -> Verdict:
-    """The verdict over the steps that all runs have.
+    """Return the verdict over the steps that all runs have.
 
     Args:
         fused: losses of the accelerated run.

@@ -1,1 +1,3 @@
-"""One adapted linear layer: the methods, their implementations on the same tensors, the gate, the measurement."""
+"""One adapted linear layer: the methods, their implementations on the same tensors, the gate, the
+measurement.
+"""

@@ -1,9 +1,11 @@
-"""The rival that Unsloth and axolotl ship, written here: library GEMMs, and the low-rank terms added with beta = 1.
+"""The rival that Unsloth and axolotl ship, written here: library GEMMs, and the low-rank terms
+added with beta = 1.
 
     y = x Wᵀ;  y += s · (x Aᵀ) Bᵀ          dx = dy W;  dx += s · (dy B) A
 
-Kept: x, and h is computed again. DeLoRA is folded into A and B by autograd; DoRA scales y by m / ‖W + s·BA‖, whose
-dense norm is detached and computed at every call, and keeps the unscaled y, as axolotl's kernel does.
+Kept: x, and h is computed again. DeLoRA is folded into A and B by autograd; DoRA scales y by m / ‖W
++ s·BA‖, whose dense norm is detached and computed at every call, and keeps the unscaled y, as
+axolotl's kernel does.
 """
 
 from typing import Any
@@ -33,7 +35,8 @@ def addmm(made: dict[str, Any]) -> Tensor:
     """y [T, N] of the method whose arguments `made` holds.
 
     Args:
-        made: As benchmarks.layer.methods.inputs; its leaves require grad. Factors are cast to x's dtype.
+        made: As benchmarks.layer.methods.inputs; its leaves require grad. Factors are cast to x's
+            dtype.
     """
     x, weight, A, B = made["x"], made["weight"], made["A"], made["B"]
     scale = made.get("scale", 1.0)

@@ -1,9 +1,11 @@
-"""The quick set's layers under pytest-benchmark, our figures in extra_info, with the ceilings we hold ourselves to.
+"""The quick set's layers under pytest-benchmark, our figures in extra_info, with the ceilings we
+hold ourselves to.
 
     python -m pytest benchmarks/layer --benchmark-json FILE --benchmark-histogram
     python -m pytest benchmarks/layer --benchmark-compare
 
-pytest-benchmark times our pass by itself; `extra_info` has every implementation, interleaved, as benchmarks.run does.
+pytest-benchmark times our pass by itself; `extra_info` has every implementation, interleaved, as
+benchmarks.run does.
 """
 
 from typing import Any
@@ -20,7 +22,9 @@ from benchmarks.timing import Budget, clock_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CEILING = {"lora": 1.0, "dora": 0.85, "delora": 1.0}
-"""Time over PEFT's, forward and backward with dx, without dropout, at the set's largest number of tokens."""
+"""Time over PEFT's, forward and backward with dx, without dropout, at the set's largest number of
+tokens.
+"""
 FIGURES = ("median_ms", "ratio_to_frozen", "peak_mib", "saved_mib", "error_to_fp64", "status")
 
 

@@ -1,20 +1,21 @@
 """The correctness gate: what is not right is not timed.
 
-Every implementation's output and gradients are compared with the reference in float64 on the same tensors, on the
-device. For each, error = max |a − b| / max |b| and
+Every implementation's output and gradients are compared with the reference in float64 on the same
+tensors, on the device. For each, error = max |a − b| / max |b| and
 
     limit = 2 · e + ROUNDINGS · (ε / 2) · (1 + κ)
 
-with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype; for ETHER's authors'
-form, which makes W', also of one that does) over the inputs and NEIGHBOURS of them that differ in their last bits, ε of
-the coarsest dtype, and κ = 0 except where the result is one number g, DeLoRA's dλ: a maximum over many elements shows
-how far rounding goes, one number may be right by luck. There
+with e the largest error of eager PyTorch in the case's dtypes (under autocast: all in its dtype;
+for ETHER's authors' form, which makes W', also of one that does) over the inputs and NEIGHBOURS of
+them that differ in their last bits, ε of the coarsest dtype, and κ = 0 except where the result is
+one number g, DeLoRA's dλ: a maximum over many elements shows how far rounding goes, one number may
+be right by luck. There
 
     κ = √Σ_i (i · ∂g/∂i)² / |g|     over every element i of the inputs
 
-is how many times the relative rounding of each input, independent of the others, moves g. This is the limit of
-delora_kernels.testing with fewer float64 passes, which full-sized layers can't afford. Dropout is off: no two
-implementations share a mask, and tests prove ours.
+is how many times the relative rounding of each input, independent of the others, moves g. This is
+the limit of delora_kernels.testing with fewer float64 passes, which full-sized layers can't afford.
+Dropout is off: no two implementations share a mask, and tests prove ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -118,7 +119,9 @@ def _results(layer: Layer, function: Any, inputs: dict[str, Any]) -> Results:
 
 
 def _kappa(layer: Layer, name: str) -> float:
-    """κ of the gradient `name`, one number, by the derivative of the reference's derivative in float64."""
+    """κ of the gradient `name`, one number, by the derivative of the reference's derivative in
+    float64.
+    """
     inputs = _cast(layer.inputs, torch.float64)
     leaves = [value.requires_grad_() for value in inputs.values() if isinstance(value, Tensor)]
     y = getattr(reference, layer.method.function)(**{each: inputs[each] for each in inputs if each != "grad_out"})
@@ -134,7 +137,7 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _neighbours(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs, then the inputs with every element moved up or down by chance by one ε."""
+    """Return the inputs, then the inputs with every element moved up or down by chance by one ε."""
     yield {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     for number in range(NEIGHBOURS):
         near = dict(inputs)

@@ -1,7 +1,7 @@
 """One case measured: every implementation judged, weighed and timed → rows of the record.
 
-A row's status is `ok`, `absent` (with the reason), `failed` (beyond the gate's limit: not timed), `out of memory` or
-`error`; whatever one implementation does, the others go on.
+A row's status is `ok`, `absent` (with the reason), `failed` (beyond the gate's limit: not timed),
+`out of memory` or `error`; whatever one implementation does, the others go on.
 """
 
 import gc
@@ -39,7 +39,7 @@ MEASURED += ("host_ms", "graph_ms", "rounds", "allocated_mib", "backend", "error
 def measure(
     case: Case, device: str, clock: Clock, budget: Budget, only: tuple[str, ...] = (), seed: int = 0
 ) -> list[Row]:
-    """The rows of one case.
+    """Return the rows of one case.
 
     Args:
         case: What.
@@ -67,7 +67,9 @@ def measure(
 
 
 class _Bench:
-    """The rows of one case while they are filled in, and the implementations that are still in the running."""
+    """The rows of one case while they are filled in, and the implementations that are still in the
+    running.
+    """
 
     def __init__(self, case: Case, device: str, seed: int) -> None:
         self.case, self.device = case, device
@@ -78,7 +80,9 @@ class _Bench:
         return {"kind": "layer", "impl": name, **self.case.columns(), **dict.fromkeys(MEASURED), "status": "ok"}
 
     def attempt(self, name: str, work: Callable[[], Made]) -> Made | None:
-        """What `work` returns; if it raises, the implementation is out, and its row says why."""
+        """Return what `work` returns; if it raises, the implementation is out, and its row says
+        why.
+        """
         try:
             return work()
         except Exception as error:
@@ -138,7 +142,9 @@ class _Bench:
                 row["ratio_to_frozen"] = spent.median_ms / times["frozen"].median_ms
 
     def _graph(self, name: str) -> Callable[[], Any] | None:
-        """The pass as a CUDA graph; None with a note in the row where it can't be captured."""
+        """Return the pass as a CUDA graph; None with a note in the row where it can't be
+        captured.
+        """
         try:
             return captured(self.ready[name].run)
         except Exception as error:
@@ -154,7 +160,7 @@ def _judge(name: str, built: Implementation, gated: Layer, layer: Layer, gate: G
 
 
 def failure(error: Exception) -> Row:
-    """The columns of a row whose implementation raised."""
+    """Return the columns of a row whose implementation raised."""
     if isinstance(error, Absent):
         return {"status": "absent", "note": str(error)}
     status = "out of memory" if out_of_memory(error) else "error"

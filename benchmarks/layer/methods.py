@@ -1,7 +1,8 @@
 """The methods: what each adds to x, W, A and B, and the PEFT layer that holds the same tensors.
 
-A new method is one entry: its function in delora_kernels.functional and .reference (of the same name and arguments),
-its further arguments, and PEFT's layer if there is one. Rivals written here find their form in `addmm`.
+A new method is one entry: its function in delora_kernels.functional and .reference (of the same
+name and arguments), its further arguments, and PEFT's layer if there is one. Rivals written here
+find their form in `addmm`.
 """
 
 from collections.abc import Callable
@@ -28,9 +29,11 @@ class Method:
         name: Key in METHODS.
         title: What tables call it.
         function: Name in delora_kernels.functional and delora_kernels.reference.
-        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B, or in their place; None takes one away.
+        arguments: (draw, inputs so far) → its arguments beyond x, weight, A, B, or in their place;
+            None takes one away.
         trained: Names of the arguments that get gradients, beside x.
-        peft_config: (r, dropout_p) → PEFT's configuration for a module named "0"; None: PEFT has no such method.
+        peft_config: (r, dropout_p) → PEFT's configuration for a module named "0"; None: PEFT has no
+            such method.
         in_peft: PEFT's layer → name of each argument that is a tensor of it → that tensor.
     """
 
@@ -51,12 +54,14 @@ class Draw:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers."""
+        """Draw standard normal numbers."""
         return torch.randn(shape, device=self.device, generator=self._generator).to(dtype)
 
 
 def inputs(case: Case, device: str, seed: int) -> Inputs:
-    """x [T, K], weight [N, K], A [r, K], B [N, r], what the method adds, and grad_out [T, N]: all random."""
+    """x [T, K], weight [N, K], A [r, K], B [N, r], what the method adds, and grad_out [T, N]: all
+    random.
+    """
     draw, (dtype, adapter_dtype, *_) = Draw(case, device, seed), PRECISIONS[case.precision]
     T, K, N, r = case.T, case.K, case.N, case.r
     made: Inputs = {
@@ -94,7 +99,9 @@ def _goat(draw: Draw, made: Inputs) -> Inputs:
 
 
 def _reflections(draw: Draw, made: Inputs) -> Inputs:
-    """The vectors that the method trains, [n_blocks, K / n_blocks] or [n_blocks, N / n_blocks], and no factors."""
+    """Return the vectors that the method trains, [n_blocks, K / n_blocks] or [n_blocks, N /
+    n_blocks], and no factors.
+    """
     case, n = draw.case, draw.case.n_blocks or 1
     sides = {name: case.N if name.endswith("_out") else case.K for name in METHODS[case.method].trained}
     vectors = {name: draw.normal(n, C // n, dtype=made["A"].dtype) for name, C in sides.items()}

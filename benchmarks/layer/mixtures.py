@@ -1,10 +1,13 @@
 """Mixtures of experts: random ones, and what they are compared with.
 
-    lora            ours, without experts, of the mixture's whole rank E r: what gating costs; not judged by the gate
-    goat-eager      the authors' loop over experts (benchmarks.goat_loop), GOAT's start folded into the weight as there
+    lora            ours, without experts, of the mixture's whole rank E r: what gating costs; not
+                    judged by the gate
+    goat-eager      the authors' loop over experts (benchmarks.goat_loop), GOAT's start folded into
+                    the weight as there
     dense           every expert on every token, two einsums; dense-compile: through torch.compile
 
-The routers are sure of themselves: a token's logits are apart, so that no rounding changes which experts it takes.
+The routers are sure of themselves: a token's logits are apart, so that no rounding changes which
+experts it takes.
 """
 
 from collections.abc import Callable
@@ -28,7 +31,9 @@ Inputs = dict[str, Any]
 
 
 def experts(case: Case, normal: Callable[..., Tensor], made: Inputs) -> Inputs:
-    """A [E, r, K], B [E, N, r], a router [E, K], and x [T, K] such that x Gᵀ has each token's experts in an order."""
+    """Return a [E, r, K], B [E, N, r], a router [E, K], and x [T, K] such that x Gᵀ has each
+    token's experts in an order.
+    """
     E, r, K, N = case.E or 1, case.r, case.K, case.N
     wide, x = made["A"].dtype, made["x"]
     Q = torch.linalg.qr(normal(K, E)).Q
@@ -41,7 +46,7 @@ def experts(case: Case, normal: Callable[..., Tensor], made: Inputs) -> Inputs:
 
 
 def goat(case: Case, normal: Callable[..., Tensor], made: Inputs) -> Inputs:
-    """The same near a start that is subtracted, a scale for each expert."""
+    """Return the same near a start that is subtracted, a scale for each expert."""
     made = experts(case, normal, made)
     E, A, B = case.E or 1, made["A"], made["B"]
     start = {"frozen_A": A + 0.1 * normal(*A.shape).to(A) / case.K**0.5, "frozen_B": B.clone()}
@@ -72,7 +77,7 @@ class MixtureRivals:
         return [self.weight, *self.lora.values()]
 
     def forward(self, name: str) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-        """The forward pass of a rival, and its leaves beside x."""
+        """Compute the forward pass of a rival, and its leaves beside x."""
         x, leaves = self.inputs["x"], {each: self.inputs[each] for each in ("A", "B", "router")}
         if name == "lora":
             held = {each: tensor.requires_grad_() for each, tensor in self.lora.items()}

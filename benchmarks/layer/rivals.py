@@ -5,15 +5,17 @@
 
 frozen          the bare linear, x needing a gradient
 frozen-again    the same once more: what it differs by is noise
-dk              ours, as a user gets it: PEFT's layer after accelerate() (without PEFT: the function), automatic choice
+dk              ours, as a user gets it: PEFT's layer after accelerate() (without PEFT: the
+                function), automatic choice
 dk-<backend>    the same on one backend
-peft            PEFT's eager layer; peft-<dtype>: its adapters in x's dtype; peft-compile: through torch.compile;
-                peft-no-dropout: without the dropout that the case has
+peft            PEFT's eager layer; peft-<dtype>: its adapters in x's dtype; peft-compile: through
+                torch.compile; peft-no-dropout: without the dropout that the case has
 addmm           see benchmarks.layer.addmm
 unsloth, axolotl  named where their kernels would apply, not run: `addmm` is their form
 of mixtures     see benchmarks.layer.mixtures; PEFT has none
 authors         of ETHER and ETHER+, which PEFT has not either: see benchmarks.ether_authors
-merged          inference with the adapter merged into the weight: one linear, so it must take what `frozen` takes
+merged          inference with the adapter merged into the weight: one linear, so it must take what
+                `frozen` takes
 """
 
 import copy
@@ -71,7 +73,7 @@ class Implementation:
         return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(self.leaves, grads, strict=True)}
 
     def run(self) -> None:
-        """The pass that is timed: the results, let go at once."""
+        """Return the pass that is timed: the results, let go at once."""
         self.results()
 
 
@@ -216,18 +218,20 @@ class Layer:
         return partial(fused, self.inputs["x"])
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the method's functions."""
+        """Return the arguments of the method's functions."""
         return {name: value for name, value in self.inputs.items() if name != "grad_out"}
 
     def _dropout(self) -> dict[str, float]:
         return {"dropout_p": self.case.dropout_p} if self.case.dropout_p else {}
 
     def conventions(self, name: str) -> dict[str, Any]:
-        """Arguments that make the reference compute what this implementation does: not every rival does the method."""
+        """Arguments that make the reference compute what this implementation does: not every rival
+        does the method.
+        """
         several = name == "authors" and self.case.n_blocks != 1
         return {"blocks": "official"} if several else {}
 
     def backend(self) -> str:
-        """What an automatic choice takes for this layer."""
+        """Return what an automatic choice takes for this layer."""
         asked = partial(dk.explain, self.method.function, **self.arguments(), **self._dropout())
         return str(self._in_autocast(asked)().backend)

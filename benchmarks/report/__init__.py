@@ -1,1 +1,3 @@
-"""Records shown to people: Markdown tables, plots, the comparison of two records, and README's figures."""
+"""Records shown to people: Markdown tables, plots, the comparison of two records, and README's
+figures.
+"""

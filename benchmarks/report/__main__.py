@@ -1,8 +1,8 @@
 """Show benchmark records.
 
-python -m benchmarks.report FILE...                  # report.md and plots of each, into runs/report-<name>
+python -m benchmarks.report FILE...  # report.md and plots of each, into runs/report-<name>
 python -m benchmarks.report FILE --base OTHER        # what changed between two
-python -m benchmarks.report --readme                 # write the figures of README and docs/goat.md from records
+python -m benchmarks.report --readme  # write the figures of README and docs/goat.md from records
 """
 
 import argparse
@@ -54,7 +54,9 @@ def _show(path: Path, base: Path | None, out: Path) -> None:
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:
-    """The plots; none where matplotlib is not installed, as on a machine that only measures."""
+    """Return the plots; none where matplotlib is not installed, as on a machine that only
+    measures.
+    """
     try:
         from benchmarks.report.plots import draw
     except ImportError as error:

@@ -75,7 +75,7 @@ def by_case(rows: Iterable[Row], kind: str = "layer") -> Cases:
 
 
 def name_of(method: str) -> str:
-    """A method's name as people write it."""
+    """Return a method's name as people write it."""
     return NAMES.get(method, method)
 
 
@@ -85,13 +85,13 @@ def peft_of(impls: Impls) -> Row | None:
 
 
 def device_of(machine: dict[str, Any]) -> str:
-    """The device, and a CPU's threads."""
+    """Return the device, and a CPU's threads."""
     if machine["device"] != "cpu":
         return str(machine["device"])
     return f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def condition(machine: dict[str, Any]) -> str:
-    """The line under every figure: device, versions, commit."""
+    """Return the line under every figure: device, versions, commit."""
     versions = f"torch {machine['torch']}, PEFT {machine['peft']}, commit {machine['commit']}"
     return f"{device_of(machine)}, {versions}"

@@ -1,4 +1,6 @@
-"""What a mixture of experts must show: gating costs little over plain LoRA, low ranks cost no more than high ones."""
+"""What a mixture of experts must show: gating costs little over plain LoRA, low ranks cost no more
+than high ones.
+"""
 
 from benchmarks.report.by_case import Cases, Impls, name_of
 
@@ -12,7 +14,8 @@ NOTE = f"Over our LoRA of the whole rank ≤ {OVER_LORA:.2f}, over rank 16 ≤ {
 
 
 def mixture_lines(cases: Cases) -> list[list[str]]:
-    """A table's cells for each trained mixture: sizes, precision, over LoRA, over rank 16, the authors' loop over ours.
+    """Return a table's cells for each trained mixture: sizes, precision, over LoRA, over rank 16,
+    the authors' loop over ours.
 
     A limit that is passed stands behind its number.
     """

@@ -1,6 +1,7 @@
 """The plots of one record: time over the frozen linear, memory, scaling, roofline, whole models.
 
-Mixtures and reflections, which have other sizes than a rank, get figures of their own: time-mixtures, ...
+Mixtures and reflections, which have other sizes than a rank, get figures of their own:
+time-mixtures, ...
 """
 
 from typing import Any
@@ -34,7 +35,9 @@ def draw(record: dict[str, Any]) -> dict[str, Figure]:
 
 
 def _centre(cases: Cases, column: str) -> Cases:
-    """The cases with `column` whose T, inner sizes and precision most others share: one a method and shape."""
+    """Return the cases with `column` whose T, inner sizes and precision most others share: one a
+    method and shape.
+    """
     measured = {key: impls for key, impls in cases.items() if any(row[column] for row in impls.values())}
     settings = {key: key._replace(method="", shape=None, K=0, N=0) for key in measured}
     if not measured:
@@ -45,7 +48,9 @@ def _centre(cases: Cases, column: str) -> Cases:
 
 
 def _grouped(machine: dict[str, Any], cases: Cases, column: str, title: str, bare: float | None) -> Figure | None:
-    """A panel for each method, a group of bars for each shape, a bar for each implementation."""
+    """Return a panel for each method, a group of bars for each shape, a bar for each
+    implementation.
+    """
     cases = _centre(cases, column)
     if not cases:
         return None
@@ -74,7 +79,9 @@ def _grouped(machine: dict[str, Any], cases: Cases, column: str, title: str, bar
 
 
 def _bar(axes: Axes, left: float, width: float, row: Row | None, column: str, colour: str) -> None:
-    """A bar with its number; in place of one that was refused or had no memory, these words."""
+    """Return a bar with its number; in place of one that was refused or had no memory, these
+    words.
+    """
     if row is None or row["status"] == "absent":
         return
     value = row[column]
@@ -106,7 +113,9 @@ def _memory(machine: dict[str, Any], cases: Cases) -> Figure | None:
 
 
 def _scaling(machine: dict[str, Any], cases: Cases) -> Figure | None:
-    """Columns: what is varied, as far as there are two points; rows: methods; of each the series with most points."""
+    """Columns: what is varied, as far as there are two points; rows: methods; of each the series
+    with most points.
+    """
     lines: dict[str, dict[str, Cases]] = {}
     for letter in VARIED:
         groups: dict[Key, Cases] = {}
@@ -137,7 +146,7 @@ def _scaling(machine: dict[str, Any], cases: Cases) -> Figure | None:
 
 
 def _curves(axes: Axes, letter: str, points: Cases) -> dict[str, None]:
-    """A line for each implementation; their names."""
+    """Return a line for each implementation; their names."""
     names: dict[str, None] = {}
     for name in SHOWN:
         ratios = {getattr(k, letter): impls[name]["ratio_to_frozen"] for k, impls in points.items() if name in impls}

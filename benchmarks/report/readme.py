@@ -1,4 +1,5 @@
-"""The figures of README and docs/goat.md, each between two comments that name a kind and the record it comes from.
+"""The figures of README and docs/goat.md, each between two comments that name a kind and the record
+it comes from.
 
     <!-- figures: layer-time benchmarks/results/cpu-xeon-2c/FILE.json -->
     ...
@@ -30,7 +31,7 @@ _BLOCK = re.compile(
 
 
 def written(text: str) -> str:
-    """The text of a page with every figure as its record gives it.
+    """Return the text of a page with every figure as its record gives it.
 
     Raises:
         ValueError: a block names a kind of figure that there is not, or a record that is none.
@@ -45,7 +46,9 @@ def written(text: str) -> str:
 
 
 def _pairs(record: dict[str, Any], column: str, every_shape: bool = False) -> Iterator[tuple[str, str, Impls]]:
-    """Precision, method, impls: cases of the record's first shape, or all, in which PEFT and we have `column`."""
+    """Precision, method, impls: cases of the record's first shape, or all, in which PEFT and we
+    have `column`.
+    """
     cases = [
         (key, impls)
         for key, impls in by_case(record["rows"]).items()
@@ -93,7 +96,9 @@ def layer_memory(path: Path) -> str:
 
 
 def layer_range(path: Path) -> str:
-    """One sentence: between which parts of PEFT's time each method lies, over all that the record trains."""
+    """One sentence: between which parts of PEFT's time each method lies, over all that the record
+    trains.
+    """
     record = load(path)
     parts: dict[str, list[float]] = {}
     cases = list(_pairs(record, "median_ms", every_shape=True))
@@ -110,7 +115,9 @@ def layer_range(path: Path) -> str:
 
 
 def layer_reflections(path: Path) -> str:
-    """One sentence: ETHER and ETHER+, and the authors' form of them, over the frozen linear, where limits apply."""
+    """One sentence: ETHER and ETHER+, and the authors' form of them, over the frozen linear, where
+    limits apply.
+    """
     record = load(path)
     cases = {k: impls for k, impls in by_case(record["rows"]).items() if at_its_place(k, record["machine"])}
     cases = {key: impls for key, impls in cases.items() if over_frozen(impls, "dk") and key.n_blocks == 1}
@@ -139,7 +146,9 @@ def finetune(path: Path) -> str:
 
 
 def methods(path: Path) -> str:
-    """Held-out loss, time and memory of every method of a record of `benchmarks.method_comparison`."""
+    """Held-out loss, time and memory of every method of a record of
+    `benchmarks.method_comparison`.
+    """
     record = json.loads(path.read_text(encoding="utf-8"))
     c, rows = record["config"], record["rows"]
     precision = "bf16 base, autocast" if c["dtype"] == "bf16" else "all fp32"

@@ -1,4 +1,6 @@
-"""What ETHER and ETHER+ must show: faster than the authors' form, near the frozen linear, little kept for backward."""
+"""What ETHER and ETHER+ must show: faster than the authors' form, near the frozen linear, little
+kept for backward.
+"""
 
 from typing import Any
 
@@ -6,7 +8,8 @@ from benchmarks.report.by_case import Cases, Key, name_of
 from benchmarks.report.mixtures import over_frozen
 
 CPU_PLACE, FASTER = (1024, 2048, 2048, "fp32"), 1.8
-"""T, K, N, precision at which ours must be that many times as fast as the authors' form, on a CPU."""
+"""T, K, N, precision at which ours must be that many times as fast as the authors' form, on a CPU.
+"""
 GPU_PLACE, OVER_FROZEN = (8192, 4096, 4096), {"ether": 1.15, "ether-plus-both": 1.30}
 """T, K, N at which a method may take that many times as long as the frozen linear, on a GPU."""
 FLOATS = 4
@@ -16,7 +19,7 @@ HEAD = ["method", "T, K → N, n", "precision", "over frozen", "authors' form / 
 
 
 def reflection_lines(cases: Cases, machine: dict[str, Any]) -> tuple[list[list[str]], str]:
-    """A table's cells for each trained case, and a sentence on the limits.
+    """Return a table's cells for each trained case, and a sentence on the limits.
 
     A limit that is not kept stands behind its number.
     """
@@ -48,7 +51,9 @@ _RULES = (
 
 
 def kept_limit(key: Key, dtype: str) -> float:
-    """MiB beyond x: FLOATS numbers for each token and block of a side, and one [T, N] in x's dtype for an output."""
+    """MiB beyond x: FLOATS numbers for each token and block of a side, and one [T, N] in x's dtype
+    for an output.
+    """
     both = key.method.endswith("-both")
     output = (4 if dtype == "float32" else 2) * key.T * key.N if both else 0
     return (4 * FLOATS * key.T * (key.n_blocks or 1) * (1 + both) + output) / 2**20
@@ -71,7 +76,9 @@ def _limits(key: Key, machine: dict[str, Any]) -> tuple[float | None, float | No
 
 
 def _judged(value: float | None, most: float | None = None, least: float | None = None) -> tuple[str, bool | None]:
-    """The cell of a number, and whether it keeps its limit; None: it has none. What was not measured keeps none."""
+    """Return the cell of a number, and whether it keeps its limit; None: it has none. What was not
+    measured keeps none.
+    """
     limit = most if least is None else least
     if value is None:
         return "", None if limit is None else False

@@ -10,7 +10,9 @@ NOISE = 0.05
 """A comparison calls nothing a change that is smaller."""
 
 BUSY = 1.5
-"""How many times its shortest time the same frozen linear may take in other cases of a record on a quiet machine."""
+"""How many times its shortest time the same frozen linear may take in other cases of a record on a
+quiet machine.
+"""
 
 
 def _table(head: list[str], left: int, lines: list[list[str]]) -> list[str]:
@@ -23,7 +25,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def report(record: dict[str, Any]) -> str:
-    """The whole report of one record."""
+    """Return the whole report of one record."""
     machine, rows = record["machine"], record["rows"]
     lines = ["# Benchmarks", "", f"*{condition(machine)}.*", ""]
     if machine.get("copy_tbps"):
@@ -59,7 +61,9 @@ class Spread(NamedTuple):
 
 
 def spread_of(rows: list[Row]) -> Spread | None:
-    """The frozen linear whose times differ most among cases with the same sizes, precision and mode, or None."""
+    """Return the frozen linear whose times differ most among cases with the same sizes, precision
+    and mode, or None.
+    """
     times: dict[tuple[Any, ...], list[float]] = {}
     for key, impls in by_case(rows).items():
         for row in impls.values():
@@ -103,7 +107,9 @@ def _layers(rows: list[Row]) -> list[str]:
 
 
 def requirements(rows: list[Row], machine: dict[str, Any]) -> list[str]:
-    """The tables of mixtures and of reflections against their limits; nothing where there are none."""
+    """Return the tables of mixtures and of reflections against their limits; nothing where there
+    are none.
+    """
     lines: list[str] = []
     cases = by_case(rows)
     gated = mixtures.mixture_lines(cases)
@@ -180,7 +186,7 @@ def _models(rows: list[Row]) -> list[str]:
 
 
 def _not_there(rows: list[Row]) -> list[str]:
-    """What was not measured, and why: once for each reason."""
+    """Return what was not measured, and why: once for each reason."""
     reasons: dict[tuple[str, str, str], int] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -195,7 +201,9 @@ def _not_there(rows: list[Row]) -> list[str]:
 
 
 def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
-    """What changed from `base` to `record`: every case of ours in both, slower ones first."""
+    """Return what changed from `base` to `record`: every case of ours in both, slower ones
+    first.
+    """
     before, after = by_case(base["rows"]), by_case(record["rows"])
     body = []
     for key in after.keys() & before.keys():
@@ -229,5 +237,5 @@ def compare(base: dict[str, Any], record: dict[str, Any]) -> str:
 
 
 def precision_text(name: str) -> str:
-    """A precision in words."""
+    """Return a precision in words."""
     return PRECISIONS[name].text

@@ -1,8 +1,10 @@
-"""Compile the kernels of csrc/ for the CPU, with the host shim in the place of CUDA; prints the library's path.
+"""Compile the kernels of csrc/ for the CPU, with the host shim in the place of CUDA; prints the
+library's path.
 
     python csrc/host_shim/host_build.py [--sanitize]
 
-Object files are kept under build/host_shim by a hash of what they are made of: only what changed is compiled again.
+Object files are kept under build/host_shim by a hash of what they are made of: only what changed is
+compiled again.
 """
 
 import argparse
@@ -26,10 +28,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def build(sanitize: bool = False, replaced: dict[str, str] | None = None) -> Path:
-    """The path of the library, compiled where it is not there yet.
+    """Return the path of the library, compiled where it is not there yet.
 
     Args:
-        sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; the process must preload libasan.
+        sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; the process must preload
+            libasan.
         replaced: File name of a file of csrc/ → the text that is compiled in its place.
 
     Raises:
@@ -71,7 +74,7 @@ def _compile(name: str, text: str, headers: dict[str, str], flags: list[str], in
 
 
 def _included(text: str, headers: dict[str, str]) -> list[str]:
-    """The texts of the headers that a text includes, those that they include as well."""
+    """Return the texts of the headers that a text includes, those that they include as well."""
     found: dict[str, str] = {}
     waiting = [text]
     while waiting:

@@ -1,6 +1,8 @@
-"""The autograd Functions, one a family: which ops run in which order, what is kept for backward, every gradient.
+"""The autograd Functions, one a family: which ops run in which order, what is kept for backward,
+every gradient.
 
-function.py     what they share: how a call is run, autocast, dtypes of gradients, no second derivatives
+function.py     what they share: how a call is run, autocast, dtypes of gradients, no second
+                derivatives
 low_rank.py     LoRA, DoRA, DeLoRA
 mixture.py      mixtures of experts, GOAT
 reflection.py   ETHER, ETHER+

@@ -1,8 +1,9 @@
-"""What the autograd Functions share: how a call is run, with autocast off, and how its gradients come back.
+"""What the autograd Functions share: how a call is run, with autocast off, and how its gradients
+come back.
 
-A family gives two functions of a call's tensors and of the ops that run it. `compute` says what is kept for backward,
-`gradients` makes of that and dy whatever gradients are wanted; neither sees autograd, autocast or a dtype that it has
-not chosen itself.
+A family gives two functions of a call's tensors and of the ops that run it. `compute` says what is
+kept for backward, `gradients` makes of that and dy whatever gradients are wanted; neither sees
+autograd, autocast or a dtype that it has not chosen itself.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,8 @@ class Computed(NamedTuple):
 
     Args:
         outputs: The results, the tokens of the first one as rows.
-        saved: The tensors kept for backward, a `saved_type`; None where no wanted gradient needs them.
+        saved: The tensors kept for backward, a `saved_type`; None where no wanted gradient needs
+            them.
         depends_on: Tensors that the gradients are computed from besides `saved`.
     """
 
@@ -36,15 +38,17 @@ def differentiable(
     gradients: Callable[..., dict[str, Any]],
     constant: int | None = None,
 ) -> type[torch.autograd.Function]:
-    """Make the autograd Function of a family; its inputs are the name of a backend and the fields of a call.
+    """Make the autograd Function of a family; its inputs are the name of a backend and the fields
+    of a call.
 
     Args:
         name: Of the Function, which profilers and graphs show.
         call_type: NamedTuple of the tensors of a call, `options` last.
         saved_type: NamedTuple of the tensors that are kept.
-        compute: (call, x, need, stages) → `Computed`; x is the call's in its compute dtype, `need` a call_type of
-            booleans: whose gradient is wanted.
-        gradients: (options, need, saved, stages, *douts) → field name → gradient, of all that `need` names.
+        compute: (call, x, need, stages) → `Computed`; x is the call's in its compute dtype, `need`
+            a call_type of booleans: whose gradient is wanted.
+        gradients: (options, need, saved, stages, *douts) → field name → gradient, of all that
+            `need` names.
         constant: Place of the output that has no gradient, if there is one.
     """
 
@@ -85,7 +89,8 @@ def differentiable(
 
 
 def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Run a call: its outputs, the first one with x's leading dimensions, differentiable once where a tensor is.
+    """Run a call: its outputs, the first one with x's leading dimensions, differentiable once where
+    a tensor is.
 
     Args:
         function: What `differentiable` made.
@@ -126,10 +131,14 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _LOW_RANK = ("lora_linear", "dora_linear", "delora_linear")
-"""What accelerate() puts into a model; the library's own PEFT methods have no other forward to go back to."""
+"""What accelerate() puts into a model; the library's own PEFT methods have no other forward to go
+back to.
+"""
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a tensor is the batch of `is_grads_batched=True` or `vectorize=True`: registered ops run for each of it."""
+"""Whether a tensor is the batch of `is_grads_batched=True` or `vectorize=True`: registered ops run
+for each of it.
+"""
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -152,7 +161,9 @@ class _SecondDerivative(torch.autograd.Function):
 def refuse_second_derivatives(
     method: str, grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Tie the gradients to all they were computed from, by a node that raises, wherever differentiation enters."""
+    """Tie the gradients to all they were computed from, by a node that raises, wherever
+    differentiation enters.
+    """
     wanted = [grad for grad in grads if grad is not None]
     tied = iter(_SecondDerivative.apply(method, len(wanted), *wanted, *(t for t in depends_on if t is not None)))
     return tuple(None if grad is None else next(tied) for grad in grads)

@@ -1,12 +1,13 @@
-"""The autograd Function of every additive method: which ops run in which order, and what is kept for backward.
+"""The autograd Function of every additive method: which ops run in which order, and what is kept
+for backward.
 
     Â, B̂ = fold(A, B, ...)            h = drop(x) Âᵀ
     u = x Wᵀ + scale · h B̂ᵀ           y = c ⊙ u + bias
 
-Kept: x (the caller's own tensor, shared with sibling layers; under autocast its cast copy, one a layer), h [T, R],
-Â and B̂ where they are not A and B themselves, vectors, and for DoRA one [T, N] tensor (or y itself on request); of
-these only what the wanted gradients need.
-Derivations: docs/math.md.
+Kept: x (the caller's own tensor, shared with sibling layers; under autocast its cast copy, one a
+layer), h [T, R], Â and B̂ where they are not A and B themselves, vectors, and for DoRA one [T, N]
+tensor (or y itself on request); of these only what the wanted gradients need. Derivations:
+docs/math.md.
 """
 
 from typing import Any, NamedTuple

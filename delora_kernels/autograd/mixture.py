@@ -1,12 +1,13 @@
-"""The autograd Function of mixtures of LoRA experts: the ops of low_rank.py with the gating in between.
+"""The autograd Function of mixtures of LoRA experts: the ops of low_rank.py with the gating in
+between.
 
     [u | logits | u⁰] = [drop(x) Aᵀ | x Gᵀ | x A⁰ᵀ]        one read of x
     v = [w_te · s_e · u_te | u⁰],   w = top-k of softmax(logits)
     y = x Wᵀ + v [B | −γ B⁰]ᵀ + bias
 
-The experts stand side by side in the rank-R factors, so no token is sorted, gathered or scattered. Kept: x (the
-caller's own tensor; under autocast its cast copy), [u | logits | u⁰], v, w; the stacked factors are put together again
-in backward. Derivations: docs/math.md.
+The experts stand side by side in the rank-R factors, so no token is sorted, gathered or scattered.
+Kept: x (the caller's own tensor; under autocast its cast copy), [u | logits | u⁰], v, w; the
+stacked factors are put together again in backward. Derivations: docs/math.md.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +33,9 @@ from delora_kernels.op_arguments import (
 
 
 class _Factors(NamedTuple):
-    """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and how they are gated."""
+    """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and how they
+    are gated.
+    """
 
     rows: Tensor
     columns: Tensor

@@ -2,9 +2,9 @@
 
     x' = H_in x        z = x' Wᵀ        y = H_out z + bias
 
-Every H is symmetric, so the gradients go the same way: dz = H_out dy, dx = H_in (dz W). Kept: x (the caller's own
-tensor; under autocast its cast copy) where u, v or W want gradients, and z where u_out or v_out do. x' is not kept.
-Derivations: docs/math.md.
+Every H is symmetric, so the gradients go the same way: dz = H_out dy, dx = H_in (dz W). Kept: x
+(the caller's own tensor; under autocast its cast copy) where u, v or W want gradients, and z where
+u_out or v_out do. x' is not kept. Derivations: docs/math.md.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,9 @@ class _Saved(NamedTuple):
 
 
 def _compute(call: ReflectCall, x: Tensor, need: ReflectCall, stages: Any) -> Computed:
-    """y [T, N]; z, which is y itself where the output is not reflected, is kept where u_out or v_out want gradients."""
+    """y [T, N]; z, which is y itself where the output is not reflected, is kept where u_out or
+    v_out want gradients.
+    """
     o = call.options
     weight = PlainBase(call.weight).dense(o.compute_dtype)
     reflected = x if call.u is None else stages.reflect(x, call.u, call.v, None)
@@ -83,10 +85,11 @@ ReflectedLinear = differentiable("ReflectedLinear", ReflectCall, _Saved, _comput
 
 
 def row_groups_reflected(weight: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
-    """W with row group i reflected by H_i in every column block, differentiable by autograd (blocks="official").
+    """W with row group i reflected by H_i in every column block, differentiable by autograd
+    (blocks="official").
 
-    As the authors' code does it, by reading W as N · blocks chunks in a row, N of them for each H: where blocks does
-    not divide N, groups end within a row.
+    As the authors' code does it, by reading W as N · blocks chunks in a row, N of them for each H:
+    where blocks does not divide N, groups end within a row.
     """
     n, D = u.shape
     with torch.autocast(weight.device.type, enabled=False):

@@ -1,7 +1,7 @@
 """The backends that run the ops: which there are, and why one can't run on this machine.
 
-A backend is a module with one function for each op of `ops.py` and `supports(call)`, which returns None or why not.
-`dispatch.py` chooses among them.
+A backend is a module with one function for each op of `ops.py` and `supports(call)`, which returns
+None or why not. `dispatch.py` chooses among them.
 """
 
 import importlib
@@ -31,7 +31,9 @@ def load(name: str) -> ModuleType:
 
 
 def unavailable(name: str) -> str | None:
-    """Say why the backend `name` can't run on this machine at all, or None if it can; found out once."""
+    """Say why the backend `name` can't run on this machine at all, or None if it can; found out
+    once.
+    """
     if name not in _unavailable:  # a dict look-up is what torch.compile can trace
         _unavailable[name] = _why_not_here(name)
     return _unavailable[name]
@@ -48,5 +50,6 @@ def _why_not_here(name: str) -> str | None:
     return None
 
 
-# Nor can it trace how the answer is found: it takes it as a constant. torch.compiler's function for that imports a lot.
+# Nor can it trace how the answer is found: it takes it as a constant. torch.compiler's function for
+# that imports a lot.
 _why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,8 +1,10 @@
-"""Dropout masks as a pure function of (seed, row, column): nothing is kept for backward, any rows can be made alone.
+"""Dropout masks as a pure function of (seed, row, column): nothing is kept for backward, any rows
+can be made alone.
 
-splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014) in 64-bit integer torch
-ops. One hash decides four neighbouring elements with 16 bits each, so p is met to within 2⁻¹⁷. The seed stays a
-tensor: no device is ever synchronised, and a CUDA graph that draws a new seed draws a new mask.
+splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014) in
+64-bit integer torch ops. One hash decides four neighbouring elements with 16 bits each, so p is met
+to within 2⁻¹⁷. The seed stays a tensor: no device is ever synchronised, and a CUDA graph that draws
+a new seed draws a new mask.
 """
 
 from itertools import accumulate
@@ -45,17 +47,21 @@ class KeepMask:
         return fields[:, : self._K] >= self._threshold
 
     def drop(self, chunk: Tensor, rows: slice) -> Tensor:
-        """`chunk`, these rows of the input, with the dropped elements zeroed, not yet divided by 1 − p."""
+        """`chunk`, these rows of the input, with the dropped elements zeroed, not yet divided by 1
+        − p.
+        """
         return times_mask(chunk, self(rows))
 
 
 def times_mask(values: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
-    """values ⊙ mask: NaN and Inf show where they are dropped. torch multiplies by bytes faster than by bools."""
+    """values ⊙ mask: NaN and Inf show where they are dropped. torch multiplies by bytes faster than
+    by bools.
+    """
     return torch.mul(values, mask.view(torch.uint8), out=out)
 
 
 def threshold(dropout_p: float) -> int:
-    """The smallest signed 16-bit number that keeps its element."""
+    """Return the smallest signed 16-bit number that keeps its element."""
     return round(dropout_p * (1 << 16)) - (1 << 15)
 
 
@@ -67,7 +73,7 @@ class MaskGroup(NamedTuple):
     seed: Tensor | None
 
     def mask(self, K: int) -> KeepMask | None:
-        """The mask of a [T, K] input; None: nothing drops."""
+        """Return the mask of a [T, K] input; None: nothing drops."""
         return None if self.seed is None else KeepMask(K, self.dropout_p, self.seed)
 
 
@@ -102,5 +108,5 @@ def _logical_shift(z: Tensor, bits: int, out: Tensor) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """The int64 that has the lowest 64 bits of `number`."""
+    """Return the int64 that has the lowest 64 bits of `number`."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -200,8 +200,8 @@ class Stages:
         return DyParts(*out)
 
     def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
-        """What a mixture's backward needs of dy, all in parts: one read of it where `dy_sums` takes
-        it, else two.
+        """Return what a mixture's backward needs of dy, all in parts: one read of it where
+        `dy_sums` takes it, else two.
         """
         if v is not None and self.takes_dy_sums(dy, B_hat, v, None):
             return self.dy_sums(dy, B_hat, v, 1.0, need_bias, None)

@@ -1,4 +1,5 @@
-"""What a frozen base linear is: the one way to its weight, whatever form it is stored in; one file a form.
+"""What a frozen base linear is: the one way to its weight, whatever form it is stored in; one file
+a form.
 
 A base has
 

@@ -1,4 +1,6 @@
-"""A base whose weight is a plain dense tensor, and why a module may do more than that: hooks, shards, patches."""
+"""A base whose weight is a plain dense tensor, and why a module may do more than that: hooks,
+shards, patches.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -34,8 +36,9 @@ class PlainBase(NamedTuple):
     def why_not(module: nn.Module) -> str | None:
         """Say why the base inside `module` can't be read, or None if `of` can.
 
-        Only an unhooked nn.Linear or Transformers Conv1D (whose weight is [K, N], seen here as its transpose) with a
-        plain local tensor is read: whatever a subclass, hook or shard adds would be lost.
+        Only an unhooked nn.Linear or Transformers Conv1D (whose weight is [K, N], seen here as its
+        transpose) with a plain local tensor is read: whatever a subclass, hook or shard adds would
+        be lost.
         """
         kind = type(module)
         if kind is not nn.Linear and not _is_conv1d(kind):
@@ -63,7 +66,9 @@ class PlainBase(NamedTuple):
         return self.weight.device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [N, K] in `dtype`: itself where that is its dtype, else a copy that nobody keeps."""
+        """Return the weight [N, K] in `dtype`: itself where that is its dtype, else a copy that
+        nobody keeps.
+        """
         return self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +81,9 @@ def _is_conv1d(kind: type) -> bool:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """`module`'s attribute `name`: from its parameters, or where a wrapper has put something else in their place."""
+    """`module`'s attribute `name`: from its parameters, or where a wrapper has put something else
+    in their place.
+    """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
@@ -99,7 +106,9 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
 
 
 def _why_not_any_module() -> str | None:
-    """Why calling any module may do more than its class says: hooks for all, but those that only count FLOPs."""
+    """Why calling any module may do more than its class says: hooks for all, but those that only
+    count FLOPs.
+    """
     for hooks in _HOOKS_OF_ALL_MODULES:
         for hook in hooks.values():
             if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
@@ -110,8 +119,8 @@ def _why_not_any_module() -> str | None:
 def has_other_forward(module: nn.Module) -> bool:
     """Whether calling `module` runs something else than its class's forward.
 
-    A hook of Hugging Face accelerate that only moves inputs to where the weights are already (`device_map` without
-    offloading) is not something else: callers compare devices themselves.
+    A hook of Hugging Face accelerate that only moves inputs to where the weights are already
+    (`device_map` without offloading) is not something else: callers compare devices themselves.
     """
     forward = module.__dict__.get("forward")
     if forward is None or is_own_forward(module, forward):
@@ -135,7 +144,9 @@ class NotLocal(str):
 
 
 def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
-    """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses, meta), or None."""
+    """Why `tensor` is not a plain local 2-D weight or 1-D bias (shards, quantised subclasses,
+    meta), or None.
+    """
     # a compiler that runs the module itself (torch.export) puts fakes in the place of plain tensors
     if type(tensor) not in PLAIN and not (type(tensor) is FakeTensor and torch.compiler.is_compiling()):
         return NotLocal(f"the {name} is a {type(tensor).__name__}")
@@ -147,7 +158,8 @@ def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
         return NotLocal(f"the {name} is on the meta device")
     if tensor.numel() == 0:
         return NotLocal(f"the {name} is empty (sharded away, or a layer without features)")
-    # FSDP1 leaves views of memory that it has freed, never parameters; a transform's tensors can't be asked
+    # FSDP1 leaves views of memory that it has freed, never parameters; a transform's tensors can't
+    # be asked
     is_view = type(tensor) is Tensor and not torch.compiler.is_compiling()
     if is_view and not torch._C._are_functorch_transforms_active() and tensor.untyped_storage().size() == 0:
         return NotLocal(f"the {name} has no memory now (sharded away)")

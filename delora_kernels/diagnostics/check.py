@@ -1,7 +1,9 @@
-"""The self-test behind `python -m delora_kernels check`: every op and every method on this machine, judged in float64.
+"""The self-test behind `python -m delora_kernels check`: every op and every method on this machine,
+judged in float64.
 
 op fold … dropout_mask    against its formula (testing.naive_ops)
-each method               y and every gradient against the reference; in float64 finite differences too
+each method               y and every gradient against the reference; in float64 finite differences
+                          too
 """
 
 import math
@@ -33,7 +35,9 @@ DTYPES = {
     "bfloat16": ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)),
     "float16": ((torch.float16, torch.float16), (torch.float16, torch.float32)),
 }
-"""Name → pairs of dtypes of base and adapters; float32 adapters on a narrower base are what PEFT makes."""
+"""Name → pairs of dtypes of base and adapters; float32 adapters on a narrower base are what PEFT
+makes.
+"""
 
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1))
 """T, K, N, r of every problem: odd, and a single token."""
@@ -50,10 +54,12 @@ class Row:
 
     Args:
         method: Name in `METHODS`, or `op <name>`.
-        what: Which result: y, a gradient, an output of the op, `gradcheck`; `raised` if there is none.
+        what: Which result: y, a gradient, an output of the op, `gradcheck`; `raised` if there is
+            none.
         dtype: Of the base, and after a + of the adapters where it differs.
         backend: What ran it.
-        error: The one nearest to its limit, over all sizes and variants; None where there is no number.
+        error: The one nearest to its limit, over all sizes and variants; None where there is no
+            number.
         limit: The largest error that passes; None where there is no number.
         eager: The error of eager PyTorch on the same inputs; None where there is no number.
         status: `ok`, `FAIL`, or `skipped` where the requested backend does not take such calls.
@@ -84,7 +90,8 @@ class Job(NamedTuple):
     Args:
         method: As in `Row`.
         dtype: As in `Row`.
-        backend: Finds the backend that such calls take and, if it was requested but can't take them, why not.
+        backend: Finds the backend that such calls take and, if it was requested but can't take
+            them, why not.
         run: Measures, given that backend's name.
     """
 
@@ -122,7 +129,9 @@ def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
 
 
 def run_job(job: Job) -> list[Row]:
-    """The rows of one job: one for each result; an exception is a row that fails."""
+    """Run one job and return its rows of one job: one for each result; an exception is a row that
+    fails.
+    """
     worst: dict[str, Row] = {}
     backend = ""
     try:
@@ -189,9 +198,10 @@ def _no_check(function: str, backend: str) -> Iterator[Measurement]:
 
 
 def _backend(method: Method, device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[str, str | None]:
-    """The backend to check, and if it was requested but can't take such calls: why not.
+    """Return the backend to check, and if it was requested but can't take such calls: why not.
 
-    Nobody asked for one: the first that can take them, whether or not it is right, which is what is to be found out.
+    Nobody asked for one: the first that can take them, whether or not it is right, which is what is
+    to be found out.
     """
     with dispatch.use_backend("eager"):  # takes every call, so it can be looked at
         call = method.call(method.draw(*SIZES[0], dtype=dtype, adapter_dtype=adapter_dtype, device=device))

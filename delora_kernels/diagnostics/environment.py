@@ -1,4 +1,6 @@
-"""What is installed, which devices there are, and which backends run here or why not: the head of every bug report."""
+"""What is installed, which devices there are, and which backends run here or why not: the head of
+every bug report.
+"""
 
 import os
 import platform
@@ -16,13 +18,15 @@ _VARIABLES = (dispatch.ENVIRONMENT_VARIABLE, cuda_library.ENVIRONMENT_VARIABLE, 
 
 
 def environment() -> dict[str, Any]:
-    """Describe where this runs; nothing is imported for it, and a CUDA device is only asked for its properties.
+    """Describe where this runs; nothing is imported for it, and a CUDA device is only asked for its
+    properties.
 
     Returns:
-        `delora_kernels`, `python`, `platform`; the version or None of `torch`, `triton`, `peft`, `transformers`,
-        `numpy`; `support`, where each version lies in the supported range; `cuda` {`runtime`, `driver`} or None;
-        `devices`, each {`device`, `name`} and on a GPU `capability` and `memory_gib`; `backends` name → None if it can
-        run, else why not; `variables`, those of the environment that change what runs.
+        `delora_kernels`, `python`, `platform`; the version or None of `torch`, `triton`, `peft`,
+        `transformers`, `numpy`; `support`, where each version lies in the supported range; `cuda`
+        {`runtime`, `driver`} or None; `devices`, each {`device`, `name`} and on a GPU `capability`
+        and `memory_gib`; `backends` name → None if it can run, else why not; `variables`, those of
+        the environment that change what runs.
     """
     found = {name: versions.installed(name) for name in _SUPPORTED} | {"torch": torch.__version__}
     return {
@@ -39,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report of `environment` for people: one fact a line."""
+    """Return the report of `environment` for people: one fact a line."""
     cuda = report["cuda"]
     lines = [("delora_kernels", report["delora_kernels"])]
     lines += [(name, versions.describe(name, report[name])) for name in _SUPPORTED]
@@ -57,14 +61,16 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _setting(name: str, value: str | None) -> str:
-    """A variable of the environment; a backend that does not exist is named as such."""
+    """Return a variable of the environment; a backend that does not exist is named as such."""
     if name == dispatch.ENVIRONMENT_VARIABLE and value and value not in backends.NAMES:
         return f"{value}: no such backend, every call will raise; must be one of {', '.join(backends.NAMES)}"
     return value or "not set"
 
 
 def _cuda() -> dict[str, str | None] | None:
-    """CUDA's runtime that torch was built with, and the newest CUDA version that the driver serves."""
+    """CUDA's runtime that torch was built with, and the newest CUDA version that the driver
+    serves.
+    """
     if torch.version.cuda is None:
         return None
     driver = cuda_library.driver()

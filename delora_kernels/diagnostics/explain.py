@@ -37,11 +37,13 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend a call takes, and why, without running it: on a GPU kernels prove themselves first, as ever.
+    """Say which backend a call takes, and why, without running it: on a GPU kernels prove
+    themselves first, as ever.
 
     Args:
         function: A function of delora_kernels.functional, or its name.
-        *args, **kwargs: What the function would be called with; checked as the function checks them.
+        *args, **kwargs: What the function would be called with; checked as the function checks
+            them.
 
     Raises:
         ValueError: `function` is not a function of delora_kernels.functional.

@@ -1,9 +1,10 @@
-"""Kernels prove themselves on a device before an automatic choice takes them there: run once, judged in float64.
+"""Kernels prove themselves on a device before an automatic choice takes them there: run once,
+judged in float64.
 
-A verdict holds for what makes other kernels (`Case`). It is found at the first such call, y and every gradient against
-the limits of `testing`, and kept for the process. This happens in a thread of its own, where the caller's autocast,
-hooks, modes and streams are not, and other threads' calls see nothing of it. Who asks for a backend (`use_backend`,
-DELORA_KERNELS_BACKEND) gets it unproved.
+A verdict holds for what makes other kernels (`Case`). It is found at the first such call, y and
+every gradient against the limits of `testing`, and kept for the process. This happens in a thread
+of its own, where the caller's autocast, hooks, modes and streams are not, and other threads' calls
+see nothing of it. Who asks for a backend (`use_backend`, DELORA_KERNELS_BACKEND) gets it unproved.
 """
 
 import logging
@@ -21,7 +22,8 @@ from delora_kernels.dtypes import allow_tf32
 logger = logging.getLogger(__name__)
 
 SIZES = ((193, 272, 144), (40, 64, 48))
-"""T, K, N: several tiles and partial ones, whose sums are split among programs; and one tile, whose sums are not. Rows
+"""T, K, N: several tiles and partial ones, whose sums are split among programs; and one tile, whose
+sums are not. Rows
 that 16 bytes divide, as those of models."""
 
 RANKS = (16, 32, 64, 128)
@@ -65,7 +67,9 @@ _one_at_a_time = threading.Lock()
 
 
 def why_not(backend: str, call: AnyCall) -> str | None:
-    """Why an automatic choice does not take `backend` for such calls on their device, or None if it is right there."""
+    """Why an automatic choice does not take `backend` for such calls on their device, or None if it
+    is right there.
+    """
     o, drops = call.options, not isinstance(call, ReflectCall) and call.seed is not None
     rank = next((limit for limit in RANKS if _rank(call) <= limit), RANKS[-1])
     dtypes, device = (o.compute_dtype, o.rank_dtype), str(call.x.device)
@@ -106,7 +110,9 @@ _verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_the_moment(device: str) -> None:
-    """A graph that is captured must not hold the proof, and a backward pass's thread can't wait for another one's."""
+    """Return a graph that is captured must not hold the proof, and a backward pass's thread can't
+    wait for another one's.
+    """
     if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
         raise Unproved("a CUDA graph is being captured")
     if torch._C._current_graph_task_id() != -1:
@@ -126,7 +132,7 @@ def _find(case: Case) -> str | None:
 
 
 def _alone(run: Callable[[], str | None]) -> str | None:
-    """What `run` returns or raises in a thread of its own."""
+    """Return what `run` returns or raises in a thread of its own."""
     results: list[str | None] = []
     errors: list[BaseException] = []
 

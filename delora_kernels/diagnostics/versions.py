@@ -1,6 +1,8 @@
-"""The versions of other software that this library is made for, and where an installed one lies among them.
+"""The versions of other software that this library is made for, and where an installed one lies
+among them.
 
-The table is the only place with these ranges; README, docs/versions.md and setup.py are tested against it.
+The table is the only place with these ranges; README, docs/versions.md and setup.py are tested
+against it.
 """
 
 import platform
@@ -53,9 +55,11 @@ TABLE: Mapping[str, Supported] = {
 
 
 def installed(name: str) -> str | None:
-    """The version of the software `name`, a key of TABLE, or None; nothing is imported for it.
+    """Return the version of the software `name`, a key of TABLE, or None; nothing is imported for
+    it.
 
-    What is imported already says it itself: it may come from a checkout that stands before the installed one.
+    What is imported already says it itself: it may come from a checkout that stands before the
+    installed one.
     """
     if name == "python":
         return platform.python_version()
@@ -64,7 +68,7 @@ def installed(name: str) -> str | None:
 
 
 def version_of(*distributions: str) -> str | None:
-    """The version of the first of these distributions that is installed, or None."""
+    """Return the version of the first of these distributions that is installed, or None."""
     for distribution in distributions:
         try:
             return metadata.version(distribution)
@@ -97,7 +101,9 @@ def status(name: str, version: str | None) -> str:
 
 
 def describe(name: str, version: str | None) -> str:
-    """The version and where it lies, as a report shows it: "0.25.0 (newer than the tested 0.21.2)"."""
+    """Return the version and where it lies, as a report shows it: "0.25.0 (newer than the tested
+    0.21.2)".
+    """
     state = status(name, version)
     if state == TESTED and not any(SpecifierSet(f"=={ran}.*").contains(str(version), True) for ran in TABLE[name].ran):
         return f"{version} (supported, but the tests ran with {', '.join(TABLE[name].ran)})"
@@ -113,6 +119,6 @@ def in_words(name: str, state: str) -> str:
 
 
 def as_markdown() -> str:
-    """The table as README.md and docs/versions.md show it."""
+    """Return the table as README.md and docs/versions.md show it."""
     rows = [f"| {row.name} | {row.oldest} | {row.newest} |" for row in TABLE.values()]
     return "\n".join(["| | oldest supported | newest tested |", "| --- | --- | --- |", *rows])

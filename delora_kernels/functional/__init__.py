@@ -1,10 +1,13 @@
-"""The public functions: check the arguments, choose dtypes, seed and backend, run the one autograd Function.
+"""The public functions: check the arguments, choose dtypes, seed and backend, run the one autograd
+Function.
 
-Every function takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors in any float dtype.
-Each gradient has the dtype of its tensor. Without autocast x and weight share one dtype; factors may be wider (PEFT's
-float32 adapters on a bf16 base), the low-rank branch then runs in the wider dtype. Under torch.autocast x and weight
-are cast as nn.Linear casts them and the branch runs in autocast's dtype. Outputs are deterministic; second derivatives
-and torch.func transforms are refused: `delora_kernels.reference` has the linear functions in plain torch for those.
+Every function takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors
+in any float dtype. Each gradient has the dtype of its tensor. Without autocast x and weight share
+one dtype; factors may be wider (PEFT's float32 adapters on a bf16 base), the low-rank branch then
+runs in the wider dtype. Under torch.autocast x and weight are cast as nn.Linear casts them and the
+branch runs in autocast's dtype. Outputs are deterministic; second derivatives and torch.func
+transforms are refused: `delora_kernels.reference` has the linear functions in plain torch for
+those.
 """
 
 from collections.abc import Callable

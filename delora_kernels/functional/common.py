@@ -1,4 +1,6 @@
-"""What the functions do alike with checked arguments: settle dtypes and the seed, make a low-rank call, run a call."""
+"""What the functions do alike with checked arguments: settle dtypes and the seed, make a low-rank
+call, run a call.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -18,8 +20,9 @@ from delora_kernels.functional import plain_torch
 def exporting() -> bool:
     """Tell whether a program is being made that must run without this library.
 
-    That is under torch.export, strict or not, torch.onnx.export and torch.jit.trace; torch.compile runs in this process
-    and keeps the ops. Everything that is to be plain torch in such a program asks here.
+    That is under torch.export, strict or not, torch.onnx.export and torch.jit.trace; torch.compile
+    runs in this process and keeps the ops. Everything that is to be plain torch in such a program
+    asks here.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
@@ -42,7 +45,9 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:
-    """Return the checked seeds of `masks` masks; None where a program is exported, which draws with torch's dropout."""
+    """Return the checked seeds of `masks` masks; None where a program is exported, which draws with
+    torch's dropout.
+    """
     if not exporting():
         return checks.seed(name, seed, x, masks)
     if seed is not None:
@@ -52,7 +57,9 @@ def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:
 
 
 def dtypes(x: Tensor, *factors: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """compute_dtype and rank_dtype of a call: autocast's, or x's and the widest of x's and the factors'."""
+    """compute_dtype and rank_dtype of a call: autocast's, or x's and the widest of x's and the
+    factors'.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
@@ -91,7 +98,9 @@ def low_rank_call(
     two_term: bool = False,
     save_output: bool = False,
 ) -> Call:
-    """Make the call of a low-rank method: arguments checked but for the seed, as in `Call` and `Options`."""
+    """Make the call of a low-rank method: arguments checked but for the seed, as in `Call` and
+    `Options`.
+    """
     seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
     frozen_rank = 0 if frozen_A is None else frozen_A.shape[0]
     options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, A, B))

@@ -29,11 +29,13 @@ def delora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear with a normalised low-rank update of bounded norm: angle and strength learn apart.
+    """Apply a frozen linear with a normalised low-rank update of bounded norm: angle and strength
+    learn apart.
 
         y = x Wᵀ + drop(x) Âᵀ B̂ᵀ + bias,   Â = diag(1/‖A_i‖) A diag(n),   B̂ = B diag(λ / (r ‖B_i‖))
 
-    With a frozen start (A₀, B₀) the pair's own update, scaled by λ₀, is subtracted. ‖ΔW‖_F ≤ λ max n (PEFT's form).
+    With a frozen start (A₀, B₀) the pair's own update, scaled by λ₀, is subtracted. ‖ΔW‖_F ≤ λ max
+    n (PEFT's form).
 
     Args:
         x: Input, `[..., K]`.
@@ -41,16 +43,17 @@ def delora_linear(
         A: `[r, K]`; only its rows' directions matter.
         B: `[N, r]`; only its columns' directions matter.
         lam: λ, the strength; a number, or a 0-d or `[1]` tensor.
-        weight_norm: n, a constant: `[K]`, one value for each input column (PEFT and the authors' code), or a number or
-            0-d tensor (the paper's ‖W‖).
+        weight_norm: n, a constant: `[K]`, one value for each input column (PEFT and the authors'
+            code), or a number or 0-d tensor (the paper's ‖W‖).
         bias: `[N]` or None.
         frozen_A: A₀, `[r₀, K]`, a constant, or None.
         frozen_B: B₀, `[N, r₀]`, a constant, or None.
         frozen_lam: λ₀ of the frozen start (the paper), or None: the live λ (the authors' code).
-        eps: Lower clamp of the norms, which then get no gradient (PEFT: 1e-4); 0: no clamp, and a factor of length 0
-            contributes nothing.
+        eps: Lower clamp of the norms, which then get no gradient (PEFT: 1e-4); 0: no clamp, and a
+            factor of length 0 contributes nothing.
         dropout_p: Probability of dropping an element of the branch's input, in [0, 1).
-        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask; None draws from torch's generator.
+        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask; None draws from
+            torch's generator.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -59,7 +62,8 @@ def delora_linear(
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
         RuntimeError: the requested backend can't take the call.
 
-    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-9.
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
+    eqs. 5-9.
     """
     call = delora_call(
         x,
@@ -91,16 +95,18 @@ def delora_factors(
         B: `[N, r]`.
         lam: λ; a number, or a 0-d or `[1]` tensor.
         weight_norm: n, a constant: `[K]`, or a number or 0-d tensor.
-        eps: Lower clamp of the norms, which then get no gradient (PEFT: 1e-4); 0: no clamp, and a factor of length 0
-            contributes nothing.
+        eps: Lower clamp of the norms, which then get no gradient (PEFT: 1e-4); 0: no clamp, and a
+            factor of length 0 contributes nothing.
 
     Returns:
-        Â `[r, K]` and B̂ `[N, r]`, in the wider dtype of A and B, computed in float32 or wider; differentiable once.
+        Â `[r, K]` and B̂ `[N, r]`, in the wider dtype of A and B, computed in float32 or wider;
+        differentiable once.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-8.
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
+    eqs. 5-8.
     """
     lam, weight_norm, eps = factors_call(A, B, lam, weight_norm, eps)
     if exporting():

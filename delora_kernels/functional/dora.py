@@ -24,9 +24,10 @@ def dora_linear(
     dropout: str = "peft",
     saved: str = "private",
 ) -> Tensor:
-    """A frozen linear whose updated weight rows are rescaled to learned magnitudes.
+    """Apply a frozen linear whose updated weight rows are rescaled to learned magnitudes.
 
-        y = c ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias,   c = magnitude / ‖W + scale · B A‖ by rows, the norm detached
+        y = c ⊙ (x Wᵀ + scale · x Aᵀ Bᵀ) + bias,
+        c = magnitude / ‖W + scale · B A‖ by rows, the norm detached
 
     A row of zero norm has c = 0: its output is the bias and no gradient passes through it.
 
@@ -39,12 +40,14 @@ def dora_linear(
         scale: Factor s of the update, usually alpha / r.
         bias: `[N]` or None.
         dropout_p: Probability of dropping an element, in [0, 1).
-        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask; None draws from torch's generator.
-        dropout: "peft": with x' = drop(x), y = (x − x') Wᵀ + c ⊙ (x' Wᵀ + scale · x' Aᵀ Bᵀ) + bias, two frozen GEMMs.
-            "branch": only the low-rank branch sees drop(x), one frozen GEMM.
-        saved: "private": backward keeps a `[T, N]` tensor of its own. "output": it keeps y, which costs nothing where
-            the consumer keeps y too; y must then not be modified in place (autograd refuses), there may be no bias and
-            no two-term dropout, and an exactly zero magnitude gets no gradient.
+        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask; None draws from
+            torch's generator.
+        dropout: "peft": with x' = drop(x), y = (x − x') Wᵀ + c ⊙ (x' Wᵀ + scale · x' Aᵀ Bᵀ) + bias,
+            two frozen GEMMs. "branch": only the low-rank branch sees drop(x), one frozen GEMM.
+        saved: "private": backward keeps a `[T, N]` tensor of its own. "output": it keeps y, which
+            costs nothing where the consumer keeps y too; y must then not be modified in place
+            (autograd refuses), there may be no bias and no two-term dropout, and an exactly zero
+            magnitude gets no gradient.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -53,7 +56,8 @@ def dora_linear(
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
         RuntimeError: the requested backend can't take the call.
 
-    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and section 4.3.
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and
+    section 4.3.
     """
     call = dora_call(
         x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout, saved=saved

@@ -1,4 +1,6 @@
-"""ether_linear and ether_plus_linear: a frozen linear between block reflections of its input and output."""
+"""ether_linear and ether_plus_linear: a frozen linear between block reflections of its input and
+output.
+"""
 
 from typing import Any
 
@@ -21,21 +23,25 @@ def ether_linear(
     u_out: Tensor | None = None,
     blocks: str = "paper",
 ) -> Tensor:
-    """A frozen linear between block reflections: multiplicative, and at a fixed distance from the start.
+    """Apply a frozen linear between block reflections: multiplicative, and at a fixed distance from
+    the start.
 
         y = H_out W H_in x + bias,   H = blockdiag(I − 2 û_i û_iᵀ),   û = u / ‖u‖
 
-    ‖H_i − I‖_F = 2 for every block, whatever u. The reflections act on activations: one read and one write of x, and
-    of y; no matrix H, no W' and no gradient of W is made. A vector of length 0 reflects nothing and gets no gradient.
+    ‖H_i − I‖_F = 2 for every block, whatever u. The reflections act on activations: one read and
+    one write of x, and of y; no matrix H, no W' and no gradient of W is made. A vector of length 0
+    reflects nothing and gets no gradient.
 
     Args:
         x: Input, `[..., K]`.
         weight: Frozen weight W, `[N, K]`; gets a gradient only if it requires one.
-        u: `[blocks, K / blocks]`, one vector for each block of x's features; None: x is not reflected.
+        u: `[blocks, K / blocks]`, one vector for each block of x's features; None: x is not
+            reflected.
         bias: `[N]` or None.
         u_out: `[blocks, N / blocks]`, the same for the output; None: it is not reflected.
-        blocks: "paper": as above. "official": what the authors' code computes for more than one block of u, where block
-            i of W's rows meets H_i in each of its column blocks; it makes W' and its gradient.
+        blocks: "paper": as above. "official": what the authors' code computes for more than one
+            block of u, where block i of W's rows meets H_i in each of its column blocks; it makes
+            W' and its gradient.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -44,8 +50,8 @@ def ether_linear(
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
         RuntimeError: the requested backend can't take the call.
 
-    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections"
-    (arXiv:2405.20271); mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
+    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane
+    Reflections" (arXiv:2405.20271); mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
     """
     call = ether_call(x, weight, u, bias, u_out=u_out, blocks=blocks)
     return _run(call, x)
@@ -62,16 +68,18 @@ def ether_plus_linear(
     v_out: Tensor | None = None,
     blocks: str = "paper",
 ) -> Tensor:
-    """A frozen linear between relaxed block reflections, which can be the identity.
+    """Apply a frozen linear between relaxed block reflections, which can be the identity.
 
-        y = H_out W H_in x + bias,   H = blockdiag(I − û_i û_iᵀ + v̂_i v̂_iᵀ),   û = u / ‖u‖, v̂ = v / ‖v‖
+        y = H_out W H_in x + bias,   H = blockdiag(I − û_i û_iᵀ + v̂_i v̂_iᵀ),
+        û = u / ‖u‖, v̂ = v / ‖v‖
 
     ‖H_i − I‖_F ≤ √2 for every block; 0 where v = ±u.
 
     Args:
         x: Input, `[..., K]`.
         weight: Frozen weight W, `[N, K]`; gets a gradient only if it requires one.
-        u, v: `[blocks, K / blocks]`, two vectors for each block of x's features; both None: x stays as it is.
+        u, v: `[blocks, K / blocks]`, two vectors for each block of x's features; both None: x stays
+            as it is.
         bias: `[N]` or None.
         u_out, v_out: `[blocks, N / blocks]`, the same for the output; both None: it stays as it is.
         blocks: "paper" or "official", as in `ether_linear`.

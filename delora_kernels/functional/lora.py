@@ -23,7 +23,7 @@ def lora_linear(
     dropout_p: float | Sequence[float] = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear with a low-rank update.
+    """Apply a frozen linear with a low-rank update.
 
         y = x Wᵀ + scale · drop(x) Aᵀ Bᵀ + bias
 
@@ -36,11 +36,12 @@ def lora_linear(
         B: `[N, r]`.
         scale: Factor s of the update, usually alpha / r.
         bias: `[N]` or None.
-        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own dropout mask; None: one.
-        dropout_p: Probability of dropping an element of the branch's input, in [0, 1); one for each of `ranks`, or one
-            for all.
-        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask (seed + i that of adapter i); None draws
-            from torch's generator.
+        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own dropout
+            mask; None: one.
+        dropout_p: Probability of dropping an element of the branch's input, in [0, 1); one for each
+            of `ranks`, or one for all.
+        seed: Int or 0-d int64 tensor on x's device that fixes the dropout mask (seed + i that of
+            adapter i); None draws from torch's generator.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -49,7 +50,8 @@ def lora_linear(
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
         RuntimeError: the requested backend can't take the call.
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq. 3.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
+    3.
     """
     call = lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed)
     return run(AdaptedLinear, call, x.shape)[0]

@@ -35,46 +35,53 @@ def moe_lora_linear(
     balance_coef: float | Tensor = 0.0,
     z_coef: float | Tensor = 0.0,
 ) -> tuple[Tensor, RouterStats]:
-    """A frozen linear with a mixture of low-rank experts, weighed for every token by a router.
+    """Apply a frozen linear with a mixture of low-rank experts, weighed for every token by a
+    router.
 
         y_t = W x_t + Σ_e w_te · s_e · B_e A_e drop(x_t) + bias − Σ_j γ_j · B⁰_j A⁰_j x_t
         w_t = softmax(G x_t), zero but for the top_k largest, divided by their sum
 
-    All experts run side by side as one factor of rank E · r: the router's columns ride in the projection, the gating is
-    done in rank space, and nothing is sorted. With top_k=None the softmax is dense (LoRAMoE; with one A, HydraLoRA).
+    All experts run side by side as one factor of rank E · r: the router's columns ride in the
+    projection, the gating is done in rank space, and nothing is sorted. With top_k=None the softmax
+    is dense (LoRAMoE; with one A, HydraLoRA).
 
     Args:
         x: Input, `[..., K]`; T tokens.
         weight: Frozen weight W, `[N, K]`; gets a gradient only if it requires one.
         A: `[E, r, K]`, or `[r, K]`: one that all experts share.
         B: `[E, N, r]`.
-        router: G, `[E, K]`; sees x undropped. Its logits come in the branch's dtype (under autocast autocast's, as from
-            nn.Linear); softmax, choice and weights are float32 or wider.
-        gates: w itself, `[..., E]`, in place of a router; differentiable, also where 0. An expert with gate 0 adds
-            nothing to y, even if it is not finite.
-        adapter_ids: `[...]`, int64 or int32: the one expert of each token, in place of a router; −1 (or any number that
-            is no expert's): none.
-        top_k: Experts that a router keeps for each token, from 1 to E; the lowest index wins ties; None: all.
+        router: G, `[E, K]`; sees x undropped. Its logits come in the branch's dtype (under autocast
+            autocast's, as from nn.Linear); softmax, choice and weights are float32 or wider.
+        gates: w itself, `[..., E]`, in place of a router; differentiable, also where 0. An expert
+            with gate 0 adds nothing to y, even if it is not finite.
+        adapter_ids: `[...]`, int64 or int32: the one expert of each token, in place of a router; −1
+            (or any number that is no expert's): none.
+        top_k: Experts that a router keeps for each token, from 1 to E; the lowest index wins ties;
+            None: all.
         renormalize: Divide the kept probabilities by their sum (GOAT, MixLoRA, MoLA).
         scale: s, a number, or `[E]`, which may require a gradient.
         bias: `[N]` or None.
-        token_mask: `[...]`, bool: the tokens that count in `RouterStats`, such as those that are no padding; None: all.
-            It leaves y as it is.
+        token_mask: `[...]`, bool: the tokens that count in `RouterStats`, such as those that are no
+            padding; None: all. It leaves y as it is.
         frozen_A: A⁰, `[J, r₀, K]`, a constant, or None.
-        frozen_B: B⁰, `[J, N, r₀]`, a constant, or None: with A⁰ the update that is subtracted (GOAT's residual).
+        frozen_B: B⁰, `[J, N, r₀]`, a constant, or None: with A⁰ the update that is subtracted
+            (GOAT's residual).
         residual: γ, a number or `[J]`, a constant.
         dropout_p: Probability of dropping an element of the experts' input, in [0, 1).
-        dropout: "shared": all experts see one mask, x is read once. "independent": each has a mask of its own, as in
-            the authors' code, at the price of E masked reads of x.
-        seed: Int or 0-d int64 tensor on x's device that fixes the masks; None draws from torch's generator.
-        balance_coef: Backward adds the gradient of balance_coef · balance_loss("code") of itself, once for each
-            backward pass through y, whatever scales the loss. A number, or a 0-d tensor, which is read in backward.
-            A program that is exported has plain torch's backward, without it: there, add the loss yourself.
+        dropout: "shared": all experts see one mask, x is read once. "independent": each has a mask
+            of its own, as in the authors' code, at the price of E masked reads of x.
+        seed: Int or 0-d int64 tensor on x's device that fixes the masks; None draws from torch's
+            generator.
+        balance_coef: Backward adds the gradient of balance_coef · balance_loss("code") of itself,
+            once for each backward pass through y, whatever scales the loss. A number, or a 0-d
+            tensor, which is read in backward. A program that is exported has plain torch's
+            backward, without it: there, add the loss yourself.
         z_coef: The same of z_coef · z.
 
     Returns:
-        y, `[..., N]`, in weight's dtype (autocast's dtype under autocast), and the `RouterStats`, whose losses are
-        differentiable. With one expert and a router, w is 1 and the router is not run: `z` is 0.
+        y, `[..., N]`, in weight's dtype (autocast's dtype under autocast), and the `RouterStats`,
+        whose losses are differentiable. With one expert and a router, w is 1 and the router is not
+        run: `z` is 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
@@ -117,7 +124,9 @@ def moe_lora_linear(
 
 
 def _of_one_expert(call: MoECall, scale: float) -> Call:
-    """Make the call of LoRA that a mixture of one expert is; its router, which is not run, gets a gradient of zeros."""
+    """Make the call of LoRA that a mixture of one expert is; its router, which is not run, gets a
+    gradient of zeros.
+    """
     A = call.A if call.A.dim() == 2 else call.A[0]
     A = A if exporting() else ZeroGradient.apply(A, call.router)
     seed = None if call.seed is None else call.seed[0]

@@ -87,7 +87,9 @@ def moe_lora_call(
 
 
 def _plainly_right(x: Tensor, A: Any, B: Any, router: Any, N: int, K: int) -> bool:
-    """Whether A, B and the router, if there is one, are right, found the short way; False: ask for each."""
+    """Whether A, B and the router, if there is one, are right, found the short way; False: ask for
+    each.
+    """
     given = (A, B) if router is None else (A, B, router)
     for value in given:
         if type(value) not in checks.PLAIN or value.dtype not in checks.FLOATS or value.device != x.device:
@@ -119,7 +121,7 @@ def _experts(x: Tensor, A: Any, B: Any, router: Any, N: int, K: int) -> None:
 
 
 def _gating(x: Tensor, E: int, router: Any, gates: Any, adapter_ids: Any, acc: torch.dtype) -> Tensor | None:
-    """The given gates as [T, E], or None where the router makes them."""
+    """Return the given gates as [T, E], or None where the router makes them."""
     ways = {"router": router, "gates": gates, "adapter_ids": adapter_ids}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
@@ -173,7 +175,7 @@ def _pairs(x: Tensor, frozen_A: Any, frozen_B: Any, N: int, K: int) -> None:
 
 
 def _vector(argument: str, value: float | Tensor, x: Tensor, n: int, letters: str, acc: torch.dtype) -> Tensor:
-    """A number or one for each expert, as a tensor [n]."""
+    """Return a number or one for each expert, as a tensor [n]."""
     if not isinstance(value, Tensor):
         return torch.full((n,), value, dtype=acc, device=x.device)
     value = checks.tensor(_NAME, argument, value)
@@ -199,7 +201,7 @@ def _token_share(x: Tensor, token_mask: Any, acc: torch.dtype) -> Tensor | None:
 
 
 def _coefficient(argument: str, value: float | Tensor, x: Tensor, acc: torch.dtype) -> Tensor | None:
-    """A loss's coefficient as a 0-d tensor, or None for 0."""
+    """Return a loss's coefficient as a 0-d tensor, or None for 0."""
     if not isinstance(value, Tensor) and value == 0:
         return None
     value = checks.scalar_tensor(_NAME, argument, value, x).reshape(()).to(acc)

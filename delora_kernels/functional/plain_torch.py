@@ -1,8 +1,10 @@
-"""A checked call in plain torch, for a program that is exported: the reference's formula, in the call's own dtypes.
+"""A checked call in plain torch, for a program that is exported: the reference's formula, in the
+call's own dtypes.
 
-Such a program holds no op of this library and runs where the library is not; autograd differentiates it. Dropout is
-torch's own, so its masks come from torch's generator. The frozen GEMM runs in the compute dtype, the low-rank branch in
-the rank dtype; norms, reflections and gates take part in float32 or wider where the fused ops do so too.
+Such a program holds no op of this library and runs where the library is not; autograd
+differentiates it. Dropout is torch's own, so its masks come from torch's generator. The frozen GEMM
+runs in the compute dtype, the low-rank branch in the rank dtype; norms, reflections and gates take
+part in float32 or wider where the fused ops do so too.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from delora_kernels.dtypes import accumulate_dtype
 
 
 def run(call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Compute the outputs of a call: y, and of a mixture its statistics fraction, probability and z.
+    """Compute the outputs of a call: y, and of a mixture its statistics fraction, probability and
+    z.
 
     Args:
         call: The call.
@@ -107,7 +110,9 @@ def _reflected(call: ReflectCall, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _masks(call: Call | MoECall, x: Tensor, p: Sequence[float]) -> Tensor | None:
-    """Draw masks of 0 and 1 / (1 − p): [T, K], of several probabilities [len(p), T, K]; None: nothing drops."""
+    """Draw masks of 0 and 1 / (1 − p): [T, K], of several probabilities [len(p), T, K]; None:
+    nothing drops.
+    """
     if not any(p):
         return None
     ones = torch.ones_like(x, dtype=call.options.rank_dtype)
@@ -116,5 +121,7 @@ def _masks(call: Call | MoECall, x: Tensor, p: Sequence[float]) -> Tensor | None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return tensor.to(dtype), which would be written into the program where it does nothing, too."""
+    """Return tensor.to(dtype), which would be written into the program where it does nothing,
+    too.
+    """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

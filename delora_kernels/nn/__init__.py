@@ -1,4 +1,6 @@
-"""Modules that own an adapter's parameters: initialisation, merging, state dict; the maths is in `functional`."""
+"""Modules that own an adapter's parameters: initialisation, merging, state dict; the maths is in
+`functional`.
+"""
 
 from delora_kernels.nn.base import AdapterLinear, MergeableLinear
 from delora_kernels.nn.conversion import convert

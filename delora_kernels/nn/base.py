@@ -27,19 +27,23 @@ class BaseOptions(TypedDict, total=False):
 
 
 class MergeableLinear(nn.Module):
-    """A frozen linear with an adapter that can be merged into its weight: the base class of every module here.
+    """A frozen linear with an adapter that can be merged into its weight: the base class of every
+    module here.
 
     The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient.
 
-    The state dict is that of the module as it stands: a merged one holds W' as `weight` and W as `base_weight`, a key
-    that is there only if merged. Loading follows it: the module becomes merged, or unmerged, as the saved one was.
+    The state dict is that of the module as it stands: a merged one holds W' as `weight` and W as
+    `base_weight`, a key that is there only if merged. Loading follows it: the module becomes
+    merged, or unmerged, as the saved one was.
 
     Args:
         in_features: K.
         out_features: N.
         bias: Give the base a bias.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
-        adapter_dtype: Dtype of what is trained. None: float32 for a float16 or bfloat16 base, else the base's.
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
+            training mode.
+        adapter_dtype: Dtype of what is trained. None: float32 for a float16 or bfloat16 base, else
+            the base's.
         device: Device of every tensor.
         dtype: Dtype of the base.
 
@@ -90,13 +94,14 @@ class MergeableLinear(nn.Module):
     def from_linear(cls, linear: nn.Module, *arguments: Any, **options: Any) -> Self:
         """Make the adapter on the weight and bias of `linear`: the same tensors, frozen.
 
-        Neither training nor merging writes to them; load_state_dict does, as into any shared tensor.
+        Neither training nor merging writes to them; load_state_dict does, as into any shared
+        tensor.
 
         Args:
-            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself left
-                as it is.
-            *arguments, **options: As for the class, without in_features, out_features, bias, device and
-                dtype, which `linear` decides.
+            linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself
+                left as it is.
+            *arguments, **options: As for the class, without in_features, out_features, bias, device
+                and dtype, which `linear` decides.
 
         Returns:
             The module, on linear's device and in its training mode.
@@ -137,21 +142,26 @@ class MergeableLinear(nn.Module):
         self._reset_adapter()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The adapted output, `[..., K]` → `[..., N]`, differentiable once; when merged, x W'ᵀ + bias."""
+        """Compute the adapted output, `[..., K]` → `[..., N]`, differentiable once; when merged, x
+        W'ᵀ + bias.
+        """
         if self.merged:
             return nn.functional.linear(x, self.weight, self.bias)
         return self._adapted(x, self.dropout_p if self.training else 0.0)
 
     def merge(self, *, check_finite: bool = True, keep_weight: bool = True) -> None:
-        """Put the adapter into the weight: from now on `weight` is W' and the forward pass costs one linear.
+        """Put the adapter into the weight: from now on `weight` is W' and the forward pass costs
+        one linear.
 
-        W' is a new tensor, computed in float32 (float64 for float64) and rounded once; W itself is never written to.
-        Changes of the adapter have no effect, and it gets no gradient, until `unmerge`.
+        W' is a new tensor, computed in float32 (float64 for float64) and rounded once; W itself is
+        never written to. Changes of the adapter have no effect, and it gets no gradient, until
+        `unmerge`.
 
         Args:
             check_finite: Check that every element of W', in weight's dtype, is finite.
-            keep_weight: Keep W as `base_weight`, so that `unmerge` brings back every bit of it. False: let it go (the
-                memory of one weight, where nobody else holds it); `unmerge` is then refused.
+            keep_weight: Keep W as `base_weight`, so that `unmerge` brings back every bit of it.
+                False: let it go (the memory of one weight, where nobody else holds it); `unmerge`
+                is then refused.
 
         Raises:
             ValueError: W' is not finite, or the weight has no data; nothing has changed.
@@ -171,7 +181,8 @@ class MergeableLinear(nn.Module):
         self.weight = _frozen(merged)
 
     def unmerge(self) -> None:
-        """Take the adapter out of the weight: `weight` is again the very tensor that it was before `merge`.
+        """Take the adapter out of the weight: `weight` is again the very tensor that it was before
+        `merge`.
 
         Raises:
             RuntimeError: the adapter is not merged, or was merged with keep_weight=False.
@@ -184,13 +195,13 @@ class MergeableLinear(nn.Module):
         self.weight, self.base_weight = self.base_weight, None
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         text += f", bias={self.bias is not None}, dropout_p={self.dropout_p}"
         return text + (", merged=True" if self.merged else "")
 
     def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
-        """The forward pass of the unmerged module."""
+        """Return the forward pass of the unmerged module."""
         raise NotImplementedError
 
     def _reset_adapter(self) -> None:
@@ -209,9 +220,11 @@ class MergeableLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _follow(self, saved: Tensor | None, has_weight: bool) -> str | None:
-        """Become merged or unmerged like a state dict whose `base_weight` is `saved`; returns why that can't be done.
+        """Become merged or unmerged like a state dict whose `base_weight` is `saved`; returns why
+        that can't be done.
 
-        Where a tensor about to be loaded belongs to the other state, or to the caller's linear, it is a new one then.
+        Where a tensor about to be loaded belongs to the other state, or to the caller's linear, it
+        is a new one then.
         """
         if saved is None:
             if self.base_weight is not None and self.base_weight.dim() == 2:
@@ -230,13 +243,15 @@ class MergeableLinear(nn.Module):
 
 
 class AdapterLinear(MergeableLinear):
-    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear, DeLoRALinear and the mixtures.
+    """A frozen linear with a low-rank adapter: the base class of LoRALinear, DoRALinear,
+    DeLoRALinear and the mixtures.
 
-    The adapter's factors are `A` `[r, K]` and `B` `[N, r]`. A method's vectors and scalars are float32 (float64 beside
-    float64) whatever the factors' dtype.
+    The adapter's factors are `A` `[r, K]` and `B` `[N, r]`. A method's vectors and scalars are
+    float32 (float64 beside float64) whatever the factors' dtype.
 
     Args:
-        in_features, out_features, bias, dropout_p, adapter_dtype, device, dtype: as in `MergeableLinear`.
+        in_features, out_features, bias, dropout_p, adapter_dtype, device, dtype: as in
+        `MergeableLinear`.
         r: Rank, ≥ 1.
         experts: E: A is `[E, r, K]` and B `[E, N, r]`; None: one pair.
 
@@ -271,7 +286,7 @@ class AdapterLinear(MergeableLinear):
         return accumulate_dtype(torch.promote_types(self.weight.dtype, self.A.dtype))
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         return super().extra_repr().replace(", bias=", f", r={self.r}, bias=", 1)
 
     def _reset_adapter(self) -> None:
@@ -318,7 +333,9 @@ def _float_dtype(kind: str, argument: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def base_of(function: str, linear: Any) -> PlainBase:
-    """The weight and bias that an adapter can be put on, or the TypeError that says why there are none."""
+    """Return the weight and bias that an adapter can be put on, or the TypeError that says why
+    there are none.
+    """
     if type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None:
         return PlainBase(linear.weight, linear.bias)
     is_module = isinstance(linear, nn.Module)

@@ -1,4 +1,6 @@
-"""convert: adapters in the place of a model's linears, all or none, with a progress bar where that takes long."""
+"""convert: adapters in the place of a model's linears, all or none, with a progress bar where that
+takes long.
+"""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -23,14 +25,15 @@ def convert(
         model.requires_grad_(False)
         convert(model, GoatLinear, ["q_proj", "v_proj"], r=4, experts=8)
 
-    Each is `adapter.from_linear(linear, **options)`, in the order of `model.named_modules()`. A linear that the model
-    holds several times becomes one adapter, held as often. The model changes only after all of them are made. Its other
-    parameters are left as they are.
+    Each is `adapter.from_linear(linear, **options)`, in the order of `model.named_modules()`. A
+    linear that the model holds several times becomes one adapter, held as often. The model changes
+    only after all of them are made. Its other parameters are left as they are.
 
     Args:
         model: Any module that holds the linears.
         adapter: LoRALinear, DoRALinear, DeLoRALinear, MoELoRALinear, GoatLinear or DeLoRAMoELinear.
-        targets: Names of linears, or the last parts of dotted names, as PEFT's list of `target_modules`.
+        targets: Names of linears, or the last parts of dotted names, as PEFT's list of
+            `target_modules`.
         progress: Show a bar on stderr if it takes longer than `BAR_AFTER_SECONDS`.
         **options: The adapter's arguments, beside those that the linear decides.
 
@@ -38,8 +41,8 @@ def convert(
         Name → the adapter that is there now.
 
     Raises:
-        TypeError, ValueError: a target is not there or no plain linear, or an option does not fit one of them; the text
-            names it and the remedy. The model is as it was.
+        TypeError, ValueError: a target is not there or no plain linear, or an option does not fit
+            one of them; the text names it and the remedy. The model is as it was.
     """
     if not (isinstance(adapter, type) and issubclass(adapter, AdapterLinear)):
         got = adapter.__name__ if isinstance(adapter, type) else type(adapter).__name__

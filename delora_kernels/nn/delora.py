@@ -15,19 +15,23 @@ WEIGHT_NORMS = ("column", "frobenius")
 
 
 class DeLoRALinear(AdapterLinear):
-    """A frozen linear with a normalised low-rank update of bounded norm: angle and strength learn apart.
+    """A frozen linear with a normalised low-rank update of bounded norm: angle and strength learn
+    apart.
 
         y = x Wᵀ + drop(x) Âᵀ B̂ᵀ + bias,   Â = diag(1/‖A_i‖) A diag(n),   B̂ = B diag(λ / (r ‖B_i‖))
 
     At the start y is the frozen linear's. `start` says how, and what the first gradients are:
 
-        "zero"           PEFT: B is 0, norms are clamped at 1e-4. Exact; B's first gradient is thousands of times LoRA's
-        "frozen_live"    the authors' code: A and B are random, copies of them are subtracted, scaled by the live λ
+        "zero"           PEFT: B is 0, norms are clamped at 1e-4. Exact; B's first gradient is
+                         thousands of times LoRA's
+        "frozen_live"    the authors' code: A and B are random, copies of them are subtracted,
+                         scaled by the live λ
         "frozen_paper"   the paper: the same copies scaled by λ₀, the first λ
 
-    A (and B of the frozen starts) is Kaiming uniform with a = √5. `lam` λ `[1]` is a parameter; `weight_norm` n and the
-    copies `frozen_A` `[r, K]`, `frozen_B` `[N, r]`, `frozen_lam` `[1]` are buffers in the state dict, n taken from the
-    weight when the adapter starts. Merged: W' = W + B̂ Â less the copies' own update.
+    A (and B of the frozen starts) is Kaiming uniform with a = √5. `lam` λ `[1]` is a parameter;
+    `weight_norm` n and the copies `frozen_A` `[r, K]`, `frozen_B` `[N, r]`, `frozen_lam` `[1]` are
+    buffers in the state dict, n taken from the weight when the adapter starts. Merged: W' = W + B̂
+    Â less the copies' own update.
 
     Args:
         in_features: K.
@@ -36,17 +40,21 @@ class DeLoRALinear(AdapterLinear):
         lam: λ at the start.
         bias: Give the base a bias.
         start: "zero", "frozen_live" or "frozen_paper".
-        weight_norm: What n is: "column", the norm of each input column of W (`[K]`; PEFT and the authors' code), or
-            "frobenius", the one number ‖W‖ (the paper), about √K times as large: choose λ accordingly.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        weight_norm: What n is: "column", the norm of each input column of W (`[K]`; PEFT and the
+            authors' code), or "frobenius", the one number ‖W‖ (the paper), about √K times as large:
+            choose λ accordingly.
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
+            training mode.
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the
+            base's (as PEFT).
         device: Device of every tensor.
         dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eqs. 5-9.
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
+    eqs. 5-9.
     """
 
     weight_norm: Tensor
@@ -83,7 +91,7 @@ class DeLoRALinear(AdapterLinear):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         text = f"{super().extra_repr()}, initial_lam={self.initial_lam}"
         return f"{text}, start={self.start!r}, weight_norm={self.weight_norm_kind!r}"
 
@@ -93,7 +101,8 @@ class DeLoRALinear(AdapterLinear):
         self.lam.fill_(self.initial_lam)
         over = 0 if self.weight_norm_kind == "column" else None
         self.weight_norm.copy_(torch.linalg.vector_norm(self.weight, dim=over, dtype=self.weight_norm.dtype))
-        # copied into buffers of their own: where they share A's and B's memory, as in the authors' code, ΔW stays 0
+        # copied into buffers of their own: where they share A's and B's memory, as in the authors'
+        # code, ΔW stays 0
         if self.frozen_A is not None and self.frozen_B is not None:
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
             self.frozen_A.copy_(self.A)

@@ -14,18 +14,19 @@ class DeLoRAMoELinear(MoELoRALinear):
 
         y_t = W x_t + Σ_e w_te · λ_e / r · Σ_i b_ei/‖b_ei‖ ⟨a_ei/‖a_ei‖ ⊙ n, x_t⟩ + bias
 
-    For weights that sum to at most 1, ‖ΔW_t‖_F ≤ max_e λ_e · max n. A starts Kaiming uniform, B at 0 with norms clamped
-    at 1e-4 (PEFT's start of DeLoRA): y is exactly the frozen linear's.
+    For weights that sum to at most 1, ‖ΔW_t‖_F ≤ max_e λ_e · max n. A starts Kaiming uniform, B at
+    0 with norms clamped at 1e-4 (PEFT's start of DeLoRA): y is exactly the frozen linear's.
 
     Args:
-        in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef, balance, dropout_p,
-            dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
+        in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef,
+            balance, dropout_p, dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
         lam: λ at the start, of every expert; `lam` `[E]` is a parameter.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Bini et al. (arXiv:2503.18225), eqs. 5-9, for each expert of Fan et al. (arXiv:2502.16894), equation 10.
+    Source: Bini et al. (arXiv:2503.18225), eqs. 5-9, for each expert of Fan et al.
+    (arXiv:2502.16894), equation 10.
     """
 
     weight_norm: Tensor
@@ -59,7 +60,8 @@ class DeLoRAMoELinear(MoELoRALinear):
 
 
 def normalised_experts(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor) -> dict[str, Tensor]:
-    """`A`, `B` and `scale` of the mixture whose experts are normalised as DeLoRA's adapter is.
+    """Return `A`, `B` and `scale` of the mixture whose experts are normalised as DeLoRA's adapter
+    is.
 
     Args:
         A: `[E, r, K]`.

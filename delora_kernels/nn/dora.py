@@ -1,4 +1,6 @@
-"""DoRALinear: low-rank updates turn the rows of a frozen weight, a learned magnitude sets their lengths."""
+"""DoRALinear: low-rank updates turn the rows of a frozen weight, a learned magnitude sets their
+lengths.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,9 @@ class DoRALinear(AdapterLinear):
 
         y = c ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + bias,   c = m / ‖W + s · B A‖ by rows, the norm detached
 
-    `magnitude` m `[N]` starts at ‖W + s · B A‖, B at 0: y is the frozen linear's up to rounding. A row of W that is
-    zero is one without direction: its output stays the bias. Merged: W' = c ⊙ (W + s · B A), whose row norms are |m|.
+    `magnitude` m `[N]` starts at ‖W + s · B A‖, B at 0: y is the frozen linear's up to rounding. A
+    row of W that is zero is one without direction: its output stays the bias. Merged: W' = c ⊙ (W +
+    s · B A), whose row norms are |m|.
 
     Args:
         in_features: K.
@@ -24,19 +27,23 @@ class DoRALinear(AdapterLinear):
         alpha: Numerator of the scale s.
         bias: Give the base a bias.
         rslora: s = alpha / √r, else alpha / r.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
-        dropout: "peft" (all that the adapter adds sees the dropped x; a second frozen GEMM) or "branch" (only the
-            low-rank branch does).
-        saved: "private" (backward keeps a `[T, N]` tensor of its own) or "output" (it keeps y, which costs nothing
-            where the consumer keeps y too: no bias, no dropout="peft" with dropout_p > 0, y not changed in place).
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
+            training mode.
+        dropout: "peft" (all that the adapter adds sees the dropped x; a second frozen GEMM) or
+            "branch" (only the low-rank branch does).
+        saved: "private" (backward keeps a `[T, N]` tensor of its own) or "output" (it keeps y,
+            which costs nothing where the consumer keeps y too: no bias, no dropout="peft" with
+            dropout_p > 0, y not changed in place).
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the
+            base's (as PEFT).
         device: Device of every tensor.
         dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and section 4.3.
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and
+    section 4.3.
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class DoRALinear(AdapterLinear):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         text = f"{super().extra_repr()}, alpha={self.alpha}, rslora={self.rslora}"
         return f"{text}, dropout={self.dropout!r}, saved={self.saved!r}"
 

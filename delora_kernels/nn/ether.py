@@ -15,7 +15,9 @@ SIDES = ("input", "output", "both")
 
 
 class _EtherBase(MergeableLinear):
-    """What EtherLinear and EtherPlusLinear share: vectors for each side and block, and W' = H_out W H_in."""
+    """What EtherLinear and EtherPlusLinear share: vectors for each side and block, and W' = H_out W
+    H_in.
+    """
 
     _NAMES: tuple[str, ...]
     _SIDE: str
@@ -47,11 +49,11 @@ class _EtherBase(MergeableLinear):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, n_blocks={self.n_blocks}, side={self.side!r}, blocks={self.blocks!r}"
 
     def _vectors(self) -> dict[str, Tensor]:
-        """The vectors that there are, by argument name."""
+        """Return the vectors that there are, by argument name."""
         names = [name + suffix for suffix in ("", "_out") for name in self._NAMES]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -75,28 +77,32 @@ class EtherLinear(_EtherBase):
 
         y = H_out W H_in drop(x) + bias,   H = blockdiag(I − 2 û_i û_iᵀ)
 
-    The vectors start Kaiming uniform (a = √5), as in the authors' code: **y does not start as the frozen linear's**,
-    every block is at distance ‖H_i − I‖_F = 2 from the identity, always. Merged: W' = H_out W H_in. A reflection is its
-    own inverse, so `unmerge` after merge(keep_weight=False) reflects again: W up to rounding, with the vectors as they
-    were.
+    The vectors start Kaiming uniform (a = √5), as in the authors' code: **y does not start as the
+    frozen linear's**, every block is at distance ‖H_i − I‖_F = 2 from the identity, always. Merged:
+    W' = H_out W H_in. A reflection is its own inverse, so `unmerge` after merge(keep_weight=False)
+    reflects again: W up to rounding, with the vectors as they were.
 
     Args:
         in_features: K.
         out_features: N.
         n_blocks: Blocks of each reflected side; divides its features.
-        side: "input" (`u`, as in the paper; the default), "output" (`u_out`, the authors' flip_side) or "both".
-        blocks: "paper" or "official" (what the authors' code does with several blocks on the input side).
+        side: "input" (`u`, as in the paper; the default), "output" (`u_out`, the authors'
+            flip_side) or "both".
+        blocks: "paper" or "official" (what the authors' code does with several blocks on the input
+            side).
         bias: Give the base a bias.
-        dropout_p: Probability of dropping an element of the whole layer's input, in [0, 1); only in training mode.
-        adapter_dtype: Dtype of the vectors. None: float32 for a float16 or bfloat16 base, else the base's.
+        dropout_p: Probability of dropping an element of the whole layer's input, in [0, 1); only in
+            training mode.
+        adapter_dtype: Dtype of the vectors. None: float32 for a float16 or bfloat16 base, else the
+            base's.
         device: Device of every tensor.
         dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections"
-    (arXiv:2405.20271); mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
+    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane
+    Reflections" (arXiv:2405.20271); mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
     """
 
     _NAMES = ("u",)
@@ -104,7 +110,8 @@ class EtherLinear(_EtherBase):
     _function = functional.ether_linear
 
     def unmerge(self) -> None:
-        """Take the reflections out of the weight: W itself where `merge` kept it, else W' reflected again.
+        """Take the reflections out of the weight: W itself where `merge` kept it, else W' reflected
+        again.
 
         Raises:
             RuntimeError: the adapter is not merged.
@@ -122,13 +129,15 @@ class EtherPlusLinear(_EtherBase):
 
         y = H_out W H_in drop(x) + bias,   H = blockdiag(I − û_i û_iᵀ + v̂_i v̂_iᵀ)
 
-    u starts Kaiming uniform (a = √5) and v at −u, as in the authors' code: y starts as the frozen linear's, up to
-    rounding. ‖H_i − I‖_F ≤ √2. Merged: W' = H_out W H_in; H can be singular, so `unmerge` needs the weight that `merge`
-    keeps by default.
+    u starts Kaiming uniform (a = √5) and v at −u, as in the authors' code: y starts as the frozen
+    linear's, up to rounding. ‖H_i − I‖_F ≤ √2. Merged: W' = H_out W H_in; H can be singular, so
+    `unmerge` needs the weight that `merge` keeps by default.
 
     Args:
-        in_features, out_features, n_blocks, blocks, bias, dropout_p, adapter_dtype, device, dtype: as in `EtherLinear`.
-        side: "both" (`u`, `v`, `u_out`, `v_out`, as in the paper; the default), "input" (`u`, `v`) or "output".
+        in_features, out_features, n_blocks, blocks, bias, dropout_p, adapter_dtype, device, dtype:
+        as in `EtherLinear`.
+        side: "both" (`u`, `v`, `u_out`, `v_out`, as in the paper; the default), "input" (`u`, `v`)
+            or "output".
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.

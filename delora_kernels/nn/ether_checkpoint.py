@@ -1,4 +1,6 @@
-"""Checkpoints of ETHER's own training code (mwbini/ether, `ether-instruct`), read into a model of nn.Linear layers."""
+"""Checkpoints of ETHER's own training code (mwbini/ether, `ether-instruct`), read into a model of
+nn.Linear layers.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +16,16 @@ _NAMES = ("ether_R", "ether_R2", "ether_R3", "ether_R4")
 
 
 def load_ether_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], *, flip_side: bool = False) -> list[str]:
-    """Put an EtherLinear or EtherPlusLinear in the place of every linear that the checkpoint adapts.
+    """Put an EtherLinear or EtherPlusLinear in the place of every linear that the checkpoint
+    adapts.
 
-    `<layer>.ether_R` is u; with `ether_R2`, which is v, the layer is ETHER+'s; `ether_R3` and `ether_R4` are u and v of
-    the output side. Every layer has blocks="official": it computes what their code computes, whatever it is called.
+    `<layer>.ether_R` is u; with `ether_R2`, which is v, the layer is ETHER+'s; `ether_R3` and
+    `ether_R4` are u and v of the output side. Every layer has blocks="official": it computes what
+    their code computes, whatever it is called.
 
     Args:
-        model: Its layers have the names of the checkpoint's; each one named there is a plain nn.Linear `[N, K]`.
+        model: Its layers have the names of the checkpoint's; each one named there is a plain
+            nn.Linear `[N, K]`.
         state_dict: The loaded file, or its entry "model"; vectors `[blocks, features / blocks]`.
         flip_side: Layers with one reflected side have it on the output (their option of this name).
 
@@ -28,8 +33,9 @@ def load_ether_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], *, fl
         The names of the layers.
 
     Raises:
-        ValueError, TypeError: a layer is not there, is no plain linear, does not fit, or is of a kind that has no
-            module here (fused query-key-value layers, OFT); the text names it. The model is then as it was.
+        ValueError, TypeError: a layer is not there, is no plain linear, does not fit, or is of a
+            kind that has no module here (fused query-key-value layers, OFT); the text names it. The
+            model is then as it was.
 
     Source: mwbini/ether at ddc1038, `ether-instruct/lit_gpt/ether.py`.
     """
@@ -50,7 +56,7 @@ def load_ether_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], *, fl
 
 
 def _module(model: nn.Module, layer: str, vectors: dict[str, Tensor], flip_side: bool) -> nn.Module:
-    """The module of one layer, its vectors loaded."""
+    """Return the module of one layer, its vectors loaded."""
     given = set(vectors)
     if given not in ({"ether_R"}, set(_NAMES[:2]), set(_NAMES)) or vectors["ether_R"].dim() != 2:
         expected = f"{', '.join(_NAMES)}: the first, two, or all, 2-D"

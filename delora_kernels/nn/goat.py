@@ -18,13 +18,14 @@ class GoatLinear(MoELoRALinear):
 
         y_t = W x_t + Σ_e (w_te s_e B_e A_e − γ s_e B⁰_e A⁰_e) x_t + bias
 
-    At the start A = A⁰, B = B⁰: with γ = 1/E the router's mean weight, y is the frozen linear's on average over tokens,
-    exactly where all gates are 1/E. W itself is never written: `residual="stacked"` subtracts the start in rank space;
-    "folded" keeps W − γ Σ s_e B⁰_e A⁰_e as a buffer of weight's dtype, as the authors' code puts it into the weight.
+    At the start A = A⁰, B = B⁰: with γ = 1/E the router's mean weight, y is the frozen linear's on
+    average over tokens, exactly where all gates are 1/E. W itself is never written:
+    `residual="stacked"` subtracts the start in rank space; "folded" keeps W − γ Σ s_e B⁰_e A⁰_e as
+    a buffer of weight's dtype, as the authors' code puts it into the weight.
 
     Args:
-        in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef, balance, dropout_p,
-            dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
+        in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef,
+            balance, dropout_p, dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
         alpha: Of the scalings "alpha/r" and "rslora".
         start, scaling, eta, rho, svd: as in `init.moe_start`.
         init_cof: γ; None: 1/E (their Theorem 3.4).

@@ -1,12 +1,14 @@
-"""How a mixture of LoRA experts starts: GOAT's segments of the weight's singular values, PiSSA's and MiLoRA's, scales.
+"""How a mixture of LoRA experts starts: GOAT's segments of the weight's singular values, PiSSA's
+and MiLoRA's, scales.
 
 With W = U diag(σ) Vᵀ and a set of r singular triples for expert e,
 
-    A_e = diag(√σ') V_eᵀ,   B_e = U_e diag(√σ'),   σ' = σ_e / (s_e ρ),   so that s_e B_e A_e = U_e diag(σ_e) V_eᵀ / ρ
+    A_e = diag(√σ') V_eᵀ,   B_e = U_e diag(√σ'),   σ' = σ_e / (s_e ρ),
+    so that s_e B_e A_e = U_e diag(σ_e) V_eᵀ / ρ
 
 Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equations 13-19; Facico/GOAT-PEFT,
-`goat/peta/src/goat/layer.py`.
-The SVD is float32 whatever the weight's dtype; the sign of every triple is fixed: the largest entry of V_i is positive.
+`goat/peta/src/goat/layer.py`. The SVD is float32 whatever the weight's dtype; the sign of every
+triple is fixed: the largest entry of V_i is positive.
 """
 
 import math
@@ -29,8 +31,8 @@ class Start(NamedTuple):
         A: `[E, r, K]`.
         B: `[E, N, r]`.
         scale: s, `[E]`.
-        error: ‖W V − U diag(σ)‖ / ‖σ‖ over the triples taken: rounding (about 1e-6) for the full SVD, for the
-            randomised one how well it found them; 0 for "zero".
+        error: ‖W V − U diag(σ)‖ / ‖σ‖ over the triples taken: rounding (about 1e-6) for the full
+            SVD, for the randomised one how well it found them; 0 for "zero".
     """
 
     A: Tensor
@@ -51,22 +53,24 @@ def moe_start(
     rho: float = 10.0,
     svd: str = "full",
 ) -> Start:
-    """The factors and scales with which a mixture starts on `weight`.
+    """Return the factors and scales with which a mixture starts on `weight`.
 
     Args:
         weight: W, `[N, K]`; not written.
         experts: E.
         r: Rank of each expert.
-        start: Which triples, of h = min(N, K) in descending order, t = h // E: "goat" expert e the first r of its chunk
-            [e t, (e + 1) t); "goat_mini" the last r of it; "pissa" the first E r of all; "milora" the last E r; "half"
-            the first and the last E r / 2. "zero": A Kaiming uniform (a = √5, from torch's generator), B 0.
-        scaling: "theory" √(3 η K / r) (their Theorem 3.5); "alpha/r"; "rslora" alpha / √r; "goat-s" theory's for the
-            first expert, that of expert e times √(Σσ_0 / Σσ_e) (equation 83); a number; or one for each expert.
+        start: Which triples, of h = min(N, K) in descending order, t = h // E: "goat" expert e the
+            first r of its chunk [e t, (e + 1) t); "goat_mini" the last r of it; "pissa" the first E
+            r of all; "milora" the last E r; "half" the first and the last E r / 2. "zero": A
+            Kaiming uniform (a = √5, from torch's generator), B 0.
+        scaling: "theory" √(3 η K / r) (their Theorem 3.5); "alpha/r"; "rslora" alpha / √r; "goat-s"
+            theory's for the first expert, that of expert e times √(Σσ_0 / Σσ_e) (equation 83); a
+            number; or one for each expert.
         alpha: Of "alpha/r" and "rslora".
         eta: η, the learning rate of full fine-tuning over LoRA's.
         rho: ρ, by which the start is damped.
-        svd: "full", or "randomized" (`torch.svd_lowrank`, for large weights): it finds the largest triples only, so it
-            serves "pissa"; see `Start.error`.
+        svd: "full", or "randomized" (`torch.svd_lowrank`, for large weights): it finds the largest
+            triples only, so it serves "pissa"; see `Start.error`.
 
     Returns:
         The `Start`, on weight's device.
@@ -101,7 +105,7 @@ def moe_start(
 
 
 def _triples(name: str, h: int, E: int, r: int, start: str) -> Tensor:
-    """The indices of the triples of all experts, one expert after the other."""
+    """Return the indices of the triples of all experts, one expert after the other."""
     t = h // E
     if r > t:
         expected = f"at most min(N, K) // E = {t}"

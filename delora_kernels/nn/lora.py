@@ -14,7 +14,8 @@ class LoRALinear(AdapterLinear):
 
         y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias,   s = alpha / r (rsLoRA: alpha / √r)
 
-    A starts random (Kaiming uniform, a = √5), B at 0: y is exactly the frozen linear's. Merged: W' = W + s · B A.
+    A starts random (Kaiming uniform, a = √5), B at 0: y is exactly the frozen linear's. Merged: W'
+    = W + s · B A.
 
     Args:
         in_features: K.
@@ -23,16 +24,18 @@ class LoRALinear(AdapterLinear):
         alpha: Numerator of the scale s.
         bias: Give the base a bias.
         rslora: s = alpha / √r.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in training mode.
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the base's (as PEFT).
+        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
+            training mode.
+        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the
+            base's (as PEFT).
         device: Device of every tensor.
         dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), section 4.1;
-    rsLoRA: Kalajdzievski (arXiv:2312.03732).
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685),
+    section 4.1; rsLoRA: Kalajdzievski (arXiv:2312.03732).
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class LoRALinear(AdapterLinear):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, alpha={self.alpha}, rslora={self.rslora}"
 
     def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:

@@ -17,13 +17,16 @@ class Routed:
     """A layer with routed experts, whose losses backward adds of itself.
 
     Args:
-        loss_scale: What the loss is multiplied by before backward: `set_loss_scale` tells every layer.
+        loss_scale: What the loss is multiplied by before backward: `set_loss_scale` tells every
+            layer.
     """
 
     loss_scale: float | Tensor = 1.0
 
     def _losses(self, balance_coef: float, z_coef: float, balance: str, chosen: int) -> dict[str, Any]:
-        """The op's coefficients, whose balance loss is the code's, while training; `chosen`: experts of a token."""
+        """Return the op's coefficients, whose balance loss is the code's, while training; `chosen`:
+        experts of a token.
+        """
         if not self.training:  # type: ignore[attr-defined]
             return {}
         convention = 1 if balance == "code" else 1 / chosen
@@ -36,16 +39,19 @@ class Routed:
 class MoELoRALinear(Routed, AdapterLinear):
     """A frozen linear with a mixture of low-rank experts, weighed for every token by a router.
 
-        y_t = W x_t + Σ_e w_te · s · B_e A_e drop(x_t) + bias,   w = top-k of softmax(G x), s = alpha / r
+        y_t = W x_t + Σ_e w_te · s · B_e A_e drop(x_t) + bias,
+        w = top-k of softmax(G x), s = alpha / r
 
-    A starts random (Kaiming uniform, a = √5), B at 0: y is exactly the frozen linear's. The router G is nn.Linear's.
-    A mixture has no single W': `merge` raises. `enabled = False` gives the frozen linear's output exactly.
+    A starts random (Kaiming uniform, a = √5), B at 0: y is exactly the frozen linear's. The router
+    G is nn.Linear's. A mixture has no single W': `merge` raises. `enabled = False` gives the frozen
+    linear's output exactly.
 
-    `balance_coef` and `z_coef` are the losses' coefficients: in training mode backward adds their gradients of itself,
-    once for each pass through the module, so nothing has to be collected, and checkpointing of both kinds, compiling
-    and DDP (which averages it like every gradient) work as they do without. What multiplies the loss before backward is
-    not seen there: with GradScaler, or a loss divided by the accumulation steps, tell `set_loss_scale`. The detached
-    value of the last forward pass is `balance_loss`, its statistics `stats`.
+    `balance_coef` and `z_coef` are the losses' coefficients: in training mode backward adds their
+    gradients of itself, once for each pass through the module, so nothing has to be collected, and
+    checkpointing of both kinds, compiling and DDP (which averages it like every gradient) work as
+    they do without. What multiplies the loss before backward is not seen there: with GradScaler, or
+    a loss divided by the accumulation steps, tell `set_loss_scale`. The detached value of the last
+    forward pass is `balance_loss`, its statistics `stats`.
 
     Args:
         in_features: K.
@@ -59,9 +65,11 @@ class MoELoRALinear(Routed, AdapterLinear):
         balance_coef: Coefficient of the balance loss.
         z_coef: Coefficient of the router z-loss, the mean of logsumexp(logits)².
         balance: "code" or "paper": the balance loss's convention, see `RouterStats.balance_loss`.
-        dropout_p: Probability of dropping an element of the experts' input, in [0, 1); only in training mode.
+        dropout_p: Probability of dropping an element of the experts' input, in [0, 1); only in
+            training mode.
         dropout: "shared" or "independent" masks, as in `functional.moe_lora_linear`.
-        adapter_dtype: Dtype of A, B and the router. None: float32 for a float16 or bfloat16 base, else the base's.
+        adapter_dtype: Dtype of A, B and the router. None: float32 for a float16 or bfloat16 base,
+            else the base's.
         device: Device of every tensor.
         dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
@@ -118,11 +126,13 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     @property
     def balance_loss(self) -> Tensor | None:
-        """The detached balance loss of the last forward pass, in the module's convention, for logging; None before."""
+        """The detached balance loss of the last forward pass, in the module's convention, for
+        logging; None before.
+        """
         return None if self.stats is None else self.stats.balance_loss(self.balance)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The adapted output, `[..., K]` → `[..., N]`, differentiable once.
+        """Compute the adapted output, `[..., K]` → `[..., N]`, differentiable once.
 
         Args:
             x: `[..., K]`.
@@ -161,11 +171,11 @@ class MoELoRALinear(Routed, AdapterLinear):
         )
 
     def extra_repr(self) -> str:
-        """The arguments that made the module, as nn.Linear prints its own."""
+        """Show the arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, experts={self.experts}, top_k={self.top_k}"
 
     def _mixture(self) -> dict[str, Any]:
-        """The tensors of the call."""
+        """Return the tensors of the call."""
         return {"weight": self.weight, "A": self.A, "B": self.B, "router": self.router, "scale": self.alpha / self.r}
 
     @torch.no_grad()
@@ -177,13 +187,16 @@ class MoELoRALinear(Routed, AdapterLinear):
 
 
 def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
-    """Tell every mixture in `model` (of `nn`, or of PEFT's GOAT) what its loss is multiplied by before backward.
+    """Tell every mixture in `model` (of `nn`, or of PEFT's GOAT) what its loss is multiplied by
+    before backward.
 
-        set_loss_scale(model, scaler.get_scale() / accumulation_steps)     # each step, before the forward pass
+        # each step, before the forward pass
+        set_loss_scale(model, scaler.get_scale() / accumulation_steps)
 
     Args:
         model: Any module.
-        scale: GradScaler's scale, over the steps that a loss is divided by; a number, or a 0-d tensor.
+        scale: GradScaler's scale, over the steps that a loss is divided by; a number, or a 0-d
+            tensor.
     """
     for module in model.modules():
         if isinstance(module, Routed):

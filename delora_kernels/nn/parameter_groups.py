@@ -1,4 +1,6 @@
-"""Optimizer groups: the few parameters that want a learning rate of their own, and everything else."""
+"""Optimizer groups: the few parameters that want a learning rate of their own, and everything
+else.
+"""
 
 from typing import Any
 
@@ -11,12 +13,13 @@ from delora_kernels.nn.moe import MoELoRALinear
 
 
 def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common: Any) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` as optimizer groups, every λ of DeLoRA in one with its own learning rate.
+    """Return the trainable parameters of `model` as optimizer groups, every λ of DeLoRA in one with
+    its own learning rate.
 
         optimizer = torch.optim.AdamW(lambda_parameter_groups(model, lr=1e-3, lam_lr=1e-2))
 
-    A λ is `lam` of a DeLoRALinear or DeLoRAMoELinear, or a parameter whose name has the part `delora_lambda` (PEFT and
-    the authors' code) or `goat_lambda`.
+    A λ is `lam` of a DeLoRALinear or DeLoRAMoELinear, or a parameter whose name has the part
+    `delora_lambda` (PEFT and the authors' code) or `goat_lambda`.
 
     Args:
         model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
@@ -42,11 +45,14 @@ def lambda_parameter_groups(model: nn.Module, lr: float, lam_lr: float, **common
 
 
 def router_parameter_groups(model: nn.Module, lr: float, router_lr: float, **common: Any) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` as optimizer groups, every router in one with its own learning rate.
+    """Return the trainable parameters of `model` as optimizer groups, every router in one with its
+    own learning rate.
 
-        optimizer = torch.optim.AdamW(router_parameter_groups(model, lr=1e-4, router_lr=1e-3), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(router_parameter_groups(model, lr=1e-4, router_lr=1e-3),
+        weight_decay=0.0)
 
-    A router is `router` of a MoELoRALinear and its kin, or a parameter whose name has the part `goat_router`.
+    A router is `router` of a MoELoRALinear and its kin, or a parameter whose name has the part
+    `goat_router`.
 
     Args:
         model: Any module; parameters that ask for no gradient are left out, shared ones occur once.
@@ -55,7 +61,8 @@ def router_parameter_groups(model: nn.Module, lr: float, router_lr: float, **com
         **common: What both groups get, such as weight_decay.
 
     Returns:
-        The group of everything else, then the routers' group; a group without parameters is left out.
+        The group of everything else, then the routers' group; a group without parameters is left
+        out.
 
     Raises:
         ValueError: the model has no router, trainable or not: router_lr would do nothing.
@@ -69,7 +76,7 @@ def router_parameter_groups(model: nn.Module, lr: float, router_lr: float, **com
 
 
 def _named(model: nn.Module, *parts: str) -> set[int]:
-    """The parameters whose name has one of the parts, between dots."""
+    """Return the parameters whose name has one of the parts, between dots."""
     named = model.named_parameters(remove_duplicate=False)
     return {id(parameter) for name, parameter in named if set(parts) & set(name.split("."))}
 

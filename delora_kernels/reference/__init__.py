@@ -1,12 +1,15 @@
-"""The specification: every method in plain eager torch, differentiable by autograd, one file of maths per method.
+"""The specification: every method in plain eager torch, differentiable by autograd, one file of
+maths per method.
 
-Names and arguments are those of `delora_kernels.functional`, with `dropout_mask=` (the mask itself) in place of
-`dropout_p=` and `seed=`. Nothing here checks arguments, saves memory or imports the rest of the package. All tensors of
-a call share one float dtype; float64 is what tests compare with. (Factors may be wider than x and W, y is then as wide:
-programs that are exported are made of these formulas.) `*_weight` materialises the same linear map as one matrix W'
-`[N, K]`, by a second formula: y = x W'ᵀ + bias.
+Names and arguments are those of `delora_kernels.functional`, with `dropout_mask=` (the mask itself)
+in place of `dropout_p=` and `seed=`. Nothing here checks arguments, saves memory or imports the
+rest of the package. All tensors of a call share one float dtype; float64 is what tests compare
+with. (Factors may be wider than x and W, y is then as wide: programs that are exported are made of
+these formulas.) `*_weight` materialises the same linear map as one matrix W' `[N, K]`, by a second
+formula: y = x W'ᵀ + bias.
 
-Letters: T tokens (all leading dimensions of x), K in-features, N out-features, r rank. `⊙` broadcasts a vector.
+Letters: T tokens (all leading dimensions of x), K in-features, N out-features, r rank. `⊙`
+broadcasts a vector.
 """
 
 from delora_kernels.reference.delora import delora_factors, delora_linear, delora_weight

@@ -2,18 +2,23 @@
 
     W' = W + (λ / r) · Σᵢ b̄ᵢ āᵢᵀ diag(n),    b̄ᵢ = B[:, i] / ‖B[:, i]‖,    āᵢ = A[i, :] / ‖A[i, :]‖
 
-Only the directions of A's rows and B's columns matter; λ alone bounds the strength: ‖W' − W‖_F ≤ λ · max n.
+Only the directions of A's rows and B's columns matter; λ alone bounds the strength: ‖W' − W‖_F ≤ λ
+· max n.
 
-Bini et al., "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), equation 8 (5: the
-normalisation; 9: the subtracted start; 15: the whole).
+Bini et al., "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
+equation 8 (5: the normalisation; 9: the subtracted start; 15: the whole).
 
 Three conventions let training start at W' = W; their gradients differ:
 
-    PEFT              B starts at 0; norms are clamped from below, without gradient where the clamp acts (eps=1e-4)
-    authors' code     a frozen copy of the first A and B is subtracted, scaled by the live λ (frozen_lam=None, eps=0)
-    paper             a frozen copy of the first A and B is subtracted, scaled by the first λ (frozen_lam=λ₀, eps=0)
+    PEFT              B starts at 0; norms are clamped from below, without gradient where the clamp
+                      acts (eps=1e-4)
+    authors' code     a frozen copy of the first A and B is subtracted, scaled by the live λ
+                      (frozen_lam=None, eps=0)
+    paper             a frozen copy of the first A and B is subtracted, scaled by the first λ
+                      (frozen_lam=λ₀, eps=0)
 
-and n is the norm of each input column of W (`[K]`: PEFT, authors' code) or one number for all (the paper's ‖W‖).
+and n is the norm of each input column of W (`[K]`: PEFT, authors' code) or one number for all (the
+paper's ‖W‖).
 """
 
 import torch
@@ -35,15 +40,15 @@ def delora_linear(
     eps: float = 1e-4,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear with a normalised low-rank update of bounded norm.
+    """Apply a frozen linear with a normalised low-rank update of bounded norm.
 
         y = x Wᵀ + (λ / r) · z Āᵀ B̄ᵀ − (λ₀ / r₀) · z Ā₀ᵀ B̄₀ᵀ + bias,    z = x ⊙ mask ⊙ n
 
-    Ā has the rows A[i, :] / max(‖A[i, :]‖, eps), B̄ the columns B[:, i] / max(‖B[:, i]‖, eps); Ā₀, B̄₀ likewise.
-    The term of the frozen start is there only if frozen_A and frozen_B are given.
+    Ā has the rows A[i, :] / max(‖A[i, :]‖, eps), B̄ the columns B[:, i] / max(‖B[:, i]‖, eps); Ā₀,
+    B̄₀ likewise. The term of the frozen start is there only if frozen_A and frozen_B are given.
 
-    With eps = 0 a row of A or column of B that is exactly zero has direction 0: its rank contributes nothing to y and
-    passes no gradient to A, B, λ or x.
+    With eps = 0 a row of A or column of B that is exactly zero has direction 0: its rank
+    contributes nothing to y and passes no gradient to A, B, λ or x.
 
     Args:
         x: `[..., K]`, any float dtype, which all tensors share.
@@ -55,9 +60,11 @@ def delora_linear(
         bias: `[N]` or None.
         frozen_A: A₀, `[r₀, K]`, a constant, or None: nothing is subtracted.
         frozen_B: B₀, `[N, r₀]`, a constant, or None.
-        frozen_lam: λ₀, a constant; None: the live λ, which then gets a gradient from the difference.
+        frozen_lam: λ₀, a constant; None: the live λ, which then gets a gradient from the
+            difference.
         eps: Lower clamp of the norms; a clamped norm is a constant. 0: no clamp.
-        dropout_mask: `[T, K]` with entries 0 or 1 / (1 − p), on the input of the low-rank branch; None: no dropout.
+        dropout_mask: `[T, K]` with entries 0 or 1 / (1 − p), on the input of the low-rank branch;
+            None: no dropout.
 
     Returns:
         y, `[..., N]`.
@@ -78,7 +85,7 @@ def delora_linear(
 def delora_factors(
     A: Tensor, B: Tensor, lam: Tensor | float, weight_norm: Tensor | float, *, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """The update as a plain low-rank pair: y = x Wᵀ + z Âᵀ B̂ᵀ + bias, z = x ⊙ mask.
+    """Return the update as a plain low-rank pair: y = x Wᵀ + z Âᵀ B̂ᵀ + bias, z = x ⊙ mask.
 
         Â = Ā diag(n),   B̂ = (λ / r) B̄
 
@@ -105,9 +112,10 @@ def delora_weight(
     frozen_lam: Tensor | float | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    """The matrix `delora_linear` applies when nothing is dropped.
+    """Return the matrix `delora_linear` applies when nothing is dropped.
 
-        W' = W + [ (λ / r) B Ξ A − (λ₀ / r₀) B₀ Ξ₀ A₀ ] diag(n),    Ξ = diag(1 / (‖A[i, :]‖ · ‖B[:, i]‖))
+        W' = W + [ (λ / r) B Ξ A − (λ₀ / r₀) B₀ Ξ₀ A₀ ] diag(n),
+        Ξ = diag(1 / (‖A[i, :]‖ · ‖B[:, i]‖))
 
     Args:
         weight, A, B, lam, weight_norm, frozen_A, frozen_B, frozen_lam, eps: as in `delora_linear`.
@@ -125,7 +133,9 @@ def delora_weight(
 
 
 def _directions(M: Tensor, dim: int, eps: float) -> Tensor:
-    """M with its norms along `dim` divided out, each clamped at eps; one that is 0 after that counts as ∞."""
+    """M with its norms along `dim` divided out, each clamped at eps; one that is 0 after that
+    counts as ∞.
+    """
     norm = M.norm(dim=dim, keepdim=True).clamp(min=eps)
     return M / torch.where(norm == 0, torch.inf, norm)
 

@@ -2,12 +2,14 @@
 
     W' = diag(m / ‖V‖) V,    V = W + s · B A,    ‖V‖ [N]: the Euclidean norm of each row of V
 
-Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), equation 5 (their "columns" are rows
-here: they write W transposed). ‖V‖ counts as a constant in backward: section 4.3, equation 11.
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), equation 5 (their
+"columns" are rows here: they write W transposed). ‖V‖ counts as a constant in backward: section
+4.3, equation 11.
 
-A row of V that is exactly zero has no direction: its scale c = m / ‖V‖ is defined as 0. So that row of W' is 0, its
-output is the bias, and no gradient passes through it, not even to its magnitude. (With the two-term dropout below, the
-part x − x_d of the input still meets that row of W, which is usually zero as well.)
+A row of V that is exactly zero has no direction: its scale c = m / ‖V‖ is defined as 0. So that row
+of W' is 0, its output is the bias, and no gradient passes through it, not even to its magnitude.
+(With the two-term dropout below, the part x − x_d of the input still meets that row of W, which is
+usually zero as well.)
 """
 
 import torch
@@ -26,7 +28,7 @@ def dora_linear(
     dropout_mask: Tensor | None = None,
     dropout: str = "peft",
 ) -> Tensor:
-    """A frozen linear whose updated rows are rescaled to learned magnitudes.
+    """Apply a frozen linear whose updated rows are rescaled to learned magnitudes.
 
         y = c ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + bias,    c = m / ‖W + s · B A‖, the norm detached
 
@@ -35,8 +37,9 @@ def dora_linear(
         "peft"     y = x Wᵀ + (c − 1) ⊙ (x_d Wᵀ) + c ⊙ (s · x_d Aᵀ Bᵀ) + bias
         "branch"   y = c ⊙ (x Wᵀ + s · x_d Aᵀ Bᵀ) + bias
 
-    "peft" is what the authors' code and PEFT compute: the frozen weight itself sees x, all that the adapter adds to it
-    (rescaling included) sees x_d. "branch" drops only the input of the low-rank factors and needs one frozen GEMM.
+    "peft" is what the authors' code and PEFT compute: the frozen weight itself sees x, all that the
+    adapter adds to it (rescaling included) sees x_d. "branch" drops only the input of the low-rank
+    factors and needs one frozen GEMM.
 
     Args:
         x: `[..., K]`, any float dtype, which all tensors share.
@@ -55,7 +58,8 @@ def dora_linear(
     Raises:
         ValueError: `dropout` is neither of the two.
 
-    Source: arXiv:2402.09353, equation 5, detached as in equation 11; the two-term dropout is PEFT's.
+    Source: arXiv:2402.09353, equation 5, detached as in equation 11; the two-term dropout is
+    PEFT's.
     """
     c = _row_scale(weight, A, B, magnitude, scale)
     dropped = x if dropout_mask is None else x * dropout_mask.reshape(x.shape)
@@ -70,7 +74,7 @@ def dora_linear(
 
 
 def dora_weight(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float = 1.0) -> Tensor:
-    """The matrix `dora_linear` applies when nothing is dropped.
+    """Return the matrix `dora_linear` applies when nothing is dropped.
 
         W'[n, :] = m[n] · V[n, :] / ‖V[n, :]‖,    V = W + s · B A;    0 where V[n, :] = 0
 
@@ -90,6 +94,8 @@ def dora_weight(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: 
 
 
 def _row_scale(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> Tensor:
-    """c = m / ‖W + s · B A‖ by rows, `[N]`; a zero norm counts as ∞, so that c and its gradient are 0 there."""
+    """c = m / ‖W + s · B A‖ by rows, `[N]`; a zero norm counts as ∞, so that c and its gradient are
+    0 there.
+    """
     norm = (weight + scale * B @ A).norm(dim=1).detach()
     return magnitude / torch.where(norm == 0, torch.inf, norm)

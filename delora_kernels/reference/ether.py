@@ -5,9 +5,10 @@
     ETHER+   H_i = I − û_i û_iᵀ + v̂_i v̂_iᵀ        ‖H_i − I‖_F ≤ √2
 
 û = u / ‖u‖; a vector of length 0 has no direction: û = 0, and no gradient. Every H is symmetric.
-Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections" (arXiv:2405.20271).
-blocks="official" is what the authors' code computes for more than one input block (mwbini/ether,
-`ether-instruct/lit_gpt/ether.py`): there row group i of W meets the same H_i in every column block.
+Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections"
+(arXiv:2405.20271). blocks="official" is what the authors' code computes for more than one input
+block (mwbini/ether, `ether-instruct/lit_gpt/ether.py`): there row group i of W meets the same H_i
+in every column block.
 """
 
 import torch
@@ -23,7 +24,7 @@ def ether_linear(
     u_out: Tensor | None = None,
     blocks: str = "paper",
 ) -> Tensor:
-    """A frozen linear between reflections.
+    """Apply a frozen linear between reflections.
 
         y = H_out W H_in x + bias,   H_i = I − 2 û_i û_iᵀ
 
@@ -54,7 +55,7 @@ def ether_plus_linear(
     v_out: Tensor | None = None,
     blocks: str = "paper",
 ) -> Tensor:
-    """A frozen linear between relaxed reflections.
+    """Apply a frozen linear between relaxed reflections.
 
         y = H_out W H_in x + bias,   H_i = I − û_i û_iᵀ + v̂_i v̂_iᵀ
 
@@ -74,7 +75,7 @@ def ether_plus_linear(
 def ether_weight(
     weight: Tensor, u: Tensor | None = None, *, u_out: Tensor | None = None, blocks: str = "paper"
 ) -> Tensor:
-    """The matrix W' `[N, K]` that `ether_linear` applies; arguments as there."""
+    """Return the matrix W' `[N, K]` that `ether_linear` applies; arguments as there."""
     return _weight(weight, (u, None), (u_out, None), blocks)
 
 
@@ -87,12 +88,13 @@ def ether_plus_weight(
     v_out: Tensor | None = None,
     blocks: str = "paper",
 ) -> Tensor:
-    """The matrix W' `[N, K]` that `ether_plus_linear` applies; arguments as there."""
+    """Return the matrix W' `[N, K]` that `ether_plus_linear` applies; arguments as there."""
     return _weight(weight, (u, v), (u_out, v_out), blocks)
 
 
 def ether_qkv_linear(x: Tensor, weight: Tensor, u: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The authors' fused query-key-value layer: every slice of W's rows has output-side reflections of its own.
+    """Apply the authors' fused query-key-value layer: every slice of W's rows has output-side
+    reflections of its own.
 
         W_s' = H_s W_s
 
@@ -100,7 +102,8 @@ def ether_qkv_linear(x: Tensor, weight: Tensor, u: Tensor, rows: Tensor, bias: T
         x: `[..., K]`.
         weight: `[N, K]`.
         u: `[S, blocks, rows of a slice / blocks]`.
-        rows: int64, the row numbers of the S slices one after the other; the other rows stay as they are.
+        rows: int64, the row numbers of the S slices one after the other; the other rows stay as
+            they are.
         bias: `[N]` or None.
 
     Returns:

@@ -2,8 +2,9 @@
 
     W' = W + s · B A
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), equation 3; s = alpha / r there
-(section 4.1). rsLoRA is the same map with s = alpha / √r: Kalajdzievski (arXiv:2312.03732).
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), equation 3; s =
+alpha / r there (section 4.1). rsLoRA is the same map with s = alpha / √r: Kalajdzievski
+(arXiv:2312.03732).
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def lora_linear(
     ranks: Sequence[int] | None = None,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear with a low-rank update.
+    """Apply a frozen linear with a low-rank update.
 
         y = x Wᵀ + s · Σⱼ (x ⊙ maskⱼ) Aⱼᵀ Bⱼᵀ + bias
 
@@ -34,9 +35,10 @@ def lora_linear(
         B: `[N, r]`.
         scale: s: alpha / r for LoRA, alpha / √r for rsLoRA.
         bias: `[N]` or None.
-        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own mask; None: one adapter.
-        dropout_mask: `[T, K]`, with `ranks` one for each adapter `[len(ranks), T, K]`; entries 0 or 1 / (1 − p), on the
-            input of the low-rank branch; None: no dropout.
+        ranks: Ranks of the adapters stacked in A's rows and B's columns, each with its own mask;
+            None: one adapter.
+        dropout_mask: `[T, K]`, with `ranks` one for each adapter `[len(ranks), T, K]`; entries 0 or
+            1 / (1 − p), on the input of the low-rank branch; None: no dropout.
 
     Returns:
         y, `[..., N]`.
@@ -53,7 +55,7 @@ def lora_linear(
 
 
 def lora_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """The matrix `lora_linear` applies when nothing is dropped.
+    """Return the matrix `lora_linear` applies when nothing is dropped.
 
         W'[n, k] = W[n, k] + s · Σᵢ B[n, i] A[i, k]
 

@@ -2,12 +2,14 @@
 
     y_t = W x_t + Σ_e w_te · s_e · B_e A_e x_t + bias − Σ_j γ_j · B⁰_j A⁰_j x_t
 
-w is a router's softmax over the experts, kept for the k largest and renormalised (GOAT, MixLoRA, MoLA) or not, or dense
-(LoRAMoE, HydraLoRA, whose experts share one A); or it is given. The last sum, constant, is GOAT's residual.
-Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equations 10 and 26-28.
+w is a router's softmax over the experts, kept for the k largest and renormalised (GOAT, MixLoRA,
+MoLA) or not, or dense (LoRAMoE, HydraLoRA, whose experts share one A); or it is given. The last
+sum, constant, is GOAT's residual. Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equations
+10 and 26-28.
 
-Two specifications that share only the routing: `moe_lora_linear` loops over experts and the tokens that chose them, as
-the authors' code does; `moe_lora_linear_dense` runs every expert on every token.
+Two specifications that share only the routing: `moe_lora_linear` loops over experts and the tokens
+that chose them, as the authors' code does; `moe_lora_linear_dense` runs every expert on every
+token.
 """
 
 from typing import NamedTuple
@@ -32,7 +34,9 @@ class RouterStats(NamedTuple):
     top_k: int
 
     def balance_loss(self, convention: str = "code") -> Tensor:
-        """E Σ_e f_e P_e ("code"), or that over k ("paper", equations 26-28): at perfect balance k, or 1."""
+        """E Σ_e f_e P_e ("code"), or that over k ("paper", equations 26-28): at perfect balance k,
+        or 1.
+        """
         loss = len(self.fraction) * (self.fraction * self.probability).sum()
         return loss / self.top_k if convention == "paper" else loss
 
@@ -56,7 +60,7 @@ def moe_lora_linear(
     residual: float | Tensor = 1.0,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats]:
-    """A frozen linear with a mixture of low-rank experts, one expert after the other.
+    """Apply a frozen linear with a mixture of low-rank experts, one expert after the other.
 
     Args:
         x: `[..., K]`, any float dtype, which all tensors share; T tokens.
@@ -66,14 +70,16 @@ def moe_lora_linear(
         router: G, `[E, K]`: logits x Gᵀ, of the x that is not dropped.
         gates: w itself, `[..., E]`, in place of a router.
         adapter_ids: `[...]`, ints: the one expert of each token, −1 for none, in place of a router.
-        top_k: How many experts a router keeps for a token, those of the lowest index where logits tie; None: all.
+        top_k: How many experts a router keeps for a token, those of the lowest index where logits
+            tie; None: all.
         renormalize: Divide the kept probabilities by their sum.
         scale: s, a number or `[E]`.
         bias: `[N]` or None.
         token_mask: `[...]`, bool: the tokens that `RouterStats` counts; None: all.
         frozen_A, frozen_B: The constant pairs, `[J, r₀, K]` and `[J, N, r₀]`, or None.
         residual: γ, a number or `[J]`.
-        dropout_mask: Entries 0 or 1 / (1 − p) on the experts' input: `[T, K]`, or one for each expert `[E, T, K]`.
+        dropout_mask: Entries 0 or 1 / (1 − p) on the experts' input: `[T, K]`, or one for each
+            expert `[E, T, K]`.
 
     Returns:
         y, `[..., N]`, and the router's statistics.
@@ -115,13 +121,14 @@ def moe_lora_linear_dense(
     residual: float | Tensor = 1.0,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats]:
-    """The same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x Wᵀ + v B̂ᵀ − γ ⊙ (x Â⁰ᵀ) B̂⁰ᵀ + bias.
+    """Apply the same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x Wᵀ + v
+    B̂ᵀ − γ ⊙ (x Â⁰ᵀ) B̂⁰ᵀ + bias.
 
     Â and B̂ hold the experts' factors one beside the other, Â⁰ and B̂⁰ the constant pairs.
 
     Args:
-        x, weight, A, B, router, gates, adapter_ids, top_k, renormalize, scale, bias, token_mask, frozen_A, frozen_B,
-            residual, dropout_mask: as in `moe_lora_linear`.
+        x, weight, A, B, router, gates, adapter_ids, top_k, renormalize, scale, bias, token_mask,
+            frozen_A, frozen_B, residual, dropout_mask: as in `moe_lora_linear`.
 
     Returns:
         y, `[..., N]`, and the router's statistics.
@@ -147,7 +154,7 @@ def moe_lora_linear_dense(
 
 
 def _each(value: float | Tensor, experts: Tensor) -> list[float] | Tensor:
-    """A number, or a tensor of one for each expert, as one for each."""
+    """Return a number, or a tensor of one for each expert, as one for each."""
     return value if isinstance(value, Tensor) and value.dim() else [value] * len(experts)  # type: ignore[list-item]
 
 

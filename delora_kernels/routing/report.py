@@ -1,6 +1,8 @@
-"""expert_report: how a model's routers use their experts, as a table and a heat map, and which experts are dead.
+"""expert_report: how a model's routers use their experts, as a table and a heat map, and which
+experts are dead.
 
-A forward pass leaves its statistics in each layer with a router; `watch.py` adds up those of several passes.
+A forward pass leaves its statistics in each layer with a router; `watch.py` adds up those of
+several passes.
 """
 
 import math
@@ -39,7 +41,9 @@ class ExpertUse:
 
     @property
     def share(self) -> tuple[float, ...]:
-        """Each expert's part of the work, relative to an even one: f E / k; of a dense router P E."""
+        """Each expert's part of the work, relative to an even one: f E / k; of a dense router
+        P E.
+        """
         E = len(self.fraction)
         dense = self.top_k == E
         return tuple(
@@ -48,7 +52,9 @@ class ExpertUse:
 
     @property
     def tokens_per_expert(self) -> tuple[float, ...]:
-        """How many of the counted tokens each expert got; of a dense router the sum of its probabilities."""
+        """How many of the counted tokens each expert got; of a dense router the sum of its
+        probabilities.
+        """
         dense = self.top_k == len(self.fraction)
         return tuple(self.tokens * value for value in (self.probability if dense else self.fraction))
 
@@ -59,7 +65,9 @@ class ExpertUse:
 
     @property
     def balance(self) -> float:
-        """The balance loss in the paper's convention: 1 where all experts are used alike, at most E / k."""
+        """The balance loss in the paper's convention: 1 where all experts are used alike, at most E
+        / k.
+        """
         pairs = zip(self.fraction, self.probability, strict=True)
         return len(self.fraction) / self.top_k * sum(f * p for f, p in pairs)
 
@@ -83,7 +91,9 @@ class ExpertReport:
         return tuple((layer.name, e) for layer in self.layers for e in layer.dead)
 
     def summary(self) -> dict[str, float]:
-        """The means over layers of balance and entropy, and the number of dead experts, by the names of logs."""
+        """Return the means over layers of balance and entropy, and the number of dead experts, by
+        the names of logs.
+        """
         n = len(self.layers)
         return {
             "router/balance": sum(layer.balance for layer in self.layers) / n,
@@ -92,7 +102,9 @@ class ExpertReport:
         }
 
     def by_layer(self) -> dict[str, float]:
-        """What `summary` has, and the tokens of each expert, for every layer, by the names of logs."""
+        """Return what `summary` has, and the tokens of each expert, for every layer, by the names
+        of logs.
+        """
         found: dict[str, float] = {}
         for layer in self.layers:
             numbers = {"balance": layer.balance, "entropy": layer.entropy, "dead_experts": float(len(layer.dead))}
@@ -101,7 +113,7 @@ class ExpertReport:
         return found
 
     def table(self) -> Any:
-        """A `rich.table.Table`, one row a layer.
+        """Return a `rich.table.Table`, one row a layer.
 
         Raises:
             ImportError: rich is not installed.
@@ -124,7 +136,8 @@ class ExpertReport:
         return table
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """The heat map, layer × expert, of the shares; an even share is white, a dead expert is marked.
+        """Return the heat map, layer × expert, of the shares; an even share is white, a dead expert
+        is marked.
 
         Args:
             path: Where to save it; None: nowhere.
@@ -174,7 +187,9 @@ class ExpertReport:
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """Return the parts that all dotted names begin with, and the dot behind them; "" where a name would vanish."""
+    """Return the parts that all dotted names begin with, and the dot behind them; "" where a name
+    would vanish.
+    """
     shared = 0
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -206,7 +221,7 @@ def expert_report(model: nn.Module) -> ExpertReport:
 
 
 def routed_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers of `model` that have routers, by name."""
+    """Return the layers of `model` that have routers, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Routed)]
 
 
@@ -215,7 +230,9 @@ def _stats(model: nn.Module) -> list[tuple[str, RouterStats]]:
 
 
 def stats_of(name: str, layer: Any) -> list[tuple[str, RouterStats]]:
-    """The statistics of a layer's last pass; of PEFT's layers those of the active adapters."""
+    """Return the statistics of a layer's last pass; of PEFT's layers those of the active
+    adapters.
+    """
     if hasattr(layer, "router_stats"):
         if layer.disable_adapters or layer.merged:
             return []
@@ -230,7 +247,7 @@ def _numbers(stats: RouterStats) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def report_of(uses: list[ExpertUse]) -> ExpertReport:
-    """The report of them, or the error that there are none."""
+    """Return the report of them, or the error that there are none."""
     if not uses:
         remedy = "adapt it with GoatConfig or MoELoRALinear, and run a forward pass"
         raise checks.fail(ValueError, "expert_report", "model", "one whose routers have run", "none that has", remedy)

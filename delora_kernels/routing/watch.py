@@ -34,7 +34,7 @@ class ExpertWatch:
         return bool(self._sums)
 
     def report(self) -> ExpertReport:
-        """What was counted since the beginning, or the last `reset`.
+        """Return what was counted since the beginning, or the last `reset`.
 
         Raises:
             ValueError: nothing was.
@@ -55,8 +55,8 @@ def watch_experts(model: nn.Module, training: bool | None = None) -> Iterator[Ex
             evaluate(model)
         print(watch.report())
 
-    The tokens that a layer's losses count are counted, all of them where it has no mask. A recomputed pass
-    (checkpointing) counts again, which leaves the shares alone.
+    The tokens that a layer's losses count are counted, all of them where it has no mask. A
+    recomputed pass (checkpointing) counts again, which leaves the shares alone.
 
     Args:
         model: Any module with mixtures of `nn`, or with GOAT layers in PEFT.

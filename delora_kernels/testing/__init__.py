@@ -1,12 +1,15 @@
-"""How results are judged: input makers, float64 oracles, tolerances, poison; shared by tests, `check` and benchmarks.
+"""How results are judged: input makers, float64 oracles, tolerances, poison; shared by tests,
+`check` and benchmarks.
 
-    problem = METHODS["dora"].problem(T=64, K=128, N=96, r=8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    dtypes = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+    problem = METHODS["dora"].problem(T=64, K=128, N=96, r=8, **dtypes)
     for m in measure(problem):
         assert m.ok, m
 
-A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager PyTorch in the same
-dtypes, and the oracle in float64. `measure` runs all three and compares. The rest of the package imports it where
-kernels are checked or prove themselves (diagnostics/proof.py), and not before.
+A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager
+PyTorch in the same dtypes, and the oracle in float64. `measure` runs all three and compares. The
+rest of the package imports it where kernels are checked or prove themselves (diagnostics/proof.py),
+and not before.
 """
 
 from delora_kernels.testing.dropout import measure_dropout_mask

@@ -1,4 +1,6 @@
-"""What a dropout mask owes: the right rate, independent elements, independent seeds, the same bits every time."""
+"""What a dropout mask owes: the right rate, independent elements, independent seeds, the same bits
+every time.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +15,9 @@ SIGMAS = 6.0
 
 
 def dropout_masks(T: int, K: int, dropout_p: float | Sequence[float], seed: Tensor, backend: str) -> Tensor:
-    """The elements that a backend keeps: bool `[T, K]` for a 0-d seed, `[S, T, K]` for the seeds `[S]` of S masks."""
+    """Return the elements that a backend keeps: bool `[T, K]` for a 0-d seed, `[S, T, K]` for the
+    seeds `[S]` of S masks.
+    """
     probabilities = [dropout_p] if isinstance(dropout_p, float) else dropout_p
     seeds = seed.reshape(-1)
     kept = [ops.dropout_mask(T, K, p, one, backend) for p, one in zip(probabilities, seeds, strict=True)]
@@ -34,7 +38,8 @@ def measure_dropout_mask(
         seed: Of the mask; seed + 1 is the other mask it is compared with.
 
     Returns:
-        `rate`, agreement with the `next row`, the `next column` and the `next seed`, and `repeat` (0 or ∞).
+        `rate`, agreement with the `next row`, the `next column` and the `next seed`, and `repeat`
+        (0 or ∞).
     """
     first, again, other = (
         ops.dropout_mask(T, K, p, torch.tensor(s, dtype=torch.int64, device=device), backend)

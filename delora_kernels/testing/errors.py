@@ -5,14 +5,15 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> float:
-    """The error of `got`, computed in float64.
+    """Return the error of `got`, computed in float64.
 
         max |got − expected| / max |expected|
 
-    Both maxima run over the whole tensor or, with `dim`, over each vector along it, and the worst vector counts: use it
-    where vectors differ in size by orders of magnitude, as the gradients of clamped norms do. Where all that is
-    expected is exactly 0, the error is max |got| itself. NaN and ±Inf are wanted in exactly the places where they are
-    expected (the error is ∞ otherwise) and left out of both maxima there.
+    Both maxima run over the whole tensor or, with `dim`, over each vector along it, and the worst
+    vector counts: use it where vectors differ in size by orders of magnitude, as the gradients of
+    clamped norms do. Where all that is expected is exactly 0, the error is max |got| itself. NaN
+    and ±Inf are wanted in exactly the places where they are expected (the error is ∞ otherwise) and
+    left out of both maxima there.
 
     Args:
         got: Any shape and float dtype.

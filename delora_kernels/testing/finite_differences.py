@@ -1,4 +1,6 @@
-"""The fused gradients against finite differences in float64: a check that knows nothing of the reference."""
+"""The fused gradients against finite differences in float64: a check that knows nothing of the
+reference.
+"""
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ def gradcheck(
 ) -> float:
     """torch.autograd.gradcheck of every gradient of a method, element by element.
 
-    DoRA's norm is a constant for gradients but not for finite differences. So the magnitude follows the norm here:
-    c = m / norm then stays where it is while A, B and W are moved, and the gradient of m is what it was.
+    DoRA's norm is a constant for gradients but not for finite differences. So the magnitude follows
+    the norm here: c = m / norm then stays where it is while A, B and W are moved, and the gradient
+    of m is what it was.
 
     Args:
         method: What to differentiate.
@@ -30,7 +33,8 @@ def gradcheck(
         seed: Of the inputs.
 
     Returns:
-        The relative error of all gradients together along one random direction d: |⟨dy, y(+d) − y(−d)⟩ / 2 − ⟨g, d⟩|.
+        The relative error of all gradients together along one random direction d: |⟨dy, y(+d) −
+        y(−d)⟩ / 2 − ⟨g, d⟩|.
 
     Raises:
         torch.autograd.gradcheck.GradcheckError: a gradient is wrong.

@@ -1,16 +1,20 @@
-"""How far a result is from the truth, and how far it may be. The limit is derived from the problem, never tuned.
+"""How far a result is from the truth, and how far it may be. The limit is derived from the problem,
+never tuned.
 
     limit = 2 · e + ROUNDINGS · (ε / 2) · (1 + κ)
 
-    e   the error of eager PyTorch in the same dtypes against the float64 oracle: a fused kernel rounds in other places
-        but has no reason to be more than twice as far off. It is the largest of a few runs whose inputs differ in
-        their last bits, because a single run may be lucky, above all where the result is one number
-    ε   `torch.finfo(...).eps` of the coarsest dtype that the result passes through: the one in which eager PyTorch
-        holds it, its own, or that of a tensor which the contract of the method rounds on the way (`Problem.through`)
-    κ   by how many ε the result moves when every input moves by one ε: where terms cancel, one rounding shows κ-fold
+    e   the error of eager PyTorch in the same dtypes against the float64 oracle: a fused kernel
+        rounds in other places but has no reason to be more than twice as far off. It is the largest
+        of a few runs whose inputs differ in their last bits, because a single run may be lucky,
+        above all where the result is one number
+    ε   `torch.finfo(...).eps` of the coarsest dtype that the result passes through: the one in
+        which eager PyTorch holds it, its own, or that of a tensor which the contract of the method
+        rounds on the way (`Problem.through`)
+    κ   by how many ε the result moves when every input moves by one ε: where terms cancel, one
+        rounding shows κ-fold
 
-In float64 the oracle rounds as the code under test does, so it gets half as much again. Rounding errors are
-proportional to ε: there e is measured in float32 and scaled.
+In float64 the oracle rounds as the code under test does, so it gets half as much again. Rounding
+errors are proportional to ε: there e is measured in float32 and scaled.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +29,17 @@ from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.poison import uninitialised_is_nan
 
 ROUNDINGS = 4
-"""The stages between an input and a result, of which each may round once more than eager PyTorch does: the factors are
+"""The stages between an input and a result, of which each may round once more than eager PyTorch
+does: the factors are
 folded, then come h, y or dv, the small gradient, and the cast to the dtype of the result."""
 
 _STEP = 2.0**-26
 """Relative step of the finite difference that gives κ: the middle of float64's 52 bits."""
 
 _NEIGHBOURS = 4
-"""Random directions in which the inputs move, by _STEP for κ and by their last bit for e; the largest effect counts."""
+"""Random directions in which the inputs move, by _STEP for κ and by their last bit for e; the
+largest effect counts.
+"""
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Tensor]
@@ -50,7 +57,8 @@ class Problem:
         oracle: The same by eager PyTorch, called with every float tensor in float64 on the CPU.
         dtypes: The dtype in which each result must come.
         through: Results that pass through a dtype coarser than their own by contract → that dtype.
-        vector_dims: For results whose vectors stand alone, the dimension of the vectors (see `relative_error`).
+        vector_dims: For results whose vectors stand alone, the dimension of the vectors (see
+            `relative_error`).
     """
 
     name: str
@@ -92,14 +100,16 @@ def measure(problem: Problem, poison: bool = True) -> list[Measurement]:
 
     Args:
         problem: What to run.
-        poison: False: memory is left as it is; poisoning changes settings of the process, for other threads too.
+        poison: False: memory is left as it is; poisoning changes settings of the process, for other
+            threads too.
 
     Returns:
-        One measurement for each result of the oracle, one for each result that should not be there, and one for each
-        input that was written to.
+        One measurement for each result of the oracle, one for each result that should not be there,
+        and one for each input that was written to.
 
     Raises:
-        ValueError: eager PyTorch itself overflows on these inputs, so there is nothing to compare with.
+        ValueError: eager PyTorch itself overflows on these inputs, so there is nothing to compare
+            with.
     """
     exact = moved(problem.inputs, torch.float64, "cpu")
     expected = problem.oracle(exact)
@@ -146,7 +156,9 @@ def _yardsticks(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str,
 
 
 def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, list[float]], dict[str, torch.dtype]]:
-    """The errors of eager PyTorch on the inputs and on their neighbours, and the dtypes of its results."""
+    """Return the errors of eager PyTorch on the inputs and on their neighbours, and the dtypes of
+    its results.
+    """
     errors: dict[str, list[float]] = {}
     for neighbour in (inputs, *_neighbours(inputs)):
         eager = problem.eager(neighbour)
@@ -158,7 +170,9 @@ def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, list[floa
 
 
 def _kappa(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, float]:
-    """The largest relative change of every result over the relative change of the inputs, to first order."""
+    """Return the largest relative change of every result over the relative change of the inputs, to
+    first order.
+    """
     kappa = dict.fromkeys(expected, 0.0)
     for neighbour in _neighbours(exact, _STEP):
         for what, change in _errors(problem, problem.oracle(neighbour), expected).items():
@@ -167,7 +181,9 @@ def _kappa(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, floa
 
 
 def _neighbours(inputs: Inputs, step: float | None = None) -> Iterator[dict[str, Any]]:
-    """The inputs with every float element moved up or down by chance, by a relative step or (None) by ε."""
+    """Return the inputs with every float element moved up or down by chance, by a relative step or
+    (None) by ε.
+    """
     generator = torch.Generator().manual_seed(0)
     for _ in range(_NEIGHBOURS):
         neighbour = dict(inputs)
@@ -184,7 +200,9 @@ def _errors(problem: Problem, got: Outputs, expected: Outputs) -> dict[str, floa
 
 
 def moved(inputs: Inputs, dtype: torch.dtype, device: str | None = None) -> dict[str, Any]:
-    """The inputs with every float tensor, and every argument that is a dtype, in `dtype`; all tensors on `device`."""
+    """Return the inputs with every float tensor, and every argument that is a dtype, in `dtype`;
+    all tensors on `device`.
+    """
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.dtype):

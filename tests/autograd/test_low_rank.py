@@ -1,4 +1,6 @@
-"""The fused functions inside PyTorch: compile, checkpointing, autocast, layouts, in-place consumers, limits."""
+"""The fused functions inside PyTorch: compile, checkpointing, autocast, layouts, in-place
+consumers, limits.
+"""
 
 import itertools
 from typing import Any
@@ -51,7 +53,9 @@ def test_bitwise_repeat(variant: str, seed: int) -> None:
 @pytest.mark.parametrize(("dtype", "factor_dtype"), list(itertools.product(DTYPES, (*DTYPES, torch.float64))), ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dtypes(variant: str, dtype: torch.dtype, factor_dtype: torch.dtype, seed: int) -> None:
-    """y has weight's dtype, each gradient that of its tensor, and rounding is all that differs from float64."""
+    """y has weight's dtype, each gradient that of its tensor, and rounding is all that differs from
+    float64.
+    """
     maker = Maker(seed)
     arguments = narrow(maker.arguments(variant, T=33, K=40, N=24), dtype, factor_dtype)
     wide = narrow(arguments, torch.float64, torch.float64)
@@ -68,8 +72,8 @@ def test_dtypes(variant: str, dtype: torch.dtype, factor_dtype: torch.dtype, see
             if name == "lam"
             else value.abs().max()  # one number: what it is the sum of
         )
-        # at most eight roundings follow one another, each of size eps / 2, and their errors add up at worst; float32
-        # sums of up to 40 products are rounded as often again
+        # at most eight roundings follow one another, each of size eps / 2, and their errors add up
+        # at worst; float32 sums of up to 40 products are rounded as often again
         roundings = 8 if eps > torch.finfo(torch.float32).eps else 48
         assert (ours[name].double() - value).abs().max() <= roundings * eps / 2 * scale, name
 
@@ -136,7 +140,9 @@ def test_checkpointing_repeats_the_mask(variant: str, reentrant: bool, seed: int
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autocast_is_the_call_in_autocasts_dtype(variant: str, seed: int) -> None:
-    """Under autocast a float32 call computes what the bfloat16 call computes, and gradients come back in float32."""
+    """Under autocast a float32 call computes what the bfloat16 call computes, and gradients come
+    back in float32.
+    """
     maker = Maker(seed)
     narrowed = narrow(maker.arguments(variant), torch.bfloat16, torch.bfloat16)
     wide = narrow(narrowed, torch.float32, torch.float32)
@@ -164,7 +170,9 @@ def test_autocast_off_inside_and_float64_untouched(seed: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layouts(variant: str, seed: int) -> None:
-    """Transposed, strided and expanded tensors and gradients give the bits of their contiguous copies."""
+    """Transposed, strided and expanded tensors and gradients give the bits of their contiguous
+    copies.
+    """
     maker = Maker(seed)
     arguments = narrow(maker.arguments(variant, T=10), torch.float32, torch.float32)
     strided = {k: v.t().contiguous().t() if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in arguments.items()}
@@ -247,7 +255,9 @@ def test_saved_output_refuses_consumers_that_write_in_place(seed: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_second_derivatives_are_refused(variant: str, seed: int) -> None:
-    """Whichever way they are asked for; a gradient with create_graph=True that nobody differentiates is fine."""
+    """Whichever way they are asked for; a gradient with create_graph=True that nobody
+    differentiates is fine.
+    """
     arguments = Maker(seed).arguments(variant)
     leaves, fused = leaves_of(arguments), both(variant, arguments, None)[0]
     y = fused(**leaves)

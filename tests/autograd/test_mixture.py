@@ -1,4 +1,6 @@
-"""The fused mixture inside PyTorch: compile, checkpointing, autocast, layouts, limits, what is kept for backward."""
+"""The fused mixture inside PyTorch: compile, checkpointing, autocast, layouts, limits, what is kept
+for backward.
+"""
 
 from typing import Any
 
@@ -132,7 +134,9 @@ def test_layouts(variant: str, seed: int) -> None:
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "A", "B", "router", "gates"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_not_finite_in_not_finite_out(variant: str, name: str, bad: float, seed: int) -> None:
-    """In y where the dense form has it: every expert's B meets every token, if only with a v of 0."""
+    """In y where the dense form has it: every expert's B meets every token, if only with a v
+    of 0.
+    """
     arguments = moe_arguments(Maker(seed), variant)
     if not isinstance(arguments.get(name), Tensor):
         return
@@ -185,7 +189,9 @@ def test_second_derivatives_and_transforms_are_refused(variant: str, seed: int) 
 
 @pytest.mark.parametrize("variant", ["topk", "residual"])
 def test_kept_for_backward(variant: str) -> None:
-    """Beyond x and the parameters at most 4 · T · (R + E) numbers, a residual's own columns included."""
+    """Beyond x and the parameters at most 4 · T · (R + E) numbers, a residual's own columns
+    included.
+    """
     T, K, N, r, E = 512, 256, 384, 4, 8
     arguments = in_dtype(moe_arguments(Maker(0), variant, T, K, N, r, E), torch.float32)
     if variant == "residual":  # as large as the experts themselves, GOAT's

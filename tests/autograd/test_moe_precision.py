@@ -1,7 +1,9 @@
-"""A mixture's rounding in float32: never more than the naive formula's in the same dtype, on the same GEMMs.
+"""A mixture's rounding in float32: never more than the naive formula's in the same dtype, on the
+same GEMMs.
 
-Which order a library GEMM sums in depends on its shape, so the naive formula here puts the same factors side by side,
-and adds its share of dx onto dy W as addmm does; what is left to compare is the gating and its gradient.
+Which order a library GEMM sums in depends on its shape, so the naive formula here puts the same
+factors side by side, and adds its share of dx onto dy W as addmm does; what is left to compare is
+the gating and its gradient.
 """
 
 import math
@@ -39,7 +41,9 @@ class Projected(torch.autograd.Function):
 def naive(
     x: Tensor, W: Tensor, A: Tensor, B: Tensor, router: Tensor | None, gates: Tensor | None, **o: Tensor
 ) -> Tensor:
-    """y = x Wᵀ + Σ_e w_e s_e (x A_eᵀ) B_eᵀ in plain autograd: softmax, the largest, their sum, one product each."""
+    """y = x Wᵀ + Σ_e w_e s_e (x A_eᵀ) B_eᵀ in plain autograd: softmax, the largest, their sum, one
+    product each.
+    """
     rows = A.flatten(0, 1) if router is None else torch.cat([A.flatten(0, 1), router])
     h = Projected.apply(x, rows, W, o.pop("dy"))
     w = gates
@@ -110,10 +114,11 @@ def test_gradients_are_as_exact_as_the_naive_formulas(T: int, routed: bool, seed
 
 
 def assert_within_worst_case(made: Tensors, dy: Tensor, oracle: Tensor, found: Tensor) -> None:
-    """What rounding can do to dlogits_e = w_e Σ_j w_j (dw_e − dw_j) at worst, and to its product with x.
+    """What rounding can do to dlogits_e = w_e Σ_j w_j (dw_e − dw_j) at worst, and to its product
+    with x.
 
-    dw_e is a product of four factors summed over K, r and N; a logit that is off by δ changes w by 2 δ of itself, and
-    what is made of w twice that.
+    dw_e is a product of four factors summed over K, r and N; a logit that is off by δ changes w by
+    2 δ of itself, and what is made of w twice that.
     """
     wide = {name: value.double().abs() for name, value in made.items()}
     size = wide["scale"] * torch.einsum("tn,enr,erk,tk->te", dy.double().abs(), wide["B"], wide["A"], wide["x"])
@@ -129,7 +134,9 @@ def assert_within_worst_case(made: Tensors, dy: Tensor, oracle: Tensor, found: T
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_equal_experts_leave_the_router_alone(renormalize: bool, seed: int) -> None:
-    """Where every expert would help as much, no logit has a gradient: what is left is rounding of rounding."""
+    """Where every expert would help as much, no logit has a gradient: what is left is rounding of
+    rounding.
+    """
     T, g = 64, torch.Generator().manual_seed(seed)
     u, logits, dv = (torch.randn(T, n, generator=g) for n in (r, E, r))
     h = torch.cat([u.repeat(1, E), logits], dim=1)

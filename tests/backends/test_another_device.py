@@ -1,4 +1,6 @@
-"""Nothing assumes that tensors are on the CPU: all runs on a device that refuses those that are (another_device.py)."""
+"""Nothing assumes that tensors are on the CPU: all runs on a device that refuses those that are
+(another_device.py).
+"""
 
 import another_device
 import pytest

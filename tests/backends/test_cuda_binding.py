@@ -1,4 +1,6 @@
-"""The binding of the CUDA kernels says of every launcher what the header says: ctypes would not notice otherwise."""
+"""The binding of the CUDA kernels says of every launcher what the header says: ctypes would not
+notice otherwise.
+"""
 
 import ctypes
 import re

@@ -1,4 +1,6 @@
-"""The library of compiled kernels: what is said when it can't be used, and that nothing says it at import."""
+"""The library of compiled kernels: what is said when it can't be used, and that nothing says it at
+import.
+"""
 
 import os
 import re
@@ -70,7 +72,9 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_where_it_is_made_and_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the package where that can be written to, else in the user's cache; the newer one of two is taken."""
+    """In the package where that can be written to, else in the user's cache; the newer one of two
+    is taken.
+    """
     package, cached = tmp_path / "package", tmp_path / "cache/delora_kernels" / __version__ / cuda_library.LIBRARY
     package.mkdir()
     monkeypatch.setattr(cuda_library, "PACKAGE", package)
@@ -110,7 +114,9 @@ def broken(what: str, folder: Path) -> tuple[str, str]:
     "what", ["no file", "no library", "an unresolved symbol", "another ABI", "no ABI", "no launcher"]
 )
 def test_a_library_that_can_not_be_used(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason stands in the environment report, in explain and in use_backend's error; calls run without it."""
+    """The reason stands in the environment report, in explain and in use_backend's error; calls run
+    without it.
+    """
     path, reason = broken(what, tmp_path)
     monkeypatch.setenv(cuda_library.ENVIRONMENT_VARIABLE, path)
     found = environment()
@@ -139,7 +145,9 @@ def test_from_the_shell_a_broken_library_is_a_line(tmp_path: Path, monkeypatch: 
 
 @compiler
 def test_a_good_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for the host takes CPU tensors; one for GPUs needs a GPU, a driver for its CUDA and code for the card."""
+    """One for the host takes CPU tensors; one for GPUs needs a GPU, a driver for its CUDA and code
+    for the card.
+    """
     monkeypatch.setenv(cuda_library.ENVIRONMENT_VARIABLE, compiled(tmp_path))
     assert backends.unavailable("cuda") is None
     assert launch.on_host()
@@ -189,7 +197,9 @@ def test_what_machine_code_and_ptx_serve(info: str, serves: list[str], not_: lis
 @compiler
 @pytest.mark.parametrize("asked", ["at first in the compiled call", "before it"])
 def test_a_compiled_call_may_be_the_first(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile can trace neither an import nor a look at files: both happen, and the graph has no break."""
+    """torch.compile can trace neither an import nor a look at files: both happen, and the graph has
+    no break.
+    """
     monkeypatch.setenv(cuda_library.ENVIRONMENT_VARIABLE, compiled(tmp_path))
     monkeypatch.setattr(dispatch, "_requested", "cuda")
     if asked == "before it":

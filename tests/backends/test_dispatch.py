@@ -92,7 +92,9 @@ def test_every_backend_has_every_op(name: str) -> None:
 
 
 def test_backward_takes_each_op_from_where_the_backend_has_it(stand_ins: dict[str, str | None], seed: int) -> None:
-    """A backend with one op of its own: the call and its gradients meet both, and are what they were."""
+    """A backend with one op of its own: the call and its gradients meet both, and are what they
+    were.
+    """
     torch.manual_seed(seed)
     x, W, A, B = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 3), (4, 3), (2, 3), (4, 2)))
     leaves = [tensor.requires_grad_() for tensor in (x, A, B)]

@@ -1,4 +1,6 @@
-"""The bits of dropout masks against splitmix64 in Python's own integers: any rows, any number of columns."""
+"""The bits of dropout masks against splitmix64 in Python's own integers: any rows, any number of
+columns.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def splitmix64(index: int, seed: int) -> int:
 
 
 def kept(row: int, column: int, K: int, seed: int) -> bool:
-    """Whether 16 bits of the hash of the element's group of four, as a signed number, reach p's share of them."""
+    """Whether 16 bits of the hash of the element's group of four, as a signed number, reach p's
+    share of them.
+    """
     bits = splitmix64(row * -(-K // 4) + column // 4, splitmix64(0, seed & MASK)) >> 16 * (column % 4) & 0xFFFF
     return (bits ^ 0x8000) >= round(P * 65536)
 

@@ -1,4 +1,6 @@
-"""What the eager backend promises about rounding: results as good as the exact ones rounded once."""
+"""What the eager backend promises about rounding: results as good as the exact ones rounded
+once.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Whether tf32 is allowed, said by either of PyTorch's interfaces, each in a process that has used no other."""
+"""Whether tf32 is allowed, said by either of PyTorch's interfaces, each in a process that has used
+no other.
+"""
 
 import subprocess
 import sys

@@ -1,6 +1,8 @@
-"""The direct launch: the driver gets what Triton's own path gives it, from every kernel; and where it must not go.
+"""The direct launch: the driver gets what Triton's own path gives it, from every kernel; and where
+it must not go.
 
-Nothing is compiled or run: benchmarks/stand_in.py takes the driver's place, and `Variant` a compiled kernel's.
+Nothing is compiled or run: benchmarks/stand_in.py takes the driver's place, and `Variant` a
+compiled kernel's.
 """
 
 import importlib
@@ -52,7 +54,9 @@ KERNELS = {
 
 
 class Variant(CompiledKernel):
-    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton wanted compiled."""
+    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton
+    wanted compiled.
+    """
 
     run: Any = Launcher()
 
@@ -76,7 +80,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator["Seen"]:
 
 
 class Seen:
-    """Every launch as the driver got it; `direct` counts those that did not come by Triton's path."""
+    """Every launch as the driver got it; `direct` counts those that did not come by Triton's
+    path.
+    """
 
     def __init__(self) -> None:
         self.launches: list[Any] = []
@@ -122,7 +128,9 @@ DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (tor
 def test_the_driver_gets_what_tritons_path_gives_it(
     form: str, seen: Seen, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Every method, forward and backward: sizes of one, odd, aligned; misaligned inputs; the second time directly."""
+    """Every method, forward and backward: sizes of one, odd, aligned; misaligned inputs; the second
+    time directly.
+    """
     monkeypatch.setattr(forms, "DEFAULT", form)
     launched = checked(monkeypatch, seen)
     for name, method in METHODS.items():
@@ -204,7 +212,8 @@ def test_each_block_and_dtype_of_a_descriptor_counts(seen: Seen) -> None:
 
 
 def test_current_stream_and_another_device(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream is asked for at each launch; a kernel runs on the device of its tensors, which Triton takes to be the
+    """The stream is asked for at each launch; a kernel runs on the device of its tensors, which
+    Triton takes to be the
     current one; each device has its own variant."""
 
     class Pointer:
@@ -247,7 +256,9 @@ def _direct(seen: Seen) -> bool:
 
 
 def test_what_wants_to_see_each_launch_does(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profiler's hooks get each launch, debugging and instrumentation are compiled in: all by Triton's path."""
+    """A profiler's hooks get each launch, debugging and instrumentation are compiled in: all by
+    Triton's path.
+    """
     from triton import knobs
 
     called: list[Any] = []
@@ -320,7 +331,9 @@ def test_it_forgets_before_it_grows_for_ever(seen: Seen, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("tokens", [(1000, 1001, 1016, 1008), (33, 34, 47, 48)])
 def test_another_number_of_tokens_is_no_other_variant(tokens: tuple[int, ...], seen: Seen, seed: int) -> None:
-    """No kernel is compiled anew, or launched by Triton's path, because a batch has another length."""
+    """No kernel is compiled anew, or launched by Triton's path, because a batch has another
+    length.
+    """
     for method in METHODS.values():
         for T in tokens:
             inputs = method.draw(T, 48, 64, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32, seed=seed)
@@ -348,7 +361,9 @@ def test_a_kernel_in_another_order_is_refused(seen: Seen, monkeypatch: pytest.Mo
 def test_the_benchmark_launches_every_kernel_both_ways(
     seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """benchmarks.launch_overhead: as many launches by one way as by the other, by the way that it says."""
+    """benchmarks.launch_overhead: as many launches by one way as by the other, by the way that it
+    says.
+    """
     monkeypatch.setattr(launch_overhead, "REPEATS", 1)
     monkeypatch.setattr(launch_overhead, "standing_in", lambda: nullcontext())
     spent: dict[str, list[int]] = {}

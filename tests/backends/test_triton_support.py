@@ -1,4 +1,6 @@
-"""What the Triton backend does not take: the reason that `explain` gives is the one that an explicit request raises."""
+"""What the Triton backend does not take: the reason that `explain` gives is the one that an
+explicit request raises.
+"""
 
 import os
 from types import SimpleNamespace

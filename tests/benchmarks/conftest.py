@@ -7,7 +7,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two blocks and a byte-level BPE tokenizer of 300 tokens, saved as a user would save them."""
+    """A random Llama of two blocks and a byte-level BPE tokenizer of 300 tokens, saved as a user
+    would save them.
+    """
     import tokenizers
     import torch
     import transformers

@@ -1,4 +1,6 @@
-"""benchmarks.codegen: what is compiled without a GPU, and that a spill or too much shared memory fails it."""
+"""benchmarks.codegen: what is compiled without a GPU, and that a spill or too much shared memory
+fails it.
+"""
 
 import json
 import os
@@ -84,7 +86,9 @@ def test_products_off_the_matrix_units_fail() -> None:
 
 
 def test_sizes_of_one() -> None:
-    """Triton makes a constant of every argument that is 1; kernels must not treat it as a tensor."""
+    """Triton makes a constant of every argument that is 1; kernels must not treat it as a
+    tensor.
+    """
     first: dict[tuple[str, bool], codegen.Variant] = {}
     for variant in codegen.variants():
         first.setdefault((variant.kernel, variant.config.endswith("dropout")), variant)

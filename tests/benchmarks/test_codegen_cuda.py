@@ -1,4 +1,6 @@
-"""benchmarks.codegen_cuda: what ptxas says is read right, and a spill, too much shared memory or a warning fails it."""
+"""benchmarks.codegen_cuda: what ptxas says is read right, and a spill, too much shared memory or a
+warning fails it.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""ETHER and ETHER+ in the layer benchmarks: the authors' form as the rival, what it is judged by, what both keep."""
+"""ETHER and ETHER+ in the layer benchmarks: the authors' form as the rival, what it is judged by,
+what both keep.
+"""
 
 from typing import Any
 
@@ -39,7 +41,9 @@ def test_the_rival_is_the_authors_form(n: int, seed: int) -> None:
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("method", REFLECTIONS)
 def test_ours_and_the_authors_form_are_judged_and_timed(method: str, n: int, precision: str, seed: int) -> None:
-    """Also where the authors' blocks are others than the paper's, n > 1: each by its own formula."""
+    """Also where the authors' blocks are others than the paper's, n > 1: each by its own
+    formula.
+    """
     measured = rows(method, seed, precision, n)
     assert list(measured) == ["frozen", "frozen-again", "dk", "dk-triton", "dk-cuda", "dk-eager", "peft", "authors"]
     for name in ("frozen", "dk", "authors"):

@@ -1,4 +1,6 @@
-"""The family of methods: what one rung shares with the next, the bounds that each keeps, that all of them train."""
+"""The family of methods: what one rung shares with the next, the bounds that each keeps, that all
+of them train.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ def given() -> Task:
 
 @pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
 def test_every_rung_trains_within_its_bound(rung: Rung, given: Task) -> None:
-    """It starts at the frozen network (but for ETHER, which never is), the loss falls, no step breaks the bound."""
+    """It starts at the frozen network (but for ETHER, which never is), the loss falls, no step
+    breaks the bound.
+    """
     torch.manual_seed(0)
     found = climb(rung, given, 12)
     frozen = loss_of(*given).item()

@@ -31,7 +31,9 @@ REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
 
 @pytest.fixture
 def demo_run(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, dict[str, Any]]]]:
-    """Run the whole command for a few steps of 2 x 32 tokens; return its exit code and report.json, or {}."""
+    """Run the whole command for a few steps of 2 x 32 tokens; return its exit code and report.json,
+    or {}.
+    """
     threads = torch.get_num_threads()
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -212,7 +214,9 @@ def test_the_time_limit_ends_training_early(demo_run: Any) -> None:
 
 
 def test_without_steps_the_run_is_sized(demo_run: Any, monkeypatch: Any, capsys: Any) -> None:
-    """Where a step would take a second, the report has a curve of fewer tokens, and the record what was run."""
+    """Where a step would take a second, the report has a curve of fewer tokens, and the record what
+    was run.
+    """
     monkeypatch.setattr(cli, "_settings", lambda args, whole=cli._settings: dataclasses.replace(whole(args), **SIZED))
     monkeypatch.setattr(sizing, "measure", lambda run, config: sizing.Cost(0.1, 0.9 / 512))
     code, report = demo_run()
@@ -323,7 +327,8 @@ def test_held_out_text_shares_nothing_with_the_training_text(tiny: Path) -> None
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     train_rows, heldout_rows = ({tuple(row) for row in text.blocks(p, tokenizer, 64).tolist()} for p in parts)
     assert heldout_rows
-    # a few rows are formulas that documents repeat inside paragraphs (in Python 3.13's text, none in 3.11's)
+    # a few rows are formulas that documents repeat inside paragraphs (in Python 3.13's text, none
+    # in 3.11's)
     assert len(train_rows & heldout_rows) <= 0.02 * len(heldout_rows)
 
 

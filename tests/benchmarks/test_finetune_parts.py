@@ -1,4 +1,6 @@
-"""The pieces of `make demo`, one by one: text, memory probe, order of the runs, summary, verdict, machine."""
+"""The pieces of `make demo`, one by one: text, memory probe, order of the runs, summary, verdict,
+machine.
+"""
 
 import copy
 import dataclasses
@@ -101,14 +103,18 @@ def test_a_run_takes_the_rows_in_its_own_order(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("parts", "part_size", "count"), [(2, 1, 0), (3, 1, 2), (2, 2, 2), (4, 1, 11), (2, 3, 9)])
 def test_orders_are_all_that_sum_differently(parts: int, part_size: int, count: int) -> None:
-    """The counts by hand: pairings of the first two parts, times orders of the others, less the given order."""
+    """The counts by hand: pairings of the first two parts, times orders of the others, less the
+    given order.
+    """
     found = [order.tolist() for order in orders(parts, part_size)]
     assert len(found) == count
     assert all(sorted(order) == list(range(parts * part_size)) for order in found)
 
 
 def test_sums_in_parts_differ_by_rounding_alone() -> None:
-    """y, dx and dW of a float32 layer all round otherwise, by float32's precision; a 16-bit layer is left alone."""
+    """y, dx and dW of a float32 layer all round otherwise, by float32's precision; a 16-bit layer
+    is left alone.
+    """
     layer = torch.nn.Linear(370, 230)
     parts, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
     sum_in_parts(parts, 1 / 3)
@@ -213,7 +219,9 @@ def test_speed_in_words(step_ms: list[float], words: str) -> None:
 
 @pytest.mark.parametrize("slower", [0.1, 1.0, 8.0, 40.0, 1000.0])
 def test_a_run_is_fitted_to_the_machine(slower: float) -> None:
-    """On the README's machine 60 steps of 2 × 256 do not fit into 5 minutes; ten steps remain on one that is slower."""
+    """On the README's machine 60 steps of 2 × 256 do not fit into 5 minutes; ten steps remain on
+    one that is slower.
+    """
     wanted = dataclasses.replace(CONFIG, steps=60, batch_size=2, seq_len=256, yardstick=15, heldout_blocks=16)
     cost, seconds = sizing.Cost(0.05 * slower, 1.2 / 512 * slower), 240.0
     config = sizing.fitted(wanted, cost, seconds)

@@ -1,4 +1,6 @@
-"""What a benchmark refuses: a wrong kernel is not timed, a rival without memory is a row, an absent one says why."""
+"""What a benchmark refuses: a wrong kernel is not timed, a rival without memory is a row, an absent
+one says why.
+"""
 
 from typing import Any
 
@@ -74,7 +76,9 @@ def test_a_broken_mixture_is_refused(op: str, monkeypatch: pytest.MonkeyPatch, s
 
 
 def test_the_authors_loop_drops_what_each_expert_sees(seed: int) -> None:
-    """With the dropout of their trainers it keeps more for backward than without; the mixture's row is timed too."""
+    """With the dropout of their trainers it keeps more for backward than without; the mixture's row
+    is timed too.
+    """
     kept = {p: rows("goat", seed, dropout_p=p, E=4, k=2) for p in (0.0, 0.5)}
     assert all(measured["dk"]["status"] == "ok" for measured in kept.values())
     assert kept[0.5]["goat-eager"]["saved_mib"] > kept[0.0]["goat-eager"]["saved_mib"]

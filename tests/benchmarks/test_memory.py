@@ -1,4 +1,6 @@
-"""What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the measures."""
+"""What a layer keeps, allocates and holds at its peak, against PEFT on the same tensors; and the
+measures.
+"""
 
 import gc
 import weakref
@@ -44,7 +46,9 @@ def test_allocated_against_peft(method: str, peak: float) -> None:
 
 
 def gemm_scratch() -> int:
-    """What the frozen GEMM of dx allocates for itself: nothing on some CPUs, a packed copy of dy or W on others."""
+    """What the frozen GEMM of dx allocates for itself: nothing on some CPUs, a packed copy of dy or
+    W on others.
+    """
     dy, W = torch.zeros(T, N, dtype=torch.bfloat16), torch.zeros(N, K, dtype=torch.bfloat16)
     return allocations(lambda: torch.mm(dy, W)).peak - T * K * TWO_BYTES
 
@@ -52,10 +56,12 @@ def gemm_scratch() -> int:
 @pytest.mark.parametrize("precision", ["bf16-autocast", "bf16-fp32", "fp32"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_nothing_of_xs_size_in_a_wider_dtype(method: str, precision: str) -> None:
-    """No single allocation reaches the size of a float32 copy of x, dy or W, nor of BA or an identity matrix.
+    """No single allocation reaches the size of a float32 copy of x, dy or W, nor of BA or an
+    identity matrix.
 
-    All-float32 tensors are of that size themselves: there, the count of [T, K], [T, N] and [N, K] allocations is what
-    the traffic contract allows: y, dx, and for DoRA the tensor it keeps and one transient.
+    All-float32 tensors are of that size themselves: there, the count of [T, K], [T, N] and [N, K]
+    allocations is what the traffic contract allows: y, dx, and for DoRA the tensor it keeps and one
+    transient.
     """
     T, K, N = 640, 700, 660
     sizes = _allocation_sizes(layer(method, precision, (T, K, N, 8)).implementation("dk").run)
@@ -150,7 +156,9 @@ def test_garbage_of_before_and_of_the_measurement_is_collected() -> None:
 @pytest.mark.parametrize("implementation", ["dk", "peft", "addmm"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_kept_bytes_agree_with_what_the_profiler_sees_alive(method: str, implementation: str) -> None:
-    """Between forward and backward alive are y and what is kept: two counts, of hooks and of allocations."""
+    """Between forward and backward alive are y and what is kept: two counts, of hooks and of
+    allocations.
+    """
     made = layer(method, "fp32", (256, 320, 384, 8))
     built = made.implementation(implementation)
     y: list[Tensor] = []
@@ -161,9 +169,11 @@ def test_kept_bytes_agree_with_what_the_profiler_sees_alive(method: str, impleme
 @pytest.mark.parametrize("implementation", ["frozen", "peft", "addmm"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_peak_agrees_with_the_life_of_every_storage(method: str, implementation: str) -> None:
-    """Plain torch ops: a dispatch mode that sees every result, and when its storage goes, is a second count.
+    """Plain torch ops: a dispatch mode that sees every result, and when its storage goes, is a
+    second count.
 
-    Of PEFT's the forward pass alone: where gradients of x meet, autograd adds in place, but not under a mode.
+    Of PEFT's the forward pass alone: where gradients of x meet, autograd adds in place, but not
+    under a mode.
     """
     built = layer(method, "fp32", (256, 320, 384, 8)).implementation(implementation)
     run = built.forward if implementation == "peft" else built.run

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.method_comparison` on a tiny model: the same batches for all, fresh adapters for each seed."""
+"""`python -m benchmarks.method_comparison` on a tiny model: the same batches for all, fresh
+adapters for each seed.
+"""
 
 import json
 from pathlib import Path

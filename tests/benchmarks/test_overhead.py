@@ -1,4 +1,6 @@
-"""The overhead benchmark: its rivals compute what PEFT's model does, and its figures are what they say."""
+"""The overhead benchmark: its rivals compute what PEFT's model does, and its figures are what they
+say.
+"""
 
 import json
 import random
@@ -20,7 +22,9 @@ SIZES |= {"blocks": 2, "batch": 2, "sequence": 8, "r": 4, "limit_mib": None}
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_rivals_take_the_same_step(method: str) -> None:
-    """In float64: the loss and every gradient of the bare Functions and of ours are PEFT's; frozen has none."""
+    """In float64: the loss and every gradient of the bare Functions and of ours are PEFT's; frozen
+    has none.
+    """
     case = ModelCase(method, precision="fp32", **SIZES)
     base = adapted(case, "cpu", case.blocks).double()
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -39,7 +43,9 @@ def test_rivals_take_the_same_step(method: str) -> None:
 
 
 def test_figures(seed: int) -> None:
-    """Half of the overhead is gone; the interval holds that, is narrow where rounds agree, and wide where not."""
+    """Half of the overhead is gone; the interval holds that, is narrow where rounds agree, and wide
+    where not.
+    """
     draw = random.Random(seed)
     widths = []
     for noise in (0.001, 0.3):

@@ -1,4 +1,6 @@
-"""What people read of records: README's figures, tables and plots with losses in them, comparisons, the cost model."""
+"""What people read of records: README's figures, tables and plots with losses in them, comparisons,
+the cost model.
+"""
 
 import json
 import sys
@@ -81,7 +83,9 @@ def test_a_report_shows_losses_refusals_and_noise() -> None:
 
 
 def test_a_busy_machine_is_called_so() -> None:
-    """The same frozen linear, 31 ms in one case and 99 in another, contradicts a small noise within the rounds."""
+    """The same frozen linear, 31 ms in one case and 99 in another, contradicts a small noise within
+    the rounds.
+    """
     for longest, busy in ((31.0 * 1.49, False), (99.0, True)):
         rows = [each | {"median_ms": 31.0} for each in (row("lora", "frozen", 1.0), row("lora", "frozen-again", 1.03))]
         rows += [
@@ -120,7 +124,9 @@ def reflected(method: str, ours: float, authors: float | None, kept: float, **ot
 
 
 def test_reflections_are_held_to_what_they_must_show() -> None:
-    """3.00 / 1.50 of the authors' form and 8 MiB, one [T, N], are enough, 2.55 / 1.50 and 8.1 MiB are not."""
+    """3.00 / 1.50 of the authors' form and 8 MiB, one [T, N], are enough, 2.55 / 1.50 and 8.1 MiB
+    are not.
+    """
     rows = reflected("ether", 1.5, 3.0, 0.0) + reflected("ether-plus-both", 1.5, 2.55, 8.1)
     text = report({"machine": MACHINE, "rows": [*rows, *reflected("ether-both", 1.5, 1.6, 0.4, T=100)]})
     assert "| ETHER | 1024, 2048 → 2048, n=1 | fp32 | 1.50 | 2.00 | 0.00 | 0.00 |" in text
@@ -216,7 +222,9 @@ def test_a_file_that_is_no_record(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize(("form", "ratio"), [("b", 1.16), ("d", 1.11), ("c", 1.07)])
 def test_the_cost_model_is_the_designs_arithmetic(form: str, ratio: float) -> None:
-    """348 µs a GEMM and 15.6 µs a pass of 67 MB, T=8192, 4096², r=16: counted by hand, pass by pass."""
+    """348 µs a GEMM and 15.6 µs a pass of 67 MB, T=8192, 4096², r=16: counted by hand, pass by
+    pass.
+    """
     passes = {"c": 3, "d": 5, "b": 7}[form]
     by_hand = 1 + passes * 15.6 / (2 * 348)
     ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=2 * 8192 * 4096**2 / 348e-6)
@@ -244,7 +252,9 @@ def test_the_model_predicts_what_is_kept(seed: int) -> None:
 
 @pytest.mark.parametrize(("method", "passes"), [("ether", 5), ("ether-plus-both", 10)])
 def test_the_cost_model_counts_the_passes_of_reflections(method: str, passes: int) -> None:
-    """Forward a read and a write of what is turned, backward a read of it and of the gradient and a write: by hand."""
+    """Forward a read and a write of what is turned, backward a read of it and of the gradient and a
+    write: by hand.
+    """
     ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=2 * 8192 * 4096**2 / 348e-6)
     bare = ceilings.seconds(model.frozen(8192, 4096, 4096, 2, True))
     ours = ceilings.seconds(model.adapted(method, 8192, 4096, 4096, 0, 2, True))

@@ -87,7 +87,9 @@ def test_a_killed_run_loses_only_the_case_in_flight(
 def test_a_run_pauses_when_its_minutes_are_over(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """On a clock that goes on a minute at each look, two cases begin within 2.5; the same command does the third."""
+    """On a clock that goes on a minute at each look, two cases begin within 2.5; the same command
+    does the third.
+    """
     minutes = iter(range(100))
     monkeypatch.setattr(run, "monotonic", lambda: 60.0 * next(minutes))
     out = tmp_path / "bench.json"

@@ -1,4 +1,6 @@
-"""How benchmarks time: in turn, the same code twice alike, a GPU's host hidden behind a filled stream."""
+"""How benchmarks time: in turn, the same code twice alike, a GPU's host hidden behind a filled
+stream.
+"""
 
 import time
 from typing import Any, ClassVar
@@ -20,7 +22,9 @@ def test_interleaved_takes_turns_and_changes_the_first() -> None:
 
 
 def test_two_identical_passes_differ_by_less_than_five_percent() -> None:
-    """The harness measures itself. Another process may take the core meanwhile: then the medians settle later."""
+    """The harness measures itself. Another process may take the core meanwhile: then the medians
+    settle later.
+    """
     x = torch.randn(384, 384)
     passes = {name: lambda: x @ x for name in ("one", "two")}
     apart = 1.0
@@ -57,7 +61,9 @@ def test_a_pass_that_fails_is_left_out_and_the_others_go_on() -> None:
 
 
 class FakeCuda:
-    """A device with a clock of its own: work queues up behind what was launched before, the host runs ahead."""
+    """A device with a clock of its own: work queues up behind what was launched before, the host
+    runs ahead.
+    """
 
     def __init__(self) -> None:
         self.device, self.host = 0.0, 0.0
@@ -88,7 +94,9 @@ class FakeCuda:
 
 
 def test_cuda_times_are_the_devices_however_slow_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five launches of 0.01 ms of work that take the host 0.2 ms each: 0.05 ms on the device, 1 ms on the host."""
+    """Five launches of 0.01 ms of work that take the host 0.2 ms each: 0.05 ms on the device, 1 ms
+    on the host.
+    """
     cuda = FakeCuda()
     monkeypatch.setattr(time, "perf_counter", lambda: cuda.host / 1e3)
 

@@ -1,7 +1,8 @@
-"""Kernels broken on purpose: without one of their barriers, or with a wrong index, their results change.
+"""Kernels broken on purpose: without one of their barriers, or with a wrong index, their results
+change.
 
-Each barrier of csrc/ is removed in turn. Right kernels give the same bits in whatever order threads run; a broken
-one must differ from them, or fail, for one of a few orders.
+Each barrier of csrc/ is removed in turn. Right kernels give the same bits in whatever order threads
+run; a broken one must differ from them, or fail, for one of a few orders.
 """
 
 import ctypes
@@ -55,11 +56,15 @@ SIZES = {
     "route_backward": ((70, 9, 300, 40), (90, 9, 60, 3)),
     "row_norm": ((5, 900, 40, 20), (5, 1160, 40, 35)),
 }
-"""Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that 16 bytes divide; for
-row_norm more tiles than are on their way; for route_backward more columns than a warp has at a time."""
+"""Other tokens, in- and out-features, ranks: for dy_sums every tile that a block has, of rows that
+16 bytes divide; for
+row_norm more tiles than are on their way; for route_backward more columns than a warp has at a
+time."""
 
 SPLIT = {"route": (1, 528), "gating": (1, 528), "route_backward": (1, 528)}
-"""Blocks that sums are split for, where it is not 1: a block then walks through more tiles than it holds at a time."""
+"""Blocks that sums are split for, where it is not 1: a block then walks through more tiles than it
+holds at a time.
+"""
 
 ENDLESS = 120.0
 """Seconds after which a process has gone wrong: a right one takes a tenth of that."""

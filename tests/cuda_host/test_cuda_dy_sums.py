@@ -1,4 +1,6 @@
-"""One read of dy for dv, dyᵀ h and the vectors: every pair of dtypes, several chunks of columns and of tokens."""
+"""One read of dy for dv, dyᵀ h and the vectors: every pair of dtypes, several chunks of columns and
+of tokens.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def _off(got: Tensor | None, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=_names)
 def test_odd_shapes(dtypes: tuple[torch.dtype, ...], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To 1e-5 of the largest element in float64: sums are in float32 and a float32 factor keeps its bits."""
+    """To 1e-5 of the largest element in float64: sums are in float32 and a float32 factor keeps its
+    bits.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffle_threads(seed)
     for case in range(SHAPES):
@@ -69,7 +73,9 @@ def test_the_same_bits_in_any_order_of_threads(dtype: torch.dtype, seed: int) ->
 
 @pytest.mark.parametrize(("R", "reads"), [(1, 1), (32, 1), (33, 2)])
 def test_reads_of_dy(R: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One up to rank 32, and a launch that adds the parts; above, one for dv and one for the sums."""
+    """One up to rank 32, and a launch that adds the parts; above, one for dv and one for the
+    sums.
+    """
     launched = []
 
     def noted(name: str, *arguments: Tensor | float | bool | None) -> None:
@@ -88,7 +94,9 @@ def test_reads_of_dy(R: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_it_does_not_take() -> None:
-    """More ranks, operands of two dtypes, nothing to read: two kernels do it, or the launcher refuses."""
+    """More ranks, operands of two dtypes, nothing to read: two kernels do it, or the launcher
+    refuses.
+    """
     dy, small, h = torch.zeros(4, 6, dtype=BF16), torch.zeros(6, 2, dtype=BF16), torch.zeros(4, 2, dtype=BF16)
     assert dy_sums.takes(dy, small, h)
     assert not dy_sums.takes(dy, small, h.float())

@@ -1,4 +1,6 @@
-"""What a forward and a backward pass launch: our kernels, library GEMMs, and every other torch op that computes."""
+"""What a forward and a backward pass launch: our kernels, library GEMMs, and every other torch op
+that computes.
+"""
 
 from typing import Any
 
@@ -111,7 +113,9 @@ def test_launches(method: str, dtype: torch.dtype, factors: torch.dtype, monkeyp
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_autocast_folds_first(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 factors under autocast: their cast is a launch of its own, but for DeLoRA, whose fold casts."""
+    """Float32 factors under autocast: their cast is a launch of its own, but for DeLoRA, whose fold
+    casts.
+    """
     forward, backward = passes(method, BF16, WIDE, 16, True, monkeypatch)
     assert forward == (FORWARD[method] if method == "delora" else ["fold", *FORWARD[method]])
     assert backward == BACKWARD[method]

@@ -1,6 +1,8 @@
-"""The CUDA kernels on the CPU, through the host shim: every op and method against its formula, forward and backward.
+"""The CUDA kernels on the CPU, through the host shim: every op and method against its formula,
+forward and backward.
 
-Run by `make test-cuda-host`, which compiles them first. The order in which threads run is drawn anew in each test.
+Run by `make test-cuda-host`, which compiles them first. The order in which threads run is drawn
+anew in each test.
 """
 
 import pytest
@@ -53,7 +55,9 @@ def test_method(method: str, dtype: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OURS if "fold" not in name])
 def test_random_sizes(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived limit."""
+    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived
+    limit.
+    """
     sizes = torch.randint(1, 90, (RANDOM_SIZES, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, drawn, N, R in sizes:
         K = _side(name, drawn)
@@ -67,7 +71,9 @@ def test_random_sizes(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _side(name: str, drawn: int) -> int:
-    """The gradient of a direction of one number is 0 but for rounding: no limit can be derived for it."""
+    """The gradient of a direction of one number is 0 but for rounding: no limit can be derived for
+    it.
+    """
     return max(drawn, 2) if "reflect" in name or "fold" in name else drawn
 
 
@@ -76,7 +82,8 @@ def _side(name: str, drawn: int) -> int:
 def test_random_sizes_in_16_bits(name: str, dtype: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd shapes against derived limits, and no worse than eager PyTorch.
 
-    What is left of a sum across a direction of two numbers may cancel: test_cuda_reflect.py has limits for that.
+    What is left of a sum across a direction of two numbers may cancel: test_cuda_reflect.py has
+    limits for that.
     """
     narrow, wide = DTYPES[dtype]
     sizes = torch.randint(1, 90, (RANDOM_SIZES // 2, 4), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -93,7 +100,9 @@ def test_random_sizes_in_16_bits(name: str, dtype: str, seed: int, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["fold", "fold_backward"])
 def test_random_sizes_of_folds(name: str, seed: int) -> None:
-    """Against derived limits: a cast rounds, and a gradient that is zero but for rounding has no relative error."""
+    """Against derived limits: a cast rounds, and a gradient that is zero but for rounding has no
+    relative error.
+    """
     sizes = torch.randint(1, 90, (RANDOM_SIZES, 3), generator=torch.Generator().manual_seed(seed)).tolist()
     for K, N, R in sizes:
         variants = list(op_problems(name, 1, K + 1, N + 1, min(R, 40), backend="cuda", seed=seed))
@@ -113,7 +122,8 @@ def test_masks_have_the_bits_of_the_eager_backend(seed: int) -> None:
 
 
 def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums split among blocks, rows apart in memory, rows that 16 bytes do not divide, more ranks than a tile has; and
+    """Sums split among blocks, rows apart in memory, rows that 16 bytes do not divide, more ranks
+    than a tile has; and
     the same bits every time, in whatever order threads run."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(140, 700, generator=generator)
@@ -165,7 +175,9 @@ def test_nan_and_inf_show_where_they_do_in_the_eager_backend(value: float, seed:
 @pytest.mark.parametrize("K", [8, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_infinite_factor_in_row_norm_shows_as_in_the_formula(K: int, dtype: torch.dtype, seed: int) -> None:
-    """Also where a tile ends outside of W: infinite, not NaN; and a NaN stays in its row. For any strides."""
+    """Also where a tile ends outside of W: infinite, not NaN; and a NaN stays in its row. For any
+    strides.
+    """
     generator = torch.Generator().manual_seed(seed)
     W, A, B = (torch.randn(shape, generator=generator) for shape in ((21, K), (3, K), (21, 3)))
     W = W.to(dtype).float()  # beside float32 factors

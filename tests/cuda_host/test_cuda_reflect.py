@@ -1,4 +1,6 @@
-"""The reflections' CUDA kernels on the CPU: blocks of any size and number, every dtype, split sums, the same bits."""
+"""The reflections' CUDA kernels on the CPU: blocks of any size and number, every dtype, split sums,
+the same bits.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from delora_kernels.backends.cuda import launch, reflect, reflect_backward
 from delora_kernels.testing.ops import formulas
 
 SIZES = [(70, 1, 1100), (70, 3, 400), (33, 130, 2), (129, 9, 24), (1, 1, 1)]
-"""Tokens, blocks, features of each: more than a step's columns or a warp's, more blocks than a step takes."""
+"""Tokens, blocks, features of each: more than a step's columns or a warp's, more blocks than a step
+takes.
+"""
 RANDOM_SIZES = 4 if SANITIZED else 50
 
 
@@ -22,7 +26,9 @@ def _problem(T: int, n: int, D: int, dtype: torch.dtype, vectors: torch.dtype, s
 
 
 def _check(made: dict[str, Tensor], with_v: bool, with_bias: bool, limit: float) -> None:
-    """y and dx to `limit`, du and dv to 1e-5 of the largest of what is added up: one number may cancel."""
+    """y and dx to `limit`, du and dv to 1e-5 of the largest of what is added up: one number may
+    cancel.
+    """
     wide = {name: value.double() for name, value in made.items()}
     v, wide_v = (made["v"], wide["v"]) if with_v else (None, None)
     bias, wide_bias = (made["bias"], wide["bias"]) if with_bias else (None, None)

@@ -1,4 +1,5 @@
-"""The mixture's CUDA kernels on the CPU: gated where h is projected and where its parts are added, the same bits both
+"""The mixture's CUDA kernels on the CPU: gated where h is projected and where its parts are added,
+the same bits both
 ways; ties, empty batches, many experts, NaN, experts that nobody chooses; what is launched."""
 
 import pytest
@@ -30,7 +31,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_same_bits_both_ways(
     dtypes: tuple[torch.dtype, torch.dtype], seed: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
-    """Gated by the kernel that projects, or by a launch of its own that reads h: h, v and w; sums over tokens are
+    """Gated by the kernel that projects, or by a launch of its own that reads h: h, v and w; sums
+    over tokens are
     grouped in other blocks."""
     monkeypatch.setattr(launch, "SPLIT_TARGET", 1)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +62,9 @@ def test_the_same_bits_both_ways(
 @pytest.mark.parametrize("dtype", [WIDE, HALF, BF16])
 @pytest.mark.parametrize(("E", "r"), [(5, 7), (33, 3)])
 def test_parts_are_added_in_their_order_and_gated_as_rounded(E: int, r: int, dtype: torch.dtype, seed: int) -> None:
-    """h has the bits of a plain sum, part by part; v, w and the statistics those of h gated on its own."""
+    """h has the bits of a plain sum, part by part; v, w and the statistics those of h gated on its
+    own.
+    """
     T = 67
     draw = Draw(T, 1, 1, r, seed)
     for columns, gating in gatings(draw, T, E, r):
@@ -86,7 +90,9 @@ def test_ties_go_to_the_lowest_index(E: int) -> None:
 
 
 def test_launches_forward(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """Two where the sum over K is in one piece and h has few columns, else three; one more for each more mask."""
+    """Two where the sum over K is in one piece and h has few columns, else three; one more for each
+    more mask.
+    """
     for target, T, K, E, r, masks, expected in (
         (1, 70, 90, 4, 3, 1, ["project_route"]),
         (528, 70, 60, 4, 3, 1, ["project_route"]),
@@ -106,7 +112,9 @@ def test_launches_forward(monkeypatch: pytest.MonkeyPatch, launched: list[str]) 
 
 @pytest.mark.parametrize("target", [1, 528])
 def test_what_is_not_finite(target: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """Inf in an expert that nobody chooses does not show, a NaN logit shows in all of v; both ways."""
+    """Inf in an expert that nobody chooses does not show, a NaN logit shows in all of v; both
+    ways.
+    """
     monkeypatch.setattr(launch, "SPLIT_TARGET", target)
     E, r, T, K = 3, 2, 70, 1 if target == 1 else 100
     x = torch.zeros(T, K)

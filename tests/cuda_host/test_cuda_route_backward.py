@@ -1,4 +1,5 @@
-"""The gradient of a mixture's gating in CUDA kernels on the CPU: from parts of dv, with many experts, NaN and Inf; what
+"""The gradient of a mixture's gating in CUDA kernels on the CPU: from parts of dv, with many
+experts, NaN and Inf; what
 is launched."""
 
 import pytest
@@ -16,7 +17,8 @@ from delora_kernels.testing.draw import Draw
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("E", "r"), [(2, 3), (32, 17), (33, 17), (100, 3), (512, 2)])
 def test_many_experts_and_tokens(E: int, r: int, shared: bool, seed: int) -> None:
-    """As few experts as lanes share and more than a warp has, more tokens than a block has, more columns than a warp
+    """As few experts as lanes share and more than a warp has, more tokens than a block has, more
+    columns than a warp
     has at a time; as the eager backend, to 1e-5."""
     shuffle_threads(seed)
     T, N, passed = 75, 9, 5
@@ -74,7 +76,9 @@ def test_launches_backward(r: int, reads: list[str], need_scale: bool, monkeypat
 
 
 def test_tokens_without_a_share_have_no_say_and_experts_without_a_weight_no_part(seed: int) -> None:
-    """Even if NaN or Inf: statistics are those of the eager backend, its gradients are finite in the same places."""
+    """Even if NaN or Inf: statistics are those of the eager backend, its gradients are finite in
+    the same places.
+    """
     T, E, r = 40, 6, 3
     draw = Draw(T, 1, 1, r, seed)
     for columns, gating in gatings(draw, T, E, r):

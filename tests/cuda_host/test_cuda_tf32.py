@@ -1,4 +1,6 @@
-"""Where torch allows tf32, float32 operands are rounded to it once and multiplied exactly; where not, they are not."""
+"""Where torch allows tf32, float32 operands are rounded to it once and multiplied exactly; where
+not, they are not.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -16,7 +18,9 @@ from delora_kernels.op_arguments import Gating, Masks
 
 SHAPES = 4 if SANITIZED else 20
 Found = dict[str, tuple[Tensor, Tensor]]
-"""Name → a kernel's result and the same in float64, of operands that are rounded before each product or not."""
+"""Name → a kernel's result and the same in float64, of operands that are rounded before each
+product or not.
+"""
 
 
 @pytest.fixture(params=["highest", "high", "medium"])
@@ -123,7 +127,9 @@ def test_a_mixture_gated_on_the_way(
 
 
 def test_infinity_beside_float16_is_that_of_the_formula(seed: int) -> None:
-    """Infinite, not NaN, whichever operand it is in, and NaN where it meets 0 or comes from both signs."""
+    """Infinite, not NaN, whichever operand it is in, and NaN where it meets 0 or comes from both
+    signs.
+    """
     shuffle_threads(seed)
     generator = torch.Generator().manual_seed(seed)
     x, small = torch.randn(70, 90, generator=generator).half(), torch.randn(90, 20, generator=generator)

@@ -1,4 +1,6 @@
-"""What one read of a token-sized matrix gives, all of it at once: sums, with a mask, and the rank-R term on the way."""
+"""What one read of a token-sized matrix gives, all of it at once: sums, with a mask, and the rank-R
+term on the way.
+"""
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def test_vectors_beside_a_masked_product(columns: int, sums: bool, dtype: torch.
 def test_the_term_on_the_way(
     dtypes: tuple[torch.dtype, torch.dtype], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """out = factor · drop(h small), rounded once, beside the product of h's first columns; every third one masked."""
+    """out = factor · drop(h small), rounded once, beside the product of h's first columns; every
+    third one masked.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffle_threads(seed)
     for case in range(SHAPES):
@@ -72,8 +76,8 @@ def test_the_term_on_the_way(
         expected = factor * (x.double() * kept).t() @ wide[:, :ranks]
         error = ((product.t() if case % 2 == 0 else product) - expected).abs().max()
         assert error <= 1e-5 * expected.abs().max(), case_of
-        # a rounding to out's dtype, those of float32 sums, and of float32 factors beside bfloat16 those of two planes,
-        # beside float16 those of two tf32 numbers
+        # a rounding to out's dtype, those of float32 sums, and of float32 factors beside bfloat16
+        # those of two planes, beside float16 those of two tf32 numbers
         terms = (R + 3) * 2**-24 + {(BF16, WIDE): 2**-15, (HALF, WIDE): 3 * 2**-22}.get(dtypes, 0.0)
         exact, size, of = factor * wide @ small, factor * wide.abs() @ small.abs(), torch.finfo(dtypes[0])
         limit = of.eps / 2 * (exact.abs() + of.smallest_normal) + terms * size
@@ -110,7 +114,9 @@ def test_the_same_bits_in_any_order_of_threads(dtype: torch.dtype, seed: int) ->
 def test_who_writes_the_term(
     ranks: list[int], r: int, launches: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """token_sums, where one block holds all ranks of the one mask; else rank_update, for each mask."""
+    """token_sums, where one block holds all ranks of the one mask; else rank_update, for each
+    mask.
+    """
     launched = []
 
     def noted(name: str, *arguments: Tensor | float | bool | None) -> None:

@@ -1,4 +1,6 @@
-"""What the kernels do otherwise on sm_75, without asynchronous copies and bfloat16 tensor cores, on the CPU."""
+"""What the kernels do otherwise on sm_75, without asynchronous copies and bfloat16 tensor cores, on
+the CPU.
+"""
 
 import ctypes
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""`python -m delora_kernels check` on broken kernels: each of BREAKAGES fails, in the rows where it must show."""
+"""`python -m delora_kernels check` on broken kernels: each of BREAKAGES fails, in the rows where it
+must show.
+"""
 
 import json
 from functools import partial
@@ -210,7 +212,9 @@ def test_broken_op_fails(
 def test_precision_lost_in_mixed_dtypes_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float32 adapters on a bfloat16 base must keep float32's precision in the adapters' gradients."""
+    """float32 adapters on a bfloat16 base must keep float32's precision in the adapters'
+    gradients.
+    """
     right = eager.input_backward
 
     def narrow(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:

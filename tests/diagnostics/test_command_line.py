@@ -136,7 +136,9 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("arguments", [["--verbose"], ["--json"]])
 def test_reader_that_goes_away(arguments: list[str]) -> None:
-    """`python -m delora_kernels check | head -1`: no traceback, and the status that a shell gives for SIGPIPE."""
+    """`python -m delora_kernels check | head -1`: no traceback, and the status that a shell gives
+    for SIGPIPE.
+    """
     program = (
         "import runpy; from delora_kernels.diagnostics import check;"
         "check.METHODS = {'lora': check.METHODS['lora']}; runpy.run_module('delora_kernels', run_name='__main__')"
@@ -214,7 +216,9 @@ def test_bad_environment_variable(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def fake_backend(monkeypatch: pytest.MonkeyPatch, supports: Any) -> None:
-    """Make `cuda` a backend that runs the eager functions but takes only what `supports` does not refuse."""
+    """Make `cuda` a backend that runs the eager functions but takes only what `supports` does not
+    refuse.
+    """
     module = ModuleType("fake")
     module.__dict__.update(vars(eager) | {"supports": supports})
     monkeypatch.setitem(backends._MODULES, "cuda", "fake")

@@ -1,4 +1,6 @@
-"""An automatic choice takes a backend's kernels where they are right, with stand-ins for those that can't run here."""
+"""An automatic choice takes a backend's kernels where they are right, with stand-ins for those that
+can't run here.
+"""
 
 import logging
 import threading
@@ -21,7 +23,9 @@ Op = Callable[..., Any]
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Every backend runs on a CPU with eager's ops, until a test changes one; none is proved yet."""
+    """Every backend runs on a CPU with eager's ops, until a test changes one; none is proved
+    yet.
+    """
     loaded = {
         name: SimpleNamespace(
             **{op: getattr(eager, op) for op in (*ops.NAMES, "wants_scaled")} | {"supports": lambda call: None}
@@ -111,7 +115,9 @@ def failing(*given: Any) -> Any:
 def test_wrong_kernels_are_left_alone(
     op: str, replacement: Op, words: str, stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next backend takes the calls, a warning says it once, and `explain` why; on request they run."""
+    """The next backend takes the calls, a warning says it once, and `explain` why; on request they
+    run.
+    """
     setattr(stand_ins["triton"], op, replacement)
     for _ in range(2):
         found = explain("lora_linear", **arguments())
@@ -131,7 +137,9 @@ def test_wrong_kernels_are_left_alone(
 
 
 def test_the_caller_shows_in_no_verdict_and_a_verdict_not_in_the_caller(stand_ins: dict[str, Any]) -> None:
-    """The proof has its own autocast, inference mode, saved-tensor hooks and default device; no random number goes."""
+    """The proof has its own autocast, inference mode, saved-tensor hooks and default device; no
+    random number goes.
+    """
     packed: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -154,7 +162,9 @@ def test_the_caller_shows_in_no_verdict_and_a_verdict_not_in_the_caller(stand_in
 
 
 def test_inside_a_checkpoint(stand_ins: dict[str, Any]) -> None:
-    """The first call stands in a checkpointed region, whose recomputation must save the same tensors again."""
+    """The first call stands in a checkpointed region, whose recomputation must save the same
+    tensors again.
+    """
     from torch.utils.checkpoint import checkpoint
 
     given = arguments(dtype=WIDE)
@@ -200,7 +210,9 @@ def test_a_backward_pass_waits_for_no_proof(stand_ins: dict[str, Any]) -> None:
 def test_what_passes_is_no_verdict(
     stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory, no thread while the interpreter ends: the next call asks again, and nobody is to report it."""
+    """No memory, no thread while the interpreter ends: the next call asks again, and nobody is to
+    report it.
+    """
 
     def full(*given: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,4 +1,6 @@
-"""Two processes train an accelerated PEFT model as one trains it without accelerate(): DDP, FSDP, tensor parallel."""
+"""Two processes train an accelerated PEFT model as one trains it without accelerate(): DDP, FSDP,
+tensor parallel.
+"""
 
 from pathlib import Path
 
@@ -43,7 +45,9 @@ def test_hugging_face_accelerate(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp1(method: str, seed: int) -> None:
-    """Weights are whole inside their unit's forward: fused. (With use_orig_params=False torch refuses these units.)"""
+    """Weights are whole inside their unit's forward: fused. (With use_orig_params=False torch
+    refuses these units.)
+    """
     kinds = [("whole", True, "FULL_SHARD"), ("blocks", True, "FULL_SHARD"), ("blocks", True, "SHARD_GRAD_OP")]
     cases = [(method, seed, before, *kind) for kind in kinds for before in BEFORE_AND_AFTER]
     assert on_two_processes(fsdp1.train, *cases) == [[LAYERS] * len(cases)] * 2
@@ -57,11 +61,14 @@ def test_fsdp1_with_checkpointing(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "use_orig_params", "calls"),
-    # PEFT's DoRA reads lora_A's shape, which use_orig_params=True hides; torch refuses DeLoRA's units with False
+    # PEFT's DoRA reads lora_A's shape, which use_orig_params=True hides; torch refuses DeLoRA's
+    # units with False
     [("lora", True, 0), ("lora", False, 0), ("dora", False, 0), ("delora", True, LAYERS)],
 )
 def test_fsdp1_by_pefts_policy(method: str, use_orig_params: bool, calls: int, seed: int) -> None:
-    """lora_A and lora_B are units of their own, gathered only where they are called, which PEFT's forward does."""
+    """lora_A and lora_B are units of their own, gathered only where they are called, which PEFT's
+    forward does.
+    """
     cases = [(method, seed, before, "peft", use_orig_params) for before in BEFORE_AND_AFTER]
     assert on_two_processes(fsdp1.train, *cases) == [[calls] * 2] * 2
 
@@ -89,7 +96,8 @@ def test_fsdp2_in_mixed_precision(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("sharded", "methods", "calls"),
-    # DoRA is missing where it does not run without accelerate() either: PEFT mixes plain tensors and DTensors there
+    # DoRA is missing where it does not run without accelerate() either: PEFT mixes plain tensors
+    # and DTensors there
     [
         ("base", ("lora", "delora"), 2),
         ("factors", ("lora", "dora"), 2),

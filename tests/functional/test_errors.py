@@ -1,4 +1,6 @@
-"""Bad arguments: one clear error before anything is computed, naming the argument, what came and what to do."""
+"""Bad arguments: one clear error before anything is computed, naming the argument, what came and
+what to do.
+"""
 
 import re
 from typing import Any

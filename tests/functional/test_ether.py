@@ -1,4 +1,6 @@
-"""The fused ETHER functions: the authors' vectors, float64, every subset of gradients, and life inside PyTorch."""
+"""The fused ETHER functions: the authors' vectors, float64, every subset of gradients, and life
+inside PyTorch.
+"""
 
 import itertools
 from typing import Any
@@ -85,7 +87,9 @@ def test_gradients_lie_across_their_vectors(plus: bool, sides: tuple[str, ...], 
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_vectors_of_length_zero(plus: bool, seed: int) -> None:
-    """The identity and no gradient where a vector has no direction; the others go on as they are."""
+    """The identity and no gradient where a vector has no direction; the others go on as they
+    are.
+    """
     arguments = ether_arguments(Maker(seed), plus, ("into", "out_of"), 5, 12, 8)
     for name in [name for name in arguments if name[0] in "uv"]:
         arguments[name][0] = 0
@@ -139,7 +143,9 @@ def test_compiled_official_blocks(seed: int) -> None:
 
 @pytest.mark.parametrize("plus", [False, True])
 def test_autocast(plus: bool, seed: int) -> None:
-    """x and W are cast as nn.Linear casts them, the vectors stay float32; gradients in their tensors' dtypes."""
+    """x and W are cast as nn.Linear casts them, the vectors stay float32; gradients in their
+    tensors' dtypes.
+    """
     arguments = cast(ether_arguments(Maker(seed), plus, ("into", "out_of"), 16, 12, 8), torch.float32)
     arguments["bias"] = arguments["bias"].bfloat16().float()  # or by_hand would round it once more
     names, grad_out = tensors_of(arguments), Maker(seed + 1).tensor(16, 8)

@@ -1,4 +1,6 @@
-"""The fused functions against the reference in float64: outputs, every gradient, every subset of requires_grad."""
+"""The fused functions against the reference in float64: outputs, every gradient, every subset of
+requires_grad.
+"""
 
 from itertools import combinations
 from typing import Any
@@ -129,7 +131,9 @@ def test_zero_rows_of_dora_give_the_bias_and_no_gradient(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_zero_b_of_delora(dtype: torch.dtype, seed: int) -> None:
-    """PEFT's start: y is the frozen output, dA = 0 and dλ = 0 exactly, dB is the formula's, large and finite."""
+    """PEFT's start: y is the frozen output, dA = 0 and dλ = 0 exactly, dB is the formula's, large
+    and finite.
+    """
     arguments = Maker(seed).arguments("delora_peft", T=9, K=16, N=12)
     arguments |= {"B": torch.zeros(12, 3, dtype=torch.float64), "bias": None}
     arguments = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -143,7 +147,8 @@ def test_zero_b_of_delora(dtype: torch.dtype, seed: int) -> None:
     assert not grads["A"].any()
     assert not grads["lam"].any()
     assert all(grad.isfinite().all() for grad in grads.values())
-    # h, dy, the sum over 9 tokens and the result are rounded: four times eps / 2, and as much again for the worst case
+    # h, dy, the sum over 9 tokens and the result are rounded: four times eps / 2, and as much again
+    # for the worst case
     assert relative_error(grads["B"].double(), dB) <= (1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps)
 
 
@@ -157,7 +162,9 @@ def test_lambda_gradient_at_zero(seed: int) -> None:
 
 
 def test_decoupling(seed: int) -> None:
-    """eps = 0: the lengths of A's rows and B's columns do nothing, and no gradient points along them."""
+    """eps = 0: the lengths of A's rows and B's columns do nothing, and no gradient points along
+    them.
+    """
     maker = Maker(seed)
     arguments = maker.arguments("delora_authors")
     leaves = leaves_of(arguments, ("A", "B"))
@@ -171,7 +178,9 @@ def test_decoupling(seed: int) -> None:
 
 
 def test_dropout_mask_has_the_distribution_of_nn_dropout(seed: int) -> None:
-    """Each element is dropped with probability p, independently of its row, its column and its neighbours."""
+    """Each element is dropped with probability p, independently of its row, its column and its
+    neighbours.
+    """
     T, K = 512, 510
     mask = mask_of(T, K, seed) > 0
     other = mask_of(T, K, seed + 1) > 0
@@ -195,7 +204,9 @@ def test_dropout_keeps_the_mean(p: float, seed: int) -> None:
 
 
 def test_seed(seed: int) -> None:
-    """One seed, one mask, as int or tensor; None draws from torch's generator, whose state repeats it."""
+    """One seed, one mask, as int or tensor; None draws from torch's generator, whose state repeats
+    it.
+    """
     maker = Maker(seed)
     x, W, A, B = maker.tensor(40, 16), maker.tensor(12, 16), maker.tensor(2, 16), maker.tensor(12, 2)
 

@@ -1,4 +1,6 @@
-"""The fused mixture against GOAT's own code, the reference and LoRA (float64): outputs, losses, every gradient."""
+"""The fused mixture against GOAT's own code, the reference and LoRA (float64): outputs, losses,
+every gradient.
+"""
 
 from itertools import combinations
 from typing import Any
@@ -16,7 +18,9 @@ from delora_kernels import functional as F
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Same shapes, and values to float64 rounding; a gradient may cancel, hence a floor of the size of its terms."""
+    """Same shapes, and values to float64 rounding; a gradient may cancel, hence a floor of the size
+    of its terms.
+    """
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     errors = {k: (ours[k] - v).abs().max() / v.abs().max().clamp(min=1) for k, v in theirs.items() if v.numel()}
     assert {name: error for name, error in errors.items() if not error <= 1e-12} == {}
@@ -161,7 +165,9 @@ def test_experts_that_nobody_chose(seed: int) -> None:
 
 @pytest.mark.parametrize("variant", ["topk", "gates", "adapter_ids"])
 def test_tokens_without_an_expert(variant: str, seed: int) -> None:
-    """Gates of 0 and ids of −1 give the frozen output; a mask over all tokens gives losses of 0, not NaN."""
+    """Gates of 0 and ids of −1 give the frozen output; a mask over all tokens gives losses of 0,
+    not NaN.
+    """
     maker = Maker(seed)
     arguments = moe_arguments(maker, variant)
     if variant != "topk":
@@ -179,7 +185,9 @@ def test_tokens_without_an_expert(variant: str, seed: int) -> None:
 
 
 def test_padding_does_not_count(seed: int) -> None:
-    """Statistics and losses with padding masked are those of the batch without it, even where padding is NaN."""
+    """Statistics and losses with padding masked are those of the batch without it, even where
+    padding is NaN.
+    """
     maker = Maker(seed)
     arguments = moe_arguments(maker, "topk", T=9)
     padded = arguments | {"x": torch.cat([arguments["x"], torch.full((4, 7), torch.nan, dtype=torch.float64)])}

@@ -1,10 +1,10 @@
 """Rounding errors against float64, next to those of PEFT's eager layer on the same inputs.
 
-For the output and each gradient: max |a − b| / max |b|, ours over PEFT's; geometric mean over 200 random cases ≤ 1.02
-(DoRA's dm ≤ 1.1). Worst case ≤ 2 by root mean square (the largest of a few hundred errors is a matter of luck). dλ is
-one number, which luck makes right or wrong on either side: its errors, as parts of
-‖dy‖ ‖∂y/∂λ‖, are pooled over the cases, and the ratio of their root mean squares may exceed 1.02 by no more than three
-standard errors of that ratio.
+For the output and each gradient: max |a − b| / max |b|, ours over PEFT's; geometric mean over 200
+random cases ≤ 1.02 (DoRA's dm ≤ 1.1). Worst case ≤ 2 by root mean square (the largest of a few
+hundred errors is a matter of luck). dλ is one number, which luck makes right or wrong on either
+side: its errors, as parts of ‖dy‖ ‖∂y/∂λ‖, are pooled over the cases, and the ratio of their root
+mean squares may exceed 1.02 by no more than three standard errors of that ratio.
 """
 
 import math
@@ -30,7 +30,9 @@ MODES = [
 
 
 class RandomLayer:
-    """A PEFT layer of random shape and its input: x and the base in `dtype`; and the float64 truth about it."""
+    """A PEFT layer of random shape and its input: x and the base in `dtype`; and the float64 truth
+    about it.
+    """
 
     def __init__(self, method: str, dtype: torch.dtype, narrow_adapters: bool, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -92,7 +94,9 @@ class RandomLayer:
 
 
 def errors(method: str, dtype: torch.dtype, mode: str, seed: int) -> Iterator[dict[str, list[tuple[float, float]]]]:
-    """For each case, tensor → (our error, PEFT's), as the largest and as the root mean square of its entries."""
+    """For each case, tensor → (our error, PEFT's), as the largest and as the root mean square of
+    its entries.
+    """
     autocast = dtype if mode == "autocast" else None
     for case in range(CASES):
         made = RandomLayer(method, dtype, autocast is None, seed + case)
@@ -120,7 +124,9 @@ def pooled_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def test_pooled_ratio_knows_its_spread(seed: int) -> None:
-    """Two noises of the same size: 1 lies within four standard errors; twice the size is seen to be."""
+    """Two noises of the same size: 1 lies within four standard errors; twice the size is seen to
+    be.
+    """
     torch.manual_seed(seed)
     pairs = torch.randn(CASES, 2, dtype=torch.float64).abs()
     ratio, standard_error = pooled_ratio([(a, b) for a, b in pairs.tolist()])
@@ -151,7 +157,9 @@ def test_never_worse_than_peft(method: str, dtype: torch.dtype, mode: str, seed:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_float32_adapters_without_autocast_get_float32_gradients(method: str, dtype: torch.dtype, seed: int) -> None:
-    """PEFT's default on a half-precision base: the branch runs in float32, and so accurate are dA, dB, dλ and dm."""
+    """PEFT's default on a half-precision base: the branch runs in float32, and so accurate are dA,
+    dB, dλ and dm.
+    """
     for case in range(20):
         made = RandomLayer(method, dtype, False, seed + case)
         truth, scales = made.truth()

@@ -1,6 +1,8 @@
-"""The Triton and the compiled kernels on a CUDA device: every op in every form, and what no CPU can show.
+"""The Triton and the compiled kernels on a CUDA device: every op in every form, and what no CPU can
+show.
 
-Run by `make gpu-check`. Errors are held against eager PyTorch's on the same device and dtype, as everywhere.
+Run by `make gpu-check`. Errors are held against eager PyTorch's on the same device and dtype, as
+everywhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +54,9 @@ def test_op(
 
 @pytest.mark.parametrize("name", OPS)
 def test_op_in_tf32(name: str, backend: str, seed: int) -> None:
-    """As exact as eager PyTorch where both may multiply float32 as tf32, and h is off by what that rounds."""
+    """As exact as eager PyTorch where both may multiply float32 as tf32, and h is off by what that
+    rounds.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -1,4 +1,6 @@
-"""What PEFT lets people do with an adapter of any method: train, save, load, switch and delete it."""
+"""What PEFT lets people do with an adapter of any method: train, save, load, switch and
+delete it.
+"""
 
 import copy
 import warnings
@@ -16,7 +18,9 @@ def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def load(folder: Path, onto: nn.Module, **options: Any) -> Any:
-    """The adapter on a copy of a base model; a missing key, or one that has no place, is an error."""
+    """The adapter on a copy of a base model; a missing key, or one that has no place, is an
+    error.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -51,7 +55,9 @@ def check_goes_on(again: Any, made: Any, x: Tensor) -> None:
 
 
 def outputs_of_each(made: Any, onto: nn.Module, x: Tensor, mark: str) -> dict[str, Tensor]:
-    """What the adapters "default" and "other" compute, each alone; of parameters with `mark`, its own are trained."""
+    """What the adapters "default" and "other" compute, each alone; of parameters with `mark`, its
+    own are trained.
+    """
     outputs = {}
     for name in ("default", "other"):
         made.set_adapter(name)
@@ -66,7 +72,9 @@ def outputs_of_each(made: Any, onto: nn.Module, x: Tensor, mark: str) -> dict[st
 
 
 def check_loaded_switched_and_deleted(folder: Path, onto: nn.Module, x: Tensor, outputs: dict[str, Tensor]) -> Any:
-    """Both adapters saved in `folder` compute on a fresh base what they did; the one without "two" is returned."""
+    """Both adapters saved in `folder` compute on a fresh base what they did; the one without "two"
+    is returned.
+    """
     again = load(folder, onto, adapter_name="one")
     again.load_adapter(folder / "other", "two")
     assert torch.equal(again(x), outputs["default"])

@@ -1,9 +1,11 @@
-"""A device that is not the CPU, for machines that have no other: its tensors are numbers on the CPU in disguise.
+"""A device that is not the CPU, for machines that have no other: its tensors are numbers on the CPU
+in disguise.
 
-`install` registers it as "other" for this process (PrivateUse1); inside `Other()` every op on its tensors is checked as
-CUDA checks it (a CPU tensor beside them, but for 0-d ones and indices, is an error) and run on what they hide. Run as a
-program it does what `check` and proofs do on a GPU: each function forward and backward, each op, and PEFT's GOAT, ETHER
-and accelerated layers, made and trained there; or, for a backend with kernels, each op. `check` runs it so.
+`install` registers it as "other" for this process (PrivateUse1); inside `Other()` every op on its
+tensors is checked as CUDA checks it (a CPU tensor beside them, but for 0-d ones and indices, is an
+error) and run on what they hide. Run as a program it does what `check` and proofs do on a GPU: each
+function forward and backward, each op, and PEFT's GOAT, ETHER and accelerated layers, made and
+trained there; or, for a backend with kernels, each op. `check` runs it so.
 """
 
 import importlib
@@ -25,7 +27,9 @@ HERE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 MAY_MIX = ("aten._to_copy.default", "aten.copy_.default", "aten.index.Tensor")
 SQUEEZED = ("project_route", "expand_route_backward")
-"""Ops whose formulas turn a tensor's shape in place (a vector times a matrix), which a disguise can't follow."""
+"""Ops whose formulas turn a tensor's shape in place (a vector times a matrix), which a disguise
+can't follow.
+"""
 
 
 class Disguised(Tensor):
@@ -64,7 +68,9 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _leaves(values: Any) -> Iterator[Any]:
-    """What an op's arguments hold, in lists too: all that a dispatcher knows, in a tenth of a pytree's time."""
+    """What an op's arguments hold, in lists too: all that a dispatcher knows, in a tenth of a
+    pytree's time.
+    """
     for value in values:
         if isinstance(value, list | tuple):
             yield from _leaves(value)
@@ -137,7 +143,9 @@ def put(module: nn.Module) -> nn.Module:
 
 
 def bring_kernels(name: str) -> None:
-    """Run the ops of a backend on disguised tensors, as far as its launches, and these on what they hide."""
+    """Run the ops of a backend on disguised tensors, as far as its launches, and these on what they
+    hide.
+    """
     from delora_kernels import backends, ops
 
     package: Any = backends.load(name)
@@ -194,7 +202,9 @@ def ops(seed: int, backend: str) -> None:
 
 
 def layers(seed: int) -> None:
-    """Models of GOAT and ETHER, moved there and made there: y and every gradient are those of the CPU."""
+    """Models of GOAT and ETHER, moved there and made there: y and every gradient are those of the
+    CPU.
+    """
     import ether_models
     import goat_models
     import peft
@@ -234,7 +244,9 @@ def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def check(seed: int, backend: str = "eager") -> None:
-    """Run this file in a process of its own: a registered device is one that Transformers would find."""
+    """Run this file in a process of its own: a registered device is one that Transformers would
+    find.
+    """
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__, str(seed), backend]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=500)

@@ -1,4 +1,6 @@
-"""The golden vectors tests/golden/ether*: the authors' own layers, in float64, as calls of the ETHER functions."""
+"""The golden vectors tests/golden/ether*: the authors' own layers, in float64, as calls of the
+ETHER functions.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,6 @@
-"""Small PEFT models with ETHER and ETHER+ adapters, and what the reference makes of one of their layers."""
+"""Small PEFT models with ETHER and ETHER+ adapters, and what the reference makes of one of their
+layers.
+"""
 
 import copy
 from typing import Any
@@ -28,7 +30,9 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
 
 
 def config(kind: str, **options: Any) -> Any:
-    """A config of two blocks on the first two layers of `Small`; `third`'s 9 outputs can't be halved."""
+    """A config of two blocks on the first two layers of `Small`; `third`'s 9 outputs can't be
+    halved.
+    """
     plus, of_kind = KINDS[kind]
     options = {"n_blocks": 2, "target_modules": TARGETS[:2]} | of_kind | options
     return EtherPlusConfig(**options) if plus else EtherConfig(**options)

@@ -1,4 +1,6 @@
-"""What the tests of export_lora share: exporting without side effects, loading by PEFT alone, comparing."""
+"""What the tests of export_lora share: exporting without side effects, loading by PEFT alone,
+comparing.
+"""
 
 import copy
 import json
@@ -77,7 +79,9 @@ def check(model: nn.Module, base: nn.Module, path: Path, *inputs: Tensor, **opti
 
 
 def check_standard(path: Path, result: LoraExport) -> None:
-    """What every loader of LoRA relies on: names, shapes, plain LoRA, scale 1, also without patterns."""
+    """What every loader of LoRA relies on: names, shapes, plain LoRA, scale 1, also without
+    patterns.
+    """
     tensors, values = weights(path), settings(path)
     factors = {k: v for k, v in tensors.items() if ".lora_" in k}
     names = {f"base_model.model.{name}.lora_{role}.weight" for name in result.ranks for role in "AB"}

@@ -1,4 +1,6 @@
-"""A toolkit whose nvcc is a script: it notes its arguments and writes them in the place of code, or fails."""
+"""A toolkit whose nvcc is a script: it notes its arguments and writes them in the place of code, or
+fails.
+"""
 
 from pathlib import Path
 
@@ -19,7 +21,9 @@ FAILS = {
     "an_error_in_a_kernel": "echo 'route.cu(7): odd'; echo 'route.cu(9): error: no such thing'; echo more; exit 2",
     "writes_nothing": "exit 0",
 }
-"""What is wrong with a toolkit → what its nvcc does when it should compile; the first is empty: no program at all."""
+"""What is wrong with a toolkit → what its nvcc does when it should compile; the first is empty: no
+program at all.
+"""
 
 
 def toolkit(folder: Path, does: str = ":", known: tuple[str, ...] = KNOWN) -> Path:
@@ -39,7 +43,9 @@ def calls(folder: Path) -> list[str]:
 
 
 def gpus(folder: Path, *capabilities: str, fails: str = "") -> Path:
-    """Make an nvidia-smi that shows GPUs of these compute capabilities, or fails with a word; its folder, for PATH."""
+    """Make an nvidia-smi that shows GPUs of these compute capabilities, or fails with a word; its
+    folder, for PATH.
+    """
     folder.mkdir(parents=True)
     program = folder / "nvidia-smi"
     shown = "".join(f"{capability}\\n" for capability in capabilities)

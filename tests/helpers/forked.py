@@ -1,4 +1,6 @@
-"""Processes forked from a server that has imported torch, PEFT and Transformers once: each costs a second, not ten."""
+"""Processes forked from a server that has imported torch, PEFT and Transformers once: each costs a
+second, not ten.
+"""
 
 import multiprocessing
 import os
@@ -9,7 +11,9 @@ _IMPORTED += ["transformers.models.llama.modeling_llama", "transformers.trainer"
 
 
 def context() -> Any:
-    """The multiprocessing context; where there is no fork, its processes import everything themselves."""
+    """The multiprocessing context; where there is no fork, its processes import everything
+    themselves.
+    """
     if not hasattr(os, "fork"):
         return multiprocessing.get_context("spawn")
     made = multiprocessing.get_context("forkserver")

@@ -14,15 +14,19 @@ TENSORS = ("x", "weight", "bias", "A", "B", "magnitude", "lam")
 
 
 def mask_of(T: int, K: int, seed: int) -> Tensor:
-    """The mask that the fused functions use for `seed`: float64 [T, K] with entries 0 or 1 / (1 − p)."""
+    """The mask that the fused functions use for `seed`: float64 [T, K] with entries 0 or 1 / (1 −
+    p).
+    """
     keep = ops.dropout_mask(T, K, DROPOUT_P, torch.tensor(seed), "eager")
     return keep.double() / (1 - DROPOUT_P)
 
 
 def both(variant: str, arguments: dict[str, Any], dropout_seed: int | None) -> tuple[Any, Any]:
-    """The fused function and the reference as functions of keyword tensors, the rest of `arguments` bound.
+    """The fused function and the reference as functions of keyword tensors, the rest of `arguments`
+    bound.
 
-    `arguments` is what Maker.arguments gives; its own dropout mask gives way to the one of `dropout_seed`.
+    `arguments` is what Maker.arguments gives; its own dropout mask gives way to the one of
+    `dropout_seed`.
     """
     name, bound = function_of(variant), {k: v for k, v in arguments.items() if k != "dropout_mask"}
     x = arguments["x"]

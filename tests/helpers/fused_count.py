@@ -1,4 +1,6 @@
-"""How many passes of fused layers a block of a test makes: the proof that a layer in the report really runs fused."""
+"""How many passes of fused layers a block of a test makes: the proof that a layer in the report
+really runs fused.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,6 @@
-"""What the tests of a mixture's kernels share: the options of its gating, what was launched, how close results are."""
+"""What the tests of a mixture's kernels share: the options of its gating, what was launched, how
+close results are.
+"""
 
 from collections.abc import Iterator
 from typing import Any

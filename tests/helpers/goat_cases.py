@@ -1,4 +1,6 @@
-"""The golden vectors tests/golden/goat_*: GOAT's own layer, in float64, as calls of `moe_lora_linear`."""
+"""The golden vectors tests/golden/goat_*: GOAT's own layer, in float64, as calls of
+`moe_lora_linear`.
+"""
 
 import dataclasses
 import functools
@@ -76,7 +78,9 @@ def goat_results(function: Any, case: GoatCase) -> dict[str, Tensor]:
 
 
 def goat_errors(function: Any, case: GoatCase) -> dict[str, float]:
-    """The relative error of every result; of those that are zero the absolute one, over the largest of dx."""
+    """The relative error of every result; of those that are zero the absolute one, over the largest
+    of dx.
+    """
     errors = {}
     for name, got in goat_results(function, case).items():
         if name in case.zero or (name == "drouter_with_balance" and "drouter" in case.zero):

@@ -56,7 +56,9 @@ def layers(made: nn.Module) -> dict[str, PeftGoatLinear]:
 
 
 def expected(layer: Any, x: Tensor, leaves: dict[str, Tensor], adapter: str = "default") -> Any:
-    """The reference's output and statistics of one layer, with `leaves` in place of its parameters."""
+    """The reference's output and statistics of one layer, with `leaves` in place of its
+    parameters.
+    """
     c, base = layer.options[adapter], layer.get_base_layer()
     weight = base.weight.detach()
     weight = weight.t() if type(base).__name__ == "Conv1D" else weight

@@ -1,4 +1,5 @@
-"""The golden vectors of tests/golden as calls: which function, with which arguments, must give which numbers.
+"""The golden vectors of tests/golden as calls: which function, with which arguments, must give
+which numbers.
 
     for case in golden_cases():
         y = getattr(reference, case.function)(**case.arguments, dropout_mask=case.dropout_mask)
@@ -26,7 +27,8 @@ class GoldenCase:
 
     Args:
         name: The file's name without its ending.
-        function: Name of the function in `delora_kernels.reference` and `delora_kernels.functional`.
+        function: Name of the function in `delora_kernels.reference` and
+            `delora_kernels.functional`.
         arguments: Keyword arguments of the call, the dropout mask apart.
         dropout_mask: `[T, K]` with entries 0 or 1 / (1 − p), or None.
         grad_out: Gradient that enters backward, of y's shape.
@@ -34,8 +36,9 @@ class GoldenCase:
         grads: Gradients by argument name; what is missing here is a constant.
         weight_merged: W' `[N, K]` as the source merges it, or None.
         row_norm: DoRA's ‖W + s · BA‖ `[N]`, or None.
-        vector_dims: For each gradient, the dimension over which max is taken, or None for the whole tensor: rows of dA
-            and columns of dB stand alone where a clamp makes their scales differ.
+        vector_dims: For each gradient, the dimension over which max is taken, or None for the whole
+            tensor: rows of dA and columns of dB stand alone where a clamp makes their scales
+            differ.
     """
 
     name: str
@@ -76,15 +79,19 @@ def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 @functools.cache
 def golden_cases() -> tuple[GoldenCase, ...]:
-    """All cases but GOAT's and ETHER's, which goat_cases.py and ether_cases.py read, sorted by name."""
+    """All cases but GOAT's and ETHER's, which goat_cases.py and ether_cases.py read, sorted by
+    name.
+    """
     paths = sorted(FOLDER.glob("*.safetensors"))
     return tuple(_read(path) for path in paths if not path.name.startswith(("goat", "ether")))
 
 
 def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> float:
-    """The error max |got − expected| / max |expected|; with `dim`, the worst over the vectors along it.
+    """The error max |got − expected| / max |expected|; with `dim`, the worst over the vectors along
+    it.
 
-    Where the expected vector is exactly zero, the largest |got| itself. NaN if either holds NaN in any place.
+    Where the expected vector is exactly zero, the largest |got| itself. NaN if either holds NaN in
+    any place.
     """
     if got.shape != expected.shape:
         raise AssertionError(f"shape {list(got.shape)} instead of {list(expected.shape)}")

@@ -1,4 +1,6 @@
-"""The cuda backend on CPU tensors: its kernels compiled by csrc/host_shim, which `make test-cuda-host` does first."""
+"""The cuda backend on CPU tensors: its kernels compiled by csrc/host_shim, which `make
+test-cuda-host` does first.
+"""
 
 import ctypes
 import os

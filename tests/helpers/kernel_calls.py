@@ -1,4 +1,6 @@
-"""What a backend's kernels are asked in each of their surroundings: the dtypes of base and adapters, no tokens."""
+"""What a backend's kernels are asked in each of their surroundings: the dtypes of base and
+adapters, no tokens.
+"""
 
 import torch
 

@@ -1,4 +1,6 @@
-"""Random float64 calls of `moe_lora_linear`, one variant for each way to gate, and what a function makes of them."""
+"""Random float64 calls of `moe_lora_linear`, one variant for each way to gate, and what a function
+makes of them.
+"""
 
 from typing import Any
 
@@ -63,7 +65,9 @@ def results(function: Any, leaves: dict[str, Tensor], grad_out: Tensor) -> dict[
 
 
 def masks_of(T: int, K: int, E: int, seed: int, kind: str) -> Tensor:
-    """The mask that the fused function uses for `seed`, "shared" or "independent"; entries 0 or 1 / (1 − p)."""
+    """The mask that the fused function uses for `seed`, "shared" or "independent"; entries 0 or 1 /
+    (1 − p).
+    """
     count = 1 if kind == "shared" else E
     kept = [ops.dropout_mask(T, K, DROPOUT_P, torch.tensor(seed + i), "eager") for i in range(count)]
     mask = torch.stack(kept).double() / (1 - DROPOUT_P)
@@ -71,7 +75,9 @@ def masks_of(T: int, K: int, E: int, seed: int, kind: str) -> Tensor:
 
 
 def both(arguments: dict[str, Any], dropout: str | None, seed: int) -> tuple[Any, Any]:
-    """The fused function and the reference as functions of keyword tensors, the rest of `arguments` bound."""
+    """The fused function and the reference as functions of keyword tensors, the rest of `arguments`
+    bound.
+    """
     x, E = arguments["x"], len(arguments["B"])
     given = {} if dropout is None else {"dropout_p": DROPOUT_P, "dropout": dropout, "seed": seed}
     mask = None if dropout is None else masks_of(x[..., 0].numel(), x.shape[-1], E, seed, dropout)

@@ -19,7 +19,9 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 
 
 def make(kind: str, dtype: torch.dtype = torch.float64, trained: bool = True, **options: Any) -> tuple[Any, nn.Linear]:
-    """A module of a kind, moved away from its start if `trained`, and the linear it was made from."""
+    """A module of a kind, moved away from its start if `trained`, and the linear it was made
+    from.
+    """
     cls, own = KINDS[kind]
     linear = nn.Linear(16, 12, dtype=dtype)
     module = cls.from_linear(linear, **{"r": 2, "experts": 4} | own | options)
@@ -60,7 +62,8 @@ COEF = 0.7
 
 
 class Stack(nn.Module):
-    """A mixture of each kind, and two whose routers do not run or hardly, [..., 16] → [..., 16], normalised in between.
+    """A mixture of each kind, and two whose routers do not run or hardly, [..., 16] → [..., 16],
+    normalised in between.
 
     Args:
         reentrant: The kind of checkpointing that every layer is under; None: none.

@@ -1,4 +1,6 @@
-"""The adapter modules of every kind, made and trained at random, and what the reference says they compute."""
+"""The adapter modules of every kind, made and trained at random, and what the reference says they
+compute.
+"""
 
 import math
 from collections.abc import Callable
@@ -34,7 +36,9 @@ every_dtype = pytest.mark.parametrize("dtype", checks.FLOATS, ids=str)
 
 
 def make(kind: str, dtype: torch.dtype = torch.float64, trained: bool = True, **options: Any) -> tuple[Any, nn.Linear]:
-    """A module of a kind, with its adapter moved away from the start if `trained`, and the linear it was made from."""
+    """A module of a kind, with its adapter moved away from the start if `trained`, and the linear
+    it was made from.
+    """
     cls, own, _, _ = KINDS[kind]
     linear = nn.Linear(14, 10, bias=kind != "dora-output").to(dtype)
     module = cls.from_linear(linear, 3, **own | options)
@@ -45,7 +49,9 @@ def make(kind: str, dtype: torch.dtype = torch.float64, trained: bool = True, **
 
 
 class Oracle(NamedTuple):
-    """What the reference makes of an unmerged module: its function of x, the float64 leaves of that, and W'."""
+    """What the reference makes of an unmerged module: its function of x, the float64 leaves of
+    that, and W'.
+    """
 
     linear: Callable[[Tensor], Tensor]
     leaves: dict[str, Tensor]

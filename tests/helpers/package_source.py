@@ -31,7 +31,8 @@ def build(source: Path, *arguments: str, timeout: float = 300, **variables: str)
         source: Of `copy_source`.
         *arguments: `--wheel`: no sdist; else the wheel is made from the sdist.
         timeout: Seconds.
-        **variables: DELORA_KERNELS_CUDA, CUDA_HOME ...; what else says how kernels are compiled is not set.
+        **variables: DELORA_KERNELS_CUDA, CUDA_HOME ...; what else says how kernels are compiled is
+            not set.
     """
     command = [sys.executable, "-m", "build", "--no-isolation", *arguments]
     command += ["--outdir", str(source.parent / "dist"), str(source)]

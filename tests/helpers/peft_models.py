@@ -1,4 +1,6 @@
-"""Small PEFT models with adapters away from their start, and what one training step of them gives."""
+"""Small PEFT models with adapters away from their start, and what one training step of them
+gives.
+"""
 
 from typing import Any
 
@@ -18,7 +20,9 @@ def config(method: str, r: int = 3, dropout_p: float = 0.0, **options: Any) -> A
 
 
 class Small(nn.Module):
-    """Two linears of different shapes, one without bias, and a Transformers Conv1D where the method takes it."""
+    """Two linears of different shapes, one without bias, and a Transformers Conv1D where the method
+    takes it.
+    """
 
     def __init__(self, conv1d: bool) -> None:
         super().__init__()
@@ -60,13 +64,16 @@ def step(made: nn.Module, x: Tensor, seed: int | None = None) -> dict[str, Tenso
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Each of `step`'s results has its dtype, and its numbers but for the rounding of three layers."""
+    """Each of `step`'s results has its dtype, and its numbers but for the rounding of three
+    layers.
+    """
     assert ours.keys() == theirs.keys()
     numbers = [value.double().abs() for value in theirs.values() if value.numel() == 1]
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype, name
         # a lone number (dλ) may be a sum that cancels: the model's other ones tell what is large
         scale = max(numbers) if value.numel() == 1 else value.double().abs().max()
-        # both sides round differently in a chain of three layers, each with a few roundings of size eps
+        # both sides round differently in a chain of three layers, each with a few roundings of size
+        # eps
         error = (ours[name].double() - value.double()).abs().max() / scale
         assert error <= 64 * torch.finfo(dtype).eps, (name, error)

@@ -1,4 +1,6 @@
-"""An accelerated PEFT model beside a plain one with the same numbers, and what must be the same of the two."""
+"""An accelerated PEFT model beside a plain one with the same numbers, and what must be the same of
+the two.
+"""
 
 from typing import Any
 
@@ -12,7 +14,9 @@ import delora_kernels as dk
 
 TARGETS = ["first", "second", "third"]
 F64 = 1024 * torch.finfo(torch.float64).eps
-"""Both sides round differently, a few times in each of some forty operations on the way forth and back."""
+"""Both sides round differently, a few times in each of some forty operations on the way forth and
+back.
+"""
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -32,7 +36,8 @@ def step(made: nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
 def gradients(made: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient by name, those of all DeLoRA strengths λ as one.
 
-    The sum behind the gradient of one λ may cancel by chance, which leaves nothing to measure an error by.
+    The sum behind the gradient of one λ may cancel by chance, which leaves nothing to measure an
+    error by.
     """
     grads = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
     lambdas = {name: grads.pop(name) for name in list(grads) if "delora_lambda" in name}

@@ -1,4 +1,6 @@
-"""Random float64 calls of the reference, one variant per convention of a method, and their gradients."""
+"""Random float64 calls of the reference, one variant per convention of a method, and their
+gradients.
+"""
 
 import os
 import secrets
@@ -14,10 +16,12 @@ CONSTANTS = ("weight_norm", "frozen_A", "frozen_B", "frozen_lam", "dropout_mask"
 
 
 class Maker:
-    """Draws arguments. Entries of factors and weights have sizes in [0.5, 1.5]: no norm is near zero by chance.
+    """Draws arguments. Entries of factors and weights have sizes in [0.5, 1.5]: no norm is near
+    zero by chance.
 
     Args:
-        seed: None draws one and prints it, so that a failing test shows it; TEST_SEED in the environment repeats it.
+        seed: None draws one and prints it, so that a failing test shows it; TEST_SEED in the
+            environment repeats it.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -64,7 +68,9 @@ def weight_of(function: str, arguments: dict[str, Any]) -> Tensor:
 
 
 def run(function: str, arguments: dict[str, Any], grad_out: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reference's y, and the gradient of Σ y · grad_out (default: Σ y) to every tensor that is not a constant."""
+    """The reference's y, and the gradient of Σ y · grad_out (default: Σ y) to every tensor that is
+    not a constant.
+    """
     leaves = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     trained = [k for k, v in leaves.items() if isinstance(v, Tensor) and k not in CONSTANTS]
     for name in trained:

@@ -1,7 +1,9 @@
-"""Counts what a pass reads and writes: every address that a Triton kernel touches, library GEMMs whole.
+"""Counts what a pass reads and writes: every address that a Triton kernel touches, library GEMMs
+whole.
 
     with Traffic({"x": T * K, "y": T * N}) as traffic: ...
-    traffic.read["x"]           how many times over tensors of that many elements were read, summed over launches
+    traffic.read["x"]           how many times over tensors of that many elements were read, summed
+                                over launches
 
 Within a launch an address counts once, however many programs touch it: a cache serves the others.
 """
@@ -81,7 +83,9 @@ class Traffic:
             counter[name] += int(inside.sum()) / tensor.numel()
 
     def _gemm(self, function: Any, reads: int) -> Any:
-        """A library GEMM, counted: each operand is read once, the result is written once, with beta = 1 read before."""
+        """A library GEMM, counted: each operand is read once, the result is written once, with beta
+        = 1 read before.
+        """
 
         def counted(*args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = function(*args, **kwargs)

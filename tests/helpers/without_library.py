@@ -1,9 +1,11 @@
-"""Run by a test as a process of its own: saved programs in a process that can't import delora_kernels.
+"""Run by a test as a process of its own: saved programs in a process that can't import
+delora_kernels.
 
     python without_library.py FOLDER
 
-For every program in the folder, NAME.pt2 (torch.export), NAME.pt (torch.jit.trace) or NAME.onnx, it runs NAME.input,
-backward too but for ONNX, and saves the output and every gradient by name as NAME.found.
+For every program in the folder, NAME.pt2 (torch.export), NAME.pt (torch.jit.trace) or NAME.onnx, it
+runs NAME.input, backward too but for ONNX, and saves the output and every gradient by name as
+NAME.found.
 """
 
 import importlib.abc

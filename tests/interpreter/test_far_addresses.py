@@ -1,4 +1,5 @@
-"""Rows so far apart that no 32-bit number counts the elements between them: the same bits as of rows side by side.
+"""Rows so far apart that no 32-bit number counts the elements between them: the same bits as of
+rows side by side.
 
 The memory between rows is never touched, so that it is never there.
 """

@@ -1,4 +1,6 @@
-"""Which form a product takes: a table's entry for its device, dtype and class of shapes, else the default."""
+"""Which form a product takes: a table's entry for its device, dtype and class of shapes, else the
+default.
+"""
 
 import importlib
 import os
@@ -51,7 +53,9 @@ def test_each_op_asks_for_the_form_of_its_own_product(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("form", [forms.UPDATE, forms.PREFILL, forms.OWN])
 def test_the_form_that_was_chosen_runs(form: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Each form calls its own kernel, and where it can't take a call (wider factors in (c)) the next one does."""
+    """Each form calls its own kernel, and where it can't take a call (wider factors in (c)) the
+    next one does.
+    """
     calls: list[str] = []
     gemm, update = stages.rank_gemm, stages.STAGES.rank_update
     monkeypatch.setattr(stages, "rank_gemm", lambda *a, **kw: calls.append("rank_gemm") or gemm(*a, **kw))
@@ -70,7 +74,9 @@ def test_the_form_that_was_chosen_runs(form: str, monkeypatch: pytest.MonkeyPatc
 
 
 class _Partial:
-    """A clock that runs every pass and finds form (c) the fastest in the geometric mean, not in the arithmetic one."""
+    """A clock that runs every pass and finds form (c) the fastest in the geometric mean, not in the
+    arithmetic one.
+    """
 
     def __init__(self) -> None:
         self.rounds = 0
@@ -86,7 +92,9 @@ class _Partial:
 
 
 def test_tune_times_each_form_in_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a table has an entry; the class is that of the product: [T, inner] · [inner, columns]."""
+    """Also where a table has an entry; the class is that of the product: [T, inner] · [inner,
+    columns].
+    """
     monkeypatch.setattr(tune, "TOKENS", (3, 5))
     monkeypatch.setattr(tune, "LAYERS", ((8, 16),))
     monkeypatch.setattr(forms, "shape_class", lambda T, columns, inner: f"{columns} columns of {inner}")
@@ -113,7 +121,9 @@ def test_tune_writes_a_table_that_can_be_read(monkeypatch: pytest.MonkeyPatch, t
 
 
 class _Tiles:
-    """A clock that knows which tiles a pass runs in, by the names of the passes; some do not launch."""
+    """A clock that knows which tiles a pass runs in, by the names of the passes; some do not
+    launch.
+    """
 
     def __init__(self, fast: dict[tuple[int, ...], float], broken: tuple[int, ...]) -> None:
         self.fast, self.broken, self.run = fast, str(broken), 0
@@ -126,7 +136,9 @@ class _Tiles:
 
 
 def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The fastest that launches on every product; none where the shipped tiles are as fast but for the margin."""
+    """The fastest that launches on every product; none where the shipped tiles are as fast but for
+    the margin.
+    """
     monkeypatch.setattr(tune_tiles, "SIZES", ((17, 20), (5, 36)))
     monkeypatch.setattr(tables, "TILES", {((0, 0), "times_small"): {"64": (1, 2, 3, 4)}, ((9, 0), "dy_sums"): {}})
     shipped = tables.TABLES["row_norm"]["16"]
@@ -153,7 +165,9 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
 
 
 def test_each_launch_runs_in_the_tiles_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands in the table while a pass runs, for every kernel; before and after it is as it was."""
+    """What stands in the table while a pass runs, for every kernel; before and after it is as it
+    was.
+    """
     before = dict(tables.TILES)
     for name in [*tables.TABLES, tables.GEMM]:
         limit, entry = ("pointers", (16, 16, 16, 4, 1, 0)) if name == tables.GEMM else ("16", (16, 16, 4, 1))

@@ -1,4 +1,6 @@
-"""benchmarks.kernel_figures: what it says that a pass moves is what is counted, its ratios are what the clock said."""
+"""benchmarks.kernel_figures: what it says that a pass moves is what is counted, its ratios are what
+the clock said.
+"""
 
 import json
 import os
@@ -29,7 +31,9 @@ def test_each_pass_moves_what_it_says() -> None:
 
 
 def test_ours_and_the_librarys_are_the_same_products(seed: int) -> None:
-    """Each pair of passes that is compared writes tensors of one size, from one frozen GEMM of the same size."""
+    """Each pair of passes that is compared writes tensors of one size, from one frozen GEMM of the
+    same size.
+    """
     torch.manual_seed(seed)
     passes = kernel_figures.gemms(T, K, N, "cpu")
     for ours, other in kernel_figures.RATIOS:

@@ -1,4 +1,6 @@
-"""Triton's reflections in its interpreter: any block size, chunked and whole, split sums, their traffic."""
+"""Triton's reflections in its interpreter: any block size, chunked and whole, split sums, their
+traffic.
+"""
 
 import importlib
 import os
@@ -38,7 +40,9 @@ def problem(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def assert_close(got: Tensor, expected: Tensor | None, scale: Tensor) -> None:
-    """To 1e-5 of the largest element of what is added up: gradients of tiny blocks vanish by cancellation."""
+    """To 1e-5 of the largest element of what is added up: gradients of tiny blocks vanish by
+    cancellation.
+    """
     assert expected is not None
     assert (got.double() - expected).abs().max() <= 1e-5 * max(expected.abs().max(), scale)
 

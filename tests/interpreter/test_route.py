@@ -1,4 +1,6 @@
-"""The mixture's Triton kernels in the interpreter: against their formulas, ties, empty batches, NaN, whole calls."""
+"""The mixture's Triton kernels in the interpreter: against their formulas, ties, empty batches,
+NaN, whole calls.
+"""
 
 import importlib
 import os
@@ -44,7 +46,9 @@ def test_same_as_the_plain_form(name: str, rank_dtype: torch.dtype, target: str,
 
 
 def test_one_launch_projects_and_gates_where_nothing_is_split(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One adapter, no mask: else, and where the sum over K has parts, the launch that adds them gates."""
+    """One adapter, no mask: else, and where the sum over K has parts, the launch that adds them
+    gates.
+    """
     calls: list[str] = []
     fused = importlib.import_module(project_route.__module__)
     for name in ("route", "times_small_parts"):

@@ -1,7 +1,8 @@
-"""The traffic contract, counted: what each form of each method reads and writes beyond small tensors.
+"""The traffic contract, counted: what each form of each method reads and writes beyond small
+tensors.
 
-The frozen linear itself reads x and W and writes y; backward reads dy and W and writes dx. Every other pass below is
-the adapter's.
+The frozen linear itself reads x and W and writes y; backward reads dy and W and writes dx. Every
+other pass below is the adapter's.
 """
 
 import os
@@ -29,7 +30,8 @@ BACKWARD = {"y": 1, "W": 1}, {"x": 1}
 """Reads and writes of the frozen linear; dy counts as y, dx as x."""
 
 ADAPTER: dict[str, tuple[tuple[dict[str, int], dict[str, int]], tuple[dict[str, int], dict[str, int]]]] = {
-    # form: (reads, writes) beyond those, forward and backward: h = x Âᵀ reads x; dv and dB̂ read dy; dÂ reads x
+    # form: (reads, writes) beyond those, forward and backward: h = x Âᵀ reads x; dv and dB̂ read
+    # dy; dÂ reads x
     forms.UPDATE: (({"x": 1, "y": 1}, {"y": 1}), ({"y": 1, "x": 2}, {"x": 1})),
     forms.PREFILL: (({"x": 1, "y": 1}, {"y": 1}), ({"y": 1, "x": 2}, {"x": 1})),
     forms.OWN: (({"x": 1}, {}), ({"y": 1, "x": 1}, {})),
@@ -43,7 +45,8 @@ DORA: dict[str, tuple[tuple[dict[str, int], dict[str, int]], tuple[dict[str, int
 }
 
 LAUNCHES = {
-    # fold or cast, project, GEMM and update or prefill; reading dy, its sums, reading x, its sums, GEMM and update
+    # fold or cast, project, GEMM and update or prefill; reading dy, its sums, reading x, its sums,
+    # GEMM and update
     ("lora", forms.UPDATE): (4, 6),
     ("lora", forms.PREFILL): (4, 5),
     ("lora", forms.OWN): (3, 5),
@@ -53,13 +56,15 @@ LAUNCHES = {
     ("dora", forms.UPDATE): (5, 7),
     ("dora", forms.PREFILL): (5, 6),
     ("dora", forms.OWN): (4, 6),
-    # factors stacked and cast, backward too; the gating rides in the projection, its gradient in what adds up the sums
-    # of dy; the sums of the statistics
+    # factors stacked and cast, backward too; the gating rides in the projection, its gradient in
+    # what adds up the sums of dy; the sums of the statistics
     ("moe_lora", forms.UPDATE): (5, 7),
     ("moe_lora", forms.PREFILL): (5, 6),
     ("moe_lora", forms.OWN): (4, 6),
 }
-"""Launches of a forward and of a backward pass with float32 adapters under bfloat16 autocast, library GEMM included."""
+"""Launches of a forward and of a backward pass with float32 adapters under bfloat16 autocast,
+library GEMM included.
+"""
 
 
 @pytest.fixture(params=[forms.UPDATE, forms.PREFILL, forms.OWN])
@@ -119,7 +124,9 @@ def test_passes_and_launches(method: str, form: str, seed: int) -> None:
 
 
 def test_dora_in_float16_reads_dy_once_more(seed: int) -> None:
-    """c ⊙ B̂ is float32 beside a float16 dy, which has no exact parts in its dtype: dv and the sums read dy each."""
+    """c ⊙ B̂ is float32 beside a float16 dy, which has no exact parts in its dtype: dv and the sums
+    read dy each.
+    """
     _, backward = counted("dora", seed, torch.float16)
     _, in_bfloat16 = counted("dora", seed)
     assert backward.read["y"] == in_bfloat16.read["y"] + 1
@@ -128,7 +135,9 @@ def test_dora_in_float16_reads_dy_once_more(seed: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "products"), [(torch.bfloat16, 0), (torch.float16, 1)])
 def test_who_multiplies_b_by_c(dtype: torch.dtype, products: int, seed: int) -> None:
-    """The kernel that reads dy once; where dv has a kernel of its own, torch, in a launch that is not counted above."""
+    """The kernel that reads dy once; where dv has a kernel of its own, torch, in a launch that is
+    not counted above.
+    """
     with use_backend("triton"), torch.autocast("cpu", dtype):
         y = F.dora_linear(**arguments("dora", seed, dtype))
     with torch.profiler.profile() as profile:
@@ -138,7 +147,9 @@ def test_who_multiplies_b_by_c(dtype: torch.dtype, products: int, seed: int) -> 
 
 @pytest.mark.parametrize("saved", ["private", "output"])
 def test_dora_in_form_d_without_a_private_tensor(saved: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What needs nothing private runs on c ⊙ W, which the norm's own launch writes: one read and one write of W."""
+    """What needs nothing private runs on c ⊙ W, which the norm's own launch writes: one read and
+    one write of W.
+    """
     monkeypatch.setattr(forms, "DEFAULT", forms.PREFILL)
     made = arguments("dora", seed)
     with use_backend("triton"), torch.autocast("cpu", torch.bfloat16), Traffic(SIZES) as traffic:

@@ -1,4 +1,5 @@
-"""Triton's kernels in its interpreter, on CPU tensors: every op and method against its formula, forward and backward.
+"""Triton's kernels in its interpreter, on CPU tensors: every op and method against its formula,
+forward and backward.
 
 Run by `make test-interpreter`: TRITON_INTERPRET=1 must be set before Triton is imported.
 """
@@ -33,7 +34,9 @@ RANDOM_SIZES = 50
 
 @pytest.fixture(params=[forms.UPDATE, forms.PREFILL, forms.OWN])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each form of the frozen GEMM with a rank-R term, in small tiles, so that there is more than one."""
+    """Each form of the frozen GEMM with a rank-R term, in small tiles, so that there is more than
+    one.
+    """
     monkeypatch.setattr(forms, "DEFAULT", request.param)
     monkeypatch.setattr("delora_kernels.backends.triton.rank_gemm.DESCRIPTORS_FROM", (0, 0))
     for way in tables.GEMMS:
@@ -102,7 +105,9 @@ def test_random_sizes_of_every_form(name: str, form: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["fold", "fold_backward"])
 def test_random_sizes_of_folds(name: str, seed: int) -> None:
-    """Against derived limits: a cast rounds, and a gradient that is zero but for rounding has no relative error."""
+    """Against derived limits: a cast rounds, and a gradient that is zero but for rounding has no
+    relative error.
+    """
     for T, K, N, R in torch.randint(1, 90, (10, 4), generator=torch.Generator().manual_seed(seed)).tolist():
         for problem in op_problems(name, T, K + 1, N + 1, min(R, 40), backend="triton", seed=seed):
             assert [m for m in measure(problem) if not m.ok] == []
@@ -114,7 +119,9 @@ def test_random_sizes(name: str, seed: int) -> None:
 
 
 def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None:
-    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived limit."""
+    """Odd shapes in float32, to 1e-5 of the largest element, or where terms cancel to the derived
+    limit.
+    """
     sizes = torch.randint(1, 90, (count, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     for T, K, N, R in sizes:
         variants = list(op_problems(name, T, K, N, min(R, 40), backend="triton", seed=seed))
@@ -137,7 +144,9 @@ def test_masks_have_the_bits_of_the_eager_backend(shape: tuple[int, int], seed: 
 
 
 def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums split among programs, rows apart in memory, more ranks than one turn takes; the same bits every time."""
+    """Sums split among programs, rows apart in memory, more ranks than one turn takes; the same
+    bits every time.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(40, 700, generator=generator)[:, 100:430]
     small, h = torch.randn(330, 150, generator=generator), torch.randn(150, 40, generator=generator).t()
@@ -155,7 +164,9 @@ def test_splits_strides_and_many_ranks(seed: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_own_gemm_with_and_without_descriptors(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both layouts of W, strides that tile loads take and that they don't, what is kept, more ranks than one turn."""
+    """Both layouts of W, strides that tile loads take and that they don't, what is kept, more ranks
+    than one turn.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

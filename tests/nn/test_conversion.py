@@ -1,4 +1,6 @@
-"""convert: the adapters that from_linear makes, in their places; all or none; a bar only where it takes long."""
+"""convert: the adapters that from_linear makes, in their places; all or none; a bar only where it
+takes long.
+"""
 
 from typing import Any
 

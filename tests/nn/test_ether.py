@@ -66,7 +66,9 @@ def test_forward_and_gradients(cls: Any, side: str, blocks: str) -> None:
 
 @pytest.mark.parametrize("side", ["input", "output", "both"])
 def test_starts(side: str) -> None:
-    """ETHER's is at distance 2 a block from the frozen layer, ETHER+'s is the frozen layer; both Kaiming uniform."""
+    """ETHER's is at distance 2 a block from the frozen layer, ETHER+'s is the frozen layer; both
+    Kaiming uniform.
+    """
     eye = nn.Linear(60, 60, bias=False).double()
     with torch.no_grad():
         eye.weight.copy_(torch.eye(60))

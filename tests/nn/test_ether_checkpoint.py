@@ -1,4 +1,6 @@
-"""Checkpoints of the authors' training code: what their layers computed, from what they would have saved."""
+"""Checkpoints of the authors' training code: what their layers computed, from what they would have
+saved.
+"""
 
 from typing import Any
 

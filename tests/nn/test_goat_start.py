@@ -1,4 +1,6 @@
-"""A mixture's start: GOAT's own factors and residual weight, every set of triples, scales, errors."""
+"""A mixture's start: GOAT's own factors and residual weight, every set of triples, scales,
+errors.
+"""
 
 import math
 from typing import Any
@@ -18,7 +20,9 @@ def products(A: Tensor, B: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", goat_cases(), ids=str)
 def test_golden(case: GoatCase) -> None:
-    """The products of single ranks to 1e-3 (float32 noise where singular values are near), W_res to 1e-5."""
+    """The products of single ranks to 1e-3 (float32 noise where singular values are near), W_res to
+    1e-5.
+    """
     E, r, _ = case.A_init.shape
     found = moe_start(case.weight0.float(), E, r, scaling=case.scaling[0])  # the source starts all on the first scale
     want = products(case.A_init, case.B_init)
@@ -32,7 +36,9 @@ def test_golden(case: GoatCase) -> None:
 
 @pytest.mark.parametrize("start", [start for start in STARTS if start != "zero"])
 def test_triples(start: str, seed: int) -> None:
-    """s_e B_e A_e is the sum of the named triples over ρ, found with numpy's order of indices written out."""
+    """s_e B_e A_e is the sum of the named triples over ρ, found with numpy's order of indices
+    written out.
+    """
     torch.manual_seed(seed)
     N, K, E, r, rho = 14, 17, 3, 2, 4.0
     W = torch.randn(N, K)
@@ -66,7 +72,9 @@ def test_bfloat16_weights_are_decomposed_in_float32(seed: int) -> None:
 
 
 def test_randomized_svd_finds_the_largest(seed: int) -> None:
-    """A weight with a decaying spectrum: PiSSA's start to the error that is stated; other starts are refused."""
+    """A weight with a decaying spectrum: PiSSA's start to the error that is stated; other starts
+    are refused.
+    """
     torch.manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.float64)).Q for n in (60, 50))
     W = (U * 0.8 ** torch.arange(40)) @ V.T
@@ -93,13 +101,16 @@ def test_scales(seed: int) -> None:
 
 
 def test_the_theorys_scale_brings_lora_to_full_fine_tuning(seed: int) -> None:
-    """Theorem 3.5: with Kaiming A, B = 0, the first step s² g A Aᵀ moves W as η g does, on average over A."""
+    """Theorem 3.5: with Kaiming A, B = 0, the first step s² g A Aᵀ moves W as η g does, on average
+    over A.
+    """
     torch.manual_seed(seed)
     E, r, K, eta = 400, 8, 32, 0.5
     found = moe_start(torch.randn(16, K), E, r, "zero", eta=eta)
     assert not found.B.any()
     mean = (found.scale[0] ** 2 * torch.einsum("erk,erl->kl", found.A, found.A) / E).double()
-    # r·E samples: the diagonal's relative deviation is √(0.8 / (r E)), an off-diagonal entry's 1 / √(r E)
+    # r·E samples: the diagonal's relative deviation is √(0.8 / (r E)), an off-diagonal entry's 1 /
+    # √(r E)
     assert (mean - eta * torch.eye(K)).abs().max() <= 6 * eta / math.sqrt(r * E)
 
 

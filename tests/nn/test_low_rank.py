@@ -1,4 +1,6 @@
-"""The adapter modules: starts, numbers against the reference in float64, dtypes, construction, errors."""
+"""The adapter modules: starts, numbers against the reference in float64, dtypes, construction,
+errors.
+"""
 
 import inspect
 import math

@@ -32,7 +32,8 @@ def test_merge(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     assert module.merged
     assert not module.weight.requires_grad
     assert module.weight.dtype == dtype
-    # rounded once: half a unit in the last place of each element, beside the rounding of the arithmetic
+    # rounded once: half a unit in the last place of each element, beside the rounding of the
+    # arithmetic
     error = (module.weight.double() - adapted).abs()
     arithmetic = 4 * EPS[torch.promote_types(dtype, torch.float32)] * adapted.abs().max()
     assert (error <= adapted.abs() * EPS[dtype] / 2 + arithmetic).all()

@@ -1,4 +1,6 @@
-"""The mixtures as modules: their start, their outputs and gradients, losses inside every way to train."""
+"""The mixtures as modules: their start, their outputs and gradients, losses inside every way to
+train.
+"""
 
 import copy
 from typing import Any
@@ -42,7 +44,9 @@ def test_output_and_gradients_are_the_references(kind: str) -> None:
 
 @every_kind
 def test_start(kind: str) -> None:
-    """Plain and normalised experts: exactly the frozen linear. GOAT: where all gates are 1/E, to rounding."""
+    """Plain and normalised experts: exactly the frozen linear. GOAT: where all gates are 1/E, to
+    rounding.
+    """
     module, linear = make(kind, trained=False, **({} if kind != "goat-folded" else {"init_cof": None}))
     x = torch.randn(7, 16, dtype=torch.float64)
     if kind.startswith("goat"):
@@ -83,7 +87,9 @@ def test_state_dict_brings_it_back(kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_balance_gradient_comes_once(kind: str, reentrant: bool | None) -> None:
-    """Plain, and under both kinds of checkpointing: the gradients of the loss with the balance loss added to it."""
+    """Plain, and under both kinds of checkpointing: the gradients of the loss with the balance loss
+    added to it.
+    """
     module, _ = make(kind)
     x = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
     leaves = {"router": module.router.detach().clone().requires_grad_()}
@@ -97,7 +103,9 @@ def test_balance_gradient_comes_once(kind: str, reentrant: bool | None) -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_loss_scale_and_accumulation(as_tensor: bool) -> None:
-    """A loss times S / steps: the gradient is S times that of the mean over the steps, the balance losses included."""
+    """A loss times S / steps: the gradient is S times that of the mean over the steps, the balance
+    losses included.
+    """
     S, steps = 1024.0, 3
     module, _ = make("goat")
     model = nn.Sequential(module)
@@ -117,7 +125,9 @@ def test_loss_scale_and_accumulation(as_tensor: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_grad_scaler(reentrant: bool | None) -> None:
-    """Steps under a GradScaler that grows, meets an infinity and backs off: those of the loss with balance losses."""
+    """Steps under a GradScaler that grows, meets an infinity and backs off: those of the loss with
+    balance losses.
+    """
     stack, x = Stack(reentrant), torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
     leaves, exact = leaves_of(stack), copy.deepcopy(stack)
     ours = torch.optim.SGD([p for p in stack.parameters() if p.requires_grad], lr=1e-2)
@@ -182,7 +192,9 @@ def test_experts_strengths_are_lambdas() -> None:
 
 
 def test_every_expert_can_be_trained(seed: int) -> None:
-    """AdamW on a target that is a mixture itself: every expert's factors move, and the loss falls by half or more."""
+    """AdamW on a target that is a mixture itself: every expert's factors move, and the loss falls
+    by half or more.
+    """
     torch.manual_seed(seed)
     teacher, _ = make("moe", torch.float32)
     student = MoELoRALinear.from_linear(nn.Linear(16, 12), 4, 4, 2)

@@ -1,4 +1,5 @@
-"""Compiling the kernels, by build-cuda and while the package is built: a script plays nvcc, a good and a broken one.
+"""Compiling the kernels, by build-cuda and while the package is built: a script plays nvcc, a good
+and a broken one.
 
 The real compiler's turn is `make test-cuda-build`.
 """
@@ -42,7 +43,9 @@ def build_cuda(folder: Path, *arguments: str, **variables: str) -> subprocess.Co
 
 
 def test_the_wheel_has_the_library_where_it_is_asked_for(tmp_path: Path) -> None:
-    """It then serves every Python 3; a pure one made later in the same folder has no left-over library."""
+    """It then serves every Python 3; a pure one made later in the same folder has no left-over
+    library.
+    """
     source = copy_source(tmp_path)
     home = str(toolkit(tmp_path / "cuda"))
     done = build(source, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", DELORA_KERNELS_CUDA="1")
@@ -72,7 +75,9 @@ def test_the_wheel_has_the_library_where_it_is_asked_for(tmp_path: Path) -> None
 
 
 def test_an_install_never_compiles_by_itself_and_build_cuda_does_later(tmp_path: Path) -> None:
-    """With nvcc and a GPU there, pip installs the pure package; it then has all that build-cuda needs."""
+    """With nvcc and a GPU there, pip installs the pure package; it then has all that build-cuda
+    needs.
+    """
     source, home = copy_source(tmp_path, ("delora_kernels", "csrc")), toolkit(tmp_path / "cuda")
     installed = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-index", "--no-build-isolation"]

@@ -1,4 +1,6 @@
-"""The sdist and the wheel: what they hold, their metadata, and that the wheel works where the repository is not."""
+"""The sdist and the wheel: what they hold, their metadata, and that the wheel works where the
+repository is not.
+"""
 
 import email
 import os

@@ -64,7 +64,9 @@ def number(text: str) -> float:
 
 
 def _main(script: str, folder: str) -> None:
-    """What `python script` does in the folder, without a network; its output goes to a file beside the folder."""
+    """What `python script` does in the folder, without a network; its output goes to a file beside
+    the folder.
+    """
     os.chdir(folder)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ROOT}
     socket.getaddrinfo = lambda *_, **__: sys.exit("it looks for a network")  # type: ignore[assignment]

@@ -1,7 +1,9 @@
-"""torch.export, torch.onnx.export and torch.jit.trace give plain torch: it runs in a process without this library.
+"""torch.export, torch.onnx.export and torch.jit.trace give plain torch: it runs in a process
+without this library.
 
-The programs hold the reference's formulas or PEFT's own; what they give is compared, in float64, with what the ops and
-their written-out gradients give in this process, which share no code with either.
+The programs hold the reference's formulas or PEFT's own; what they give is compared, in float64,
+with what the ops and their written-out gradients give in this process, which share no code with
+either.
 """
 
 import subprocess
@@ -43,7 +45,9 @@ def _peft(method: str, names: tuple[str, ...] = ("default",)) -> Make:
 
 
 class Calls(nn.Module):
-    """A user's module that calls the functions itself: a mixture with its statistics, then stacked adapters."""
+    """A user's module that calls the functions itself: a mixture with its statistics, then stacked
+    adapters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +143,9 @@ def run_all(folder: Path) -> None:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To the rounding of float64, of sums of a few hundred terms; a gradient that is missing is one of zeros."""
+    """To the rounding of float64, of sums of a few hundred terms; a gradient that is missing is one
+    of zeros.
+    """
     assert {"y", "x"} <= found.keys() <= expected.keys()
     for name, want in expected.items():
         got = found.get(name, torch.zeros_like(want))
@@ -148,7 +154,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
 def test_programs_run_without_the_library(seed: int, tmp_path: Path) -> None:
-    """Strict, non-strict and traced, after an ordinary call, at other sizes than they were made at."""
+    """Strict, non-strict and traced, after an ordinary call, at other sizes than they were
+    made at.
+    """
     want = {}
     for name, make in CASES.items():
         made, inputs = made_of(make, seed), (torch.randn(2, 3, K).double(), torch.randn(4, 5, K).double())
@@ -173,7 +181,9 @@ def test_programs_run_without_the_library(seed: int, tmp_path: Path) -> None:
 
 
 def with_masks(name: str, made: Any, x: Tensor, p: float) -> dict[str, Tensor]:
-    """What the reference gives of a module whose input or branch is dropped by torch's dropout, seeded with 0."""
+    """What the reference gives of a module whose input or branch is dropped by torch's dropout,
+    seeded with 0.
+    """
     ones, tensors = torch.ones(x.shape[:-1].numel(), K).double(), dict(made.named_parameters())
     torch.manual_seed(0)
     if "ether" in name:
@@ -205,7 +215,9 @@ DROPPING: dict[str, Make] = {
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_is_torchs(name: str, seed: int) -> None:
-    """In training mode, with the gradients of the reference under the same masks; in evaluation mode none drops."""
+    """In training mode, with the gradients of the reference under the same masks; in evaluation
+    mode none drops.
+    """
     made, x = made_of(DROPPING[name], seed), torch.randn(4, 5, K).double()
     example = torch.randn(2, 3, K).double()
     program = exported(made.train(), example, strict=False)
@@ -235,7 +247,9 @@ def differentiated(call: Any, x: Tensor, owner: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "free"])
 @pytest.mark.parametrize("name", ["lora", "dora", "delora-live", "goat", "ether+-official", "peft-dora", "peft-goat"])
 def test_low_precision(name: str, strict: bool, seed: int) -> None:
-    """A bfloat16 base with float32 adapters, and a float32 model under autocast around the export."""
+    """A bfloat16 base with float32 adapters, and a float32 model under autocast around the
+    export.
+    """
     made, x = made_of(CASES[name], seed).eval(), torch.randn(4, 5, K)
     made.float()
     example = torch.randn(2, 3, K)

@@ -1,4 +1,6 @@
-"""FLOP counters see what the fused ops compute: what PEFT's own layer computes, less what it computes in vain."""
+"""FLOP counters see what the fused ops compute: what PEFT's own layer computes, less what it
+computes in vain.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +23,9 @@ flops.register()
 
 T, K, N, R = 12, 20, 16, 3
 COMPARABLE = {"topk", "topk_plain", "dense", "gates", "adapter_ids"}
-"""Mixtures whose reference has the same products: no A that serves all experts, no pairs folded into W."""
+"""Mixtures whose reference has the same products: no A that serves all experts, no pairs folded
+into W.
+"""
 
 
 def addmm_in_place(out: Any, left: Any, right: Any, **_: Any) -> int:
@@ -43,7 +47,9 @@ def test_every_op_has_a_formula_or_no_product() -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_counts_what_torch_counts_of_its_plain_form(name: str, seed: int) -> None:
-    """Every variant, in one dtype: where dtypes differ, the plain form makes three products of one."""
+    """Every variant, in one dtype: where dtypes differ, the plain form makes three products
+    of one.
+    """
     counts = []
     for values in OPS[name][0](OpDraw(T, K, N, R, torch.float64, torch.float64, "cpu", seed)):
         given = op_arguments(name, {"kept": torch.ones(T, N, dtype=torch.float64)} | values)
@@ -56,7 +62,9 @@ def test_an_op_counts_what_torch_counts_of_its_plain_form(name: str, seed: int) 
 @pytest.mark.parametrize("dropout", [None, "shared", "independent"])
 @pytest.mark.parametrize("variant", moe_calls.VARIANTS)
 def test_flops_of_a_mixture(variant: str, dropout: str | None, seed: int) -> None:
-    """By the sizes of its factors, and where they have the same products as torch counts the formula."""
+    """By the sizes of its factors, and where they have the same products as torch counts the
+    formula.
+    """
     E, r = 4, 2
     made = moe_calls.moe_arguments(Maker(seed), variant, T, K, N, r, E)
     fused, _ = moe_calls.both(made, dropout, seed)

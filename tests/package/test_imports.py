@@ -73,7 +73,9 @@ def test_import_touches_neither_cuda_nor_heavy_packages() -> None:
 
 
 def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
-    """What costs time comes when it is asked for: modules, reference, reports, the oracles of testing, PEFT's part."""
+    """What costs time comes when it is asked for: modules, reference, reports, the oracles of
+    testing, PEFT's part.
+    """
     loaded = run("import sys, delora_kernels; print(*[n for n in sys.modules if n.startswith('delora_kernels.')])")
     parts = {name.split(".")[1] for name in loaded.split()}
     assert parts == {
@@ -87,7 +89,9 @@ def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
 
 
 def test_import_changes_nothing_of_other_packages_but_the_list_of_finders() -> None:
-    """Every attribute of every module, and of every class in them, that was there before is the same object after."""
+    """Every attribute of every module, and of every class in them, that was there before is the
+    same object after.
+    """
     said = run(
         "import sys, torch, numpy, logging, warnings\n"
         "def owners():\n"
@@ -147,9 +151,11 @@ def test_public_names() -> None:
 
 
 def test_functions_have_the_references_names_and_arguments() -> None:
-    """delora_kernels.reference: the same signature with dropout_mask in the place of dropout_p and seed.
+    """delora_kernels.reference: the same signature with dropout_mask in the place of dropout_p and
+    seed.
 
-    What changes only memory (saved) or what backward adds of itself (balance_coef, z_coef) has no place there.
+    What changes only memory (saved) or what backward adds of itself (balance_coef, z_coef) has no
+    place there.
     """
     for name in functional.CALLS:
         ours = inspect.signature(getattr(functional, name)).parameters

@@ -1,4 +1,6 @@
-"""How the package is laid out: layers look down only, no circle of imports, few and short files, old names load."""
+"""How the package is laid out: layers look down only, no circle of imports, few and short files,
+old names load.
+"""
 
 import ast
 import importlib
@@ -64,7 +66,9 @@ FILES = {name_of(file): file for file in sorted(ROOT.rglob("*.py"))}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The modules of the package that `file` imports, inside functions too, but for a package's __getattr__."""
+    """The modules of the package that `file` imports, inside functions too, but for a package's
+    __getattr__.
+    """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -1,7 +1,9 @@
-"""How far a call walks: the files that one forward pass enters, and how often it goes from one to another.
+"""How far a call walks: the files that one forward pass enters, and how often it goes from one to
+another.
 
-Counted are the library's Python functions in the order in which they are entered. A call is a first one: of tensors and
-of a layer that were never seen before, after another call has imported what is imported lazily.
+Counted are the library's Python functions in the order in which they are entered. A call is a first
+one: of tensors and of a layer that were never seen before, after another call has imported what is
+imported lazily.
 """
 
 import sys
@@ -24,7 +26,9 @@ LIMITS = {"lora": 10, "dora": 14, "moe": 21, "accelerated": 22}
 
 
 def way(call: Callable[[], Any]) -> list[str]:
-    """The files of the package whose functions `call` enters, each as often as it is come to from another."""
+    """The files of the package whose functions `call` enters, each as often as it is come to from
+    another.
+    """
     files: list[str] = []
 
     def enter(frame: FrameType, event: str, argument: object) -> None:

@@ -1,4 +1,6 @@
-"""The adapter modules against PEFT's layers with the same weights, and the parameter groups of both."""
+"""The adapter modules against PEFT's layers with the same weights, and the parameter groups of
+both.
+"""
 
 from typing import Any
 

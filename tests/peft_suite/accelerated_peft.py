@@ -1,4 +1,5 @@
-"""pytest plugin: PEFT's own tests with every adapter accelerated as soon as it is injected. Outcomes must not change.
+"""pytest plugin: PEFT's own tests with every adapter accelerated as soon as it is injected.
+Outcomes must not change.
 
     git clone https://github.com/huggingface/peft && cd peft    # its tests import diffusers too
     export PYTHONPATH=src:HERE            # HERE: this folder
@@ -7,7 +8,8 @@
     $suite --outcomes fused.json --accelerate
     python HERE/accelerated_peft.py plain.json fused.json
 
-The last line prints what differs, and how many layers and calls were fused; its exit status is 1 if anything differs.
+The last line prints what differs, and how many layers and calls were fused; its exit status is 1 if
+anything differs.
 """
 
 import functools

@@ -4,8 +4,9 @@
     export PYTHONPATH=src:HERE            # HERE: this folder
     python -m pytest -o addopts= -p our_methods tests/test_custom_models.py
 
-PEFT's tests are parametrised over lists of cases; cases of GOAT, ETHER and ETHER+ are put into these lists, and what is
-of other methods is left out. What can't be asked of a method is skipped with its reason, as PEFT does with its own.
+PEFT's tests are parametrised over lists of cases; cases of GOAT, ETHER and ETHER+ are put into
+these lists, and what is of other methods is left out. What can't be asked of a method is skipped
+with its reason, as PEFT does with its own.
 """
 
 import sys
@@ -46,7 +47,9 @@ def _fits(config: Any, options: dict[str, Any], modules: list[str]) -> bool:
 
 
 def _cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """As PEFT has them for its own methods: one layer or two, a name or a list, with modules_to_save, a Conv1D."""
+    """As PEFT has them for its own methods: one layer or two, a name or a list, with
+    modules_to_save, a Conv1D.
+    """
     for kind, (config, options) in KINDS.items():
         for number, modules in enumerate((["lin0"], ["lin1"], ["lin0", "lin1"])):
             if _fits(config, options, modules):
@@ -69,7 +72,9 @@ def _pairs() -> Iterator[tuple[str, str, Any, dict[str, Any], dict[str, Any]]]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Put our cases into PEFT's lists, to which its marks refer, before the first of them is used."""
+    """Put our cases into PEFT's lists, to which its marks refer, before the first of them is
+    used.
+    """
     module = metafunc.module
     if not hasattr(module, "TEST_CASES") or module.TEST_CASES[-1][2] in OURS:
         return

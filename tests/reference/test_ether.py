@@ -1,4 +1,6 @@
-"""ETHER's specification against the authors' layers, a second formula, its bounds, finite differences (float64)."""
+"""ETHER's specification against the authors' layers, a second formula, its bounds, finite
+differences (float64).
+"""
 
 from typing import Any
 

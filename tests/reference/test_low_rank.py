@@ -1,4 +1,6 @@
-"""The reference against the methods' own code, against a second formula, and against finite differences (float64)."""
+"""The reference against the methods' own code, against a second formula, and against finite
+differences (float64).
+"""
 
 import ast
 import inspect
@@ -70,7 +72,8 @@ def test_second_formula(variant: str, data: st.DataObject) -> None:
     for name, a, b in zip(("y", *grads), (y, *grads.values()), (want_y.detach(), *want), strict=True):
         assert a.shape == b.shape, name
         if a.numel():
-            # a gradient may vanish by cancellation, at K = 1 it must: hence a floor, of the size of what cancels
+            # a gradient may vanish by cancellation, at K = 1 it must: hence a floor, of the size of
+            # what cancels
             floor = 1e5 if clamped and name in ("A", "B") else 1.0
             error = float((a - b).abs().max() / b.abs().max().clamp(min=floor))
             assert error <= 1e-12, f"{name}: {error}"
@@ -111,7 +114,8 @@ def test_gradcheck(variant: str) -> None:
     def call(*values: Tensor) -> Tensor:
         changed = arguments | dict(zip(trained, values, strict=True))
         if variant.startswith("dora"):
-            # the norm counts as constant: let m follow it, so that c stays where it is while A, B and W are nudged
+            # the norm counts as constant: let m follow it, so that c stays where it is while A, B
+            # and W are nudged
             changed["magnitude"] = changed["magnitude"] * norm(changed) / start
         y: Tensor = getattr(reference, function_of(variant))(**changed)
         return y

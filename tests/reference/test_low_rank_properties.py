@@ -1,4 +1,6 @@
-"""What the methods promise, held by the reference: decoupled norms, bounds, starts, and finite values at zero norms."""
+"""What the methods promise, held by the reference: decoupled norms, bounds, starts, and finite
+values at zero norms.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ def test_delora_bounds() -> None:
         bound = factor * arguments["lam"].abs() * arguments["weight_norm"].max()
         change = weight_of("delora_linear", arguments) - arguments["weight"]
         assert 0.01 * bound < change.norm() <= bound
-        # reached where all ranks share one direction, the start has the opposite one, and n is one number
+        # reached where all ranks share one direction, the start has the opposite one, and n is one
+        # number
         arguments |= {"A": maker.tensor(1, 7).expand(3, 7), "B": maker.tensor(6, 1).expand(6, 3), "weight_norm": 1.7}
         if variant == "delora_authors":
             arguments |= {"frozen_A": -arguments["A"], "frozen_B": arguments["B"]}

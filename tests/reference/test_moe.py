@@ -1,4 +1,6 @@
-"""The two specifications of a mixture against GOAT's own code, each other and finite differences (float64)."""
+"""The two specifications of a mixture against GOAT's own code, each other and finite differences
+(float64).
+"""
 
 from typing import Any
 

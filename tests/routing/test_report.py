@@ -1,4 +1,6 @@
-"""expert_report and watch_experts: numbers, table and plot; a router biased on purpose shows dead experts."""
+"""expert_report and watch_experts: numbers, table and plot; a router biased on purpose shows dead
+experts.
+"""
 
 import math
 import re
@@ -110,7 +112,9 @@ def test_router_biased_on_purpose_shows_dead_experts(seed: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_tells_layers_apart(width: int, tmp_path: Path) -> None:
-    """At 80 columns too: what all names begin with stands in the head, and shares are wrapped before names are."""
+    """At 80 columns too: what all names begin with stands in the head, and shares are wrapped
+    before names are.
+    """
     rich = pytest.importorskip("rich.console")
     before, E = "base_model.model.model.layers", 8
     names = [f"{n}.{part}" for n in (0, 17) for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")]

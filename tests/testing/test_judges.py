@@ -1,4 +1,6 @@
-"""The judges judged: errors, limits, poison, input makers and oracles must notice what they are for."""
+"""The judges judged: errors, limits, poison, input makers and oracles must notice what they are
+for.
+"""
 
 import contextlib
 import inspect
@@ -157,7 +159,9 @@ def test_measure_fails_what_is_wrong(dtype: torch.dtype, wrong: Any, note: str) 
 
 
 def test_limit_knows_cancellation() -> None:
-    """A difference that is 10⁻⁴ of its terms may be 10⁴ times less exact than a sum of them; nothing else may."""
+    """A difference that is 10⁻⁴ of its terms may be 10⁴ times less exact than a sum of them;
+    nothing else may.
+    """
     big = torch.linspace(1, 2, 64)
     inputs = {"a": big, "b": big * (1 - 1e-4)}
 

@@ -1,4 +1,6 @@
-"""Transformers' Trainer and TRL's SFTTrainer as they are, with AccelerateCallback: what PEFT learns, and a report."""
+"""Transformers' Trainer and TRL's SFTTrainer as they are, with AccelerateCallback: what PEFT
+learns, and a report.
+"""
 
 import itertools
 import logging
@@ -34,7 +36,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _no_precision_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers of Transformers 4 leave bf16 behind, in the environment and in accelerate's state."""
+    """Trainers of Transformers 4 leave bf16 behind, in the environment and in accelerate's
+    state.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -46,7 +50,8 @@ def losses(trained: transformers.Trainer) -> Tensor:
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> float:
     """How far two trainings ended from each other, relative to how far each parameter has come.
 
-    Parameters of one number, DeLoRA's λ, count as one vector: a single one moves by what is left when terms cancel.
+    Parameters of one number, DeLoRA's λ, count as one vector: a single one moves by what is left
+    when terms cancel.
     """
     numbers = [name for name, value in theirs.items() if value.numel() == 1]
     ours, theirs, start = (
@@ -95,7 +100,8 @@ def test_trains_as_peft_does(mode: str, method: str, seed: int, tmp_path: Path) 
     assert callback.report is not None
     assert (len(callback.report.fused), callback.report.declined) == (7 * blocks, ())
     theirs, ours = (distance(ends[run], ends["exact"], start) for run in ("PEFT", "fused"))
-    # both are a few draws of rounding errors; a single gradient's is up to 64 eps of its accuracy (see test_peft)
+    # both are a few draws of rounding errors; a single gradient's is up to 64 eps of its accuracy
+    # (see test_peft)
     assert ours <= 4 * theirs + 64 * torch.finfo(torch.float32).eps
     theirs, ours = ((curves[run] - curves["exact"]).abs().max().item() for run in ("PEFT", "fused"))
     assert ours <= 4 * theirs + 8 * torch.finfo(torch.bfloat16 if "bf16" in options else torch.float32).eps
@@ -103,7 +109,9 @@ def test_trains_as_peft_does(mode: str, method: str, seed: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_save_resume_and_load(method: str, seed: int, tmp_path: Path) -> None:
-    """A run that is saved and resumed ends at the bits of the whole run; what it saved is a PEFT adapter."""
+    """A run that is saved and resumed ends at the bits of the whole run; what it saved is a PEFT
+    adapter.
+    """
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     whole = trainer(tmp_path / "whole", llama(method, seed), seed, [AccelerateCallback()], **options)
     whole.train()
@@ -122,7 +130,9 @@ def test_save_resume_and_load(method: str, seed: int, tmp_path: Path) -> None:
 
 
 def test_load_best_model_at_end(seed: int, tmp_path: Path) -> None:
-    """Its adapters are loaded into the fused layers; by this metric, a count, the first evaluation is the best."""
+    """Its adapters are loaded into the fused layers; by this metric, a count, the first evaluation
+    is the best.
+    """
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_count", "greater_is_better": False}
     run = trainer(tmp_path, llama("dora", seed), seed, [AccelerateCallback(strict=True)], **options)
@@ -167,13 +177,16 @@ def test_sft_trainer(method: str, seed: int, tmp_path: Path, capsys: pytest.Capt
     assert callback.report is not None
     assert (len(callback.report.fused), callback.report.declined) == (LAYERS, ())
     assert capsys.readouterr().out.count(f"delora-kernels: fused {LAYERS} of {LAYERS} adapter layers") == 1
-    # a gradient's rounding, 64 eps at most (see test_peft), moves each of four steps by as much, Adam's root by half
+    # a gradient's rounding, 64 eps at most (see test_peft), moves each of four steps by as much,
+    # Adam's root by half
     assert distance(ends[1], ends[0], start) <= 4 * 64 * 1.5 * torch.finfo(torch.float32).eps
     assert (curves[1] - curves[0]).abs().max() <= 64 * torch.finfo(torch.float32).eps * curves[0].max()
 
 
 def test_callback_without_adapters(seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A flag that does nothing says so: a warning once, an error if strict; adapters that come later are seen."""
+    """A flag that does nothing says so: a warning once, an error if strict; adapters that come
+    later are seen.
+    """
     callback = AccelerateCallback()
     with caplog.at_level(logging.INFO, logger=integration.__name__):
         made = base(seed)
@@ -236,7 +249,9 @@ def fused_layers(made: Any) -> int:
 
 
 def test_callback_added_late_and_undone(seed: int, tmp_path: Path) -> None:
-    """Added as a class by add_callback, and one that restores the layers when training ends, at each train()."""
+    """Added as a class by add_callback, and one that restores the layers when training ends, at
+    each train().
+    """
     made, seen = llama("lora", seed), []
 
     class Watch(transformers.TrainerCallback):

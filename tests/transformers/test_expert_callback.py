@@ -1,4 +1,6 @@
-"""GOAT under Transformers' Trainer with ExpertCallback: what it logs, what it says, what it tells the layers."""
+"""GOAT under Transformers' Trainer with ExpertCallback: what it logs, what it says, what it tells
+the layers.
+"""
 
 import copy
 import itertools
@@ -54,7 +56,8 @@ def test_logs_come_with_the_routers_numbers(mode: dict[str, Any], seed: int, tmp
         assert len(logged) == 3 + (4 * (3 + 4) if callback.by_layer else 0)  # 4 layers, 4 experts
         assert 0 < entry["router/entropy"] < 1 + 1e-9
         assert 0.5 < entry["router/balance"] <= 2  # at most E / k
-        # two steps of two rows of twelve tokens; a checkpointed pass runs twice; evaluation is not counted
+        # two steps of two rows of twelve tokens; a checkpointed pass runs twice; evaluation is not
+        # counted
         recomputed = 2 if "gradient_checkpointing" in mode else 1
         assert {use.tokens for use in report.layers} == {48 * recomputed}
         assert [use.name for use in report.layers] == list(layers(made))
@@ -62,7 +65,9 @@ def test_logs_come_with_the_routers_numbers(mode: dict[str, Any], seed: int, tmp
 
 
 def test_balance_loss_is_the_mean_over_accumulated_batches(seed: int, tmp_path: Path) -> None:
-    """One step of SGD over two micro-batches: its gradient is that of mean loss + coefficient · mean balance loss."""
+    """One step of SGD over two micro-batches: its gradient is that of mean loss + coefficient ·
+    mean balance loss.
+    """
     made = goat(seed, balance_coef=0.5, target_modules=["q_proj", "down_proj"])
     want = copy.deepcopy(made)
     rows = tokens(seed, 2, 12)
@@ -85,7 +90,9 @@ def test_balance_loss_is_the_mean_over_accumulated_batches(seed: int, tmp_path: 
 
 
 def test_says_when_experts_die(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A router of zeros chooses the first expert for every token (ties go to the lowest index), and learns nothing."""
+    """A router of zeros chooses the first expert for every token (ties go to the lowest index), and
+    learns nothing.
+    """
     made = goat(seed, top_k=1, balance_coef=0.0, target_modules=["down_proj"])
     dead = "base_model.model.model.layers.1.mlp.down_proj"
     made.get_submodule(dead).goat_router["default"].data.zero_()

@@ -1,12 +1,15 @@
-"""Compile the CUDA kernels (csrc/) into one shared library with nvcc: no PyTorch and no Python inside.
+"""Compile the CUDA kernels (csrc/) into one shared library with nvcc: no PyTorch and no Python
+inside.
 
     python -m delora_kernels build-cuda            for the GPUs of this machine
-    DELORA_KERNELS_CUDA=1 pip install .            the same while the package is built, into the wheel
+    DELORA_KERNELS_CUDA=1 pip install .            the same while the package is built, into the
+                                                   wheel
 
-setup.py loads this file where torch need not be, so it imports nothing of the package. What it reads from the
-environment:
+setup.py loads this file where torch need not be, so it imports nothing of the package. What it
+reads from the environment:
 
-TORCH_CUDA_ARCH_LIST   architectures as PyTorch writes them, "8.0 9.0+PTX", or "all"; else those that nvidia-smi shows
+TORCH_CUDA_ARCH_LIST   architectures as PyTorch writes them, "8.0 9.0+PTX", or "all"; else those
+                       that nvidia-smi shows
 CUDA_HOME, CUDA_PATH   the toolkit; else the nvcc on PATH, else /usr/local/cuda
 MAX_JOBS               files compiled at a time; else the number of cores
 """
@@ -25,7 +28,9 @@ PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARY = "delora_kernels_cuda.dll" if os.name == "nt" else "libdelora_kernels_cuda.so"
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-"""Compiled for where "all" is asked; the newest that nvcc knows as PTX too, for cards still to come."""
+"""Compiled for where "all" is asked; the newest that nvcc knows as PTX too, for cards still to
+come.
+"""
 
 _NAMED = {"turing": "7.5", "ampere": "8.0 8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0 10.3 12.0 12.1"}
 FLAGS = ["-O3", "-std=c++17", "-Xfatbin=-compress-all"]  # a third of the size; the driver unpacks what it loads
@@ -43,7 +48,8 @@ class BuildError(RuntimeError):
 
 
 def sources() -> Path:
-    """Return the folder of the kernels' sources: in an installed package, or beside the package in a clone.
+    """Return the folder of the kernels' sources: in an installed package, or beside the package in
+    a clone.
 
     Raises:
         BuildError: there is neither.
@@ -149,8 +155,8 @@ def choose_targets(known: Sequence[str], asked: str) -> list[str]:
 
     Args:
         known: The architectures that nvcc knows: "75", "80", ...
-        asked: As in TORCH_CUDA_ARCH_LIST; "+PTX" adds PTX, "all" is all of ARCHITECTURES. Those that nvcc or the
-            kernels do not know are left out.
+        asked: As in TORCH_CUDA_ARCH_LIST; "+PTX" adds PTX, "all" is all of ARCHITECTURES. Those
+            that nvcc or the kernels do not know are left out.
 
     Raises:
         BuildError: nothing is left, or `asked` can't be read.

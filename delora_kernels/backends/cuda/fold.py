@@ -1,4 +1,6 @@
-"""The fold of a pair of factors, and its inverse for gradients: one launch each, a second for a frozen start."""
+"""The fold of a pair of factors, and its inverse for gradients: one launch each, a second for a
+frozen start.
+"""
 
 import torch
 from torch import Tensor
@@ -24,7 +26,9 @@ def fold(
 def fold_backward(
     dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed order."""
+    """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed
+    order.
+    """
     (A, B, a, b, frozen_B), (lam, weight_norm, eps) = folded, strength
     (r, K), N = A.shape, B.shape[0]
     r0 = 0 if frozen_B is None or dB_hat is None else frozen_B.shape[1]

@@ -1,4 +1,6 @@
-"""The token-sized kernels as functions of tensors: what they allocate, how they split their sums."""
+"""The token-sized kernels as functions of tensors: what they allocate, how they split their
+sums.
+"""
 
 from collections.abc import Sequence
 
@@ -19,7 +21,7 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
 def times_small_parts(
     x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
 ) -> Tensor:
-    """The parts of x small: `Stages.times_small_parts`; small in x's dtype or float32."""
+    """Return the parts of x small: `Stages.times_small_parts`; small in x's dtype or float32."""
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
         return x.new_zeros((1, T, R), dtype=dtype)
@@ -39,7 +41,9 @@ def splits_of_times_small(T: int, C: int, ranks: Sequence[int]) -> int:
 
 
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_p parts[p] in `dtype`, in their order; parts [P, ...] float32, contiguous. One part is returned as it is."""
+    """Σ_p parts[p] in `dtype`, in their order; parts [P, ...] float32, contiguous. One part is
+    returned as it is.
+    """
     if len(parts) == 1 or parts[0].numel() == 0:
         return parts[0].to(dtype)
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
@@ -52,7 +56,9 @@ MOST_RANKS_OF_TERM = 64
 
 
 def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
-    """Whether `token_sums` can write the rank-R term on its way: with all of h's columns in one block."""
+    """Whether `token_sums` can write the rank-R term on its way: with all of h's columns in one
+    block.
+    """
     return h.dtype == small.dtype and h.shape[1] <= MOST_RANKS_OF_TERM
 
 
@@ -86,7 +92,8 @@ def rank_update(
     base: Tensor | None, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
     extra: Tensor | None = None, bias: Tensor | None = None, group: MaskGroup | None = None, mask_base: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h small)) + extra + bias, rounded once; `out` may be `base`.
+    """out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h small)) + extra + bias, rounded once; `out` may be
+    `base`.
 
     Args:
         base: [T, C] in out's dtype; or None.
@@ -111,7 +118,9 @@ def rank_update(
 
 
 def scale_matrix(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
-    """matrix [M, C] ⊙ factor, a float32 vector of rows [M] or of columns [C]; laid out as the matrix is."""
+    """matrix [M, C] ⊙ factor, a float32 vector of rows [M] or of columns [C]; laid out as the
+    matrix is.
+    """
     if matrix.stride(0) == 1 and matrix.stride(1) > 1:
         return scale_matrix(matrix.t(), factor, not by_row).t()
     (M, C), out = matrix.shape, torch.empty_like(matrix, memory_format=torch.contiguous_format)
@@ -121,7 +130,7 @@ def scale_matrix(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
 
 
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
+    """Return the elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
     mask = seed.new_empty((T, K), dtype=torch.bool)
     if T * K:
         launch("dropout_mask", seed, threshold(dropout_p), mask, T, K)

@@ -1,7 +1,9 @@
-"""The binding of csrc/delora_kernels.h: one call launches one kernel; a status that is not 0 becomes an error.
+"""The binding of csrc/delora_kernels.h: one call launches one kernel; a status that is not 0
+becomes an error.
 
-Tensors go as pointers, strides and a dtype; nothing is copied, converted or waited for. The library is loaded at the
-first call (`library.py`). One that csrc/host_shim compiled runs the same kernels on CPU tensors, for tests.
+Tensors go as pointers, strides and a dtype; nothing is copied, converted or waited for. The library
+is loaded at the first call (`library.py`). One that csrc/host_shim compiled runs the same kernels
+on CPU tensors, for tests.
 """
 
 import ctypes
@@ -62,10 +64,14 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "reflect_backward": (_M, _M, _M, _M, _M, _P, _L, _L, _L, _L),
     "reflect_across": (_P, _M, _M, _P, _P, _L, _L),
 }
-"""Launcher dk_<name> → the types of its arguments, but for `in_tf32` and the stream, which `launch` adds."""
+"""Launcher dk_<name> → the types of its arguments, but for `in_tf32` and the stream, which `launch`
+adds.
+"""
 
 PRODUCTS = ("row_norm", "times_small", "project_route", "token_sums", "dy_sums", "rank_update")
-"""Those whose last argument but one is `in_tf32`: whether float32 operands may be multiplied as tf32."""
+"""Those whose last argument but one is `in_tf32`: whether float32 operands may be multiplied as
+tf32.
+"""
 
 FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens", "dk_dy_sums_columns")
 """What the library must have."""
@@ -73,7 +79,7 @@ FUNCTIONS = (*(f"dk_{name}" for name in LAUNCHERS), "dk_route_tokens", "dk_dy_su
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library with the types of its functions declared."""
+    """Return the library with the types of its functions declared."""
     loaded = cuda_library.load(FUNCTIONS)
     for name, types in LAUNCHERS.items():
         getattr(loaded, f"dk_{name}").argtypes = (*types, *([c_int32] if name in PRODUCTS else []), c_void_p)
@@ -94,8 +100,9 @@ def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
 
     Args:
         name: A key of `LAUNCHERS`.
-        *arguments: As in the header, without `in_tf32` and the stream. A tensor stands for a matrix, a vector (0-d: one
-            number for all) or a pointer, which must be contiguous; None for what is not there.
+        *arguments: As in the header, without `in_tf32` and the stream. A tensor stands for a
+            matrix, a vector (0-d: one number for all) or a pointer, which must be contiguous; None
+            for what is not there.
 
     Raises:
         RuntimeError: the launcher refused its arguments, or CUDA the launch.
@@ -154,7 +161,7 @@ def _describe(value: Tensor | float | bool | None) -> str:
 
 
 def rows(matrix: Tensor) -> Tensor:
-    """The matrix itself if its last dimension is contiguous, else one copy."""
+    """Return the matrix itself if its last dimension is contiguous, else one copy."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 

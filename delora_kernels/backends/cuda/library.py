@@ -1,8 +1,9 @@
-"""The shared library of the compiled kernels (csrc/), loaded on first use; what is wrong when it can't be.
+"""The shared library of the compiled kernels (csrc/), loaded on first use; what is wrong when it
+can't be.
 
-`python -m delora_kernels build-cuda` makes it: in the package, or where that can't be written to, in the user's cache;
-DELORA_KERNELS_CUDA_LIBRARY names another. A failure is a `LibraryError` that says what was found, what was expected and
-what to do, and never happens at import.
+`python -m delora_kernels build-cuda` makes it: in the package, or where that can't be written to,
+in the user's cache; DELORA_KERNELS_CUDA_LIBRARY names another. A failure is a `LibraryError` that
+says what was found, what was expected and what to do, and never happens at import.
 """
 
 import ctypes
@@ -28,7 +29,9 @@ _ASKED = ("dk_build_info", "dk_on_host", "dk_error_string")
 
 
 class LibraryError(RuntimeError):
-    """The library can't be used here; the text has what was found, what was expected and the remedy."""
+    """The library can't be used here; the text has what was found, what was expected and the
+    remedy.
+    """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"found {found}; expected {expected}; to do: {remedy}")
@@ -57,7 +60,7 @@ def _places() -> tuple[Path, Path]:
 
 @cache
 def load(functions: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library, once it is known to have our ABI version.
+    """Return the library, once it is known to have our ABI version.
 
     Args:
         functions: Further names that it must have.
@@ -88,7 +91,9 @@ def load(functions: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def build_info() -> str:
-    """What the library was compiled by and for: "CUDA 13.0 for sm_75 sm_80 compute_80", or "host shim"."""
+    """Return what the library was compiled by and for: "CUDA 13.0 for sm_75 sm_80 compute_80", or
+    "host shim".
+    """
     return str(load().dk_build_info().decode())
 
 
@@ -107,13 +112,16 @@ def why_not_here(functions: Iterable[str] = ()) -> str | None:
 
 
 def driver() -> int | None:
-    """The newest CUDA version that the driver serves, 12040 for 12.4; None where there is no telling."""
+    """Return the newest CUDA version that the driver serves, 12040 for 12.4; None where there is no
+    telling.
+    """
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # there is no public way
     return (ask() if ask is not None and torch.cuda.is_available() else 0) or None
 
 
 def why_not_driver(info: str, version: int | None) -> str | None:
-    """Why a driver for CUDA `version` does not serve a library of `info`, or None: it serves its whole major.
+    """Why a driver for CUDA `version` does not serve a library of `info`, or None: it serves its
+    whole major.
 
     Args:
         info: Of `build_info`.
@@ -130,7 +138,8 @@ def why_not_driver(info: str, version: int | None) -> str | None:
 def why_not_capability(info: str, capability: tuple[int, int]) -> str | None:
     """Why a library of `info` has no code for a GPU of this compute capability, or None.
 
-    Machine code serves its own major version from its minor version on; PTX serves all that is newer.
+    Machine code serves its own major version from its minor version on; PTX serves all that is
+    newer.
     """
     major, minor = capability
     for kind, number in re.findall(r"\b(sm|compute)_(\d+)\b", info):

@@ -1,4 +1,6 @@
-"""ETHER's and ETHER+'s block reflections and their gradients: one launch forward, three backward."""
+"""ETHER's and ETHER+'s block reflections and their gradients: one launch forward, three
+backward.
+"""
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
 def reflect_backward(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, du, dv: tokens are split among blocks, their sums added in their order, then turned across u and v."""
+    """dx, du, dv: tokens are split among blocks, their sums added in their order, then turned
+    across u and v.
+    """
     (T, C), (n, D), m = x.shape, u.shape, 1 if v is None else 2
     dx = dy.new_empty((T, C) if need_dx else 0)
     du = u.new_empty((n, D), dtype=torch.float32)
@@ -38,6 +42,8 @@ def reflect_backward(
 
 
 def _vectors(x: Tensor, u: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """u and v as the kernels take them: in one dtype, that of x or float32, with contiguous rows."""
+    """u and v as the kernels take them: in one dtype, that of x or float32, with contiguous
+    rows.
+    """
     dtype = u.dtype if u.dtype == x.dtype and (v is None or v.dtype == u.dtype) else torch.float32
     return rows(u.to(dtype)), None if v is None else rows(v.to(dtype))

@@ -1,8 +1,9 @@
 """A mixture's projection with its gating, and their gradient: h, v and w, then dh and dB̂.
 
-Where the sum over K is not split and one block has all columns of h, the kernel that projects gates too; else `route`
-gates as it adds the parts. Backward, `route_backward` adds the parts of dv, which is never written, and of dB̂. Sums
-over tokens come in parts, which one more launch adds in their order.
+Where the sum over K is not split and one block has all columns of h, the kernel that projects gates
+too; else `route` gates as it adds the parts. Backward, `route_backward` adds the parts of dv, which
+is never written, and of dB̂. Sums over tokens come in parts, which one more launch adds in their
+order.
 """
 
 from typing import Any
@@ -27,7 +28,9 @@ LARGEST_EXPERTS = 32
 def project_route(
     x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each mask."""
+    """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each
+    mask.
+    """
     (T, C), columns, small = x.shape, A_hat.shape[0], A_hat.t()
     groups = mask_groups(columns, masks)
     whole = len(groups) == 1 and columns <= LARGEST_COLUMNS and gating.experts <= LARGEST_EXPERTS and T * C > 0
@@ -40,7 +43,9 @@ def project_route(
 def route(
     parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `project_route` from `parts`, which `times_small_parts` left of h; h and v in `dtype`."""
+    """Return the op `project_route` from `parts`, which `times_small_parts` left of h; h and v in
+    `dtype`.
+    """
     adds, tokens = len(parts) > 1, library().dk_route_tokens()
     h = parts.new_empty(parts.shape[1:], dtype=dtype) if adds else parts[0]
     return h, *_gated("route", (parts if adds else None, len(parts)), (), tokens, h, gates, top_k, gating)
@@ -56,7 +61,9 @@ def _gated(
     top_k: int,
     gating: Gating,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v, w, f, P and z by a kernel that has `tokens` in a block, and arguments before and after those of gating."""
+    """v, w, f, P and z by a kernel that has `tokens` in a block, and arguments before and after
+    those of gating.
+    """
     experts, rank, renormalize, shared, scale, token_share = gating
     (T, columns), given = h.shape, gates is not None
     passed = gating.passed(columns, 0 if given else experts)
@@ -75,7 +82,9 @@ def _gated(
 def expand_route_backward(
     dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch, with ds two."""
+    """One read of dy at ranks up to 32, above one for dv and one for the sums; then one launch,
+    with ds two.
+    """
     return route_backward(STAGES.read_for_gating(dy, v, B_hat, need_bias), gated, gating)
 
 
@@ -83,7 +92,8 @@ def route_backward(read: DyParts, gated: Gated, gating: Gating) -> tuple[Tensor,
     """dh, dB̂, Σ_t dy, d gates and ds of what reads of dy left.
 
     Args:
-        read: dv [Q, T, E r + passed] in float32, or [1, T, E r + passed] in any dtype; dyᵀ v, Σ_t dy; no dots.
+        read: dv [Q, T, E r + passed] in float32, or [1, T, E r + passed] in any dtype; dyᵀ v, Σ_t
+            dy; no dots.
         gated, gating: As in the op `expand_route_backward`.
     """
     h, w, given, dP, dz, need_scale = gated

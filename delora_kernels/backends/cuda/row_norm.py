@@ -9,7 +9,9 @@ from delora_kernels.backends.cuda.launch import launch, rows
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W may lie transposed."""
+    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W may lie
+    transposed.
+    """
     (N, K), R = weight.shape, A_hat.shape[0]
     norm = weight.new_empty(N, dtype=torch.float32)
     c = norm.new_empty(0 if magnitude is None else N)

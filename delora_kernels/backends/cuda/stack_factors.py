@@ -8,7 +8,7 @@ from delora_kernels.op_arguments import ExpertFactors
 
 
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
+    """Stack [A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
     *parts, B, frozen_B, residual = factors
     E, N, r = B.shape
     sizes = [0 if part is None else len(part) for part in parts]

@@ -1,4 +1,6 @@
-"""The token-sized ops of `ops.py` over the compiled kernels: forms (b) and (d), which every shape takes alike."""
+"""The token-sized ops of `ops.py` over the compiled kernels: forms (b) and (d), which every shape
+takes alike.
+"""
 
 from torch import Tensor
 
@@ -27,5 +29,7 @@ input_backward = STAGES.input_backward
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
-    """Whether `expand` wants row_norm's c ⊙ W: the pass of form (d) can't scale what comes after it."""
+    """Whether `expand` wants row_norm's c ⊙ W: the pass of form (d) can't scale what comes after
+    it.
+    """
     return True

@@ -14,7 +14,9 @@ _against: dict[tuple[str, int | None], str | None] = {}
 
 
 def why_not_here() -> str | None:
-    """Why they can't run on this machine, or None; what each of its devices lacks is found out with it."""
+    """Why they can't run on this machine, or None; what each of its devices lacks is found out with
+    it.
+    """
     reason = cuda_library.why_not_here(FUNCTIONS)
     if reason is None:
         gpus = range(0 if on_host() else torch.cuda.device_count())

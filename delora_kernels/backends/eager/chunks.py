@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 CPU_ELEMENTS = 1 << 17
-"""Elements of one chunk for each thread of a CPU: 512 KiB in float32, small enough for a core's cache."""
+"""Elements of one chunk for each thread of a CPU: 512 KiB in float32, small enough for a core's
+cache.
+"""
 
 DEVICE_ELEMENTS = 1 << 22
-"""Elements of one chunk on other devices: 16 MiB in float32, enough to keep one busy for longer than a launch takes."""
+"""Elements of one chunk on other devices: 16 MiB in float32, enough to keep one busy for longer
+than a launch takes.
+"""
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
@@ -21,7 +25,9 @@ def row_chunks(matrix: Tensor) -> Iterator[slice]:
 
 
 def chunks_in(dtype: torch.dtype, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row chunks of `matrix` in `dtype`: views where that is its dtype, else one scratch chunk, refilled each time."""
+    """Row chunks of `matrix` in `dtype`: views where that is its dtype, else one scratch chunk,
+    refilled each time.
+    """
     scratch = None
     for rows in row_chunks(matrix):
         chunk = matrix[rows]

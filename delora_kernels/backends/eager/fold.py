@@ -10,7 +10,9 @@ from delora_kernels.op_arguments import Folded, Start, Strength
 def fold(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign it is given."""
+    """Both pairs normalised in float32, then stacked and cast once, the frozen start with the sign
+    it is given.
+    """
     acc, (lam, weight_norm, eps), (frozen_A, frozen_B, frozen_lam) = accumulate_dtype(dtype), strength, start
     if lam is None or weight_norm is None:
         nothing = A.new_empty(0, dtype=acc)
@@ -39,7 +41,9 @@ def _folded(
 
 
 def _reciprocal(norm: Tensor, eps: float) -> Tensor:
-    """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no direction."""
+    """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no
+    direction.
+    """
     if eps > 0:
         return norm.clamp(min=eps).reciprocal_()
     return torch.where(norm == 0, torch.zeros_like(norm), norm.reciprocal())
@@ -66,7 +70,9 @@ def fold_backward(
 
 
 def frozen_dlam(dB_hat: Tensor, frozen_B: Tensor, b: Tensor, eps: float) -> Tensor:
-    """What a frozen start scaled by the live λ takes off dλ; its columns stand behind the trained ones in dB̂ and b."""
+    """Return what a frozen start scaled by the live λ takes off dλ; its columns stand behind the
+    trained ones in dB̂ and b.
+    """
     r0 = frozen_B.shape[1]
     return (dB_hat[:, -r0:] * frozen_B * _reciprocal(b[-r0:], eps)).sum() / r0
 

@@ -1,8 +1,9 @@
 """The token-sized stages in plain torch: project, expand and their gradients, DoRA's row norm.
 
-The rank-R term goes into the frozen GEMM's output in place (addmm_), so nothing else of size [T, N] or [T, K] is
-written. Wherever a tensor must be seen in a wider dtype (DoRA's column scale, float32 factors on a bfloat16 base), rows
-are taken in chunks that stay in cache: a float32 copy of x, y, dy or W never exists.
+The rank-R term goes into the frozen GEMM's output in place (addmm_), so nothing else of size [T, N]
+or [T, K] is written. Wherever a tensor must be seen in a wider dtype (DoRA's column scale, float32
+factors on a bfloat16 base), rows are taken in chunks that stay in cache: a float32 copy of x, y, dy
+or W never exists.
 """
 
 import torch
@@ -18,7 +19,9 @@ from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescale
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time: no cancellation, no BA."""
+    """Take the direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time: no cancellation,
+    no BA.
+    """
     acc = accumulate_dtype(weight.dtype)
     A, B = A_hat.to(acc), B_hat.to(acc)
     norm = weight.new_empty(weight.shape[0], dtype=acc)
@@ -30,7 +33,9 @@ def row_norm(
 
 
 def divide(numerator: Tensor, denominator: Tensor, acc: torch.dtype) -> Tensor:
-    """numerator / denominator in the accumulator's dtype; 0 where the denominator is 0: no direction to scale."""
+    """numerator / denominator in the accumulator's dtype; 0 where the denominator is 0: no
+    direction to scale.
+    """
     quotient = numerator.to(acc) / denominator.to(acc)
     return torch.where(denominator == 0, quotient.new_zeros(()), quotient)
 
@@ -41,7 +46,9 @@ def wants_scaled(x: Tensor, weight: Tensor) -> bool:
 
 
 def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
-    """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows and mask."""
+    """One GEMM, or where the factors are wider or an element drops, one for each chunk of rows and
+    mask.
+    """
     if x.dtype == A_hat.dtype and masks.seed is None:
         return torch.mm(x, A_hat.t())
     h = A_hat.new_empty((x.shape[0], A_hat.shape[0]))
@@ -59,7 +66,9 @@ def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
 def expand(
     x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, rescaling: Rescaling
 ) -> tuple[Tensor, Tensor]:
-    """The frozen GEMM, the rank-R term on top; DoRA scales both in float32 chunks, and what it keeps is x Wᵀ."""
+    """Run the frozen GEMM and put the rank-R term on top; DoRA scales both in float32 chunks, and
+    what it keeps is x Wᵀ.
+    """
     nothing, (h, B_hat, scale), (c, scaled, keep, dropout_p, seed) = x.new_empty(0), term, rescaling
     if c is not None and scaled is not None:
         weight, B_hat, c = scaled, (B_hat * c[:, None]).to(B_hat.dtype), None
@@ -101,8 +110,8 @@ def _add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Te
 def _operands(left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """left and right as GEMM operands for a result in `dtype`.
 
-    float32 factors of a bfloat16 result become high and low halves: one bfloat16 GEMM of rank 3R, which sums their
-    products in float32, in place of a float32 tensor of the result's size.
+    float32 factors of a bfloat16 result become high and low halves: one bfloat16 GEMM of rank 3R,
+    which sums their products in float32, in place of a float32 tensor of the result's size.
     """
     if left.dtype != torch.float32 or dtype != torch.bfloat16:
         return left, right
@@ -162,7 +171,7 @@ def _rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[
 
 
 def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The same where factors are wider than dy, a chunk of rows at a time."""
+    """Return the same where factors are wider than dy, a chunk of rows at a time."""
     nothing = dy.new_empty(0)
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
     dB_hat = nothing.to(torch.float32) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
@@ -177,7 +186,8 @@ def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, 
 def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:
     """dÂ, then dx: what the thin GEMM took is free again when the token-sized result is made.
 
-    With dropout the frozen GEMM comes first, and each chunk of rows gets its rank-R term beside its part of dÂ.
+    With dropout the frozen GEMM comes first, and each chunk of rows gets its rank-R term beside its
+    part of dÂ.
     """
     (weight, c, two_term), (dv, A_hat, x, r, scale) = frozen, branch
     if masks.seed is None:
@@ -211,7 +221,8 @@ def _factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
 
 
 def _masked_backward(dx: Tensor | None, branch: Branch, masks: Masks) -> Tensor:
-    """dÂ; adds each mask's part of the rank-R term to dx, or without A_hat, where dx has it, drops elements of dx.
+    """dÂ; adds each mask's part of the rank-R term to dx, or without A_hat, where dx has it, drops
+    elements of dx.
 
     A mask is made once, a chunk of rows at a time.
     """
@@ -258,7 +269,9 @@ def scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
 
 
 def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
-    """matrix ⊙ factor, rounded once from factor's dtype; factor is a row [columns] or a column [rows, 1]."""
+    """matrix ⊙ factor, rounded once from factor's dtype; factor is a row [columns] or a column
+    [rows, 1].
+    """
     scaled = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows, chunk in chunks_in(factor.dtype, matrix):
         scaled[rows] = chunk * (factor[rows] if factor.dim() == 2 else factor)
@@ -276,5 +289,5 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed:
 
 
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The whole mask at once; the other ops make theirs a chunk at a time."""
+    """Make the whole mask at once; the other ops make theirs a chunk at a time."""
     return KeepMask(K, dropout_p, seed)(slice(0, T))

@@ -1,4 +1,5 @@
-"""ETHER's block reflections in plain torch: a rank-1 (ETHER+: rank-2) update of every block, rows in chunks.
+"""ETHER's block reflections in plain torch: a rank-1 (ETHER+: rank-2) update of every block, rows
+in chunks.
 
 With the blocks' directions S [blocks, m, D], m = 1 or 2, and their signs c (−2, or −1 and +1):
 
@@ -60,7 +61,8 @@ def _along(chunk: Tensor, S: Tensor) -> Tensor:
 
 
 def _token_sum(along: Tensor, blocks: Tensor) -> Tensor:
-    """Σ_t along [n, t, m] blocks [n, t, D] → [n, m, D], by groups of rows, whose sums torch adds in pairs.
+    """Σ_t along [n, t, m] blocks [n, t, D] → [n, m, D], by groups of rows, whose sums torch adds in
+    pairs.
 
     A GEMM this small adds one row after the other, and rounds each time.
     """
@@ -72,7 +74,9 @@ def _token_sum(along: Tensor, blocks: Tensor) -> Tensor:
 def _update(
     out: Tensor, chunk: Tensor, along: Tensor, S: Tensor, signs: Tensor, bias: Tensor | None, scratch: bool
 ) -> None:
-    """out = chunk + c ⊙ along · S + bias; `scratch`: the chunk may be overwritten, and has to be cast."""
+    """out = chunk + c ⊙ along · S + bias; `scratch`: the chunk may be overwritten, and has to be
+    cast.
+    """
     target = chunk if scratch else out
     torch.baddbmm(_by_block(chunk, S), along * signs, S, out=_by_block(target, S))
     if bias is not None:

@@ -44,7 +44,9 @@ def _largest(logits: Tensor, k: int) -> Tensor:
 
 
 def _powers(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """e^(logit − m) with the token's largest logit m, their sum, and log Σ e^logit: the largest one is in each sum."""
+    """e^(logit − m) with the token's largest logit m, their sum, and log Σ e^logit: the largest one
+    is in each sum.
+    """
     largest = logits.amax(1, keepdim=True)
     power = (logits - largest).exp_()
     total = power.sum(1, keepdim=True)
@@ -52,12 +54,16 @@ def _powers(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gate(w: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """w_te · s_e · values [T, E or 1, r] → [T, E, r]; an expert that is not chosen counts 0 even of Inf and NaN."""
+    """w_te · s_e · values [T, E or 1, r] → [T, E, r]; an expert that is not chosen counts 0 even of
+    Inf and NaN.
+    """
     return ((w * scale).unsqueeze(2) * values).masked_fill_((w == 0).unsqueeze(2), 0)
 
 
 def _mean(values: Tensor, token_share: Tensor | None) -> Tensor:
-    """The mean over tokens of [T, n], or their sum by shares; a token without a share has no say, even if NaN."""
+    """Return the mean over tokens of [T, n], or their sum by shares; a token without a share has no
+    say, even if NaN.
+    """
     if token_share is None:
         return values.sum(0) / max(1, values.shape[0])
     share = token_share.unsqueeze(1)
@@ -96,8 +102,8 @@ def route_backward(dv: Tensor, gated: Gated, gating: Gating) -> tuple[Tensor, Te
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """Gradient of the logits of p = softmax(logits): p ⊙ (dp − Σ p dp), the mean taken twice.
 
-    Where dp's entries are close, what is left of them after the first subtraction is exact, and the second takes away
-    what rounding left of the mean.
+    Where dp's entries are close, what is left of them after the first subtraction is exact, and the
+    second takes away what rounding left of the mean.
     """
     dp = dp - (p * dp).sum(1, keepdim=True)
     return p * (dp - (p * dp).sum(1, keepdim=True))

@@ -1,4 +1,6 @@
-"""A mixture's factors side by side, as the frozen GEMMs' rank-R term wants them: one copy for each tensor."""
+"""A mixture's factors side by side, as the frozen GEMMs' rank-R term wants them: one copy for each
+tensor.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from delora_kernels.op_arguments import ExpertFactors
 
 
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[A; G; A⁰] and [B | −γ B⁰] in `dtype`, cast on the way."""
+    """Stack [A; G; A⁰] and [B | −γ B⁰] in `dtype`, cast on the way."""
     *firsts, B, frozen_B, residual = factors
     parts = [part for part in firsts if part is not None]
     rows = B.new_empty((sum(map(len, parts)), parts[0].shape[1]) if parts else 0, dtype=dtype)

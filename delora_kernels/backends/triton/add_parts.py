@@ -1,7 +1,9 @@
-"""Partial sums added in a fixed order, so that results repeat bit for bit: what follows a split reduction, in a launch.
+"""Partial sums added in a fixed order, so that results repeat bit for bit: what follows a split
+reduction, in a launch.
 
-`add_parts` adds the parts of any tensor. `finish_dy` adds all that the reads of dy left in parts, and makes of it
-what the op `expand_backward` promises: dv in its dtype, dB̂ with DoRA's c, dm divided, the bias's gradient.
+`add_parts` adds the parts of any tensor. `finish_dy` adds all that the reads of dy left in parts,
+and makes of it what the op `expand_backward` promises: dv in its dtype, dB̂ with DoRA's c, dm
+divided, the bias's gradient.
 """
 
 import torch
@@ -39,7 +41,9 @@ def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
 
 
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_p parts[p] in `dtype`; parts [P, ...] float32, contiguous. A single float32 part is returned as it is."""
+    """Σ_p parts[p] in `dtype`; parts [P, ...] float32, contiguous. A single float32 part is
+    returned as it is.
+    """
     if len(parts) == 1:
         return parts[0].to(dtype)
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
@@ -57,7 +61,9 @@ def finish_dy_kernel(
     WITH_COLUMN: tl.constexpr, WITH_B: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs up to N / BN: BN rows of dB̂ [N, R], Σ_t dy and dm; those after: BLOCK elements of dv."""
+    """Programs up to N / BN: BN rows of dB̂ [N, R], Σ_t dy and dm; those after: BLOCK elements of
+    dv.
+    """
     rows = (N + BN - 1) // BN
     if tl.program_id(0) < rows:
         n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)

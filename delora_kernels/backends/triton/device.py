@@ -1,4 +1,6 @@
-"""Device functions that kernels share: dots of mixed dtypes, dropout masks of the same bits as the eager backend's."""
+"""Device functions that kernels share: dots of mixed dtypes, dropout masks of the same bits as the
+eager backend's.
+"""
 
 import triton
 import triton.language as tl
@@ -20,7 +22,9 @@ def _hash(index, seed):
 
 @triton.jit
 def keep_tile(seed_pointer, t, c0, K, threshold, BT: tl.constexpr, BC: tl.constexpr):
-    """The kept elements of rows t and columns c0 ... c0 + BC - 1 of a [T, K] mask; c0 and BC are multiples of 4."""
+    """Return the kept elements of rows t and columns c0 ... c0 + BC - 1 of a [T, K] mask; c0 and BC
+    are multiples of 4.
+    """
     given = tl.load(seed_pointer)
     g = c0 // 4 + tl.arange(0, BC // 4)
     bits = _hash(t[:, None].to(tl.int64) * ((K + 3) // 4) + g[None, :], _hash(given * 0, given))
@@ -30,13 +34,15 @@ def keep_tile(seed_pointer, t, c0, K, threshold, BT: tl.constexpr, BC: tl.conste
 
 @triton.jit
 def dropped(x, keep):
-    """x where it is kept, not yet divided by 1 − p; elsewhere x · 0: NaN and Inf show, as in torch's dropout."""
+    """x where it is kept, not yet divided by 1 − p; elsewhere x · 0: NaN and Inf show, as in
+    torch's dropout.
+    """
     return (x.to(tl.float32) * keep.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
 def _low(wide, high):
-    """What the bfloat16 half `high` leaves of `wide`; nothing where it is infinite."""
+    """Return what the bfloat16 half `high` leaves of `wide`; nothing where it is infinite."""
     rest = wide - high.to(tl.float32)
     return tl.where(tl.abs(high.to(tl.float32)) < float("inf"), rest, 0.0).to(tl.bfloat16)
 
@@ -51,7 +57,9 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def mixed_dot(big, small, acc, HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + big · small, summed in float32; `HOW` as in launch.py. `big` may itself be float32 beside bfloat16."""
+    """acc + big · small, summed in float32; `HOW` as in launch.py. `big` may itself be float32
+    beside bfloat16.
+    """
     if HOW == 0:
         return _dot(big, small, acc, PRECISION, INTERPRETED)
     if HOW == 3:

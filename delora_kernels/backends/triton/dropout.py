@@ -1,4 +1,6 @@
-"""Dropout masks as tensors, and inputs with them applied, for what runs on a library GEMM (PEFT's two-term DoRA)."""
+"""Dropout masks as tensors, and inputs with them applied, for what runs on a library GEMM (PEFT's
+two-term DoRA).
+"""
 
 import torch
 import triton
@@ -37,7 +39,7 @@ def drop_kernel(X, SEED, DROPPED, REST, T, K, stride_x, threshold, inverse, BT: 
 
 
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
+    """Return the elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
     mask = seed.new_empty((T, K), dtype=torch.bool)
     if T * K:
         launch(mask_kernel, _grid(T, K), (seed, mask), (T, K, threshold(dropout_p)), BT=_BT, BC=_BC)

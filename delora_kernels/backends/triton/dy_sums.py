@@ -1,8 +1,9 @@
 """All that one read of dy gives at ranks up to 32: dv = dy (c ⊙ S), dyᵀ h, Σ_t dy and Σ_t dy ⊙ Y.
 
-A program owns a chunk of tokens and a chunk of columns. It keeps its part of dyᵀ h in registers while it walks its
-tokens, and writes its part of dv for each step; `add_parts.py` adds the parts of both in a fixed order. At higher ranks
-the parts of dv would be more than a second read of dy: `times_small.py` and `token_sums.py` do the two halves there.
+A program owns a chunk of tokens and a chunk of columns. It keeps its part of dyᵀ h in registers
+while it walks its tokens, and writes its part of dv for each step; `add_parts.py` adds the parts of
+both in a fixed order. At higher ranks the parts of dv would be more than a second read of dy:
+`times_small.py` and `token_sums.py` do the two halves there.
 """
 
 import torch
@@ -27,7 +28,9 @@ def dy_sums_kernel(
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's part of dv, a tile [BT, BR] for each step, and its [BC, BR] of factor · dyᵀ h over `part` tokens."""
+    """One chunk's part of dv, a tile [BT, BR] for each step, and its [BC, BR] of factor · dyᵀ h
+    over `part` tokens.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     n = chunk * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)
@@ -63,7 +66,9 @@ def dy_sums_kernel(
 
 
 def takes(dy: Tensor, small: Tensor, h: Tensor, c: Tensor | None = None) -> bool:
-    """Whether one read does it: on 16-bit units (float32's tiles would spill), few ranks, and something to read."""
+    """Whether one read does it: on 16-bit units (float32's tiles would spill), few ranks, and
+    something to read.
+    """
     how = meeting(dy.dtype, _dtype(small, c)), meeting(dy.dtype, h.dtype)
     return dy.dtype.itemsize == 2 and WIDE not in how and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
 

@@ -1,9 +1,10 @@
-"""The fold of a pair of factors, and its inverse for gradients: one launch, a program for each row of A, column of B.
+"""The fold of a pair of factors, and its inverse for gradients: one launch, a program for each row
+of A, column of B.
 
 DeLoRA's factors are normalised and cast, LoRA's and DoRA's only cast.
 
-A program reads its vector twice, first for the norm (or the product with its gradient), then to write it scaled. All
-arithmetic is in float32. Nothing here is token-sized.
+A program reads its vector twice, first for the norm (or the product with its gradient), then to
+write it scaled. All arithmetic is in float32. Nothing here is token-sized.
 """
 
 import torch
@@ -17,7 +18,8 @@ from delora_kernels.backends.triton.launch import launch
 from delora_kernels.op_arguments import Folded, Start, Strength
 
 BLOCK, WARPS = 4096, 8
-"""Elements of one step of a program: few steps, because few programs run and each waits for memory."""
+"""Elements of one step of a program: few steps, because few programs run and each waits for memory.
+"""
 
 
 @triton.jit
@@ -34,7 +36,9 @@ def fold_kernel(
     stride_ar, stride_ak, stride_bn, stride_br, sign, eps,
     NORMALISE: tl.constexpr, CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i < r: row i of Â and its norm; program r + j: column j of B̂ and its norm, both from `offset` on."""
+    """Program i < r: row i of Â and its norm; program r + j: column j of B̂ and its norm, both from
+    `offset` on.
+    """
     i = tl.program_id(0)
     is_row = i < r
     j = tl.where(is_row, i, i - r).to(tl.int64)
@@ -68,7 +72,9 @@ def fold_kernel(
 def fold(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with the sign turned."""
+    """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with the sign
+    turned.
+    """
     pairs, (A_hat, B_hat, a, b) = fold_pairs(A, B, strength, start, dtype)
     _, weight_norm, eps = strength
     for pair_A, pair_B, lam, sign, offset in pairs:
@@ -88,7 +94,9 @@ def fold_backward_kernel(
     stride_gc, stride_ar, stride_ak, stride_bn, stride_br, eps,
     CLAMP: tl.constexpr, WITH_VECTOR: tl.constexpr, WITH_A: tl.constexpr, WITH_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i < r: row i of dA; program r + j: column j of dB and its part of dλ. Both drop what lies along."""
+    """Program i < r: row i of dA; program r + j: column j of dB and its part of dλ. Both drop what
+    lies along.
+    """
     i = tl.program_id(0)
     if WITH_A:  # known when compiled, unlike the next
         if i < r:
@@ -133,7 +141,9 @@ def fold_backward_kernel(
 def fold_backward(
     dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed order."""
+    """dÂ → dA and dB̂ → dB in the factors' dtypes, and dλ, whose parts are added in a fixed
+    order.
+    """
     (A, B, a, b, frozen_B), (lam, weight_norm, eps) = folded, strength
     assert weight_norm is not None
     (r, K), N = A.shape, B.shape[0]

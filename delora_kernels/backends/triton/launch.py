@@ -1,8 +1,10 @@
-"""What every launch shares: the way to the device, the layout of operands, how two of them meet in a dot.
+"""What every launch shares: the way to the device, the layout of operands, how two of them meet in
+a dot.
 
-`launch` takes Triton's own path once for each variant of a kernel, and remembers what that compiled. Later calls give
-it to the driver's launcher directly: Triton binds and judges every argument anew, which costs several times as much.
-A kernel's parameters are tensors, integers (those it is not specialised for first), floats, constants, in this order.
+`launch` takes Triton's own path once for each variant of a kernel, and remembers what that
+compiled. Later calls give it to the driver's launcher directly: Triton binds and judges every
+argument anew, which costs several times as much. A kernel's parameters are tensors, integers (those
+it is not specialised for first), floats, constants, in this order.
 """
 
 import inspect
@@ -23,10 +25,14 @@ except ImportError:  # Triton 3.3
     knobs = TensorDescriptor = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, on CPU tensors: Triton decides it when a kernel is defined."""
+"""Whether kernels run in Triton's interpreter, on CPU tensors: Triton decides it when a kernel is
+defined.
+"""
 
 PLAIN, SPLIT_SMALL, SPLIT_BOTH, WIDE = 0, 1, 2, 3
-"""How two operands meet in a dot: as they are; the small one as three bfloat16 parts; both as two; both in float32."""
+"""How two operands meet in a dot: as they are; the small one as three bfloat16 parts; both as two;
+both in float32.
+"""
 
 _START = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
 LAUNCHERS = (
@@ -40,7 +46,9 @@ MOST = 4096
 
 
 class Ready(NamedTuple):
-    """A compiled variant: the driver's launcher, its function on the device, its metadata, its constants' values."""
+    """A compiled variant: the driver's launcher, its function on the device, its metadata, its
+    constants' values.
+    """
 
     kernel: CompiledKernel
     run: Any
@@ -74,8 +82,9 @@ def launch(
     if INTERPRETED:
         kernel[grid](*tensors, *integers, *floats, **constants)
         return
-    # All that the compiled code depends on. Of an integer that is its width, whether it is 1, whether it is a multiple
-    # of 16: its value says as much, and is had for nothing. Of those that change from call to call it is the width.
+    # All that the compiled code depends on. Of an integer that is its width, whether it is 1,
+    # whether it is a multiple of 16: its value says as much, and is had for nothing. Of those that
+    # change from call to call it is the width.
     pointers: list[Any] = []
     facts: list[Any] = [id(kernel)]
     for tensor in tensors:
@@ -113,7 +122,9 @@ def launch(
 
 
 def _watched() -> bool:
-    """Whether a profiler's hooks want to see each launch, or kernels are to be compiled otherwise than by default."""
+    """Whether a profiler's hooks want to see each launch, or kernels are to be compiled otherwise
+    than by default.
+    """
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):  # a function or None; from Triton 3.5 a chain of functions
@@ -145,26 +156,32 @@ def _remember(
 
 
 def rows(matrix: Tensor) -> Tensor:
-    """The matrix itself if its last dimension is contiguous, else one copy."""
+    """Return the matrix itself if its last dimension is contiguous, else one copy."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
 def meeting(big: torch.dtype, small: torch.dtype) -> int:
-    """How a token-sized operand and a small one are multiplied, so that nothing is lost that eager PyTorch keeps."""
+    """How a token-sized operand and a small one are multiplied, so that nothing is lost that eager
+    PyTorch keeps.
+    """
     if big == small:
         return PLAIN
     return SPLIT_SMALL if (big, small) == (torch.bfloat16, torch.float32) else WIDE
 
 
 def meeting_in_rank(h: torch.dtype, small: torch.dtype, out: torch.dtype) -> int:
-    """How two rank-space operands are multiplied for a result in `out`: float32 ones stay as exact, on fast units."""
+    """How two rank-space operands are multiplied for a result in `out`: float32 ones stay as exact,
+    on fast units.
+    """
     if h == small == torch.float32 != out:
         return SPLIT_BOTH if out == torch.bfloat16 else WIDE
     return meeting(h, small)
 
 
 def precision(dtype: torch.dtype, how: int) -> str:
-    """`input_precision` of a dot: three tf32 products stand in for float32 where the operands were mixed."""
+    """`input_precision` of a dot: three tf32 products stand in for float32 where the operands were
+    mixed.
+    """
     if how == WIDE:
         return "tf32x3"
     return "tf32" if dtype == torch.float32 and allow_tf32() else "ieee"

@@ -1,8 +1,10 @@
-"""A mixture's projection with its gating: h = x [A; G; A⁰]ᵀ, v and w from one launch, where no sum is split.
+"""A mixture's projection with its gating: h = x [A; G; A⁰]ᵀ, v and w from one launch, where no sum
+is split.
 
-A program holds whole sums for its tokens, the router's too (E columns more, padded to 16, in each tile of ranks), and
-gates in its epilogue; the first tile writes w and the parts of the statistics. Where the sum is split, or x has masks,
-or experts share one A, `times_small.py` leaves parts, and `route.py` gates as it adds them.
+A program holds whole sums for its tokens, the router's too (E columns more, padded to 16, in each
+tile of ranks), and gates in its epilogue; the first tile writes w and the parts of the statistics.
+Where the sum is split, or x has masks, or experts share one A, `times_small.py` leaves parts, and
+`route.py` gates as it adds them.
 """
 
 import triton
@@ -33,7 +35,9 @@ def project_route_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BT, BR] of v = [w · s · u | rest] and of these columns of h; tile 0: the logits, w, f, P and z too."""
+    """One tile [BT, BR] of v = [w · s · u | rest] and of these columns of h; tile 0: the logits, w,
+    f, P and z too.
+    """
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     q = tl.program_id(1) * BR + tl.arange(0, BR)
     e = tl.arange(0, BE)
@@ -79,7 +83,9 @@ def project_route_kernel(
 def project_route(
     x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each mask."""
+    """One launch for h, v and w or two, and one for the sums over tokens; x is read once for each
+    mask.
+    """
     experts, rank, renormalize, shared, scale, token_share = gating
     (T, C), columns, given = x.shape, A_hat.shape[0], gates is not None
     logits = 0 if given else experts

@@ -2,10 +2,11 @@
 
     out = c ⊙ (X W + scale · H S) + bias        kept = X W, on request
 
-X [T, D] and W [D, C] with one dimension contiguous, as in x Wᵀ (NT) and dy W (NN). A program takes one tile [BT, BC]
-after another (a persistent grid); tensor descriptors (TMA) load it where the device has them and strides allow. The
-term is summed in the accumulator of X W itself, and the epilogue works on halves of the tile: registers are what limits
-this kernel, so it takes neither factors wider than X nor dropout, which would need more.
+X [T, D] and W [D, C] with one dimension contiguous, as in x Wᵀ (NT) and dy W (NN). A program takes
+one tile [BT, BC] after another (a persistent grid); tensor descriptors (TMA) load it where the
+device has them and strides allow. The term is summed in the accumulator of X W itself, and the
+epilogue works on halves of the tile: registers are what limits this kernel, so it takes neither
+factors wider than X nor dropout, which would need more.
 """
 
 import triton
@@ -47,7 +48,7 @@ def _add_term(
 def _store_half(
     acc, COLUMN, BIAS, OUT, t, c, T, C, WITH_COLUMN: tl.constexpr, WITH_BIAS: tl.constexpr
 ):  # fmt: skip
-    """What comes after the sums: c and bias, on a half of the tile."""
+    """Return what comes after the sums: c and bias, on a half of the tile."""
     if WITH_COLUMN:
         acc *= tl.load(COLUMN + c, c < C, 0.0)[None, :]
     if WITH_BIAS:
@@ -111,7 +112,9 @@ def rank_gemm_kernel(
 
 
 def takes(x: Tensor, h: Tensor, small: Tensor, scale: float, keep: bool, group: MaskGroup | None) -> bool:
-    """Whether this GEMM does it: one dtype of 16 bits, nothing dropped, and a scale to divide by where X W is kept."""
+    """Whether this GEMM does it: one dtype of 16 bits, nothing dropped, and a scale to divide by
+    where X W is kept.
+    """
     plain = x.dtype == h.dtype == small.dtype and (x.dtype.itemsize == 2 or INTERPRETED)
     return plain and (group is None or group.seed is None) and not (keep and scale == 0)
 
@@ -160,7 +163,9 @@ def rank_gemm(
 
 
 def _loads_by_descriptor(matrix: Tensor) -> bool:
-    """Whether the hardware's tile loads take this matrix: rows 16 bytes apart, and a start that is aligned likewise."""
+    """Whether the hardware's tile loads take this matrix: rows 16 bytes apart, and a start that is
+    aligned likewise.
+    """
     if TensorDescriptor is None or matrix.stride(1) != 1:
         return False
     return matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0

@@ -1,9 +1,11 @@
-"""The rank-R term beside a library GEMM, in one pass over its output: expand and dx in forms (b) and (d).
+"""The rank-R term beside a library GEMM, in one pass over its output: expand and dx in forms (b)
+and (d).
 
     out = c ⊙ (mask ⊙ base + scale · mask ⊙ (h S)) + extra + bias
 
-Each part is there or not; the sum is made in float32 and rounded once. Form (b) updates what the GEMM wrote: `out` may
-be `base` itself. Form (d) has no base yet: it writes what the GEMM then adds to (beta = 1).
+Each part is there or not; the sum is made in float32 and rounded once. Form (b) updates what the
+GEMM wrote: `out` may be `base` itself. Form (d) has no base yet: it writes what the GEMM then adds
+to (beta = 1).
 """
 
 import triton

@@ -1,12 +1,15 @@
-"""ETHER's block reflections and their gradients: one read of x (and dy), one write, no norm and no square root.
+"""ETHER's block reflections and their gradients: one read of x (and dy), one write, no norm and no
+square root.
 
-With a = (x·u) / (u·u) and b = (dy·u) / (u·u) of every token and block, 0 where u is 0, and c = 2 (with v: c = 1):
+With a = (x·u) / (u·u) and b = (dy·u) / (u·u) of every token and block, 0 where u is 0, and c = 2
+(with v: c = 1):
 
     x' = x − c a u [+ a_v v]                  g = Σ_t a dy + b x
-    dx = dy − c b u [+ b_v v]                 du = −c (g − (g·u) / (u·u) u),   dv = g_v − (g_v·v) / (v·v) v
+    dx = dy − c b u [+ b_v v]             du = −c (g − (g·u) / (u·u) u)
+                                          dv = g_v − (g_v·v) / (v·v) v
 
-A program has a block of a few tokens. What it reads a second time comes from the cache: x in reflect, and for blocks
-above WHOLE features dy and x in the gradients.
+A program has a block of a few tokens. What it reads a second time comes from the cache: x in
+reflect, and for blocks above WHOLE features dy and x in the gradients.
 """
 
 from typing import NamedTuple
@@ -33,7 +36,9 @@ class Tile(NamedTuple):
 
 
 def tile_of(D: int) -> Tile:
-    """The tile of a block of D features, for both directions: whole blocks, or chunks of blocks above WHOLE."""
+    """Return the tile of a block of D features, for both directions: whole blocks, or chunks of
+    blocks above WHOLE.
+    """
     if D > WHOLE:
         return Tile(8, 256, 8)
     features = max(16, triton.next_power_of_2(D))
@@ -98,7 +103,9 @@ def reflect_backward_kernel(
     DY, X, U, V, DX, PARTS, T, part, C, D, n, stride_dy, stride_x,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Whole block i of `part` tokens: dx, and the sums g_u and g_v of this part, [parts, 1 or 2, C]."""
+    """Whole block i of `part` tokens: dx, and the sums g_u and g_v of this part, [parts, 1 or 2,
+    C].
+    """
     i = tl.program_id(0) % n
     which = (tl.program_id(0) // n).to(tl.int64)
     d = tl.arange(0, BD)
@@ -140,7 +147,9 @@ def reflect_backward_chunked_kernel(
     DY, X, U, V, DX, PARTS, T, part, C, D, n, stride_dy, stride_x,
     WITH_V: tl.constexpr, WITH_DX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The same for a block that a program can't hold: PARTS starts at 0, and this program alone adds to its part."""
+    """Do the same for a block that a program can't hold: PARTS starts at 0, and this program alone
+    adds to its part.
+    """
     i = tl.program_id(0) % n
     which = (tl.program_id(0) // n).to(tl.int64)
     own = PARTS + which * (2 if WITH_V else 1) * C
@@ -194,7 +203,9 @@ def reflect_backward_chunked_kernel(
 
 @triton.jit
 def across_kernel(G, U, V, DU, DV, C, D, n, WITH_V: tl.constexpr, BD: tl.constexpr):
-    """Block i of du (programs below n) or dv: the sums g without their part along the vector, signed and scaled."""
+    """Block i of du (programs below n) or dv: the sums g without their part along the vector,
+    signed and scaled.
+    """
     i = tl.program_id(0) % n
     is_v = tl.program_id(0) // n
     gu = tl.zeros((BD,), tl.float32)
@@ -237,7 +248,9 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
 def reflect_backward(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, du, dv: tokens are split among programs, their sums added in a fixed order, then turned across u and v."""
+    """dx, du, dv: tokens are split among programs, their sums added in a fixed order, then turned
+    across u and v.
+    """
     (T, C), (n, D) = x.shape, u.shape
     dx, m = dy.new_empty((T, C) if need_dx else 0), 1 if v is None else 2
     du = u.new_empty((n, D), dtype=torch.float32)

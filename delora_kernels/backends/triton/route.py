@@ -1,8 +1,10 @@
-"""A mixture's gating in Triton: v, w and the sums over tokens, from the parts of h = x Âᵀ that projecting left.
+"""A mixture's gating in Triton: v, w and the sums over tokens, from the parts of h = x Âᵀ that
+projecting left.
 
-The kernel that adds the parts gates what it has added: h is written, not read again. Everything between is in
-registers. Sums over tokens (f, P, z) are written for each block of tokens, [blocks, 2E + 1], and added up in their
-order by one more launch: no atomics. `project_route.py` uses the same gating where nothing has to be added.
+The kernel that adds the parts gates what it has added: h is written, not read again. Everything
+between is in registers. Sums over tokens (f, P, z) are written for each block of tokens, [blocks,
+2E + 1], and added up in their order by one more launch: no atomics. `project_route.py` uses the
+same gating where nothing has to be added.
 """
 
 import torch
@@ -16,12 +18,16 @@ from delora_kernels.backends.triton.tables import REGISTERS
 from delora_kernels.op_arguments import Gating
 
 NUMBERS = 1024
-"""What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several times over."""
+"""What a program holds of a [T, E] tensor (E padded), at the most: it lives in registers several
+times over.
+"""
 
 
 @triton.jit
 def weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """p and w [BT, BE] of logits whose columns outside are −∞, and logsumexp [BT]; the lowest index wins ties."""
+    """p and w [BT, BE] of logits whose columns outside are −∞, and logsumexp [BT]; the lowest index
+    wins ties.
+    """
     top = tl.max(logits, 1)
     powers = tl.where(inside, tl.exp(logits - top[:, None]), 0.0)
     total = tl.sum(powers, 1)
@@ -46,7 +52,7 @@ def weights(logits, at, inside, K: tl.constexpr, RENORMALIZE: tl.constexpr):
 
 @triton.jit
 def write_sums(SUMS, SHARE, block, t, e, p, chosen, z, T, E, WITH_SHARE: tl.constexpr):
-    """A block's parts of f, P and z; a token whose share is 0 has no say, even if NaN."""
+    """Write a block's parts of f, P and z; a token whose share is 0 has no say, even if NaN."""
     counted = tl.where(t < T, 1.0, 0.0)
     if WITH_SHARE:
         counted = tl.load(SHARE + t, t < T, 0.0)
@@ -64,7 +70,9 @@ def route_kernel(
     ADDS: tl.constexpr, GIVEN: tl.constexpr, SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, K: tl.constexpr,
     RENORMALIZE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens of h = Σ PARTS, of v = [w · s · u | rest] and of w, and their parts of the sums f, P and z."""
+    """BT tokens of h = Σ PARTS, of v = [w · s · u | rest] and of w, and their parts of the sums f,
+    P and z.
+    """
     block = tl.program_id(0)
     t = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
@@ -141,14 +149,18 @@ def totals_blocks(experts: int) -> dict[str, int]:
 
 
 def warps(experts: int) -> int:
-    """Warps of a program: with many experts each holds less of a [T, E] tensor, so that nothing spills."""
+    """Warps of a program: with many experts each holds less of a [T, E] tensor, so that nothing
+    spills.
+    """
     return 8 if experts > 32 else 4
 
 
 def route(
     parts: Tensor, dtype: torch.dtype, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `project_route` from one read of `parts`, which `times_small_parts` left of h; h and v in `dtype`."""
+    """Return the op `project_route` from one read of `parts`, which `times_small_parts` left of h;
+    h and v in `dtype`.
+    """
     experts, rank, renormalize, shared, scale, token_share = gating
     (count, T, columns), given = parts.shape, gates is not None
     passed = gating.passed(columns, 0 if given else experts)

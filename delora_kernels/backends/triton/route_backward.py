@@ -1,7 +1,8 @@
-"""The gradient of a mixture's gating, in the launch that adds up what the reads of dy left in parts.
+"""The gradient of a mixture's gating, in the launch that adds up what the reads of dy left in
+parts.
 
-dv is added where it is needed, in registers: dh, the gates' and the scales' gradients come of it, dv itself is never
-written. Other programs of the same launch add dB̂ and the bias's gradient.
+dv is added where it is needed, in registers: dh, the gates' and the scales' gradients come of it,
+dv itself is never written. Other programs of the same launch add dB̂ and the bias's gradient.
 """
 
 import torch
@@ -32,7 +33,8 @@ def route_backward_kernel(
     SHARED: tl.constexpr, WITH_SHARE: tl.constexpr, RENORMALIZE: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first programs: BT tokens of dh and of the gates' gradient, and their part of ds; then BLOCK elements each of
+    """Let the first programs make BT tokens of dh and of the gates' gradient, and their part of ds;
+    then BLOCK elements each of
     dB̂, of Σ_t dy."""
     block = tl.program_id(0)
     gating = (T + BT - 1) // BT

@@ -1,4 +1,5 @@
-"""DoRA's norm ‖W + scale · B̂Â‖₂ of every row and c = m / norm, from one read of W; B̂Â exists a tile at a time.
+"""DoRA's norm ‖W + scale · B̂Â‖₂ of every row and c = m / norm, from one read of W; B̂Â exists a
+tile at a time.
 
 On request c ⊙ W too: its rows are read a second time right after the first, from the cache.
 """
@@ -22,7 +23,9 @@ def row_norm_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """BN rows of ‖W + scale · BA‖; strides are free, so that a transposed W (Conv1D) is read as it lies."""
+    """BN rows of ‖W + scale · BA‖; strides are free, so that a transposed W (Conv1D) is read as it
+    lies.
+    """
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     squares = tl.zeros((BN,), tl.float32)
     for k0 in range(0, K, BK):
@@ -54,14 +57,17 @@ def row_norm_kernel(
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W has any strides."""
+    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W has any
+    strides.
+    """
     (N, K), R = weight.shape, A_hat.shape[0]
     norm = weight.new_empty(N, dtype=torch.float32)
     column = norm.new_empty(0 if magnitude is None else N)
     out = weight.new_empty((N, K) if scaled else 0)
     BR = rank_tile("row_norm", R)
     tile = tiles("row_norm", BR, capability(weight.device))
-    # c divides by the norm, which multiplies all that follows: with float32 factors it stays float32
+    # c divides by the norm, which multiplies all that follows: with float32 factors it stays
+    # float32
     how = PLAIN if B_hat.dtype == A_hat.dtype == weight.dtype else WIDE
     strides = (*weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)))
     launch(

@@ -1,4 +1,6 @@
-"""A matrix scaled by rows or by columns, in one launch: DoRA's transient c ⊙ W or dy ⊙ c for a library GEMM."""
+"""A matrix scaled by rows or by columns, in one launch: DoRA's transient c ⊙ W or dy ⊙ c for a
+library GEMM.
+"""
 
 import triton
 import triton.language as tl
@@ -23,7 +25,9 @@ def scaled_kernel(
 
 
 def scaled(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
-    """matrix [M, C] ⊙ factor, a float32 vector of rows [M] or of columns [C]; laid out as the matrix is."""
+    """matrix [M, C] ⊙ factor, a float32 vector of rows [M] or of columns [C]; laid out as the
+    matrix is.
+    """
     if matrix.stride(0) == 1 and matrix.stride(1) > 1:
         return scaled(matrix.t(), factor, not by_row).t()
     matrix, (M, C) = rows(matrix), matrix.shape

@@ -1,4 +1,6 @@
-"""A mixture's factors side by side, [A; G; A⁰] and [B | −γ B⁰], in one launch instead of a copy for each tensor."""
+"""A mixture's factors side by side, [A; G; A⁰] and [B | −γ B⁰], in one launch instead of a copy for
+each tensor.
+"""
 
 import torch
 import triton
@@ -28,7 +30,9 @@ def stack_factors_kernel(
     WITH_A: tl.constexpr, WITH_G: tl.constexpr, WITH_A0: tl.constexpr, WITH_B0: tl.constexpr,
     BLOCK: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of A, then of G, then of A⁰, which follow each other in ROWS; then tiles [BN, BC] of COLUMNS."""
+    """BLOCK elements of A, then of G, then of A⁰, which follow each other in ROWS; then tiles [BN,
+    BC] of COLUMNS.
+    """
     block = tl.program_id(0)
     blocks_a, blocks_g, blocks_0 = tl.cdiv(size_a, BLOCK), tl.cdiv(size_g, BLOCK), tl.cdiv(size_0, BLOCK)
     if WITH_A:
@@ -60,7 +64,7 @@ def stack_factors_kernel(
 
 
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
+    """Stack [A; G; A⁰] and [B | −γ B⁰] in `dtype`."""
     *firsts, B, frozen_B, residual = factors
     parts = [None if part is None else part.contiguous() for part in firsts]
     there = [part for part in parts if part is not None]

@@ -1,7 +1,7 @@
 """The token-sized ops of `ops.py` over the Triton kernels.
 
-`forms.py` chooses, per shape, between the forms that `library_gemm.py` has and what only Triton has: (c), one GEMM of
-our own that does it all.
+`forms.py` chooses, per shape, between the forms that `library_gemm.py` has and what only Triton
+has: (c), one GEMM of our own that does it all.
 """
 
 from torch import Tensor
@@ -31,7 +31,9 @@ expand_backward = STAGES.expand_backward
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
-    """Whether `expand` wants row_norm's c ⊙ W: the pass that adds the rank-R term can't scale what comes after it."""
+    """Whether `expand` wants row_norm's c ⊙ W: the pass that adds the rank-R term can't scale what
+    comes after it.
+    """
     return forms.choose("expand", x, weight.shape[0], weight.shape[1]) == forms.PREFILL
 
 

@@ -24,7 +24,7 @@ def supports(call: AnyCall) -> str | None:
 
 
 def _rank(call: Call | MoECall) -> int:
-    """The columns of h, or of v where a mixture's are more."""
+    """Return the columns of h, or of v where a mixture's are more."""
     if isinstance(call, Call):
         return call.A.shape[0] + (0 if call.frozen_A is None else call.frozen_A.shape[0])
     E, _, r = call.B.shape

@@ -1,8 +1,8 @@
 """Launch configurations: plain tables by kernel, never keyed on the exact number of tokens.
 
-Chosen so that every configuration compiles for sm_80 and sm_90 without a spill and within their shared memory
-(`python -m benchmarks.codegen`); no device has timed them yet. What `python -m benchmarks.tune` finds faster on a
-device stands in `tuned.py` and takes their place there.
+Chosen so that every configuration compiles for sm_80 and sm_90 without a spill and within their
+shared memory (`python -m benchmarks.codegen`); no device has timed them yet. What `python -m
+benchmarks.tune` finds faster on a device stands in `tuned.py` and takes their place there.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,9 @@ import torch
 from delora_kernels.backends.triton import tuned
 
 TILES = tuned.TILES
-"""(device capability, name in TABLES or GEMM) → rank class or GEMM's way → the fields of its Tiles or GemmTiles."""
+"""(device capability, name in TABLES or GEMM) → rank class or GEMM's way → the fields of its Tiles
+or GemmTiles.
+"""
 GEMM = "rank_gemm"
 
 
@@ -34,14 +36,18 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "row_norm": {"16": Tiles(64, 64, 8, 2)},
 }
-"""Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take several turns.
+"""Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take
+several turns.
 
-"fp32" and "mixed" behind a kernel's name stand for launches whose wider operands need smaller tiles.
+"fp32" and "mixed" behind a kernel's name stand for launches whose wider operands need smaller
+tiles.
 """
 
 
 class GemmTiles(NamedTuple):
-    """Our own GEMM: tiles along tokens, columns and the sum, launch, programs of the grid (0: one for each tile)."""
+    """Our own GEMM: tiles along tokens, columns and the sum, launch, programs of the grid (0: one
+    for each tile).
+    """
 
     tokens: int
     columns: int
@@ -54,13 +60,16 @@ class GemmTiles(NamedTuple):
 GEMMS = {"descriptors": GemmTiles(128, 256, 64, 8, 3, 128), "pointers": GemmTiles(128, 128, 64, 8, 3, 0)}
 """How tiles are loaded → tiles.
 
-Descriptors (TMA) are for sm_90 and later, with a persistent grid: the usual layers have a multiple of 128 tiles, so 128
-programs waste no wave and leave a few multiprocessors of an H100 or H200 to others.
+Descriptors (TMA) are for sm_90 and later, with a persistent grid: the usual layers have a multiple
+of 128 tiles, so 128 programs waste no wave and leave a few multiprocessors of an H100 or H200 to
+others.
 """
 
 
 def rank_tile(kernel: str, R: int) -> int:
-    """How many ranks one turn of a kernel takes: a power of two, at least 16, a dot's least side."""
+    """How many ranks one turn of a kernel takes: a power of two, at least 16, a dot's least
+    side.
+    """
     return min(max(int(limit) for limit in TABLES[kernel]), padded(R))
 
 
@@ -70,21 +79,27 @@ def padded(R: int) -> int:
 
 
 REGISTERS = 255
-"""What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a time, and spills."""
+"""What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a
+time, and spills.
+"""
 
 SPLIT_TARGET = 264
 """Programs that a reduction is split into: two for each of an H200's 132 multiprocessors."""
 
 
 def dtypes(big: torch.dtype, *small: torch.dtype) -> str:
-    """What a kernel's name has behind it in TABLES: "fp32", "mixed" where factors are wider than `big`, or nothing."""
+    """Return what a kernel's name has behind it in TABLES: "fp32", "mixed" where factors are wider
+    than `big`, or nothing.
+    """
     if big == torch.float32:
         return "fp32"
     return "mixed" if any(dtype != big for dtype in small) else ""
 
 
 def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str = "") -> Tiles:
-    """The configuration of a kernel for a tile of ranks on a device of this compute capability."""
+    """Return the configuration of a kernel for a tile of ranks on a device of this compute
+    capability.
+    """
     name = f"{kernel} {dtypes}" if f"{kernel} {dtypes}" in TABLES else kernel
     limit, shipped = next(entry for entry in TABLES[name].items() if rank_tile <= int(entry[0]))
     tuned = TILES.get((capability, name), {}).get(limit)
@@ -92,11 +107,13 @@ def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str 
 
 
 def gemm_tiles(way: str, capability: tuple[int, int]) -> GemmTiles:
-    """The configuration of our own GEMM, for the way its tiles are loaded."""
+    """Return the configuration of our own GEMM, for the way its tiles are loaded."""
     tuned = TILES.get((capability, GEMM), {}).get(way)
     return GEMMS[way] if tuned is None else GemmTiles(*tuned)
 
 
 def splits(programs: int, steps: int) -> int:
-    """Into how many parts a reduction of `steps` steps is split when `programs` programs run anyway."""
+    """Into how many parts a reduction of `steps` steps is split when `programs` programs run
+    anyway.
+    """
     return max(1, min(steps, SPLIT_TARGET // max(1, programs)))

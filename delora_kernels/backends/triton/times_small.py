@@ -1,7 +1,8 @@
-"""A token-sized matrix times a small one, [T, C] · [C, R]: project's h = drop(x) Âᵀ, and dv = dy (c ⊙ B̂).
+"""A token-sized matrix times a small one, [T, C] · [C, R]: project's h = drop(x) Âᵀ, and dv = dy (c
+⊙ B̂).
 
-One read of the token-sized matrix for each 128 ranks. Where there are few tokens, the sum over C is split among
-programs, and the parts are added in a fixed order.
+One read of the token-sized matrix for each 128 ranks. Where there are few tokens, the sum over C is
+split among programs, and the parts are added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,9 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
 
 
 def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
-    """Into how many parts the sum over C is split, and the columns of each, where x meets blocks of these ranks."""
+    """Into how many parts the sum over C is split, and the columns of each, where x meets blocks of
+    these ranks.
+    """
     turns = [rank_tile("times_small", R) for R in ranks]
     used = [tiles("times_small", BR, capability(x.device)) for BR in turns]
     columns = max(tile.columns for tile in used)
@@ -65,7 +68,9 @@ def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
 def times_small_parts(
     x: Tensor, small: Tensor, dtype: torch.dtype, groups: Sequence[MaskGroup] | None = None
 ) -> Tensor:
-    """The parts of x small: `Stages.times_small_parts`; a launch and a read of x for each mask."""
+    """Return the parts of x small: `Stages.times_small_parts`; a launch and a read of x for each
+    mask.
+    """
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
         return x.new_zeros((1, T, R), dtype=dtype)

@@ -1,8 +1,9 @@
-"""Sums over tokens: Xᵀ H [C, R], and beside it Σ_t X and Σ_t X ⊙ Y [C], from one read of X for each 128 ranks.
+"""Sums over tokens: Xᵀ H [C, R], and beside it Σ_t X and Σ_t X ⊙ Y [C], from one read of X for each
+128 ranks.
 
-That is dÂ = dvᵀ drop(x) and dB̂ = dyᵀ h, with the bias's gradient and DoRA's Σ_t dy ⊙ u. Tokens are split among
-programs; `add_parts.py` adds their parts in a fixed order. While a program holds H = dv it can also write the rank-R
-term of dx, H S, where a library GEMM then adds the rest (form (d)).
+That is dÂ = dvᵀ drop(x) and dB̂ = dyᵀ h, with the bias's gradient and DoRA's Σ_t dy ⊙ u. Tokens are
+split among programs; `add_parts.py` adds their parts in a fixed order. While a program holds H = dv
+it can also write the rank-R term of dx, H S, where a library GEMM then adds the rest (form (d)).
 """
 
 import torch
@@ -27,7 +28,9 @@ def token_sums_kernel(
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens; factor · H S."""
+    """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens;
+    factor · H S.
+    """
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -71,7 +74,8 @@ def token_sums_kernel(
 
 
 def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
-    """Whether the term can be written on the way: one 16-bit dtype and no dropout (for more, registers do not do), and
+    """Whether the term can be written on the way: one 16-bit dtype and no dropout (for more,
+    registers do not do), and
     all of H's columns in one program."""
     plain = x.dtype == h.dtype == small.dtype and (x.dtype.itemsize == 2 or INTERPRETED) and group.seed is None
     return plain and rank_tile("token_sums", h.shape[1]) >= h.shape[1]

@@ -1,4 +1,5 @@
-"""What computes an adapter layer as it stands now, and why: asked by its call, by accelerate's report and by strict.
+"""What computes an adapter layer as it stands now, and why: asked by its call, by accelerate's
+report and by strict.
 
 A layer of this library answers by its own `verdict()`; `fused/plan.py` answers for PEFT's.
 """
@@ -31,7 +32,8 @@ class Verdict(NamedTuple):
     Args:
         state: How much of it is fused.
         reason: Why not all of it is; None: it is.
-        run: x → y of a layer that is fused by accelerate; None of any other, and of the library's own methods.
+        run: x → y of a layer that is fused by accelerate; None of any other, and of the library's
+            own methods.
     """
 
     state: State

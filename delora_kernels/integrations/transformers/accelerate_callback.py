@@ -1,7 +1,8 @@
-"""Transformers: AccelerateCallback applies accelerate() to the model of a Trainer and says what came of it.
+"""Transformers: AccelerateCallback applies accelerate() to the model of a Trainer and says what
+came of it.
 
-It acts as soon as the Trainer has its model, and again when training begins: by then the callback may have been added
-late, the model made anew (model_init) or wrapped.
+It acts as soon as the Trainer has its model, and again when training begins: by then the callback
+may have been added late, the model made anew (model_init) or wrapped.
 """
 
 import logging
@@ -18,20 +19,24 @@ logger = logging.getLogger(__name__)
 
 
 class AccelerateCallback(TrainerCallback):
-    """Make the PEFT adapters of a Trainer's model run fused: `Trainer(..., callbacks=[dk.AccelerateCallback()])`.
+    """Make the PEFT adapters of a Trainer's model run fused: `Trainer(...,
+    callbacks=[dk.AccelerateCallback()])`.
 
-    It works in everything built on Transformers' Trainer, such as TRL's SFTTrainer with a `peft_config`. The main
-    process prints the first line of the report and logs all of it: as a warning if a layer was not fused, else as info.
+    It works in everything built on Transformers' Trainer, such as TRL's SFTTrainer with a
+    `peft_config`. The main process prints the first line of the report and logs all of it: as a
+    warning if a layer was not fused, else as info.
 
     Args:
         strict: Raise unless every adapter layer can be fused.
         restore_at_end: Give the layers PEFT's own forward back when training ends, for generating.
 
     Attributes:
-        report: What accelerate() returned last; None before the Trainer has a model, or if it holds no adapters.
+        report: What accelerate() returned last; None before the Trainer has a model, or if it holds
+            no adapters.
 
     Raises:
-        ValueError: `strict`, and the Trainer's model has no PEFT adapter layer; else that is logged as a warning.
+        ValueError: `strict`, and the Trainer's model has no PEFT adapter layer; else that is logged
+            as a warning.
         RuntimeError: `strict`, and a layer can't be fused; the text is the report.
         TypeError: an argument is no bool.
     """
@@ -53,7 +58,9 @@ class AccelerateCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Accelerate what is trained: another model, or layers that came later; harmless where nothing is new."""
+        """Accelerate what is trained: another model, or layers that came later; harmless where
+        nothing is new.
+        """
         self._apply(kwargs["model"], state.is_world_process_zero)
 
     def on_train_end(
@@ -80,5 +87,6 @@ class AccelerateCallback(TrainerCallback):
             self._said = text
             logger.log(level, text)
             if self.report is not None:
-                # a Trainer's users rarely show info messages: this one line tells them that the callback did its work
+                # a Trainer's users rarely show info messages: this one line tells them that the
+                # callback did its work
                 tqdm.write(f"delora-kernels: {text.splitlines()[0]}")

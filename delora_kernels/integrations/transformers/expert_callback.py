@@ -1,6 +1,8 @@
-"""Transformers: ExpertCallback logs how a mixture's routers use their experts, and says when experts die.
+"""Transformers: ExpertCallback logs how a mixture's routers use their experts, and says when
+experts die.
 
-It also keeps the balance loss, which backward adds of itself, in step with what a Trainer multiplies the loss by.
+It also keeps the balance loss, which backward adds of itself, in step with what a Trainer
+multiplies the loss by.
 """
 
 import logging
@@ -20,12 +22,13 @@ logger = logging.getLogger(__name__)
 class ExpertCallback(TrainerCallback):
     """Log the routers of a Trainer's model: `Trainer(..., callbacks=[dk.ExpertCallback()])`.
 
-    With each logged loss come `router/balance` (the paper's: 1 is even), `router/entropy` (1 is even) and
-    `router/dead_experts`, over the training batches since the log before; they are in `state.log_history`, and in the
-    logs of callbacks that come after this one. When other experts are dead than before, the main process says so.
+    With each logged loss come `router/balance` (the paper's: 1 is even), `router/entropy` (1 is
+    even) and `router/dead_experts`, over the training batches since the log before; they are in
+    `state.log_history`, and in the logs of callbacks that come after this one. When other experts
+    are dead than before, the main process says so.
 
-    Before each step the layers are told what the loss is multiplied by: 1 over the accumulation steps, times a
-    GradScaler's scale. Without this callback, `nn.set_loss_scale` does that.
+    Before each step the layers are told what the loss is multiplied by: 1 over the accumulation
+    steps, times a GradScaler's scale. Without this callback, `nn.set_loss_scale` does that.
 
     Args:
         by_layer: Log the numbers of every layer too, and the tokens that each of its experts got:

@@ -1,1 +1,3 @@
-"""Every method of functional/ and every convention of it as random problems; `table.py` lists them."""
+"""Every method of functional/ and every convention of it as random problems; `table.py` lists
+them.
+"""

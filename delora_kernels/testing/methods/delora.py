@@ -20,7 +20,9 @@ def _delora_zero_b(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _delora_clamped(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The first row of A and the last column of B are shorter than the clamp; their gradients are far larger."""
+    """Return the first row of A and the last column of B are shorter than the clamp; their
+    gradients are far larger.
+    """
     A, B = base["A"].clone(), base["B"].clone()
     A[0] *= 4e-5 / A[0].norm()
     B[:, -1] *= 4e-5 / B[:, -1].norm()
@@ -28,18 +30,24 @@ def _delora_clamped(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _small_lam(draw: Draw) -> Tensor:
-    """λ [1] with which the gradients of clamped factors, 10⁴ times as large as others, fit float16."""
+    """λ [1] with which the gradients of clamped factors, 10⁴ times as large as others, fit
+    float16.
+    """
     return 0.05 * (1 + 0.1 * draw.normal(1))
 
 
 def _delora_frozen_live(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The authors' code: a frozen start scaled by the live λ, no clamp. A trained pair is near its start."""
+    """Return the authors' code: a frozen start scaled by the live λ, no clamp. A trained pair is
+    near its start.
+    """
     (A0, B0), (A, B) = draw.factors(), (base["A"], base["B"])
     return _delora(draw, base) | {"frozen_A": A + 0.3 * A0, "frozen_B": B + 0.3 * B0, "eps": 0.0}
 
 
 def _delora_frozen_paper(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The paper: a frozen start scaled by its own λ₀, one number for the weight's norm; λ 0-d."""
+    """Return the paper: a frozen start scaled by its own λ₀, one number for the weight's norm; λ
+    0-d.
+    """
     frozen_lam, norm = 1 + 0.1 * draw.normal(), base["weight"].norm() / draw.K**0.5
     scalars = {"lam": 1 + 0.1 * draw.normal(), "frozen_lam": frozen_lam, "weight_norm": norm}
     return _delora_frozen_live(draw, base) | scalars

@@ -10,7 +10,9 @@ from delora_kernels.testing.methods.method import Method
 
 
 def _dora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Magnitudes of both signs, away from the row norms where they start: c is neither 1 nor alike."""
+    """Magnitudes of both signs, away from the row norms where they start: c is neither 1 nor
+    alike.
+    """
     return lora(draw, base) | {"magnitude": base["weight"].norm(dim=1) * (1 + draw.normal(draw.N))}
 
 

@@ -1,9 +1,11 @@
-"""What eager PyTorch computes for a method in the dtypes a user has: the yardstick of every tolerance.
+"""What eager PyTorch computes for a method in the dtypes a user has: the yardstick of every
+tolerance.
 
-Where all tensors share a dtype this is the reference in that dtype. With wider adapters on a narrower base it is what
-PEFT's layers do: the frozen GEMM in the base's dtype, the branch on a wide copy of x in the adapters' dtype, and one
-rounding of their sum. Roundings that PEFT adds to these (DeLoRA's branch before the sum, DoRA's bias taken off the base
-and put back) are left out: the yardstick is not made longer by them.
+Where all tensors share a dtype this is the reference in that dtype. With wider adapters on a
+narrower base it is what PEFT's layers do: the frozen GEMM in the base's dtype, the branch on a wide
+copy of x in the adapters' dtype, and one rounding of their sum. Roundings that PEFT adds to these
+(DeLoRA's branch before the sum, DoRA's bias taken off the base and put back) are left out: the
+yardstick is not made longer by them.
 """
 
 from collections.abc import Mapping
@@ -20,12 +22,12 @@ BASE = ("x", "weight", "bias")
 
 
 def adapter_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the adapter's tensors."""
+    """Return the dtype of the adapter's tensors."""
     return next(arguments[name].dtype for name in ("A", "u", "u_out") if name in arguments)
 
 
 def eager(function: str, **arguments: Any) -> Any:
-    """The method in plain torch, differentiable by autograd.
+    """Compute the method in plain torch, differentiable by autograd.
 
     Args:
         function: Name of the function in `delora_kernels.reference`.
@@ -44,13 +46,17 @@ def eager(function: str, **arguments: Any) -> Any:
 
 
 def materialised(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **vectors: Any) -> Tensor:
-    """x W'ᵀ + bias of ETHER's functions, W' made in the vectors' dtype and rounded to x's: sums in another order."""
+    """x W'ᵀ + bias of ETHER's functions, W' made in the vectors' dtype and rounded to x's: sums in
+    another order.
+    """
     adapted = getattr(reference, function.replace("linear", "weight"))
     return linear(x, adapted(weight.to(adapter_dtype(vectors)), **vectors).to(x.dtype), bias)
 
 
 def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, **branch: Any) -> Any:
-    """x Wᵀ + bias in the base's dtype + the branch, which is the reference with W = 0, in the adapters'."""
+    """x Wᵀ + bias in the base's dtype + the branch, which is the reference with W = 0, in the
+    adapters'.
+    """
     wide = branch["A"].dtype
     added = getattr(reference, function)(x.to(wide), torch.zeros_like(weight, dtype=wide), **branch)
     if isinstance(added, Tensor):
@@ -71,7 +77,9 @@ def _mixed_dora(
     dropout_mask: Tensor | None = None,
     dropout: str = "peft",
 ) -> Tensor:
-    """base + (c − 1) ⊙ base + c ⊙ branch + bias; PEFT's dropout: the second base sees the dropped x, in A's dtype."""
+    """Compute base + (c − 1) ⊙ base + c ⊙ branch + bias; PEFT's dropout: the second base sees the
+    dropped x, in A's dtype.
+    """
     wide = A.dtype
     c = magnitude / (weight.to(wide) + scale * B @ A).norm(dim=1).detach()
     base = rescaled = linear(x, weight)
@@ -93,7 +101,8 @@ def _mixed_ether(
     blocks: str = "paper",
     **vectors: Tensor,
 ) -> Tensor:
-    """x reflected in the vectors' dtype and rounded to its own, the frozen GEMM, its output reflected likewise.
+    """x reflected in the vectors' dtype and rounded to its own, the frozen GEMM, its output
+    reflected likewise.
 
     PEFT has no ETHER; this is how its OFT turns activations in a wider dtype than the base's.
     """

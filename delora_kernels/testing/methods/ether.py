@@ -9,7 +9,9 @@ from delora_kernels.testing.methods.method import Method
 
 
 def blocks_of(features: int, most: int) -> int:
-    """The largest number of equal blocks up to `most` (or 2), each of two features at least where there are two."""
+    """Return the largest number of equal blocks up to `most` (or 2), each of two features at least
+    where there are two.
+    """
     wanted = (n for n in range(max(2, most), 0, -1) if features % n == 0 and features // n >= 2)
     return next(wanted, 1)
 
@@ -25,7 +27,7 @@ def _alone(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def ether(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The input reflected."""
+    """Draw vectors that reflect the input."""
     return _alone({"u": _vectors(draw, draw.K)})
 
 
@@ -40,7 +42,7 @@ def ether_official(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def ether_plus(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The input turned."""
+    """Draw vectors of relaxed reflections of the input."""
     return ether(draw, base) | {"v": _vectors(draw, draw.K)}
 
 

@@ -8,7 +8,9 @@ from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods.method import Method
 
 ALPHA = 2.5
-"""LoRA's alpha: the scale is ALPHA / r, for rsLoRA ALPHA / √r; not 1 for any rank, where it could be forgotten."""
+"""LoRA's alpha: the scale is ALPHA / r, for rsLoRA ALPHA / √r; not 1 for any rank, where it could
+be forgotten.
+"""
 
 DROPOUT_P = 0.2
 """1 / (1 − p) = 1.25 is exact in every float dtype, so the mask costs eager PyTorch no rounding."""

@@ -27,15 +27,19 @@ class Method:
 
     Args:
         name: The key in `METHODS`.
-        function: Name of the function in `delora_kernels.functional` and `delora_kernels.reference`.
-        arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or in their place; None
-            takes one away.
+        function: Name of the function in `delora_kernels.functional` and
+            `delora_kernels.reference`.
+        arguments: (draw, base) → the arguments beyond those of `base` (x, weight, bias, A, B), or
+            in their place; None takes one away.
         constants: Arguments that get no gradient.
-        dropout_p: Dropout of the fused call, of several stacked adapters each its own; the reference gets the masks.
+        dropout_p: Dropout of the fused call, of several stacked adapters each its own; the
+            reference gets the masks.
         fused_only: Arguments of the fused call that the reference does not have.
         takes_bias: Whether the fused call takes a bias.
-        through_x: Results that are computed from a [T, N] tensor which the fused call keeps in x's dtype.
-        vector_dims: Results whose vectors differ in size by orders of magnitude → the vectors' dimension.
+        through_x: Results that are computed from a [T, N] tensor which the fused call keeps in x's
+            dtype.
+        vector_dims: Results whose vectors differ in size by orders of magnitude → the vectors'
+            dimension.
     """
 
     name: str
@@ -61,7 +65,8 @@ class Method:
         seed: int = 0,
         bias: bool = True,
     ) -> dict[str, Any]:
-        """Random inputs, drawn in float64 and rounded once: the oracle starts from the very same numbers.
+        """Random inputs, drawn in float64 and rounded once: the oracle starts from the very same
+        numbers.
 
         Args:
             T: Tokens.
@@ -75,8 +80,9 @@ class Method:
             bias: Whether there is one, if the method takes one.
 
         Returns:
-            The function's arguments by name, `grad_out` `[T, N]`, and for dropout `seed` and `dropout_mask` (bool
-            `[T, K]` or one for each stacked adapter, the elements that the backend of this call keeps).
+            The function's arguments by name, `grad_out` `[T, N]`, and for dropout `seed` and
+            `dropout_mask` (bool `[T, K]` or one for each stacked adapter, the elements that the
+            backend of this call keeps).
 
         Raises:
             RuntimeError: the requested backend can't take the call.
@@ -103,7 +109,9 @@ class Method:
         return inputs
 
     def problem(self, T: int, K: int, N: int, r: int, **options: Any) -> Problem:
-        """What `measure` takes: y and every gradient of random inputs; arguments as in `draw`."""
+        """Return what `measure` takes: y and every gradient of random inputs; arguments as in
+        `draw`.
+        """
         inputs = self.draw(T, K, N, r, **options)
         dtypes = {"y": inputs["x"].dtype} | {f"d{name}": inputs[name].dtype for name in self.trained(inputs)}
         dtypes |= dict.fromkeys(("probability", "z"), accumulate_dtype(adapter_dtype(inputs)))
@@ -116,7 +124,7 @@ class Method:
         return tuple(name for name, value in inputs.items() if isinstance(value, Tensor) and name not in left_out)
 
     def call(self, inputs: Inputs) -> AnyCall:
-        """The fused call after its checks: which backend takes it, in which dtypes."""
+        """Return the fused call after its checks: which backend takes it, in which dtypes."""
         check: Any = functional.CALLS[self.function]
         call: AnyCall = check(**self._fused_arguments(inputs))
         return call
@@ -139,11 +147,11 @@ class Method:
         return self._run(getattr(functional, self.function), self._fused_arguments(inputs), inputs, trained)
 
     def eager(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
-        """The same by eager PyTorch in the inputs' dtypes, as PEFT's layers compute it."""
+        """Return the same by eager PyTorch in the inputs' dtypes, as PEFT's layers compute it."""
         return self._run(partial(eager, self.function), self._reference_arguments(inputs), inputs, trained)
 
     def oracle(self, inputs: Inputs, trained: Collection[str] | None = None) -> Outputs:
-        """The same by the reference, in float64 on the CPU."""
+        """Compute the same by the reference, in float64 on the CPU."""
         exact = moved(inputs, torch.float64, "cpu")
         return self._run(getattr(reference, self.function), self._reference_arguments(exact), exact, trained)
 

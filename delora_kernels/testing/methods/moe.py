@@ -1,4 +1,6 @@
-"""Random mixtures of experts whose routers are sure of themselves: no rounding changes which expert is chosen."""
+"""Random mixtures of experts whose routers are sure of themselves: no rounding changes which expert
+is chosen.
+"""
 
 from typing import Any
 
@@ -25,7 +27,9 @@ def sure_logits(draw: Draw, E: int) -> Tensor:
 
 
 def experts(draw: Draw) -> dict[str, Any]:
-    """A [E, r, K] and B [E, N, r], as large as a plain adapter's, and a scale that is not 1."""
+    """Return a [E, r, K] and B [E, N, r], as large as a plain adapter's, and a scale that is
+    not 1.
+    """
     E = experts_of(draw)
     A, B = draw.normal(E, draw.r, draw.K) / draw.K**0.5, draw.normal(E, draw.N, draw.r) / draw.K**0.5
     return {"A": A, "B": B, "scale": 1.25}
@@ -63,7 +67,9 @@ def gates(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def goat(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """The start subtracted, scales of their own for each expert, some tokens not counted."""
+    """Draw a mixture with the start subtracted, scales of their own for each expert, some tokens
+    not counted.
+    """
     made, E = top_k(draw, base), experts_of(draw)
     start = {"frozen_A": 0.5 * made["A"], "frozen_B": made["B"] + 0.5 * draw.normal(*made["B"].shape) / draw.K**0.5}
     made |= {"scale": 1.25 + 0.1 * draw.normal(E), "residual": 0.5 + 0.1 * draw.normal(E)}

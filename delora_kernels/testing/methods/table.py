@@ -1,4 +1,6 @@
-"""Every method and every convention of it. A new one is one entry in its file: tests, `check` and benchmarks run it."""
+"""Every method and every convention of it. A new one is one entry in its file: tests, `check` and
+benchmarks run it.
+"""
 
 from delora_kernels.testing.methods import delora, dora, ether, lora, moe
 

@@ -113,7 +113,9 @@ def _normalising_fold(d: OpDraw) -> Variants:
 
 
 def _stack_factors(d: OpDraw) -> Variants:
-    """B alone; an A that all experts share; a router; a start of another number of experts and another rank."""
+    """B alone; an A that all experts share; a router; a start of another number of experts and
+    another rank.
+    """
     E, r = 3, d.R
     made: Arguments = {"B": d.small(E, d.N, r), **dict.fromkeys(("A", "router", "frozen_A", "frozen_B", "residual"))}
     narrow = torch.float64 if d.rank_dtype == torch.float64 else torch.bfloat16
@@ -203,7 +205,9 @@ def _weight_grad(d: OpDraw) -> Variants:
 
 
 def _project_route(d: OpDraw) -> Variants:
-    """Every way to weigh, with and without columns that are passed on, one u for all experts or one for each, masks."""
+    """Every way to weigh, with and without columns that are passed on, one u for all experts or one
+    for each, masks.
+    """
     x, router = d.routed()
     E, K = router.shape
     u, rest = d.small(E * d.R, K), d.small(2, K)
@@ -250,7 +254,9 @@ def _expand_route_backward(d: OpDraw) -> Variants:
 
 
 def _reflect(d: OpDraw) -> Variants:
-    """One block, several, blocks of two; a block whose vector has no length; with and without v and a bias."""
+    """One block, several, blocks of two; a block whose vector has no length; with and without v and
+    a bias.
+    """
     blocks = {1, blocks_of(d.K, d.R), blocks_of(d.K, d.K)}
     for n in sorted(blocks):
         made: Arguments = {"x": d.base(d.T, d.K), "u": d.small(n, d.K // n), "v": None, "bias": None}
@@ -285,7 +291,8 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "reflect": (_reflect, ("y",)),
     "reflect_backward": (_reflect_backward, ("dx", "du", "dv")),
 }
-"""Op → what draws its variants, and its results by name; None: a tensor whose meaning is the backend's own affair.
+"""Op → what draws its variants, and its results by name; None: a tensor whose meaning is the
+backend's own affair.
 
 dropout_mask is random by contract: `testing.dropout` judges it.
 """

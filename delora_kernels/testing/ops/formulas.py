@@ -1,4 +1,5 @@
-"""Every op of ops.py by its formula alone, whole matrices at a time: what problems.py compares the backends with.
+"""Every op of ops.py by its formula alone, whole matrices at a time: what problems.py compares the
+backends with.
 
 Signatures are those of the ops without `backend`, with the mask of kept elements (bool `[T, K]` or
 None) in the place of every `seed`. Operands of different dtypes meet in the wider one; None stands
@@ -29,7 +30,9 @@ Two = tuple[Tensor, Tensor | None]
 
 
 def fold(A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype) -> Results:
-    """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair behind, with −λ₀."""
+    """Â = diag(1/max(a, eps)) A diag(n), B̂ = B diag(λ / (r max(b, eps))), a, b; the frozen pair
+    behind, with −λ₀.
+    """
     if strength.lam is None:
         return A.to(dtype), B.to(dtype), None, None
     A_hat, B_hat, a, b = _folded(A, B, strength, start)
@@ -50,7 +53,7 @@ def _folded(A: Tensor, B: Tensor, strength: Strength, start: Start) -> tuple[Ten
 
 
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> Results:
-    """[A; G; A⁰] and [B | −γ B⁰], expert by expert."""
+    """Stack [A; G; A⁰] and [B | −γ B⁰], expert by expert."""
     *firsts, B, frozen_B, residual = factors
     parts = [part for part in firsts if part is not None]
     columns = list(B)
@@ -60,7 +63,9 @@ def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> Results:
 
 
 def fold_backward(dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength) -> Results:
-    """The gradients that autograd finds for fold; its norms a and b are not needed for that."""
+    """Return the gradients that autograd finds for fold; its norms a and b are not needed for
+    that.
+    """
     r, frozen_B = len(folded.A), folded.frozen_B
     assert strength.lam is not None
     with torch.enable_grad():
@@ -99,7 +104,9 @@ def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
 
 
 def expand(x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, rescaling: Rescaling) -> Two:
-    """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ; `scaled` says nothing new."""
+    """y = (x − drop(x)) Wᵀ + c ⊙ u + bias, u = drop(x) Wᵀ + scale · h B̂ᵀ; `scaled` says nothing
+    new.
+    """
     (h, B_hat, scale), (c, _, keep, dropout_p, mask) = term, rescaling
     dropped = _drop(x, dropout_p, mask)
     u = _mm(dropped, weight.T) + scale * _mm(h, B_hat.T)
@@ -110,7 +117,9 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, resca
 
 
 def expand_backward(dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool) -> Results:
-    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, dm = Σ_t dy ⊙ u / divisor, Σ_t dy; what was kept is u."""
+    """dv = (c ⊙ dy) B̂, dB̂ = scale · (c ⊙ dy)ᵀ h, dm = Σ_t dy ⊙ u / divisor, Σ_t dy; what was kept
+    is u.
+    """
     (h, B_hat, scale), (c, u, _, divisor) = term, rescaled
     du = dy if c is None else c * dy
     dv = None if B_hat is None else _mm(du, B_hat)
@@ -120,7 +129,8 @@ def expand_backward(dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bi
 
 
 def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> Results:
-    """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale · dv Â);
+    """dx = (c ⊙ dy) W + drop(scale · dv Â), or with two terms dy W + drop(((c − 1) ⊙ dy) W + scale
+    · dv Â);
     dÂ = scale · dvᵀ drop(x), with `ranks` both block by block."""
     (weight, c, two_term), (dv, A_hat, x, r, scale), (ranks, dropout_p, mask) = frozen, branch, masks
     columns = list(ranks) if ranks and mask is not None else [dv.shape[1]]
@@ -153,7 +163,9 @@ def project_route(x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, 
 
 
 def _route(h: Tensor, gates: Tensor | None, top_k: int, gating: Gating) -> Results:
-    """One expert at a time: v_e = w_e s_e u_e, and the means of what was chosen, of P and of logsumexp²."""
+    """One expert at a time: v_e = w_e s_e u_e, and the means of what was chosen, of P and of
+    logsumexp².
+    """
     experts, rank, _, shared, scale, token_share = gating
     w, P, z = _weights(h, gates, top_k, gating)
     chosen = w != 0
@@ -185,7 +197,9 @@ def _columns(e: int, rank: int) -> slice:
 def expand_route_backward(
     dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> Results:
-    """dv = dy B̂ and what autograd makes of the gating's formula, with the same experts chosen; dB̂ = dyᵀ v, Σ_t dy."""
+    """dv = dy B̂ and what autograd makes of the gating's formula, with the same experts chosen; dB̂
+    = dyᵀ v, Σ_t dy.
+    """
     h, w, given, dP, dz, need_scale = gated
     dv, dB_hat, _, dy_sum = expand_backward(dy, TermGradients(v, B_hat), Rescaled(), need_bias)
     with torch.enable_grad():

@@ -56,7 +56,7 @@ def op_problems(
 
 
 def _run(name: str, backend: str, inputs: Inputs) -> Outputs:
-    """The op itself; what was not asked for has size 0 and is left out."""
+    """Return the op itself; what was not asked for has size 0 and is left out."""
     values = dict(inputs)
     if name == "expand_backward" and "x" in inputs:
         _, values["kept"] = ops.expand(*_expand_arguments(inputs, inputs["seed"]), backend)
@@ -65,7 +65,7 @@ def _run(name: str, backend: str, inputs: Inputs) -> Outputs:
 
 
 def _naive(name: str, inputs: Inputs) -> Outputs:
-    """The formula, with the mask in the place of the seed."""
+    """Return the formula, with the mask in the place of the seed."""
     values = dict(inputs) | {"seed": inputs.get("mask")}
     if name == "expand_backward" and "x" in inputs:
         _, values["kept"] = formulas.expand(*_expand_arguments(inputs, inputs.get("mask")))
@@ -74,7 +74,9 @@ def _naive(name: str, inputs: Inputs) -> Outputs:
 
 
 def _eager(name: str, widest: torch.dtype, inputs: Inputs) -> Outputs:
-    """The formula as eager PyTorch computes it: no tensor is wider than the widest that a user passes in."""
+    """Return the formula as eager PyTorch computes it: no tensor is wider than the widest that a
+    user passes in.
+    """
     single = torch.float32 if widest == torch.float64 else widest  # float64 problems are measured in float32
 
     def narrow(value: Any) -> Any:
@@ -85,14 +87,14 @@ def _eager(name: str, widest: torch.dtype, inputs: Inputs) -> Outputs:
 
 
 def _dtypes(name: str, inputs: Inputs, backend: str) -> dict[str, torch.dtype]:
-    """The dtypes that the op's fake, the contract, promises."""
+    """Return the dtypes that the op's fake, the contract, promises."""
     values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
     results = getattr(ops, name)(*arguments(name, values), backend)
     return {what: result.dtype for what, result in _named(name, results).items()}
 
 
 def _expand_arguments(inputs: Inputs, seed: Tensor | None) -> list[Any]:
-    """expand's arguments for the tensor that it keeps."""
+    """Return expand's arguments for the tensor that it keeps."""
     values = dict(inputs) | {"bias": None, "scaled": None, "keep": True, "seed": seed}
     return arguments("expand", values)
 

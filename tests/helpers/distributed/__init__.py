@@ -1,1 +1,3 @@
-"""Two processes on one machine (gloo, CPU) that train accelerated PEFT models; run by tests/distributed."""
+"""Two processes on one machine (gloo, CPU) that train accelerated PEFT models; run by
+tests/distributed.
+"""

@@ -1,4 +1,6 @@
-"""Hugging Face accelerate's Accelerator, which wraps the model, shares out the batches and runs backward."""
+"""Hugging Face accelerate's Accelerator, which wraps the model, shares out the batches and runs
+backward.
+"""
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -9,7 +11,9 @@ from distributed.passes import assert_close, check_step, fused_calls, gradients,
 
 
 def train(rank: int, method: str, seed: int, before: bool) -> int:
-    """The number of fused calls of a pass, accelerated before or after prepare(); the numbers are checked here."""
+    """The number of fused calls of a pass, accelerated before or after prepare(); the numbers are
+    checked here.
+    """
     from accelerate import Accelerator
 
     y, grads, stepped = single_process(method, seed)

@@ -1,4 +1,6 @@
-"""DistributedDataParallel: the gradients of every rank are those of one process on the whole batch."""
+"""DistributedDataParallel: the gradients of every rank are those of one process on the whole
+batch.
+"""
 
 from typing import Any
 
@@ -12,7 +14,9 @@ from distributed.passes import assert_close, backward, check_step, fused_calls, 
 
 
 def train(rank: int, method: str, seed: int, before: bool, options: dict[str, Any], checkpointed: bool) -> int:
-    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are checked here."""
+    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are
+    checked here.
+    """
     y, grads, stepped = single_process(method, seed)
     x = half(batch(seed), rank)
     made = blocks(method, seed)

@@ -1,4 +1,6 @@
-"""FullyShardedDataParallel around the whole model, around blocks, and by PEFT's policy, which wraps trained leaves."""
+"""FullyShardedDataParallel around the whole model, around blocks, and by PEFT's policy, which wraps
+trained leaves.
+"""
 
 from typing import Any
 
@@ -38,7 +40,9 @@ def train(
     strategy: str = "FULL_SHARD",
     checkpointed: bool = False,
 ) -> int:
-    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are checked here."""
+    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are
+    checked here.
+    """
     y, grads, stepped = single_process(method, seed)
     made = blocks(method, seed)
     if before:

@@ -21,7 +21,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def train(rank: int, method: str, seed: int, before: bool, units: str, options: str) -> int:
-    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are checked here."""
+    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are
+    checked here.
+    """
     y, grads, stepped = single_process(method, seed)
     x = half(batch(seed), rank)
     made = blocks(method, seed)
@@ -55,7 +57,9 @@ def _check_restored(made: Any, x: torch.Tensor, sharded_layers: bool) -> None:
 
 
 def mixed_precision(rank: int, method: str, seed: int, units: str) -> int:
-    """The number of fused calls of a pass in bfloat16 of float32 weights, close to plain PEFT in float32."""
+    """The number of fused calls of a pass in bfloat16 of float32 weights, close to plain PEFT in
+    float32.
+    """
     x = batch(seed, torch.float32)
     plain, made = blocks(method, seed, torch.float32), blocks(method, seed, torch.float32)
     y = backward(plain, x)["y"]
@@ -65,7 +69,8 @@ def mixed_precision(rank: int, method: str, seed: int, units: str) -> int:
     with fused_calls() as calls:
         ours = backward(made, half(x, rank))
     assert ours["y"].dtype == torch.bfloat16
-    # six layers one after another, whose weights, inputs and outputs are rounded: 18 roundings of half an eps
+    # six layers one after another, whose weights, inputs and outputs are rounded: 18 roundings of
+    # half an eps
     eps = 18 / 2 * torch.finfo(torch.bfloat16).eps
     assert (ours["y"] - half(y, rank)).norm() <= eps * y.norm()
     got, exact = gradients(made), gradients(plain)

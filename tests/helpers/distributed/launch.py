@@ -1,4 +1,6 @@
-"""Run a function in two processes of one gloo group, and show the traceback of the one that fails."""
+"""Run a function in two processes of one gloo group, and show the traceback of the one that
+fails.
+"""
 
 import os
 import sys
@@ -26,7 +28,8 @@ def on_two_processes(work: Callable[..., Any], *cases: tuple[Any, ...], seconds:
         seconds: After this the processes are killed.
 
     Raises:
-        AssertionError: A process raised (the text is the case and its traceback), died, or took too long.
+        AssertionError: A process raised (the text is the case and its traceback), died, or took too
+            long.
     """
     processes_of = context()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""DistributedDataParallel over mixtures: a rank's balance loss is that of its own tokens; their mean is trained."""
+"""DistributedDataParallel over mixtures: a rank's balance loss is that of its own tokens; their
+mean is trained.
+"""
 
 from typing import Any
 
@@ -15,7 +17,9 @@ ONE_EXPERT = "layers.5.router"
 
 
 def train(rank: int, seed: int, reentrant: bool | None, options: dict[str, Any]) -> None:
-    """One pass, then two that are accumulated: the gradients are those of one process that averages over the parts."""
+    """One pass, then two that are accumulated: the gradients are those of one process that averages
+    over the parts.
+    """
     torch.manual_seed(seed)
     stack = Stack(reentrant)
     x = torch.randn(12, 16, dtype=torch.float64)

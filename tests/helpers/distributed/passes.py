@@ -1,4 +1,6 @@
-"""One pass and step of that model: plain PEFT's results in one process, those of two, and a count of fused calls."""
+"""One pass and step of that model: plain PEFT's results in one process, those of two, and a count
+of fused calls.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from distributed.blocks import LAYERS, batch, blocks
 
 
 def backward(made: nn.Module, x: Tensor, share: float = 1.0) -> dict[str, Tensor]:
-    """The output of one pass; the gradients of its mean square, times `share`, are added to .grad."""
+    """The output of one pass; the gradients of its mean square, times `share`, are added to
+    .grad.
+    """
     y = made(x)
     (y.square().mean() * share).backward()
     return {"y": whole(y)}
@@ -68,7 +72,8 @@ def _plain(name: str) -> str:
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
-    """Each tensor within 64 roundings of its largest element: two chains of six layers, a few roundings in each.
+    """Each tensor within 64 roundings of its largest element: two chains of six layers, a few
+    roundings in each.
 
     DeLoRA's λ are measured together: one alone may be small because the terms it sums up cancel.
     """

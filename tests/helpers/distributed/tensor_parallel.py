@@ -1,4 +1,6 @@
-"""Tensor parallel: sharded bases, sharded factors, a replicated model of DTensors, and Transformers' own plan."""
+"""Tensor parallel: sharded bases, sharded factors, a replicated model of DTensors, and
+Transformers' own plan.
+"""
 
 from typing import Any
 
@@ -16,7 +18,9 @@ from distributed.passes import assert_close, backward, fused_calls, gradients, s
 
 
 def train(rank: int, method: str, seed: int, before: bool, sharded: str) -> int:
-    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are checked here."""
+    """The number of fused calls of a pass, accelerated before or after wrapping; the numbers are
+    checked here.
+    """
     y, grads, _ = single_process(method, seed)
     x, made = batch(seed), blocks(method, seed)
     if before:
@@ -37,7 +41,9 @@ def train(rank: int, method: str, seed: int, before: bool, sharded: str) -> int:
 
 
 def _plan(sharded: str) -> dict[str, Any]:
-    """First layers by columns and third layers by rows, with whole inputs and outputs: bases, factors or both."""
+    """First layers by columns and third layers by rows, with whole inputs and outputs: bases,
+    factors or both.
+    """
     columns, rows = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
     plan: dict[str, Any] = {}
     for i in range(BLOCKS):
@@ -50,7 +56,9 @@ def _plan(sharded: str) -> dict[str, Any]:
 
 
 def llama(rank: int, directory: str, seed: int) -> int:
-    """Transformers' tensor parallel Llama, whose factors PEFT shards too: the same with and without accelerate()."""
+    """Transformers' tensor parallel Llama, whose factors PEFT shards too: the same with and without
+    accelerate().
+    """
     from transformers.distributed import DistributedConfig
 
     results = []

@@ -1,4 +1,6 @@
-"""export_lora: its folder, loaded by PEFT into a fresh base, computes what the exported model does; or it refuses."""
+"""export_lora: its folder, loaded by PEFT into a fresh base, computes what the exported model does;
+or it refuses.
+"""
 
 import copy
 import os
@@ -67,7 +69,9 @@ def test_clamped_norms(tmp_path: Path) -> None:
 
 
 def test_llama(tmp_path: Path) -> None:
-    """21 layers, so many that PEFT shortens the list of targets; ranks that differ; task and base model carried."""
+    """21 layers, so many that PEFT shortens the list of targets; ranks that differ; task and base
+    model carried.
+    """
     base = llama(tie_word_embeddings=True)
     patterns: Any = {
         "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "down_proj": 5},
@@ -242,7 +246,9 @@ def test_trained_biases(method: str, bias: Any, bare: bool, tmp_path: Path) -> N
 
 
 def test_modules_to_save(tmp_path: Path) -> None:
-    """A classifier that PEFT adds to modules_to_save by the task, trained; of two adapters the exported one's."""
+    """A classifier that PEFT adds to modules_to_save by the task, trained; of two adapters the
+    exported one's.
+    """
     base = transformers.LlamaForSequenceClassification(llama().config).eval()
     options: Any = {"target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"}
     made = peft.get_peft_model(copy.deepcopy(base), config("delora", **options))
@@ -291,7 +297,9 @@ def test_result_and_folder(tmp_path: Path) -> None:
 
 
 def test_shared_tensors_are_written_twice(tmp_path: Path) -> None:
-    """Two layers with the same trained bias and the same A, which one of them has as its B too, transposed."""
+    """Two layers with the same trained bias and the same A, which one of them has as its B too,
+    transposed.
+    """
     base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     base[1].bias = base[0].bias
     made = peft.get_peft_model(copy.deepcopy(base), config("lora", target_modules=["0", "1"], bias="all"))
@@ -303,7 +311,9 @@ def test_shared_tensors_are_written_twice(tmp_path: Path) -> None:
 
 
 def test_a_refused_adapter_does_not_stop_another(tmp_path: Path) -> None:
-    """A model with a DoRA and a plain adapter: the plain one by name; layers without it are left out."""
+    """A model with a DoRA and a plain adapter: the plain one by name; layers without it are left
+    out.
+    """
     base = Small(conv1d=True)
     made = peft.get_peft_model(copy.deepcopy(base), config("dora", target_modules=ALL))
     made.add_adapter("plain", config("lora", target_modules=["first"]))

@@ -43,7 +43,9 @@ OWN = ["lora", "lora rs", "zero", "frozen_live", "frozen_paper", "frozen_paper f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", OWN)
 def test_own_modules(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """In any module; a frozen start doubles the rank; a module loads on a linear and on a Conv1D."""
+    """In any module; a frozen start doubles the rank; a module loads on a linear and on a
+    Conv1D.
+    """
     base: Any = Small(conv1d=True).to(dtype)
     made = copy.deepcopy(base)
     made.first, made.second = own(kind, made.first), own(kind, made.second)
@@ -62,7 +64,9 @@ def test_own_modules(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_own_modules_beside_peft_and_inside_wrappers(tmp_path: Path) -> None:
-    """A PeftModel as a part, with a nn.DeLoRALinear beside it, compiled: the names are the base model's."""
+    """A PeftModel as a part, with a nn.DeLoRALinear beside it, compiled: the names are the base
+    model's.
+    """
     base: Any = nn.ModuleDict({"body": Small(conv1d=False), "head": nn.Linear(9, 4)})
     made: Any = copy.deepcopy(base)
     made["head"] = own("frozen_live", made["head"])

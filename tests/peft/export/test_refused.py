@@ -1,4 +1,6 @@
-"""What export_lora refuses: the layer, the reason and the remedy are named, and nothing is written."""
+"""What export_lora refuses: the layer, the reason and the remedy are named, and nothing is
+written.
+"""
 
 import warnings
 from pathlib import Path

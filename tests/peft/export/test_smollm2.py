@@ -1,4 +1,6 @@
-"""export_lora on a pretrained model: SmolLM2-135M with DeLoRA on all its linears, exported and loaded by PEFT."""
+"""export_lora on a pretrained model: SmolLM2-135M with DeLoRA on all its linears, exported and
+loaded by PEFT.
+"""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""accelerate() on PEFT models: PEFT's numbers, PEFT's own behaviours intact, and a report that tells the truth."""
+"""accelerate() on PEFT models: PEFT's numbers, PEFT's own behaviours intact, and a report that
+tells the truth.
+"""
 
 import copy
 import logging
@@ -66,7 +68,9 @@ def test_autocast_on_a_float32_model(method: str, x: Tensor, seed: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dropout(method: str, x: Tensor, seed: int) -> None:
-    """Fresh masks in training, repeated by torch's seed and different for each layer; none in eval."""
+    """Fresh masks in training, repeated by torch's seed and different for each layer; none in
+    eval.
+    """
     made = model(method, seed, dropout_p=0.4)
     made.eval()
     theirs = step(made, x)
@@ -88,7 +92,9 @@ def test_dropout(method: str, x: Tensor, seed: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_behaviours(method: str, x: Tensor, seed: int, tmp_path: Path) -> None:
-    """Disabling, merging, unmerging, adding, switching, deleting, saving, loading: PEFT's results."""
+    """Disabling, merging, unmerging, adding, switching, deleting, saving, loading: PEFT's
+    results.
+    """
     if method == "dora" and peft.__version__ < "0.21":
         pytest.skip("PEFT before 0.21 can't unmerge DoRA from a Conv1D")
     made, plain = model(method, seed), model(method, seed)
@@ -220,7 +226,9 @@ DECLINED: list[tuple[str, str, Any, str]] = [
 
 @pytest.mark.parametrize(("method", "change", "reason"), [c[1:] for c in DECLINED], ids=[c[0] for c in DECLINED])
 def test_declined(method: str, change: Any, reason: str, seed: int) -> None:
-    """Each layer that can't be fused is named with its reason; strict raises and changes nothing."""
+    """Each layer that can't be fused is named with its reason; strict raises and changes
+    nothing.
+    """
     made = model(method, seed)
     change(made)
     with pytest.raises(RuntimeError, match="not every adapter layer can be fused") as caught:
@@ -248,7 +256,9 @@ def test_other_layers_are_named(seed: int) -> None:
 
 
 def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """What changes after accelerate() is seen at the next call, which gives PEFT's result and says so once."""
+    """What changes after accelerate() is seen at the next call, which gives PEFT's result and says
+    so once.
+    """
     made, plain = model("lora", seed), model("lora", seed)
     dk.accelerate(made, strict=True)
     for both in (made, plain):
@@ -305,7 +315,9 @@ def test_wrapped_forwards_survive_restore(x: Tensor, seed: int) -> None:
 
 
 def test_dora_dropout_follows_the_layers_mode(x: Tensor, seed: int) -> None:
-    """Dropout modules left in training in a layer in eval: PEFT's DoRA drops nothing then, its LoRA does."""
+    """Dropout modules left in training in a layer in eval: PEFT's DoRA drops nothing then, its LoRA
+    does.
+    """
     for method, drops in (("dora", False), ("lora", True), ("delora", True)):
         made = model(method, seed, dropout_p=0.5)
         dk.accelerate(made.eval(), strict=True)
@@ -336,7 +348,9 @@ def test_bare_layer_and_isinstance(x: Tensor, seed: int) -> None:
 
 
 def test_zero_rows_of_a_dora_base(seed: int) -> None:
-    """Llama checkpoints have zero rows in o_proj: PEFT gives NaN there, the fused layer the formula's limit."""
+    """Llama checkpoints have zero rows in o_proj: PEFT gives NaN there, the fused layer the
+    formula's limit.
+    """
     torch.manual_seed(seed)
     base = Small(False)
     with torch.no_grad():

@@ -1,7 +1,9 @@
-"""What PEFT lets users do to a model's adapters after accelerate(): add, switch, delete, scale, freeze, merge, copy.
+"""What PEFT lets users do to a model's adapters after accelerate(): add, switch, delete, scale,
+freeze, merge, copy.
 
-Each case is done to an accelerated model and to a plain one with the same numbers; then their outputs, every gradient,
-state dict, requires_grad and status must be the same, and the number of layers that still ran fused is as recorded.
+Each case is done to an accelerated model and to a plain one with the same numbers; then their
+outputs, every gradient, state dict, requires_grad and status must be the same, and the number of
+layers that still ran fused is as recorded.
 """
 
 import copy
@@ -32,7 +34,9 @@ def _added(made: Any, method: str, _: Path) -> None:
 
 
 def _new_layer(made: Any, method: str, _: Path) -> None:
-    """`made` has adapters on first and second; the new one is on a layer that accelerate() has not seen."""
+    """`made` has adapters on first and second; the new one is on a layer that accelerate() has not
+    seen.
+    """
     add(made, "other", method, target_modules=["third"])
     made.base_model.set_adapter(["default", "other"])
 
@@ -151,7 +155,9 @@ def _none(made: Any, method: str, _: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is done (returns the model to go on with, if another), how many layers run fused then, for which methods."""
+    """What is done (returns the model to go on with, if another), how many layers run fused then,
+    for which methods.
+    """
 
     change: Change
     fused: int

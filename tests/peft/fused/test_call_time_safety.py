@@ -1,4 +1,6 @@
-"""What is done to a layer after accelerate() and no fused call can see: PEFT's own forward runs, and says why once."""
+"""What is done to a layer after accelerate() and no fused call can see: PEFT's own forward runs,
+and says why once.
+"""
 
 import copy
 import logging
@@ -46,7 +48,9 @@ def _forget_what_was_logged() -> None:
 def same_as_peft(
     method: str, change: Callable[[Any], Any], x: Tensor, seed: int, caplog: pytest.LogCaptureFixture
 ) -> list[str]:
-    """What is logged by two steps of a model that is changed after accelerate(), which give PEFT's numbers."""
+    """What is logged by two steps of a model that is changed after accelerate(), which give PEFT's
+    numbers.
+    """
     plain, made = (model(method, seed, dtype=torch.float64) for _ in range(2))
     dk.accelerate(made, strict=True)
     for both in (plain, made):
@@ -203,7 +207,9 @@ def test_a_subclass_of_tensor_as_input(method: str, x: Tensor, seed: int, calls:
 
 
 def partition(made: Any) -> None:
-    """DeepSpeed's ZeRO-3 as a module sees it: weights are empty but while the module that owns them is called."""
+    """DeepSpeed's ZeRO-3 as a module sees it: weights are empty but while the module that owns them
+    is called.
+    """
     roles = ("base_layer", "lora_A.default", "lora_B.default")
     for name, module in made.named_modules():
         if name.endswith(roles):
@@ -244,7 +250,9 @@ OWN_TENSORS = {
     ("method", "name"), [(method, name) for method, names in OWN_TENSORS.items() for name in names]
 )
 def test_empty_weights(method: str, name: str, x: Tensor, seed: int, calls: list[str]) -> None:
-    """A weight that is sharded away, without a hook that would bring it back: what PEFT raises, and the reason."""
+    """A weight that is sharded away, without a hook that would bring it back: what PEFT raises, and
+    the reason.
+    """
     plain, made = (model(method, seed, dtype=torch.float64) for _ in range(2))
     dk.accelerate(made, strict=True)
     messages = []
@@ -282,7 +290,9 @@ def test_freed_weights(method: str, name: str, x: Tensor, seed: int, calls: list
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_parameters_swapped_for_one_call(method: str, x: Tensor, seed: int, calls: list[str]) -> None:
-    """torch.func.functional_call with other tensors, outside of a transform, is fused and sees them."""
+    """torch.func.functional_call with other tensors, outside of a transform, is fused and sees
+    them.
+    """
     plain, made = (model(method, seed, dtype=torch.float64) for _ in range(2))
     dk.accelerate(made, strict=True)
     results = []
@@ -340,7 +350,9 @@ def test_deepcopy_of_a_declined_layer(x: Tensor, seed: int, calls: list[str]) ->
     [("lora", "lora_A"), ("lora", "lora_B"), ("dora", "lora_dropout"), ("delora", "delora_dropout")],
 )
 def test_wrapped_dictionaries(method: str, name: str, x: Tensor, seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Where PEFT keeps the parts of an adapter may itself be wrapped (by checkpointing policies, by FSDP)."""
+    """Where PEFT keeps the parts of an adapter may itself be wrapped (by checkpointing policies, by
+    FSDP).
+    """
 
     def wrap(made: Any) -> None:
         setattr(first(made), name, checkpoint_wrapper.checkpoint_wrapper(getattr(first(made), name)))

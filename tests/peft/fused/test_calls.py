@@ -1,4 +1,6 @@
-"""Ways of calling an accelerated layer: shapes, modes, in-place neighbours, swapped parameters, other bases."""
+"""Ways of calling an accelerated layer: shapes, modes, in-place neighbours, swapped parameters,
+other bases.
+"""
 
 from collections.abc import Callable
 from typing import Any

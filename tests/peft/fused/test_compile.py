@@ -1,4 +1,6 @@
-"""torch.compile of accelerated models: one graph, no more recompilations than PEFT's layers, every change is seen."""
+"""torch.compile of accelerated models: one graph, no more recompilations than PEFT's layers, every
+change is seen.
+"""
 
 import logging
 import shutil
@@ -66,7 +68,9 @@ def graph_breaks(made: Any, batch: Tensor) -> tuple[int, Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_llama_is_one_graph(method: str, training: bool, seed: int) -> None:
-    """No graph break, with dropout in training, unless the model has them without us; the masks are eager mode's."""
+    """No graph break, with dropout in training, unless the model has them without us; the masks are
+    eager mode's.
+    """
     batch = tokens(seed, 2, 9)
     made = llama(method, seed, dropout_p=0.1, blocks=1).train(training)
     dk.accelerate(made, strict=True)
@@ -117,7 +121,9 @@ def test_two_active_adapters(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "delora"])
 def test_changes_after_compiling(method: str, seed: int) -> None:
-    """Adapters switched, disabled, rescaled or merged after torch.compile has run are seen; switching back is free."""
+    """Adapters switched, disabled, rescaled or merged after torch.compile has run are seen;
+    switching back is free.
+    """
     made, eager = (model(method, seed, dtype=torch.float64) for _ in range(2))
     for one in (made, eager):
         torch.manual_seed(seed + 1)

@@ -1,4 +1,6 @@
-"""Supported versions: the table, where a version lies in it, and the check of a PEFT that no test has run with."""
+"""Supported versions: the table, where a version lies in it, and the check of a PEFT that no test
+has run with.
+"""
 
 import logging
 import re
@@ -85,7 +87,9 @@ def test_installed() -> None:
 
 
 def test_a_peft_that_stands_before_the_installed_one(monkeypatch: pytest.MonkeyPatch, kept: None) -> None:
-    """A checkout on the import path: what is imported counts, not what the installed package's metadata says."""
+    """A checkout on the import path: what is imported counts, not what the installed package's
+    metadata says.
+    """
     checked: list[str] = []
     monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
     monkeypatch.setattr(layer_check, "difference", checked.append)
@@ -136,7 +140,9 @@ def test_an_older_peft_is_declined(monkeypatch: pytest.MonkeyPatch, kept: None) 
 def test_an_unknown_peft_is_checked(
     monkeypatch: pytest.MonkeyPatch, kept: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The installed PEFT, under another version: it passes, silently, and leaves the random numbers alone."""
+    """The installed PEFT, under another version: it passes, silently, and leaves the random numbers
+    alone.
+    """
     monkeypatch.setattr(versions, "installed", lambda name: "0.99.0")
     before = torch.get_rng_state()
     with caplog.at_level(logging.DEBUG), torch.no_grad(), torch.device("meta"):

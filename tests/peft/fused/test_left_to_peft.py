@@ -1,4 +1,6 @@
-"""Calls that a fused layer leaves to PEFT: replaced methods of classes, odd layouts and dtypes, odd numbers."""
+"""Calls that a fused layer leaves to PEFT: replaced methods of classes, odd layouts and dtypes, odd
+numbers.
+"""
 
 import io
 from typing import Any

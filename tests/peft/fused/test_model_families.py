@@ -1,8 +1,10 @@
-"""accelerate() on ten model families built from small configs: every adapter layer fused or named, PEFT's numbers.
+"""accelerate() on ten model families built from small configs: every adapter layer fused or named,
+PEFT's numbers.
 
-A row of FAMILIES records how many adapter layers PEFT makes and how many of them run fused, so that a layer which stops
-being fused without a word fails. Models run in float64 against PEFT's own forward; three in bfloat16 with float32
-adapters, where the same model in float64 is the judge of both.
+A row of FAMILIES records how many adapter layers PEFT makes and how many of them run fused, so that
+a layer which stops being fused without a word fails. Models run in float64 against PEFT's own
+forward; three in bfloat16 with float32 adapters, where the same model in float64 is the judge of
+both.
 """
 
 import copy
@@ -101,7 +103,8 @@ def _t5() -> nn.Module:
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MIXTRAL = _decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")
-# DeLoRA's config knows neither target_parameters nor ensure_weight_tying, its layers neither Conv1D nor embeddings
+# DeLoRA's config knows neither target_parameters nor ensure_weight_tying, its layers neither Conv1D
+# nor embeddings
 FAMILIES = {
     "llama": Family(_decoder("Llama"), 14, options=ALL),
     "llama-embeddings": Family(
@@ -145,7 +148,9 @@ CASES = [(name, method) for name, family in FAMILIES.items() for method in famil
 
 
 def made_of(family: Family, method: str, seed: int, dtype: torch.dtype) -> Any:
-    """The PEFT model, its weights large enough that every adapter matters, DoRA's magnitudes off the norms."""
+    """The PEFT model, its weights large enough that every adapter matters, DoRA's magnitudes off
+    the norms.
+    """
     torch.manual_seed(seed)
     base = family.build().to(dtype)
     with torch.no_grad():
@@ -210,8 +215,9 @@ def test_family(name: str, method: str, seed: int) -> None:
         ours = step(made, family, seed)
     assert len(calls) == len(report.fused)
     assert ours.keys() == theirs.keys()
-    # both round differently, a few times in each of about 40 operations on the way forth and back; where the model
-    # itself rounds to float32 inside, a number that lies between two of those may become either
+    # both round differently, a few times in each of about 40 operations on the way forth and back;
+    # where the model itself rounds to float32 inside, a number that lies between two of those may
+    # become either
     tolerance = 64 * torch.finfo(torch.float32).eps if family.float32_inside else 1024 * torch.finfo(torch.float64).eps
     errors = {key: float((ours[key] - value).abs().max() / value.abs().max()) for key, value in theirs.items()}
     assert {key: error for key, error in errors.items() if not error <= tolerance} == {}
@@ -222,14 +228,17 @@ def test_bfloat16_base(name: str, method: str, seed: int) -> None:
     """Against the same model in float64, the fused layers are as exact as PEFT's."""
     family = FAMILIES[name]
     ratios = torch.tensor([list(bfloat16_errors(family, method, seed + i).values()) for i in range(16)]).log()
-    # The errors inside one model hang together. Over 320 seeds the geometric mean of a model's ratios has a standard
-    # deviation of 0.19 in its logarithm (bert), a mean over 16 models 0.042, one tensor's over 16 models 0.092.
+    # The errors inside one model hang together. Over 320 seeds the geometric mean of a model's
+    # ratios has a standard deviation of 0.19 in its logarithm (bert), a mean over 16 models 0.042,
+    # one tensor's over 16 models 0.092.
     assert ratios.mean().exp() <= 1.3
     assert ratios.mean(0).exp().max() <= 2
 
 
 def bfloat16_errors(family: Family, method: str, seed: int) -> dict[str, float]:
-    """The fused layers' error over PEFT's, of the logits and each gradient of one model in bfloat16."""
+    """The fused layers' error over PEFT's, of the logits and each gradient of one model in
+    bfloat16.
+    """
     made = made_of(family, method, seed, torch.bfloat16)
     assert {p.dtype for name, p in made.named_parameters() if "lora" in name} == {torch.float32}
     exact = step(copy.deepcopy(made).double(), family, seed)

@@ -1,4 +1,6 @@
-"""Hugging Face accelerate's hooks (device_map, dispatch_model, offloading) on PEFT models: respected, and named."""
+"""Hugging Face accelerate's hooks (device_map, dispatch_model, offloading) on PEFT models:
+respected, and named.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,9 @@ def test_device_map(method: str, seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_dispatched(method: str, when: str, seed: int) -> None:
-    """dispatch_model's hooks on every module that only move inputs: all is fused, accelerated before or after it."""
+    """dispatch_model's hooks on every module that only move inputs: all is fused, accelerated
+    before or after it.
+    """
     made, batch = llama(method, seed, torch.float64), tokens(seed, 2, 5)
     theirs = run(made, batch)
     if when == "before":
@@ -65,7 +69,9 @@ def test_dispatched(method: str, when: str, seed: int) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded(where: str, when: str, seed: int, tmp_path: Path) -> None:
-    """Weights that lie on the CPU or on disk and come for each call: the layer's own hooks bring them, PEFT runs."""
+    """Weights that lie on the CPU or on disk and come for each call: the layer's own hooks bring
+    them, PEFT runs.
+    """
     made, batch = llama("lora", seed), tokens(seed, 2, 5)
     theirs = run(made, batch, grads=False)
     if when == "before":
@@ -83,7 +89,9 @@ def test_offloaded(where: str, when: str, seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_device_map_with_disk(method: str, seed: int, tmp_path: Path) -> None:
-    """The first block comes from disk at each call, the second has adapters: its base layers have hooks too."""
+    """The first block comes from disk at each call, the second has adapters: its base layers have
+    hooks too.
+    """
     base(seed, torch.float64).save_pretrained(tmp_path / "base")
     places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {"model.layers.0": "disk"}
@@ -113,7 +121,9 @@ class Doubles(ModelHook):
 @pytest.mark.parametrize("where", ["layer", "base_layer", "adapter"])
 @pytest.mark.parametrize("method", METHODS)
 def test_hooks_that_change_things(method: str, where: str, when: str, seed: int) -> None:
-    """A hook on the layer, its base or its adapter runs, whichever came first; removed, the layer is fused."""
+    """A hook on the layer, its base or its adapter runs, whichever came first; removed, the layer
+    is fused.
+    """
     made, eager = model(method, seed), model(method, seed)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed))
 

@@ -1,4 +1,6 @@
-"""Several active adapters on one layer run fused as one of their summed rank: PEFT's numbers, a mask for each."""
+"""Several active adapters on one layer run fused as one of their summed rank: PEFT's numbers, a
+mask for each.
+"""
 
 from typing import Any
 
@@ -18,7 +20,9 @@ NAMES = ("default", "second", "extra")
 
 
 def stacked(method: str, seed: int, dropouts: tuple[float, ...] = (0.0, 0.0, 0.0), **options: Any) -> Any:
-    """A model with three active adapters of different rank and scale on its first two layers, one on the third."""
+    """A model with three active adapters of different rank and scale on its first two layers, one
+    on the third.
+    """
     made = model(method, seed, dropout_p=dropouts[0], **options)
     torch.manual_seed(seed + 1)
     targets = {"target_modules": ["first", "second"]}
@@ -37,7 +41,9 @@ def x(seed: int) -> Tensor:
 @pytest.mark.parametrize("method", ["lora", "rslora", "delora"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_parity(method: str, dtype: torch.dtype, x: Tensor, seed: int) -> None:
-    """Outputs and every gradient, among them those of each adapter; float32 adapters on a bfloat16 base."""
+    """Outputs and every gradient, among them those of each adapter; float32 adapters on a bfloat16
+    base.
+    """
     made = stacked(method, seed, dtype=dtype)
     theirs = step(made, x.to(dtype))
     factors = ("lora_A", "lora_B", "delora_A", "delora_B", "delora_lambda")
@@ -64,7 +70,9 @@ def test_autocast(method: str, factors: torch.dtype, x: Tensor, seed: int) -> No
 
 
 def test_factors_of_different_dtypes(x: Tensor, seed: int) -> None:
-    """One adapter in float32, the others in bfloat16: as wide as the widest, with gradients in each one's own dtype."""
+    """One adapter in float32, the others in bfloat16: as wide as the widest, with gradients in each
+    one's own dtype.
+    """
     made = stacked("lora", seed, dtype=torch.bfloat16)
     for name, parameter in made.named_parameters():
         if "second." in name or "extra" in name:
@@ -113,7 +121,9 @@ class _Recorder:
 
 @pytest.mark.parametrize("method", ["lora", "delora"])
 def test_each_adapter_drops_its_own(method: str, x: Tensor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the masks of the seeds that were drawn, the layer is the sum of its adapters on their own dropped inputs."""
+    """With the masks of the seeds that were drawn, the layer is the sum of its adapters on their
+    own dropped inputs.
+    """
     p = (0.25, 0.0, 0.5)
     made = stacked(method, seed, p, dtype=torch.float64)
     dk.accelerate(made, strict=True)
@@ -166,7 +176,9 @@ def test_dora_among_them_runs_pefts_forward(x: Tensor, seed: int) -> None:
 
 
 def test_delora_factors(seed: int) -> None:
-    """The pair is the update: its product is the reference's, with every gradient; the clamp stops its gradients."""
+    """The pair is the update: its product is the reference's, with every gradient; the clamp stops
+    its gradients.
+    """
     torch.manual_seed(seed)
     A, B = torch.randn(4, 7, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     A[1] *= 1e-6
@@ -248,7 +260,9 @@ def test_second_derivatives_raise(x: Tensor, seed: int) -> None:
 
 
 def test_small_scales_beside_large_ones_in_half_precision(seed: int) -> None:
-    """A small adapter's factors don't sink below float16's normal numbers: its part is as exact as PEFT's."""
+    """A small adapter's factors don't sink below float16's normal numbers: its part is as exact as
+    PEFT's.
+    """
     made = model("lora", seed, dtype=torch.float16)
     made.add_adapter("second", config("lora", target_modules=["first"]))
     made.base_model.set_adapter(["default", "second"])

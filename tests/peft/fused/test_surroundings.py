@@ -1,6 +1,8 @@
-"""What surrounds the adapters of an accelerated model: hooks, casts, saving, scale contexts, and other kinds of models.
+"""What surrounds the adapters of an accelerated model: hooks, casts, saving, scale contexts, and
+other kinds of models.
 
-As in test_adapter_life.py, an accelerated model is compared with a plain one: outputs, every gradient, state.
+As in test_adapter_life.py, an accelerated model is compared with a plain one: outputs, every
+gradient, state.
 """
 
 from pathlib import Path
@@ -43,7 +45,9 @@ def test_casts_of_the_whole_model(method: str, dtype: torch.dtype, seed: int) ->
 @pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_files_and_what_they_load(method: str, autocast_adapter_dtype: bool, seed: int, tmp_path: Path) -> None:
-    """The saved bytes are PEFT's own; loaded onto a half-precision base, adapters get the dtype they get with PEFT."""
+    """The saved bytes are PEFT's own; loaded onto a half-precision base, adapters get the dtype
+    they get with PEFT.
+    """
     made = model(method, seed, dtype=torch.bfloat16, modules_to_save=["third"], target_modules=["first", "second"])
     made.save_pretrained(tmp_path / "before")
     dk.accelerate(made)
@@ -214,7 +218,9 @@ def test_reference_model_by_disabled_adapters(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_models_around_one_base_layer(method: str, seed: int) -> None:
-    """One is accelerated, the other is not touched; a layer used twice by one model counts once and runs twice."""
+    """One is accelerated, the other is not touched; a layer used twice by one model counts once and
+    runs twice.
+    """
     torch.manual_seed(seed)
     bases = [Small(False).double(), Small(False).double()]
     bases[1].first = bases[0].first

@@ -1,4 +1,6 @@
-"""A small Llama trained with eager and with fused adapters: the same loss curve, in every mode people train in."""
+"""A small Llama trained with eager and with fused adapters: the same loss curve, in every mode
+people train in.
+"""
 
 from typing import Any
 
@@ -72,6 +74,7 @@ def test_same_loss_curve(method: str, precision: str, checkpointing: bool, seed:
         )
     eager, nudged, fused = curves
     assert eager[-3:].mean() < eager[:3].mean() - 0.02  # it learns
-    # rounding differences grow with the steps, as do those of a run whose adapters are rounded once more at each step
+    # rounding differences grow with the steps, as do those of a run whose adapters are rounded once
+    # more at each step
     spread = (eager - nudged).abs().mean() + 8 * eps
     assert (eager - fused).abs().mean() <= 8 * spread

@@ -1,4 +1,6 @@
-"""Accelerated PEFT models in what a training loop does by hand: scaling, accumulation, autocast, checkpointing."""
+"""Accelerated PEFT models in what a training loop does by hand: scaling, accumulation, autocast,
+checkpointing.
+"""
 
 from contextlib import ExitStack
 from typing import Any
@@ -62,7 +64,9 @@ def test_grad_scaler(method: str, dtype: torch.dtype | None, seed: int) -> None:
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation(method: str, set_to_none: bool, seed: int) -> None:
-    """Three backward passes add up to the gradient of their sum, twice, into the tensors that are there."""
+    """Three backward passes add up to the gradient of their sum, twice, into the tensors that are
+    there.
+    """
     fused, eager = pair(method, seed, dtype=torch.float64)
     for turn in range(2):
         parts = inputs(seed + turn, 3, 4, 12).double()
@@ -111,7 +115,9 @@ def test_nested_autocast(method: str, contexts: list[torch.dtype | None], around
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_checkpointing_with_dropout(method: str, reentrant: bool, autocast: bool, seed: int) -> None:
-    """The masks that backward draws again are forward's: the bits of the run without checkpoints of the same seed."""
+    """The masks that backward draws again are forward's: the bits of the run without checkpoints of
+    the same seed.
+    """
     transformers = pytest.importorskip("transformers")
     if transformers.__version__ < "5":
         pytest.skip("models of Transformers 4 round elsewhere in a checkpoint, adapted or not")

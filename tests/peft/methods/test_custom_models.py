@@ -1,4 +1,6 @@
-"""What PEFT's custom-model suite asks of its methods, asked of GOAT, ETHER and ETHER+ (all of it: tests/peft_suite)."""
+"""What PEFT's custom-model suite asks of its methods, asked of GOAT, ETHER and ETHER+ (all of it:
+tests/peft_suite).
+"""
 
 import copy
 import json
@@ -50,7 +52,9 @@ def own(made: Any, adapter: str, *layers: str) -> set[str]:
 
 @every_method
 def test_a_saved_folder_says_what_it_needs(method: str, tmp_path: Path) -> None:
-    """PEFT without this library raises KeyError: 'GOAT'; who then looks into the folder finds the remedy."""
+    """PEFT without this library raises KeyError: 'GOAT'; who then looks into the folder finds the
+    remedy.
+    """
     made = peft.get_peft_model(small(0), config(method))
     made.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -95,7 +99,9 @@ def test_state_of_a_model_that_fsdp_wraps_is_loaded_by_a_plain_one(method: str, 
 @every_method
 @pytest.mark.parametrize("trainable", [False, True])
 def test_what_trains_after_loading(method: str, trainable: bool, seed: int, tmp_path: Path) -> None:
-    """The same adapters of the same layers as with LoRA, in the PEFT that is here (versions differ for the second)."""
+    """The same adapters of the same layers as with LoRA, in the PEFT that is here (versions differ
+    for the second).
+    """
 
     def loaded(of: Any, folder: Path) -> tuple[set[tuple[str, str]], ...]:
         onto = small(seed)
@@ -118,7 +124,9 @@ def test_what_trains_after_loading(method: str, trainable: bool, seed: int, tmp_
 
 @every_method
 def test_adapters_on_different_layers_are_chosen(method: str, seed: int) -> None:
-    """A layer that the chosen adapter does not have is the base's, and nothing of the other trains."""
+    """A layer that the chosen adapter does not have is the base's, and nothing of the other
+    trains.
+    """
     onto, x = small(seed), batch(seed)
     made = peft.get_peft_model(copy.deepcopy(onto), config(method, "first", "second"))
     made.add_adapter("other", config(method, "second", "third"))
@@ -151,7 +159,9 @@ def test_layers_in_different_states_are_warned_of(method: str, seed: int) -> Non
 
 @merging
 def test_several_merge_at_once_or_one_after_the_other(method: str, seed: int) -> None:
-    """Merged, the model is what it was; again changes nothing; disabled or unmerged it is the base, bit for bit."""
+    """Merged, the model is what it was; again changes nothing; disabled or unmerged it is the base,
+    bit for bit.
+    """
     onto, x = small(seed).eval(), batch(seed)
     made = peft.get_peft_model(copy.deepcopy(onto), config(method), adapter_name="a")
     made.add_adapter("b", config(method))
@@ -176,7 +186,9 @@ def test_several_merge_at_once_or_one_after_the_other(method: str, seed: int) ->
 
 
 def test_tensors_without_a_start_are_refused_by_an_adapter_with_one(seed: int) -> None:
-    """A state dict of another config, or one without its buffers: what was subtracted in training can't be told."""
+    """A state dict of another config, or one without its buffers: what was subtracted in training
+    can't be told.
+    """
     options: dict[str, Any] = {"r": 1, "num_experts": 2, "target_modules": ["first"]}
     started = peft.get_peft_model(small(seed), dk.GoatConfig(**options))
     plain = peft.get_peft_model(small(seed), dk.GoatConfig(**options, init_weights=False))

@@ -1,4 +1,6 @@
-"""ETHER's and ETHER+'s layers in PEFT: start, outputs, gradients and merged weights against the reference; errors."""
+"""ETHER's and ETHER+'s layers in PEFT: start, outputs, gradients and merged weights against the
+reference; errors.
+"""
 
 import copy
 from pathlib import Path
@@ -47,7 +49,9 @@ def test_output_and_gradients_are_the_references(kind: str, name: str, reentrant
 
 @every_kind
 def test_start_is_the_authors(kind: str, seed: int) -> None:
-    """ETHER+ starts as the base model, ETHER at ‖H − I‖ = 2; vectors are Kaiming uniform, within 1 / √columns."""
+    """ETHER+ starts as the base model, ETHER at ‖H − I‖ = 2; vectors are Kaiming uniform, within 1
+    / √columns.
+    """
     base = small(seed)
     made = model(base, kind, moved=False)
     x = torch.randn(7, 12, dtype=torch.float64)
@@ -82,7 +86,8 @@ def test_merged_weight_is_the_references_and_comes_back(kind: str, dtype: torch.
         vectors = {name: value.detach().double() for name, value in arguments(layer).items()}
         want = expected_weight(kind, was.double(), vectors, layer.options["default"].blocks)
         error = relative_error(weight_of(layer.get_base_layer()).double(), want)
-        # in float32, whose error is far below the other's, and rounded once: half a unit in the last place
+        # in float32, whose error is far below the other's, and rounded once: half a unit in the
+        # last place
         assert error <= (1e-12 if dtype == torch.float64 else 0.51 * torch.finfo(dtype).eps)
     with made.disable_adapter():
         assert torch.equal(made(x), base(x))

@@ -1,4 +1,6 @@
-"""What PEFT lets people do with an adapter, done with ETHER's: save, load, switch, delete, target, cast."""
+"""What PEFT lets people do with an adapter, done with ETHER's: save, load, switch, delete, target,
+cast.
+"""
 
 import copy
 import json
@@ -60,7 +62,9 @@ def test_training_leaves_the_base_alone_and_disabled_it_is_the_base(kind: str, s
 
 @both_methods
 def test_loaded_beside_another_switched_and_deleted(kind: str, seed: int, tmp_path: Path) -> None:
-    """Two adapters of different sizes on different layers: each alone is what it was, a file holds one of them."""
+    """Two adapters of different sizes on different layers: each alone is what it was, a file holds
+    one of them.
+    """
     onto, x = small(seed), batch(seed)
     made = model(onto, kind)
     made.add_adapter("other", config(kind, n_blocks=1, side="output", target_modules=["first", "third"]))
@@ -142,7 +146,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, seed: 
 
 
 def test_whole_model_on_a_device_map(seed: int, tmp_path: Path) -> None:
-    """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change nothing."""
+    """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change
+    nothing.
+    """
     hf = pytest.importorskip("accelerate")
     made = peft.get_peft_model(base(seed), dk.EtherConfig(n_blocks=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     ids = tokens(seed, 2, 5)

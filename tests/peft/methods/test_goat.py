@@ -1,4 +1,6 @@
-"""GOAT's layers in PEFT: their start, their outputs and every gradient, against the reference; options and errors."""
+"""GOAT's layers in PEFT: their start, their outputs and every gradient, against the reference;
+options and errors.
+"""
 
 import copy
 from typing import Any
@@ -23,7 +25,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 @pytest.mark.parametrize(("name", "reentrant"), [("first", None), ("second", True), ("third", False)])
 def test_output_and_gradients_are_the_references(kind: str, name: str, reentrant: bool | None, seed: int) -> None:
-    """nn.Linear with and without bias, Conv1D; both kinds of checkpointing; the losses' gradients among them."""
+    """nn.Linear with and without bias, Conv1D; both kinds of checkpointing; the losses' gradients
+    among them.
+    """
     made = model(small(seed), z_coef=0.2, **{"balance_coef": 0.4} | KINDS[kind])
     layer = made.get_submodule(f"base_model.model.{name}")
     x = torch.randn(3, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
@@ -47,7 +51,9 @@ def test_output_and_gradients_are_the_references(kind: str, name: str, reentrant
 
 @every_kind
 def test_start(kind: str, seed: int) -> None:
-    """Experts with B = 0: exactly the base. GOAT's: the base where all gates are 1/E, and the published factors."""
+    """Experts with B = 0: exactly the base. GOAT's: the base where all gates are 1/E, and the
+    published factors.
+    """
     base = small(seed)
     made = model(base, moved=False, **KINDS[kind])
     x = torch.randn(7, 12, dtype=torch.float64)

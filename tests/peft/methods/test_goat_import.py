@@ -1,4 +1,6 @@
-"""import_goat: checkpoints in the layout of GOAT's source, of layers whose outputs its own code computed (golden)."""
+"""import_goat: checkpoints in the layout of GOAT's source, of layers whose outputs its own code
+computed (golden).
+"""
 
 import json
 import math
@@ -21,7 +23,9 @@ CASES = [case for case in goat_cases() if not case.name.startswith("goat_officia
 
 
 def state_of(name: str, A: Tensor, B: Tensor, router: Tensor) -> dict[str, Tensor]:
-    """The keys of the source's file for one layer: A and B, once more under moe_layer, and the router."""
+    """The keys of the source's file for one layer: A and B, once more under moe_layer, and the
+    router.
+    """
     state = {f"base_model.model.{name}.lora_gating.weight": router.clone()}
     for role, stack in (("A", A), ("B", B)):
         for e, value in enumerate(stack):
@@ -77,7 +81,9 @@ def test_layer_computes_what_the_source_computed(case: GoatCase, tmp_path: Path)
 
 
 class Model(nn.Module):
-    """Three linears, the last too small for the adapter: the source leaves it alone without a word."""
+    """Three linears, the last too small for the adapter: the source leaves it alone without a
+    word.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""What PEFT lets people do with an adapter, done with GOAT's: save, load, switch, delete, target, cast, merge."""
+"""What PEFT lets people do with an adapter, done with GOAT's: save, load, switch, delete, target,
+cast, merge.
+"""
 
 import copy
 import json
@@ -73,7 +75,9 @@ def test_start_that_is_not_saved_is_made_again_or_refused(low_cpu_mem_usage: boo
 
 
 def test_loaded_beside_another_switched_and_deleted(seed: int, tmp_path: Path) -> None:
-    """Two adapters of different sizes on different layers: each alone is what it was, a file holds one of them."""
+    """Two adapters of different sizes on different layers: each alone is what it was, a file holds
+    one of them.
+    """
     onto, x = small(seed), batch(seed)
     made = model(onto)
     made.add_adapter("other", config(num_experts=3, r=1, target_modules=["first", "third"], init_weights=False))
@@ -150,7 +154,9 @@ def test_injected_without_a_peft_model(seed: int) -> None:
 
 
 def test_whole_model_on_a_device_map(seed: int, tmp_path: Path) -> None:
-    """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change nothing."""
+    """Dispatched by Hugging Face accelerate, before and after: hooks that only move inputs change
+    nothing.
+    """
     hf = pytest.importorskip("accelerate")
     made = goat_llama(seed)
     batch = tokens(seed, 2, 5)

@@ -1,4 +1,6 @@
-"""Padding: a padded batch gives GOAT the losses, gradients and statistics of the same sequences without padding."""
+"""Padding: a padded batch gives GOAT the losses, gradients and statistics of the same sequences
+without padding.
+"""
 
 import copy
 from typing import Any
@@ -18,7 +20,9 @@ COEFFICIENTS = {"balance_coef": 0.4, "z_coef": 0.2}
 LENGTHS = (9, 4, 6)
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 TOLERANCE = 2e-5
-"""Transformers' Llama computes its norms, rotations and loss in float32, 6e-8, also where the rest is float64."""
+"""Transformers' Llama computes its norms, rotations and loss in float32, 6e-8, also where the rest
+is float64.
+"""
 
 
 def goat(seed: int, **options: Any) -> Any:
@@ -45,7 +49,9 @@ def gradients(made: nn.Module) -> dict[str, Tensor]:
 
 
 def without_padding(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """Loss, gradients and (f, P) of every router, of one sequence after the other; losses added by their formula."""
+    """Loss, gradients and (f, P) of every router, of one sequence after the other; losses added by
+    their formula.
+    """
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers(made)}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2)))
@@ -129,7 +135,9 @@ def test_two_passes_in_one_backward_keep_their_masks(reentrant: bool | None, see
 
 
 def test_a_pass_leaves_no_mask_behind(seed: int) -> None:
-    """Not after forward, an error in forward, backward or an error in backward: a layer by itself counts all."""
+    """Not after forward, an error in forward, backward or an error in backward: a layer by itself
+    counts all.
+    """
     made, batch = goat(seed), padded(seed)
     layer = next(iter(layers(made).values()))
     x = torch.randn(*batch["input_ids"].shape, layer.in_features, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Merging of the library's own methods while others write too: moves, copies, loads, edits, nested tuners."""
+"""Merging of the library's own methods while others write too: moves, copies, loads, edits, nested
+tuners.
+"""
 
 import copy
 import io
@@ -147,7 +149,9 @@ def test_adapters_merged_one_after_the_other(method: str, seed: int) -> None:
 @pytest.mark.parametrize("unmerges", ["inner first", "outer first"])
 @pytest.mark.parametrize(("inner", "outer"), itertools.permutations(("lora", *MERGEABLE), 2))
 def test_tuners_around_each_other(inner: str, outer: str, merges: str, unmerges: str, seed: int) -> None:
-    """In either order the weight comes back, and while merged the outputs are the same; or a merge is refused."""
+    """In either order the weight comes back, and while merged the outputs are the same; or a merge
+    is refused.
+    """
     torch.manual_seed(seed)
     model: Any = nn.Sequential(nn.Linear(K, 12)).double()
     for method in (inner, outer):

@@ -1,4 +1,6 @@
-"""What the library's own methods refuse to adapt: errors name the layer, what came and how to leave it out."""
+"""What the library's own methods refuse to adapt: errors name the layer, what came and how to leave
+it out.
+"""
 
 from typing import Any
 
@@ -77,7 +79,9 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", ["linear1", "linear2", "out_proj"])
 def test_an_encoder_layers_fast_path(config: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads weights and calls nothing; without it the adapter counts. Attention never calls its own."""
+    """It reads weights and calls nothing; without it the adapter counts. Attention never calls its
+    own.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match=rf"target module .*{name}' must be a layer that is called"):
         peft.get_peft_model(layer, config(name))

@@ -1,4 +1,6 @@
-"""What the library's own layers say of themselves is what they do: report, strict, log, and the call itself."""
+"""What the library's own layers say of themselves is what they do: report, strict, log, and the
+call itself.
+"""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -1,4 +1,6 @@
-"""Registering a method with PEFT from outside: the enum's entry, the tables, again, and what can't be done."""
+"""Registering a method with PEFT from outside: the enum's entry, the tables, again, and what can't
+be done.
+"""
 
 import copy
 import enum

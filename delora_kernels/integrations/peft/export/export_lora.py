@@ -1,4 +1,5 @@
-"""export_lora: write DeLoRA and LoRA adapters as one standard LoRA adapter, the folder that PEFT and LoRA servers load.
+"""export_lora: write DeLoRA and LoRA adapters as one standard LoRA adapter, the folder that PEFT
+and LoRA servers load.
 
 Folded, a DeLoRA adapter is a LoRA adapter: Δ = B̂ Â. Everything is computed and checked in memory
 (`low_rank_terms.py` folds the layers), then written (`lora_folder.py`).
@@ -65,33 +66,39 @@ def export_lora(
 ) -> LoraExport:
     """Write the DeLoRA and LoRA adapters of `model` as one standard LoRA adapter folder.
 
-        y = x Wᵀ + x A'ᵀ B'ᵀ,   A' = diag(1/max(‖A_i‖, ε)) A diag(n),   B' = B diag(λ / (r max(‖B_i‖, ε)))
+        y = x Wᵀ + x A'ᵀ B'ᵀ,   A' = diag(1/max(‖A_i‖, ε)) A diag(n),
+        B' = B diag(λ / (r max(‖B_i‖, ε)))
 
-    LoRA's scale goes into B'. Several active adapters are stacked, and so is a frozen start, with a minus sign: ranks
-    add up. alpha is r in every layer, so the scale is 1 also where a loader ignores alpha_pattern; `r` is the largest
-    rank. The names are those of the model without adapters (this library's modules being nn.Linear again).
-    modules_to_save and trained biases of PEFT's configs are written too; anything else that was trained is not.
-    The model is not changed. What the adapter was folded from can't be got back: keep your own checkpoint for training.
+    LoRA's scale goes into B'. Several active adapters are stacked, and so is a frozen start, with a
+    minus sign: ranks add up. alpha is r in every layer, so the scale is 1 also where a loader
+    ignores alpha_pattern; `r` is the largest rank. The names are those of the model without
+    adapters (this library's modules being nn.Linear again). modules_to_save and trained biases of
+    PEFT's configs are written too; anything else that was trained is not. The model is not changed.
+    What the adapter was folded from can't be got back: keep your own checkpoint for training.
 
     Args:
-        model: A PeftModel, a model with injected PEFT layers (accelerated or not), or any module that holds
-            DeLoRALinear or LoRALinear. Its adapters must be enabled and not merged.
-        directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another method is not.
-        adapter: Name of the PEFT adapter. None: those that are active. This library's own modules are always exported.
-        dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16 ones float32 is exact.
+        model: A PeftModel, a model with injected PEFT layers (accelerated or not), or any module
+            that holds DeLoRALinear or LoRALinear. Its adapters must be enabled and not merged.
+        directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another
+            method is not.
+        adapter: Name of the PEFT adapter. None: those that are active. This library's own modules
+            are always exported.
+        dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16
+            ones float32 is exact.
 
     Returns:
         The folder, the rank of each layer and the size of the file.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other methods, embeddings and
-            convolutions, lora_bias, merged or disabled adapters, starts that changed the base weight, trainable tokens,
-            a module held under two names, sharded or meta tensors, values beyond `dtype`), there is nothing to export,
-            or the folder can't be used; the text names the layer and the remedy. Nothing is written then.
+        ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other
+            methods, embeddings and convolutions, lora_bias, merged or disabled adapters, starts
+            that changed the base weight, trainable tokens, a module held under two names, sharded
+            or meta tensors, values beyond `dtype`), there is nothing to export, or the folder can't
+            be used; the text names the layer and the remedy. Nothing is written then.
 
-    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225), eq. 9; a folded
-    DeLoRA update is a LoRA update (docs/math.md).
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
+    eq. 9; a folded DeLoRA update is a LoRA update (docs/math.md).
     """
     path = _check_arguments(model, directory, adapter, dtype)
     found = survey(model)
@@ -143,7 +150,7 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any) -> Pa
 
 
 def _used_configs(found: Survey, adapter: str | None) -> list[Any]:
-    """The configs of the adapters that are exported, checked for what no layer shows."""
+    """Return the configs of the adapters that are exported, checked for what no layer shows."""
     layers = [(name, layer) for name, layers in found.layers.items() for layer in layers]
     holders = [(name, layer) for name, layer in layers if not isinstance(layer, AdapterLinear)]
     holders += list(found.savers.items())
@@ -173,7 +180,7 @@ def _why_not_config(config: Any) -> str | None:
 
 
 def _cast(name: str, pair: Pair, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A' and B' as they are written."""
+    """Return A' and B' as they are written."""
     written = {}
     for role, factor in (("A", pair.A), ("B", pair.B)):
         if not factor.isfinite().all():
@@ -187,7 +194,9 @@ def _cast(name: str, pair: Pair, dtype: torch.dtype | None) -> dict[str, Tensor]
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with nothing, as safetensors wants it."""
+    """Return a contiguous copy on the CPU that shares memory with nothing, as safetensors
+    wants it.
+    """
     wanted = tensor.dtype if dtype is None else dtype
     return tensor.detach().to("cpu", wanted, copy=True, memory_format=torch.contiguous_format)
 
@@ -200,7 +209,9 @@ def _carried(name: str, tensor: Any) -> Tensor:
 
 
 def _modules_to_save(found: Survey, adapter: str | None) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules trained beside the adapters: their names, and their tensors under PEFT's keys."""
+    """Return the modules trained beside the adapters: their names, and their tensors under PEFT's
+    keys.
+    """
     names: list[str] = []
     tensors: dict[str, Tensor] = {}
     for name, saver in found.savers.items():

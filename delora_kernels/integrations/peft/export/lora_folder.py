@@ -1,4 +1,6 @@
-"""The folder of a LoRA adapter: its config, whose patterns match exactly the adapted layers, its weights, its card."""
+"""The folder of a LoRA adapter: its config, whose patterns match exactly the adapted layers, its
+weights, its card.
+"""
 
 import json
 import re
@@ -30,7 +32,8 @@ the rank. Load it with `peft.PeftModel.from_pretrained(base_model, folder)` or a
 def lora_config(
     base: dict[str, nn.Module], ranks: dict[str, int], configs: list[Any], saved: list[str], bias: str
 ) -> peft.LoraConfig:
-    """The config of an adapter whose layers have `ranks` and scale 1, in the model whose modules are `base`.
+    """Return the config of an adapter whose layers have `ranks` and scale 1, in the model whose
+    modules are `base`.
 
     Args:
         base: Every module of the base model by name; "" is the model itself.
@@ -66,7 +69,9 @@ def lora_config(
 
 
 def _targets(names: Iterable[str], base: Iterable[str]) -> list[str] | str:
-    """target_modules that PEFT matches with exactly `names`: a list, or a regex where an end of a name is another."""
+    """target_modules that PEFT matches with exactly `names`: a list, or a regex where an end of a
+    name is another.
+    """
     wanted = set(names)
     for other in set(base) - wanted:
         parts = other.split(".")

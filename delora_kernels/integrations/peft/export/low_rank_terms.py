@@ -1,8 +1,9 @@
-"""What of a model is a low-rank term: its adapter layers by their name in the base model, each as one pair A', B'.
+"""What of a model is a low-rank term: its adapter layers by their name in the base model, each as
+one pair A', B'.
 
-`survey` walks the model once and gives every module the name that it has, or had, in the model without adapters: PEFT's
-and torch's wrappers vanish from it. `pair_of` folds all that acts on one linear into y += x A'ᵀ B'ᵀ, and refuses what
-is no such term. Nothing here writes to the model.
+`survey` walks the model once and gives every module the name that it has, or had, in the model
+without adapters: PEFT's and torch's wrappers vanish from it. `pair_of` folds all that acts on one
+linear into y += x A'ᵀ B'ᵀ, and refuses what is no such term. Nothing here writes to the model.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,7 +49,9 @@ MERGE = "merge the adapter (merge_and_unload) and save the whole model instead"
 
 
 class Pair(NamedTuple):
-    """A low-rank update y += x A'ᵀ B'ᵀ: A' [R, K] and B' [N, R], and the dtype of the factors it was made from."""
+    """A low-rank update y += x A'ᵀ B'ᵀ: A' [R, K] and B' [N, R], and the dtype of the factors it
+    was made from.
+    """
 
     A: Tensor
     B: Tensor
@@ -78,7 +81,9 @@ def refuse(name: str, got: str, remedy: str = MERGE) -> NoReturn:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Every module of `model` under its name in the base model; a module held twice counts where it comes first."""
+    """Every module of `model` under its name in the base model; a module held twice counts where it
+    comes first.
+    """
     found, seen = Survey(), set[int]()
 
     def visit(module: nn.Module, name: str) -> None:
@@ -118,10 +123,13 @@ def survey(model: nn.Module) -> Survey:
 
 
 def adapters_of(name: str, layer: Any, adapter: str | None) -> list[str]:
-    """The PEFT adapters of one layer or wrapper that are to be exported: `adapter`, or the active ones."""
+    """Return the PEFT adapters of one layer or wrapper that are to be exported: `adapter`, or the
+    active ones.
+    """
     chosen = layer.active_adapters if adapter is None else [adapter]
     if isinstance(layer, AuxiliaryTrainingWrapper):
-        # without one of the active adapters, or disabled (as PEFT may leave it then), it runs the module as it was
+        # without one of the active adapters, or disabled (as PEFT may leave it then), it runs the
+        # module as it was
         unused = adapter is None and layer.disable_adapters
         return list(chosen) if layer._adapters.issuperset(chosen) and not unused else []
     if layer.merged:
@@ -134,7 +142,8 @@ def adapters_of(name: str, layer: Any, adapter: str | None) -> list[str]:
 
 
 def pair_of(name: str, layers: list[Any], adapter: str | None) -> Pair | None:
-    """All that acts on the linear `name`, stacked into one pair, on the CPU in float32 (float64 for float64 factors).
+    """All that acts on the linear `name`, stacked into one pair, on the CPU in float32 (float64 for
+    float64 factors).
 
         A' = [A'₁; A'₂; ...],   B' = [B'₁, B'₂, ...]
 

@@ -1,8 +1,9 @@
 """PEFT's eager adapter layers swapped for fused ones, in place.
 
-A layer keeps its identity: only its class changes, to a subclass whose forward calls the fused function. Parameters,
-names, state dict, config and every PEFT method stay. At each call the parameters are looked up through the modules that
-own them, and whatever is not provably a plain LoRA, DoRA or DeLoRA linear runs PEFT's own forward.
+A layer keeps its identity: only its class changes, to a subclass whose forward calls the fused
+function. Parameters, names, state dict, config and every PEFT method stay. At each call the
+parameters are looked up through the modules that own them, and whatever is not provably a plain
+LoRA, DoRA or DeLoRA linear runs PEFT's own forward.
 
     swap.py          accelerate() and restore(): which layers there are
     layers.py        the fused classes, and what a call of one does

@@ -1,8 +1,8 @@
 """Whether the layers of an untested PEFT still are the ones that the fused forward replaces.
 
-Two checks. What PEFT's forward reads: a name that no tested version reads is an option whose effect a fused forward
-would leave out, even where it is off by default. And the numbers: a tiny layer in float64, PEFT's forward and backward
-against the fused ones.
+Two checks. What PEFT's forward reads: a name that no tested version reads is an option whose effect
+a fused forward would leave out, even where it is off by default. And the numbers: a tiny layer in
+float64, PEFT's forward and backward against the fused ones.
 """
 
 import importlib
@@ -51,15 +51,18 @@ READS: dict[str, dict[str, str]] = {
     }
     | {f"peft.tuners.delora.layer.DeloraLinear.{name}": reads for name, reads in _STATE.items()},
 }
-"""Method → what PEFT computes its layer with → every name that this reads in one of the tested versions.
+"""Method → what PEFT computes its layer with → every name that this reads in one of the tested
+versions.
 
-The rest of what a forward of these versions calls (DoraLinearLayer.get_lora_weight since 0.19) has no say but in the
-numbers. A DoRA layer is a LoRA layer too.
+The rest of what a forward of these versions calls (DoraLinearLayer.get_lora_weight since 0.19) has
+no say but in the numbers. A DoRA layer is a LoRA layer too.
 """
 
 
 def judge_installed_peft() -> None:
-    """Fill `verdicts` for the installed PEFT: all kinds can be fused in a tested version, another one is checked."""
+    """Fill `verdicts` for the installed PEFT: all kinds can be fused in a tested version, another
+    one is checked.
+    """
     verdicts.reasons.update(dict.fromkeys(verdicts.METHODS))  # the check itself runs fused layers
     verdicts.reasons.update(_checked(versions.installed("peft")))
 
@@ -80,7 +83,9 @@ def _checked(version: str | None) -> Mapping[str, str | None]:
 
 
 def _difference(method: str) -> str | None:
-    """Say how the installed PEFT's layer differs from what is fused, or None; whatever goes wrong is a difference."""
+    """Say how the installed PEFT's layer differs from what is fused, or None; whatever goes wrong
+    is a difference.
+    """
     try:
         return difference(method)
     except Exception as error:
@@ -102,7 +107,9 @@ def difference(method: str) -> str | None:
 
 
 def reads(function: Any) -> set[str]:
-    """Every attribute and global that a function or property reads, with those of functions it nests or wraps."""
+    """Every attribute and global that a function or property reads, with those of functions it
+    nests or wraps.
+    """
     function = getattr(function, "fget", function)
     names: set[str] = set()
     codes = [function.__code__]
@@ -115,13 +122,15 @@ def reads(function: Any) -> set[str]:
 
 
 def _find(path: str) -> Any:
-    """The method or property at peft.tuners.<module>.<class>.<name>."""
+    """Return the method or property at peft.tuners.<module>.<class>.<name>."""
     module, kind, name = path.rsplit(".", 2)
     return getattr(getattr(importlib.import_module(module), kind), name)
 
 
 def _numbers(method: str) -> str | None:
-    """Where PEFT's numbers are not the fused ones, or None: in training, in eval with dropout, with two adapters."""
+    """Where PEFT's numbers are not the fused ones, or None: in training, in eval with dropout, with
+    two adapters.
+    """
     with _as_at_start():
         for training, dropout_p, adapters in ((True, 0.0, 1), (False, 0.5, 1), (True, 0.0, 2)):
             if adapters > 1 and method == "dora":
@@ -139,7 +148,9 @@ def _numbers(method: str) -> str | None:
 
 @contextmanager
 def _as_at_start() -> Iterator[None]:
-    """Whatever the caller is in the middle of: derivatives, no autocast, the CPU; its random numbers are kept."""
+    """Whatever the caller is in the middle of: derivatives, no autocast, the CPU; its random
+    numbers are kept.
+    """
     with ExitStack() as stack:
         for context in (
             torch.random.fork_rng(devices=[]),
@@ -178,7 +189,7 @@ def _model(method: str, dropout_p: float, adapters: int) -> nn.Module:
 
 
 def _step(layer: nn.Module) -> dict[str, Tensor]:
-    """The output and every gradient of one pass."""
+    """Return the output and every gradient of one pass."""
     layer.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_()

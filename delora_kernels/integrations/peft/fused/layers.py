@@ -1,6 +1,7 @@
 """The fused classes that accelerate() gives to PEFT's layers, and what a call of one does.
 
-Each call asks `verdict_of` anew what computes the layer, so that everything PEFT or a trainer does to it later is seen.
+Each call asks `verdict_of` anew what computes the layer, so that everything PEFT or a trainer does
+to it later is seen.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,17 +49,23 @@ _derived: dict[tuple[type, ...], type] = {}
 
 
 def fused_class(kind: type) -> type:
-    """The class that accelerate() gives to a layer of class `kind`; `kind` itself where there is none."""
+    """Return the class that accelerate() gives to a layer of class `kind`; `kind` itself where
+    there is none.
+    """
     return _swapped(kind, _FUSED)
 
 
 def peft_class(kind: type) -> type:
-    """The class that restore() gives back to a layer of class `kind`; `kind` itself where it is not fused."""
+    """Return the class that restore() gives back to a layer of class `kind`; `kind` itself where it
+    is not fused.
+    """
     return _swapped(kind, _PEFT)
 
 
 def _swapped(kind: type, classes: Mapping[type, type]) -> type:
-    """`kind` by the table, also inside a class that FSDP2's fully_shard has derived as (FSDPModule, kind)."""
+    """`kind` by the table, also inside a class that FSDP2's fully_shard has derived as (FSDPModule,
+    kind).
+    """
     if kind in classes:
         return classes[kind]
     wrapper, *rest = kind.__bases__
@@ -73,7 +80,9 @@ def _swapped(kind: type, classes: Mapping[type, type]) -> type:
 
 
 def swap_class(layer: nn.Module, kind: type) -> None:
-    """Give `layer` another class, and a forward that a device hook has put aside the new class's forward."""
+    """Give `layer` another class, and a forward that a device hook has put aside the new class's
+    forward.
+    """
     own = [name for name in ("forward", "_old_forward") if is_own_forward(layer, layer.__dict__.get(name))]
     layer.__class__ = kind
     for name in own:
@@ -81,8 +90,8 @@ def swap_class(layer: nn.Module, kind: type) -> None:
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    # an exported program must run without this library; where Dynamo makes it (strict), it can read the plan, whose
-    # functions are plain torch then, but not PEFT's DoRA
+    # an exported program must run without this library; where Dynamo makes it (strict), it can read
+    # the plan, whose functions are plain torch then, but not PEFT's DoRA
     if exporting() and not torch.compiler.is_dynamo_compiling():
         return peft_forward(layer, x, *args, **kwargs)
     _, reason, run = verdict_of(layer)

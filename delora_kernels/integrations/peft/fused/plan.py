@@ -1,4 +1,6 @@
-"""What computes a PEFT layer as it stands now: a fused function of its tensors, or why PEFT's own forward must."""
+"""What computes a PEFT layer as it stands now: a fused function of its tensors, or why PEFT's own
+forward must.
+"""
 
 import math
 import sys
@@ -39,7 +41,9 @@ _DELORA_DICTS |= {"delora_w_norm": BufferDict, "delora_dropout": nn.ModuleDict}
 
 
 def _as_defined(kind: Any, name: str) -> Any:
-    """The method that the class's own module defines, or None if another has taken its place already."""
+    """Return the method that the class's own module defines, or None if another has taken its place
+    already.
+    """
     method = getattr(kind, name, None)
     return method if getattr(method, "__globals__", None) is vars(sys.modules[kind.__module__]) else None
 
@@ -48,14 +52,17 @@ _CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys((LoraLinear, DeloraLinear, n
 _CALLED |= dict.fromkeys((nn.Dropout, nn.Identity, DoraLinearVariant), ("forward",))
 _CALLED |= {DoraLinearLayer: ("forward", "get_weight_norm")}
 _DEFINED = {kind: {name: _as_defined(kind, name) for name in names} for kind, names in _CALLED.items()}
-"""What PEFT's forward calls, by class. Who puts another method in the place of one wants that one to run."""
+"""What PEFT's forward calls, by class. Who puts another method in the place of one wants that one
+to run.
+"""
 
 
 class _Adapter(NamedTuple):
     """One active adapter of a layer.
 
     Args:
-        owners: Role → the module that holds its tensor; DeLoRA's tensors stand in dictionaries of the layer instead.
+        owners: Role → the module that holds its tensor; DeLoRA's tensors stand in dictionaries of
+            the layer instead.
         tensors: Role → tensor.
         dropout: The module.
         scale: Factor of its update.
@@ -72,7 +79,9 @@ class _Adapter(NamedTuple):
 
 
 def verdict_of(layer: Any) -> Verdict:
-    """Judge how an adapter layer runs as it stands: a linear of PEFT's, fused or not, or a layer of this library."""
+    """Judge how an adapter layer runs as it stands: a linear of PEFT's, fused or not, or a layer of
+    this library.
+    """
     own = getattr(type(layer), "verdict", None)
     if own is not None:
         verdict: Verdict = own(layer)
@@ -82,10 +91,11 @@ def verdict_of(layer: Any) -> Verdict:
 
 
 def plan_of(layer: Any) -> Fused | str:
-    """Find what computes the layer's output from its input x, or the reason why it must be PEFT's own forward.
+    """Find what computes the layer's output from its input x, or the reason why it must be PEFT's
+    own forward.
 
-    It runs at every call: submodules and parameters are read from their dictionaries, which costs a fifth of what
-    attributes of a module do.
+    It runs at every call: submodules and parameters are read from their dictionaries, which costs a
+    fifth of what attributes of a module do.
 
     Args:
         layer: A LoRA or DeLoRA linear of PEFT, fused or not.
@@ -119,7 +129,9 @@ def plan_of(layer: Any) -> Fused | str:
 
 
 def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> Fused | str:
-    """Plan a layer whose own settings allow it, or say what the modules and tensors that it reads have against it."""
+    """Plan a layer whose own settings allow it, or say what the modules and tensors that it reads
+    have against it.
+    """
     if has_other_forward(layer):
         return "it has a forward of its own"
     reason = PlainBase.why_not(base_layer)
@@ -158,7 +170,7 @@ def _why_not_class(kind: Any) -> str | None:
 
 
 def class_name(kind: type) -> str:
-    """A layer's class as messages name it."""
+    """Return a layer's class as messages name it."""
     return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
 
 
@@ -266,7 +278,7 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: PlainB
 
 
 def _dropout_p(dropout: Any) -> float | str:
-    """The probability that `dropout` drops with now, or why it can't be said."""
+    """Return the probability that `dropout` drops with now, or why it can't be said."""
     kind = type(dropout)
     if kind not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {kind.__name__} that can't be fused"

@@ -24,15 +24,18 @@ from delora_kernels.integrations.peft.verdict import State
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run fused, in place.
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run
+    fused, in place.
 
-    Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers differ by rounding.
-    Calling it again is harmless, and brings in layers that were added since.
+    Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
+    differ by rounding. Calling it again is harmless, and brings in layers that were added since.
 
     Args:
-        model: Any module that holds PEFT adapter layers: a PeftModel, a bare model with injected adapters, one layer.
-        strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers that FSDP has sharded
-            already can't be judged, and do not raise: every rank must decide alike.
+        model: Any module that holds PEFT adapter layers: a PeftModel, a bare model with injected
+            adapters, one layer.
+        strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers
+            that FSDP has sharded already can't be judged, and do not raise: every rank must decide
+            alike.
 
     Returns:
         The report: each adapter layer, fused or with the reason why not all of it is.

@@ -1,4 +1,5 @@
-"""Which kinds of the installed PEFT's layers can be fused: a look-up, which torch.compile can trace.
+"""Which kinds of the installed PEFT's layers can be fused: a look-up, which torch.compile can
+trace.
 
 `layer_check.py` fills it where PEFT's version is not a tested one.
 """

@@ -56,7 +56,9 @@ class TargetedConfig(PeftConfig):
 
 
 def move_parameters(parts: nn.ParameterDict, adapter_name: str, device: torch.device) -> None:
-    """Move one adapter's parameter, where it has one, and leave its dtype: PEFT's own way casts it to the base's."""
+    """Move one adapter's parameter, where it has one, and leave its dtype: PEFT's own way casts it
+    to the base's.
+    """
     if adapter_name in parts and parts[adapter_name].device != device:
         old = parts[adapter_name]
         parts[adapter_name] = nn.Parameter(old.detach().to(device), old.requires_grad)
@@ -68,7 +70,9 @@ class LinearTuner(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _options(self, config: Any, key: str) -> tuple[Any, ...]:
-        """What the layer named `key` is made with, besides its base and the adapter's name."""
+        """Return what the layer named `key` is made with, besides its base and the adapter's
+        name.
+        """
         return (config,)
 
     def _create_and_replace(  # type: ignore[override]
@@ -101,7 +105,9 @@ class LinearTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_called(self, parent: nn.Module, base: nn.Module, target_name: str, key: str) -> None:
-        """Refuse a layer whose module reads its weight and never calls it: an adapter there would do nothing."""
+        """Refuse a layer whose module reads its weight and never calls it: an adapter there would
+        do nothing.
+        """
         kind = type(parent).__name__
         reason = None
         if isinstance(parent, nn.MultiheadAttention):
@@ -125,7 +131,9 @@ _STATE_SPACE = ("x_proj", "dt_proj", "out_proj")
 
 @contextmanager
 def _naming(key: str) -> Iterator[None]:
-    """Make an error of an option that does not fit a layer say which layer, and how to leave it out."""
+    """Make an error of an option that does not fit a layer say which layer, and how to leave it
+    out.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -135,7 +143,9 @@ def _naming(key: str) -> Iterator[None]:
 
 
 def _is_float(weight: Any) -> bool:
-    """Whether a weight is of floats: a quantised tensor's class may call itself float32; torch's own shards are."""
+    """Whether a weight is of floats: a quantised tensor's class may call itself float32; torch's
+    own shards are.
+    """
     plain = type(weight) in checks.PLAIN or type(weight).__module__.startswith("torch.")
     return plain and weight.dtype in checks.FLOATS
 

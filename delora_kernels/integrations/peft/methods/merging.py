@@ -1,8 +1,9 @@
 """Merging of the library's own methods: the base weight itself is kept, and given back bit for bit.
 
-What is kept follows the layer to other devices and dtypes, copies and files. What was written is remembered by the sums
-of its bits, so that a weight that something else has changed since is noticed: then the adapters' update alone is taken
-away again, or, where it can't be told any more, nothing is touched.
+What is kept follows the layer to other devices and dtypes, copies and files. What was written is
+remembered by the sums of its bits, so that a weight that something else has changed since is
+noticed: then the adapters' update alone is taken away again, or, where it can't be told any more,
+nothing is touched.
 """
 
 import warnings
@@ -20,9 +21,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MergesAndKeeps:
-    """What a tuner layer does with its base's weight: read it as [N, K], put a merged one there, and give it back.
+    """What a tuner layer does with its base's weight: read it as [N, K], put a merged one there,
+    and give it back.
 
-    Comes before nn.Module and BaseTunerLayer among the bases of a layer, which says what `_merged` makes of a weight.
+    Comes before nn.Module and BaseTunerLayer among the bases of a layer, which says what `_merged`
+    makes of a weight.
     """
 
     merged: bool
@@ -39,10 +42,12 @@ class MergesAndKeeps:
     """The adapters of each merge."""
 
     def unmerge(self) -> None:
-        """Give the base layer its own weight back, bit for bit; if it has changed since, without the adapters' update.
+        """Give the base layer its own weight back, bit for bit; if it has changed since, without
+        the adapters' update.
 
         Raises:
-            RuntimeError: it has changed since, and so have the adapters, or its dtype; nothing is touched.
+            RuntimeError: it has changed since, and so have the adapters, or its dtype; nothing is
+                touched.
         """
         if not self.merged or self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -53,12 +58,14 @@ class MergesAndKeeps:
         self.merged_adapters.clear()
 
     def _merged(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
-        """What merging `adapter_names` makes of a weight [N, K], in whatever dtype."""
+        """Return what merging `adapter_names` makes of a weight [N, K], in whatever dtype."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Make the merged weight, rounded to its dtype, the base's, and keep the base's own for `unmerge`."""
+        """Make the merged weight, rounded to its dtype, the base's, and keep the base's own for
+        `unmerge`.
+        """
         if not adapter_names:
             return
         base, inner = self.get_base_layer(), self.base_layer
@@ -81,7 +88,9 @@ class MergesAndKeeps:
 
     @torch.no_grad()
     def _without_adapters(self, kept: Tensor) -> Tensor:
-        """The base weight as it would be without what is merged: `kept`, unless it has changed since."""
+        """Return the base weight as it would be without what is merged: `kept`, unless it has
+        changed since.
+        """
         now = self.get_base_layer().weight.data
         if self._is_written(now):
             return kept
@@ -124,11 +133,11 @@ class MergesAndKeeps:
         return result
 
     def _stored(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A weight [N, K] as the base layer stores it."""
+        """Return a weight [N, K] as the base layer stores it."""
         return self._seen(weight.to(dtype)).contiguous()
 
     def _seen(self, weight: Tensor) -> Tensor:
-        """A weight as the base layer stores it as [N, K], and the other way round."""
+        """Return a weight as the base layer stores it as [N, K], and the other way round."""
         return weight.t() if type(self.get_base_layer()).__name__ == "Conv1D" else weight
 
     def _base_weight(self) -> Tensor:
@@ -138,9 +147,11 @@ class MergesAndKeeps:
 
 
 def sums_of_bits(weight: Tensor) -> Sums:
-    """The sums over rows and over columns of a matrix's numbers read as integers: another matrix has others.
+    """Return the sums over rows and over columns of a matrix's numbers read as integers: another
+    matrix has others.
 
-    (But for changes that cancel in every row and every column, which rounding, training and loading don't make.)
+    (But for changes that cancel in every row and every column, which rounding, training and loading
+    don't make.)
     """
     bits = weight.detach().view(_INTEGERS[weight.element_size()])
     return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)

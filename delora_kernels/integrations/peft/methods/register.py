@@ -1,10 +1,12 @@
-"""Makes a method of this library a method of PEFT: `get_peft_model`, saving and loading then know it by its config.
+"""Makes a method of this library a method of PEFT: `get_peft_model`, saving and loading then know
+it by its config.
 
-    register("goat", GoatConfig, GoatModel)      # as peft.tuners.<method>.__init__ does with register_peft_method
+    # as peft.tuners.<method>.__init__ does with register_peft_method
+    register("goat", GoatConfig, GoatModel)
 
-PEFT keeps its methods in tables, which `register_peft_method` fills, and names them by an enum, `PeftType`, that is
-meant to be closed: `peft_type` adds the entry. All of it is checked afterwards, so that a PEFT that keeps its methods
-otherwise is an error here and now, not a wrong adapter later.
+PEFT keeps its methods in tables, which `register_peft_method` fills, and names them by an enum,
+`PeftType`, that is meant to be closed: `peft_type` adds the entry. All of it is checked afterwards,
+so that a PEFT that keeps its methods otherwise is an error here and now, not a wrong adapter later.
 """
 
 import enum
@@ -18,10 +20,11 @@ METHODS = ("ether", "goat")
 
 
 def register_peft_methods() -> None:
-    """Register every method of this library with PEFT, so that it loads adapters of them; again is harmless.
+    """Register every method of this library with PEFT, so that it loads adapters of them; again is
+    harmless.
 
         dk.register_peft_methods()
-        model = peft.PeftModel.from_pretrained(base_model, "folder")     # of a GOAT or ETHER adapter
+        model = peft.PeftModel.from_pretrained(base_model, "folder")  # of a GOAT or ETHER adapter
 
     Naming a method's config, such as `dk.GoatConfig`, registers that method too.
 
@@ -33,7 +36,7 @@ def register_peft_methods() -> None:
 
 
 def peft_type(name: str) -> Any:
-    """The entry of PEFT's enum `PeftType` for the method `name`, added if it isn't there.
+    """Return the entry of PEFT's enum `PeftType` for the method `name`, added if it isn't there.
 
     Args:
         name: The method in lower case, such as "goat".
@@ -50,15 +53,18 @@ def peft_type(name: str) -> Any:
 
 
 def register(name: str, config: type, model: Any) -> None:
-    """Register a method with PEFT, under the prefix `model.prefix` of its parameters; again is harmless.
+    """Register a method with PEFT, under the prefix `model.prefix` of its parameters; again is
+    harmless.
 
     Args:
-        name: The method in lower case, such as "goat": `peft_type` in saved configs is its upper case.
+        name: The method in lower case, such as "goat": `peft_type` in saved configs is its upper
+            case.
         config: The subclass of PeftConfig.
         model: The subclass of BaseTuner.
 
     Raises:
-        RuntimeError: the installed PEFT has a method or a prefix of this name from elsewhere, or doesn't allow it.
+        RuntimeError: the installed PEFT has a method or a prefix of this name from elsewhere, or
+            doesn't allow it.
     """
     key = peft_type(name)
     try:
@@ -80,7 +86,9 @@ def register(name: str, config: type, model: Any) -> None:
 
 
 def _entry(kind: Any, name: str) -> Any:
-    """The member `name` = "name" of the string enum `kind`, added as enum's own metaclass adds one."""
+    """Return the member `name` = "name" of the string enum `kind`, added as enum's own metaclass
+    adds one.
+    """
     if name not in kind.__members__:
         member = str.__new__(kind, name)
         member._name_ = member._value_ = name

@@ -13,25 +13,29 @@ from delora_kernels.nn.ether import SIDES
 class EtherConfig(TargetedConfig):
     """ETHER as a PEFT method: a frozen linear between block reflections.
 
-        model = peft.get_peft_model(base_model, dk.EtherConfig(n_blocks=4, target_modules="all-linear"))
+        model = peft.get_peft_model(base_model, dk.EtherConfig(n_blocks=4,
+        target_modules="all-linear"))
 
         y = H_out W H_in drop(x) + bias,   H = blockdiag(I − 2 û_i û_iᵀ)
 
-    The vectors start Kaiming uniform, as in the authors' code: **the model does not start as the base model**.
+    The vectors start Kaiming uniform, as in the authors' code: **the model does not start as the
+    base model**.
 
     Args:
         n_blocks: Blocks of each reflected side, a divisor of its features in every target.
         side: "input" (as in the paper), "output" or "both".
-        blocks: "paper" or "official" (what the authors' code does with several blocks on the input side).
+        blocks: "paper" or "official" (what the authors' code does with several blocks on the input
+            side).
         dropout: Probability of dropping an element of the whole layer's input, in training mode.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as PEFT's LoraConfig.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
+        PEFT's LoraConfig.
 
     Raises:
         TypeError, ValueError: an option does not fit; the text names it and the remedy.
         RuntimeError: the installed PEFT can't be given a method.
 
-    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections"
-    (arXiv:2405.20271); mwbini/ether.
+    Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane
+    Reflections" (arXiv:2405.20271); mwbini/ether.
     """
 
     n_blocks: int = 1
@@ -49,16 +53,18 @@ class EtherConfig(TargetedConfig):
 class EtherPlusConfig(TargetedConfig):
     """ETHER+ as a PEFT method: a frozen linear between relaxed block reflections.
 
-        model = peft.get_peft_model(base_model, dk.EtherPlusConfig(n_blocks=4, target_modules="all-linear"))
+        model = peft.get_peft_model(base_model, dk.EtherPlusConfig(n_blocks=4,
+        target_modules="all-linear"))
 
         y = H_out W H_in drop(x) + bias,   H = blockdiag(I − û_i û_iᵀ + v̂_i v̂_iᵀ)
 
     Args:
         n_blocks, blocks, dropout: as in `EtherConfig`.
         side: "both" (as in the paper), "input" or "output".
-        init_weights: Start v at −u, where the layer is the base layer up to rounding, as the authors' code does. False:
-            v random like u; for tests.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as PEFT's LoraConfig.
+        init_weights: Start v at −u, where the layer is the base layer up to rounding, as the
+            authors' code does. False: v random like u; for tests.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
+        PEFT's LoraConfig.
 
     Raises:
         TypeError, ValueError: an option does not fit; the text names it and the remedy.

@@ -1,8 +1,10 @@
-"""PeftEtherLinear and PeftEtherPlusLinear: PEFT's view of a linear between reflections, run by the fused functions.
+"""PeftEtherLinear and PeftEtherPlusLinear: PEFT's view of a linear between reflections, run by the
+fused functions.
 
-Each adapter has its vectors in PEFT's dictionaries, named by the functions' arguments: ETHER's are `ether_u`
-[n_blocks, K / n_blocks] and `ether_u_out` [n_blocks, N / n_blocks], those of ETHER+ `etherplus_u`, `etherplus_v`,
-`etherplus_u_out`, `etherplus_v_out`. The base layer is never written to but by `merge`.
+Each adapter has its vectors in PEFT's dictionaries, named by the functions' arguments: ETHER's are
+`ether_u` [n_blocks, K / n_blocks] and `ether_u_out` [n_blocks, N / n_blocks], those of ETHER+
+`etherplus_u`, `etherplus_v`, `etherplus_u_out`, `etherplus_v_out`. The base layer is never written
+to but by `merge`.
 """
 
 import math
@@ -81,12 +83,15 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
                 nn.init.kaiming_uniform_(value, a=math.sqrt(5))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output [..., K] → [..., N] between the active adapters' reflections; off or merged, the base layer's.
+        """Compute the output [..., K] → [..., N] between the active adapters' reflections; off or
+        merged, the base layer's.
 
-        Of several active adapters each stands around those before it, as merging them one by one does.
+        Of several active adapters each stands around those before it, as merging them one by one
+        does.
 
         Raises:
-            RuntimeError: blocks="official" beside a base layer whose weight can't be read (hooks, shards, offloaded).
+            RuntimeError: blocks="official" beside a base layer whose weight can't be read (hooks,
+                shards, offloaded).
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -117,7 +122,7 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.options]
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
-        """The output on the meta device, which has shapes and dtypes alone."""
+        """Return the output on the meta device, which has shapes and dtypes alone."""
         y: Tensor = self.base_layer(x)
         for name in names:
             formula = getattr(reference, type(self)._function.__name__)
@@ -126,10 +131,12 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put H_out W H_in of adapters into the base layer, in float32 or wider, rounded once; W itself is kept.
+        """Put H_out W H_in of adapters into the base layer, in float32 or wider, rounded once; W
+        itself is kept.
 
         Raises:
-            RuntimeError: the base layer has adapters of its own that are not merged; nothing has changed.
+            RuntimeError: the base layer has adapters of its own that are not merged; nothing has
+                changed.
             ValueError: `safe_merge`, and the merged weight is not finite; nothing has changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.options]
@@ -142,7 +149,9 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         return weight
 
     def _around_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The same around whatever the base layer's own forward does; slow, with GEMMs of the identity."""
+        """Return the same around whatever the base layer's own forward does; slow, with GEMMs of
+        the identity.
+        """
         reason = PlainBase.why_not(self.base_layer) or "the call has more arguments than x"
         for name in names:
             if self.options[name].blocks == "official" and self.options[name].n_blocks > 1:
@@ -169,13 +178,13 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
         return type(self)._function(x, identity, **vectors) if vectors else x
 
     def _reflected(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The output of one adapter on `weight`."""
+        """Return the output of one adapter on `weight`."""
         blocks = self.options[name].blocks
         y: Tensor = type(self)._function(x, weight, bias=bias, blocks=blocks, **self._vectors(name))
         return y
 
     def _vectors(self, name: str) -> dict[str, Tensor]:
-        """The vectors that the adapter has, by the functions' argument names."""
+        """Return the vectors that the adapter has, by the functions' argument names."""
         parts = {part.removeprefix(self._prefix): getattr(self, part) for part in self.adapter_layer_names}
         return {argument: values[name] for argument, values in parts.items() if name in values}
 

@@ -1,4 +1,6 @@
-"""EtherModel and EtherPlusModel: put layers of ETHER and ETHER+ into a model, as PEFT's tuners do."""
+"""EtherModel and EtherPlusModel: put layers of ETHER and ETHER+ into a model, as PEFT's
+tuners do.
+"""
 
 from delora_kernels.integrations.peft.methods.base import LinearTuner
 from delora_kernels.integrations.peft.methods.ether.layer import PeftEtherLinear, PeftEtherPlusLinear
@@ -14,7 +16,8 @@ class EtherModel(LinearTuner):
 
     Raises:
         TypeError: a target is neither nn.Linear nor Transformers' Conv1D.
-        ValueError: a layer's features can't be cut into n_blocks; the text names them and the remedy.
+        ValueError: a layer's features can't be cut into n_blocks; the text names them and the
+            remedy.
     """
 
     prefix = "ether_"

@@ -19,35 +19,41 @@ class GoatConfig(TargetedConfig):
 
         model = peft.get_peft_model(base_model, dk.GoatConfig(r=4, target_modules="all-linear"))
 
-        y_t = W x_t + Σ_e w_te s_e B_e A_e drop(x_t) − γ Σ_e s_e B⁰_e A⁰_e x_t + bias,   w = top-k of softmax(G x)
+        y_t = W x_t + Σ_e w_te s_e B_e A_e drop(x_t) − γ Σ_e s_e B⁰_e A⁰_e x_t + bias,
+        w = top-k of softmax(G x)
 
-    The defaults are GOAT as its paper has it: 8 experts, 2 of them for each token, which start on segments of W's
-    singular values, and the theoretical scale. Other members: `init_weights="zero", scaling="alpha/r"` is MixLoRA's or
-    MoLA's mixture; with `top_k=None` LoRAMoE's; with `shared_A=True` too, HydraLoRA's; `normalize=True` DeLoRA experts.
+    The defaults are GOAT as its paper has it: 8 experts, 2 of them for each token, which start on
+    segments of W's singular values, and the theoretical scale. Other members: `init_weights="zero",
+    scaling="alpha/r"` is MixLoRA's or MoLA's mixture; with `top_k=None` LoRAMoE's; with
+    `shared_A=True` too, HydraLoRA's; `normalize=True` DeLoRA experts.
 
     Args:
-        r: Rank of each expert; all experts together have num_experts · r, which is what GOAT's source calls r.
+        r: Rank of each expert; all experts together have num_experts · r, which is what GOAT's
+            source calls r.
         num_experts: E.
         top_k: k, experts a token chooses; None: all (dense softmax).
         renormalize: Divide the chosen probabilities by their sum.
         shared_A: One A for all experts.
-        normalize: Normalise each expert as DeLoRA does, with a trained strength λ_e; `scaling` is then without effect.
+        normalize: Normalise each expert as DeLoRA does, with a trained strength λ_e; `scaling` is
+            then without effect.
         goat_lambda: λ at the start, if `normalize`.
         alpha: Of the scalings "alpha/r" and "rslora".
         scaling, eta, rho, svd: as in `init.moe_start`.
-        init_weights: The start, one of `init.STARTS`. True: "goat", but "zero" if `normalize` or `shared_A`. False: A
-            and B random, nothing subtracted: for tests.
+        init_weights: The start, one of `init.STARTS`. True: "goat", but "zero" if `normalize` or
+            `shared_A`. False: A and B random, nothing subtracted: for tests.
         init_cof: γ; None: 1/E. The source's default is 1, and its training scripts set 1/E.
-        save_start: Save the start that is subtracted (as much again as A and B). False: loading makes it anew from the
-            base weights and refuses one that is not the saved adapter's.
+        save_start: Save the start that is subtracted (as much again as A and B). False: loading
+            makes it anew from the base weights and refuses one that is not the saved adapter's.
         dropout: Probability of dropping an element of the experts' input, in training mode.
-        dropout_kind: "shared": all experts see one mask. "independent": each its own, as in the source; slower.
-        balance_coef: Coefficient of the balance loss, which backward adds of itself (`set_loss_scale` where the loss is
-            scaled); the loss that a Trainer shows is without it.
+        dropout_kind: "shared": all experts see one mask. "independent": each its own, as in the
+            source; slower.
+        balance_coef: Coefficient of the balance loss, which backward adds of itself
+            (`set_loss_scale` where the loss is scaled); the loss that a Trainer shows is without
+            it.
         balance: The balance loss's convention: "code" (k at perfect balance) or "paper" (1).
         z_coef: Coefficient of the router z-loss.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as PEFT's
-            LoraConfig; bias "goat_only" for "lora_only".
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias:
+            as PEFT's LoraConfig; bias "goat_only" for "lora_only".
         rank_pattern: Ranks of single layers, by name or regular expression.
 
     Raises:

@@ -1,8 +1,10 @@
-"""PeftGoatLinear: PEFT's view of a linear with a mixture of low-rank experts, run by the fused function.
+"""PeftGoatLinear: PEFT's view of a linear with a mixture of low-rank experts, run by the fused
+function.
 
-Each adapter has its tensors in PEFT's dictionaries: `goat_A` [E, r, K] (or [r, K], shared), `goat_B` [E, N, r],
-`goat_router` [E, K], `goat_lambda` [E]; constants are `goat_scale` [E], `goat_w_norm` [K] and the start that is
-subtracted, `goat_start_A`, `goat_start_B`. The base layer is never written to but by `merge` (`methods/merging.py`).
+Each adapter has its tensors in PEFT's dictionaries: `goat_A` [E, r, K] (or [r, K], shared),
+`goat_B` [E, N, r], `goat_router` [E, K], `goat_lambda` [E]; constants are `goat_scale` [E],
+`goat_w_norm` [K] and the start that is subtracted, `goat_start_A`, `goat_start_B`. The base layer
+is never written to but by `merge` (`methods/merging.py`).
 """
 
 import math
@@ -95,7 +97,9 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
-        """Start an adapter anew from the base weight; on the meta device only its constants' places are made."""
+        """Start an adapter anew from the base weight; on the meta device only its constants' places
+        are made.
+        """
         c, A, B = self.options[adapter_name], self.goat_A[adapter_name], self.goat_B[adapter_name]
         weight = self._base_weight()
         if A.is_meta:
@@ -115,7 +119,9 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
             self._keep_start(adapter_name, A.detach().clone(), B.detach().clone())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the active adapters, [..., K] → [..., N]; disabled or merged, the base layer's alone."""
+        """Compute the output of the active adapters, [..., K] → [..., N]; disabled or merged, the
+        base layer's alone.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         _, reason, _ = self.verdict()
@@ -143,7 +149,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         return [name for name in self.active_adapters if name in self.goat_A]
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
-        """The output on the meta device, which has shapes and dtypes alone."""
+        """Return the output on the meta device, which has shapes and dtypes alone."""
         y: Tensor = self.base_layer(x)
         for name in names:
             c, zeros = self.options[name], x.new_zeros(self.out_features, self.in_features)
@@ -169,10 +175,11 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         self.merge_mean_gate(names, safe_merge)
 
     def merge_mean_gate(self, adapter_names: list[str], safe_merge: bool = False) -> None:
-        """Put W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e into the base layer, once for each adapter.
+        """Put W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e into the base layer, once for each
+        adapter.
 
-        It is exact for one expert, else an approximation: every token gets the gate 1/E for every expert. W itself is
-        kept, for `unmerge`.
+        It is exact for one expert, else an approximation: every token gets the gate 1/E for every
+        expert. W itself is kept, for `unmerge`.
 
         Raises:
             ValueError: `safe_merge`, and the merged weight is not finite; nothing has changed.
@@ -185,7 +192,9 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
 
     @torch.no_grad()
     def mean_update(self, adapter_name: str) -> Tensor:
-        """Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e, [N, K]: the adapter's update where every gate is 1/E."""
+        """Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e, [N, K]: the adapter's update where every gate
+        is 1/E.
+        """
         m = self._mixture(adapter_name)
         E = self.options[adapter_name].num_experts
         A = m["A"].expand(E, *m["A"].shape[-2:])
@@ -195,7 +204,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         return update
 
     def _mixed(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The output of one adapter on `weight`."""
+        """Return the output of one adapter on `weight`."""
         c = self.options[name]
         y, stats = functional.moe_lora_linear(
             x,
@@ -219,7 +228,7 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         return None if mask is None or mask.shape != x.shape[:-1] else mask.to(x.device)
 
     def _mixture(self, name: str) -> dict[str, Any]:
-        """The tensors of the call, but the base layer's."""
+        """Return the tensors of the call, but the base layer's."""
         A, B = self.goat_A[name], self.goat_B[name]
         mixture: dict[str, Any] = {"router": self.goat_router[name]}
         if name in self.goat_lambda:

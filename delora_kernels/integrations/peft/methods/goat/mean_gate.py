@@ -1,4 +1,6 @@
-"""merge_mean_gate: a mixture merged as if every token gave every expert the gate 1/E, and how far off that is."""
+"""merge_mean_gate: a mixture merged as if every token gave every expert the gate 1/E, and how far
+off that is.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from delora_kernels.integrations.peft.methods.goat.layer import PeftGoatLinear
 
 @dataclass(frozen=True)
 class MeanGateReport:
-    """What merging the mean gate changed, on the inputs it was given; y are the model's outputs in evaluation mode.
+    """What merging the mean gate changed, on the inputs it was given; y are the model's outputs in
+    evaluation mode.
 
     Args:
         difference: ‖y_merged − y‖ / ‖y‖.
-        of_effect: ‖y_merged − y‖ / ‖y − y_base‖, y_base without adapters: at 1 the merged model is as far from the
-            adapted one as the base model is.
-        layers: For each layer, ‖ΔW̄ x − Δy‖ / ‖Δy‖ on its own inputs, Δy what the mixture adds there.
+        of_effect: ‖y_merged − y‖ / ‖y − y_base‖, y_base without adapters: at 1 the merged model is
+            as far from the adapted one as the base model is.
+        layers: For each layer, ‖ΔW̄ x − Δy‖ / ‖Δy‖ on its own inputs, Δy what the mixture adds
+            there.
     """
 
     difference: float
@@ -41,18 +45,21 @@ def merge_mean_gate(model: nn.Module, inputs: Any) -> MeanGateReport:
 
         W̄ = W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e
 
-    A mixture has no single weight; this one is right where the router is undecided, and W itself at GOAT's start.
-    `unmerge_adapter()` gives the weights back bit for bit, `merge_and_unload()` afterwards returns the plain model.
+    A mixture has no single weight; this one is right where the router is undecided, and W itself at
+    GOAT's start. `unmerge_adapter()` gives the weights back bit for bit, `merge_and_unload()`
+    afterwards returns the plain model.
 
     Args:
         model: A PeftModel, or any module with GOAT layers.
-        inputs: What the model is called with to measure: a dictionary of keyword arguments, a tuple, or one tensor.
+        inputs: What the model is called with to measure: a dictionary of keyword arguments, a
+            tuple, or one tensor.
 
     Returns:
         The measured difference.
 
     Raises:
-        ValueError: `model` has no unmerged GOAT layer with an active adapter, or the merged weight is not finite.
+        ValueError: `model` has no unmerged GOAT layer with an active adapter, or the merged weight
+            is not finite.
     """
     layers = {name: _active(layer) for name, layer in model.named_modules() if isinstance(layer, PeftGoatLinear)}
     modules = {name: model.get_submodule(name) for name, adapters in layers.items() if adapters}
@@ -103,7 +110,7 @@ def _relative(difference: Tensor, size: Tensor) -> float:
 
 
 def _output(model: nn.Module, inputs: Any) -> Tensor:
-    """The model's output, or of a structure of them its logits or first."""
+    """Return the model's output, or of a structure of them its logits or first."""
     if isinstance(inputs, Mapping):
         found = model(**inputs)
     else:

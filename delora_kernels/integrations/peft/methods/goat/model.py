@@ -52,7 +52,7 @@ class GoatModel(LinearTuner):
             layer.padding = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output; PEFT 0.18 calls its forward past its hooks."""
+        """Compute the model's own output; PEFT 0.18 calls its forward past its hooks."""
         return self.model(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

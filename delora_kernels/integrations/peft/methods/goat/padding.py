@@ -1,11 +1,14 @@
-"""Padding: which tokens of a forward pass are padding, told to the GOAT layers of a model by hooks on it.
+"""Padding: which tokens of a forward pass are padding, told to the GOAT layers of a model by hooks
+on it.
 
-The hooks read the keyword argument `attention_mask` where it is [batch, sequence] of bool or integers, and the model
-one of Transformers with a single sequence of tokens: beside an encoder, or beside images, a layer's input may have the
-mask's shape without being what the mask is about. A layer takes the mask if it has the shape of its input's tokens.
+The hooks read the keyword argument `attention_mask` where it is [batch, sequence] of bool or
+integers, and the model one of Transformers with a single sequence of tokens: beside an encoder, or
+beside images, a layer's input may have the mask's shape without being what the mask is about. A
+layer takes the mask if it has the shape of its input's tokens.
 
-Checkpointing runs layers again in backward, when the model has forgotten its mask: the first gradient that reaches an
-output brings it back until backward ends. (Of several passes in one backward, autograd finishes the later one first.)
+Checkpointing runs layers again in backward, when the model has forgotten its mask: the first
+gradient that reaches an output brings it back until backward ends. (Of several passes in one
+backward, autograd finishes the later one first.)
 """
 
 from typing import Any
@@ -15,7 +18,9 @@ from torch import Tensor, nn
 
 
 class Padding:
-    """What the hooks on one model tell its layers; `mask` [batch, sequence] is the pass's that runs, or runs again."""
+    """What the hooks on one model tell its layers; `mask` [batch, sequence] is the pass's that
+    runs, or runs again.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._one_sequence = _has_one_sequence(getattr(model, "config", None))

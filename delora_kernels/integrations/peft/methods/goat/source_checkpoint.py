@@ -1,11 +1,14 @@
 """import_goat: an adapter that GOAT's own training code has saved, as an adapter of this library.
 
-Its file has, for each linear `m` and expert e (Facico/GOAT-PEFT, `goat/peta/src/utils/save_and_load.py`),
+Its file has, for each linear `m` and expert e (Facico/GOAT-PEFT,
+`goat/peta/src/utils/save_and_load.py`),
 
-    base_model.model.m.lora_A.e.weight [r, K]     ...lora_B.e.weight [N, r]     ...lora_gating.weight [E, K]
+    base_model.model.m.lora_A.e.weight [r, K]   ...lora_B.e.weight [N, r]
+    ...lora_gating.weight [E, K]
 
-and A and B once more under `m.moe_layer.experts.e`. What it has not is the residual that was subtracted from the base
-weight, nor the scale: the first is made again from the base weight's singular values, the second must be said.
+and A and B once more under `m.moe_layer.experts.e`. What it has not is the residual that was
+subtracted from the base weight, nor the scale: the first is made again from the base weight's
+singular values, the second must be said.
 """
 
 import json
@@ -41,27 +44,31 @@ def import_goat(
     adapter_name: str = "default",
     **options: Any,
 ) -> Any:
-    """Load a checkpoint of GOAT's source onto a base model; `save_pretrained` then saves it in PEFT's way.
+    """Load a checkpoint of GOAT's source onto a base model; `save_pretrained` then saves it in
+    PEFT's way.
 
         model = dk.import_goat(base_model, "output", scaling="alpha/r")
 
-    Where the source wrote W − γ s B⁰A⁰ into the base weight, rounded to its dtype, W stays here and the start is
-    subtracted beside it. Its dropout masks are independent for each expert, and so are they here.
+    Where the source wrote W − γ s B⁰A⁰ into the base weight, rounded to its dtype, W stays here and
+    the start is subtracted beside it. Its dropout masks are independent for each expert, and so are
+    they here.
 
     Args:
         model: The base model that was trained on, unchanged.
         directory: With adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
-        scaling: What the training run multiplied the experts by, which no file tells: "alpha/r" for the scripts of
-            commit ef4d21a, "theory" for commit 64555ae, which scales a "goat" start by √(3 η K / r), or what the
-            environment variable SCALING held.
+        scaling: What the training run multiplied the experts by, which no file tells: "alpha/r" for
+            the scripts of commit ef4d21a, "theory" for commit 64555ae, which scales a "goat" start
+            by √(3 η K / r), or what the environment variable SCALING held.
         adapter_name: Of the adapter in the model.
-        **options: Further fields of GoatConfig, such as eta (environment variable ETA), balance_coef.
+        **options: Further fields of GoatConfig, such as eta (environment variable ETA),
+            balance_coef.
 
     Returns:
         The PeftModel, trainable.
 
     Raises:
-        ValueError: the folder is no such checkpoint or does not fit the model; the text says what and the remedy.
+        ValueError: the folder is no such checkpoint or does not fit the model; the text says what
+            and the remedy.
     """
     directory = Path(directory)
     if not (directory / "adapter_config.json").is_file():
@@ -89,7 +96,9 @@ def import_goat(
 
 
 def _tensors(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """A [E, r, K], B [E, N, r] and router [E, K] of each layer; the copies are checked to be copies."""
+    """Return a [E, r, K], B [E, N, r] and router [E, K] of each layer; the copies are checked to be
+    copies.
+    """
     if (directory / "adapter_model.safetensors").is_file():
         state = load_file(directory / "adapter_model.safetensors")
     else:

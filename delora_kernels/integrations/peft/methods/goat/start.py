@@ -1,8 +1,10 @@
-"""The start of a GOAT adapter that its layer subtracts: kept beside the adapter, saved, or made again and checked.
+"""The start of a GOAT adapter that its layer subtracts: kept beside the adapter, saved, or made
+again and checked.
 
-With `save_start` it is saved as it is. Without, the file holds a probe of it instead, z_j = Σ_e s_e B⁰_e A⁰_e q_j for
-two fixed vectors q_j: loading makes the start anew from the base weight, and refuses it if its probe is another. An SVD
-is not quite the same on every machine (singular values that nearly coincide); another base model is another start.
+With `save_start` it is saved as it is. Without, the file holds a probe of it instead, z_j = Σ_e s_e
+B⁰_e A⁰_e q_j for two fixed vectors q_j: loading makes the start anew from the base weight, and
+refuses it if its probe is another. An SVD is not quite the same on every machine (singular values
+that nearly coincide); another base model is another start.
 """
 
 import math
@@ -32,7 +34,9 @@ class Starts(BufferDict):
 
 
 def make_start(config: GoatConfig, r: int, weight: Tensor) -> Start:
-    """The factors and scales of `config` on `weight` [N, K]; "random" has those of "zero"."""
+    """Return the factors and scales of `config` on `weight` [N, K]; "random" has those of
+    "zero".
+    """
     return moe_start(
         weight,
         config.num_experts,
@@ -55,7 +59,9 @@ def probe(scale: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 class StartedLayer(nn.Module):
-    """What a layer does with the starts of its adapters: `options`, `r` and PEFT's dictionaries are the layer's."""
+    """What a layer does with the starts of its adapters: `options`, `r` and PEFT's dictionaries are
+    the layer's.
+    """
 
     options: dict[str, GoatConfig]
     r: dict[str, int]
@@ -96,7 +102,9 @@ class StartedLayer(nn.Module):
                 self._missing.add(name)
 
     def _make_again(self, name: str) -> None:
-        """The start that a file leaves out, from the base weight; refused if it is not the saved adapter's."""
+        """Return the start that a file leaves out, from the base weight; refused if it is not the
+        saved adapter's.
+        """
         A, B = (
             value.to(self._base_weight().dtype).to(self.goat_A[name].dtype)  # rounded as it was when it was made
             for value in make_start(self.options[name], self.r[name], self._base_weight())[:2]
