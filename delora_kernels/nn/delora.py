@@ -34,21 +34,13 @@ class DeLoRALinear(AdapterLinear):
     Â less the copies' own update.
 
     Args:
-        in_features: K.
-        out_features: N.
-        r: Rank, ≥ 1.
+        in_features, out_features, r, bias, dropout_p, adapter_dtype, device, dtype: as in
+            `LoRALinear`.
         lam: λ at the start.
-        bias: Give the base a bias.
         start: "zero", "frozen_live" or "frozen_paper".
         weight_norm: What n is: "column", the norm of each input column of W (`[K]`; PEFT and the
             authors' code), or "frobenius", the one number ‖W‖ (the paper), about √K times as large:
             choose λ accordingly.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
-            training mode.
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the
-            base's (as PEFT).
-        device: Device of every tensor.
-        dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.

@@ -21,23 +21,13 @@ class DoRALinear(AdapterLinear):
     s · B A), whose row norms are |m|.
 
     Args:
-        in_features: K.
-        out_features: N.
-        r: Rank, ≥ 1.
-        alpha: Numerator of the scale s.
-        bias: Give the base a bias.
-        rslora: s = alpha / √r, else alpha / r.
-        dropout_p: Probability of dropping an element of the adapter's input, in [0, 1); only in
-            training mode.
+        in_features, out_features, r, alpha, rslora, bias, dropout_p, adapter_dtype, device,
+            dtype: as in `LoRALinear`.
         dropout: "peft" (all that the adapter adds sees the dropped x; a second frozen GEMM) or
             "branch" (only the low-rank branch does).
         saved: "private" (backward keeps a `[T, N]` tensor of its own) or "output" (it keeps y,
             which costs nothing where the consumer keeps y too: no bias, no dropout="peft" with
             dropout_p > 0, y not changed in place).
-        adapter_dtype: Dtype of A and B. None: float32 for a float16 or bfloat16 base, else the
-            base's (as PEFT).
-        device: Device of every tensor.
-        dtype: Dtype of the base, which is initialised as nn.Linear's and frozen.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the text names it and the remedy.

@@ -134,8 +134,8 @@ class EtherPlusLinear(_EtherBase):
     `unmerge` needs the weight that `merge` keeps by default.
 
     Args:
-        in_features, out_features, n_blocks, blocks, bias, dropout_p, adapter_dtype, device, dtype:
-        as in `EtherLinear`.
+        in_features, out_features, n_blocks, blocks, bias, dropout_p, adapter_dtype, device,
+            dtype: as in `EtherLinear`.
         side: "both" (`u`, `v`, `u_out`, `v_out`, as in the paper; the default), "input" (`u`, `v`)
             or "output".
 
