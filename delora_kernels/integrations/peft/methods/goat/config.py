@@ -38,7 +38,7 @@ class GoatConfig(TargetedConfig):
             then without effect.
         goat_lambda: λ at the start, if `normalize`.
         alpha: Of the scalings "alpha/r" and "rslora".
-        scaling, eta, rho, svd: as in `init.moe_start`.
+        scaling, eta, rho, svd: as in `nn.goat_start.moe_start`.
         init_weights: The start, one of `init.STARTS`. True: "goat", but "zero" if `normalize` or
             `shared_A`. False: A and B random, nothing subtracted: for tests.
         init_cof: γ; None: 1/E. The source's default is 1, and its training scripts set 1/E.
@@ -100,7 +100,7 @@ class GoatConfig(TargetedConfig):
 
     @property
     def start(self) -> str:
-        """The start in `init.moe_start`'s words, or "random"."""
+        """The start in `nn.goat_start.moe_start`'s words, or "random"."""
         if isinstance(self.init_weights, str):
             return self.init_weights
         if not self.init_weights:
