@@ -1,4 +1,4 @@
-"""What the functions do alike with checked arguments: settle dtypes and the seed, make a low-rank
+"""What the functions do alike with checked arguments: choose dtypes and the seed, make a low-rank
 call, run a call.
 """
 
@@ -16,7 +16,6 @@ from delora_kernels.dispatch import choose
 from delora_kernels.functional import plain_torch
 
 
-@torch.compiler.assume_constant_result  # asked while a compiler traces: some of them say True of torch.compile as well
 def exporting() -> bool:
     """Tell whether a program is being made that must run without this library.
 
@@ -29,6 +28,10 @@ def exporting() -> bool:
     # torch 2.7 does not say so while Dynamo reads a strict export, whose translator knows
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
     return dynamo is not None and getattr(getattr(dynamo.tls, "current_tx", None), "export", False)
+
+
+# A constant of what torch.compile traces: traced, some of these say True of torch.compile as well.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
