@@ -74,7 +74,7 @@ def choose(call: AnyCall) -> str:
         reason = backends.unavailable(name) or backends.load(name).supports(call)
         if reason is None and (name == "eager" or (reason := reason_unasked(name, call)) is None):
             return name
-        if (name, reason) not in _logged and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (name, reason) not in _logged:
             _logged.add((name, str(reason)))
             logger.debug("backend %s not used: %s", name, reason)
     raise RuntimeError(f"{call.options.method}: no backend takes this call")

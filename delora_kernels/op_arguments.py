@@ -1,6 +1,9 @@
 """What the ops of `ops.py` take together, as small tuples: inside Python one argument, in a schema
 their fields in a row.
 
+Where a compiler traces, each float is given: of one that is a default it makes an input of the
+graph.
+
 Letters: T tokens, K in-features, N out-features, R total rank, r trainable rank, E experts. `acc`
 is float64 for float64 tensors and float32 for everything else.
 """

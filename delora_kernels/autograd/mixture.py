@@ -32,6 +32,9 @@ from delora_kernels.op_arguments import (
 )
 
 
+_PLAIN = Rescaling()  # made here: of a float that is a default, torch.compile makes an input of the graph
+
+
 class _Factors(NamedTuple):
     """[A; G; A⁰] as [R_a + E + R₀, K] and [B | −γ B⁰] as [N, R + R₀], in one dtype, and how they
     are gated.
@@ -85,7 +88,7 @@ def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
     masks = Masks(o.ranks, o.dropout_p, call.seed)
     found = stages.project_route(x, factors.rows, masks, call.gates, o.top_k, factors.gating)
     h, v, w, fraction, probability, z = found
-    y, _ = stages.expand(x, weight, call.bias, RankTerm(v, factors.columns), Rescaling())
+    y, _ = stages.expand(x, weight, call.bias, RankTerm(v, factors.columns, 1.0), _PLAIN)
     saved = _Saved(
         x=x if need.A or need.router or need.weight else None,
         weight=call.weight if need.x else None,
@@ -124,14 +127,14 @@ def _gradients(
             dy, saved.v, f.columns, bool(need.bias), gated, f.gating
         )
     else:
-        term = TermGradients(saved.v, None)
+        term = TermGradients(saved.v, None, 1.0)
         _, dB_hat, _, grad["bias"] = stages.expand_backward(dy, term, Rescaled(), bool(need.bias))
     if need.B:
         grad["B"] = dB_hat.narrow(1, 0, E * r).view(-1, E, r).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
         weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
-        branch = Branch(dh, f.rows, saved.x if trains else None, f.trained_rows)
+        branch = Branch(dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0)
         masks = Masks(o.ranks, o.dropout_p, saved.seed)
         grad["x"], trained = stages.input_backward(dy, Frozen(weight), branch, masks)
         if trains:

@@ -60,7 +60,7 @@ def _compute(call: ReflectCall, x: Tensor, need: ReflectCall, stages: Any) -> Co
 def _gradients(o: ReflectOptions, need: ReflectCall, saved: Any, stages: Any, dy: Tensor) -> dict[str, Any]:
     grad: dict[str, Any] = {}
     if need.bias:
-        *_, grad["bias"] = stages.expand_backward(dy, TermGradients(None, None), Rescaled(), True)
+        *_, grad["bias"] = stages.expand_backward(dy, TermGradients(None, None, 1.0), Rescaled(), True)
     reflects = need.u or need.v
     dz = dy
     if saved.z is not None:

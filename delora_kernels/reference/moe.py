@@ -95,7 +95,7 @@ def moe_lora_linear(
         mask = dropout_mask if dropout_mask is None or dropout_mask.dim() == 2 else dropout_mask[e]
         inputs = tokens[rows] if mask is None else tokens[rows] * mask[rows]
         update = (inputs @ (A if A.dim() == 2 else A[e]).T) @ B_e.T
-        y = y.index_add(0, rows, w[rows, e, None] * s_e * update)
+        y = y.index_add(0, rows, (w[rows, e, None] * s_e * update).to(y.dtype))
     if frozen_A is not None and frozen_B is not None:
         for A_j, B_j, gamma in zip(frozen_A, frozen_B, _each(residual, frozen_B), strict=True):
             y = y - gamma * (tokens @ A_j.T) @ B_j.T

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels import functional, ops, reference
+from delora_kernels.op_arguments import Gated, Gating, Masks
 
 K, N, r, E, TOP_K = 64, 8, 8, 4, 2
 SEEDS = 150
@@ -141,9 +142,9 @@ def test_equal_experts_leave_the_router_alone(renormalize: bool, seed: int) -> N
     u, logits, dv = (torch.randn(T, n, generator=g) for n in (r, E, r))
     h = torch.cat([u.repeat(1, E), logits], dim=1)
     ones, none = torch.ones(E), torch.zeros(E)
-    gating = (E, r, E, renormalize, False)
-    w = ops.project_route(h, torch.eye(h.shape[1]), [], [0.0], None, None, ones, None, *gating, "eager")[2]
-    routed = (h, w, ones, None, none, torch.zeros(1), False, False, E, r, renormalize, False)
-    dh = ops.expand_route_backward(dv.repeat(1, E), None, torch.eye(E * r), False, *routed, "eager")[0]
+    gating = Gating(E, r, renormalize, False, ones)
+    w = ops.project_route(h, torch.eye(h.shape[1]), Masks(), None, E, gating, "eager")[2]
+    gated = Gated(h, w, False, none, torch.zeros(1), False)
+    dh = ops.expand_route_backward(dv.repeat(1, E), None, torch.eye(E * r), False, gated, gating, "eager")[0]
     size = (u * dv).sum(1).abs().clamp(min=UNIT).unsqueeze(1)
     assert bool((dh[:, E * r :].abs() <= ((E + 2) * UNIT) ** 2 * 4 * size).all())

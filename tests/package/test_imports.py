@@ -73,14 +73,14 @@ def test_import_touches_neither_cuda_nor_heavy_packages() -> None:
 
 
 def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
-    """What costs time comes when it is asked for: modules, reference, reports, the oracles of
+    """What costs time comes when it is asked for: modules, reports, the oracles of
     testing, PEFT's part.
     """
     loaded = run("import sys, delora_kernels; print(*[n for n in sys.modules if n.startswith('delora_kernels.')])")
     parts = {name.split(".")[1] for name in loaded.split()}
     assert parts == {
         *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes", "op_arguments"),
-        *("functional", "ops", "renamed", "version"),
+        *("functional", "ops", "reference", "renamed", "version"),
     }
     of_diagnostics = {name for name in loaded.split() if name.startswith("delora_kernels.diagnostics.")}
     assert of_diagnostics == {"delora_kernels.diagnostics.proof"}
