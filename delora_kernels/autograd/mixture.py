@@ -31,7 +31,6 @@ from delora_kernels.op_arguments import (
     TermGradients,
 )
 
-
 _PLAIN = Rescaling()  # made here: of a float that is a default, torch.compile makes an input of the graph
 
 
