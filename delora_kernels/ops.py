@@ -202,7 +202,7 @@ def fold(
 def fold_backward(
     dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inverse of fold for gradients: dÂ [r, K], dB̂ [N, R] (acc) → dA, dB in the
+    """Do the inverse of fold for gradients: dÂ [r, K], dB̂ [N, R] (acc) → dA, dB in the
     factors' dtypes, dλ [1] (acc).
 
     dA_i ⟂ A_i and dB_i ⟂ B_i wherever the clamp is not active. A gradient that is None gives an

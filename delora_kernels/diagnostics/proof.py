@@ -110,8 +110,8 @@ _verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_the_moment(device: str) -> None:
-    """Return a graph that is captured must not hold the proof, and a backward pass's thread can't
-    wait for another one's.
+    """Refuse where a graph is captured, which must not hold the proof, and in a backward pass,
+    whose thread can't wait for another one's.
     """
     if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
         raise Unproved("a CUDA graph is being captured")

@@ -1,7 +1,7 @@
-"""The public functions: check the arguments, choose dtypes, seed and backend, run the one autograd
-Function.
+"""The public functions: check the arguments, choose dtypes, seed and backend, run the
+family's autograd Function.
 
-Every function takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors
+Every `_linear` takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors
 in any float dtype. Each gradient has the dtype of its tensor. Without autocast x and weight share
 one dtype; factors may be wider (PEFT's float32 adapters on a bf16 base), the low-rank branch then
 runs in the wider dtype. Under torch.autocast x and weight are cast as nn.Linear casts them and the

@@ -20,7 +20,7 @@ class Draw:
         return torch.randn(shape, dtype=torch.float64, generator=self._generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return a `[r, K]` with rows of length about 1, and B `[N, r]` with entries as large as
+        """Return A `[r, K]` with rows of length about 1, and B `[N, r]` with entries as large as
         the weight's.
         """
         return self.normal(self.r, self.K) / self.K**0.5, self.normal(self.N, self.r) / self.K**0.5

@@ -20,8 +20,8 @@ def _delora_zero_b(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _delora_clamped(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the first row of A and the last column of B are shorter than the clamp; their
-    gradients are far larger.
+    """Draw factors of which the first row of A and the last column of B are shorter than the
+    clamp; their gradients are far larger.
     """
     A, B = base["A"].clone(), base["B"].clone()
     A[0] *= 4e-5 / A[0].norm()
@@ -37,7 +37,7 @@ def _small_lam(draw: Draw) -> Tensor:
 
 
 def _delora_frozen_live(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the authors' code: a frozen start scaled by the live λ, no clamp. A trained pair is
+    """Draw for the authors' code: a frozen start scaled by the live λ, no clamp. A trained pair is
     near its start.
     """
     (A0, B0), (A, B) = draw.factors(), (base["A"], base["B"])
@@ -45,7 +45,7 @@ def _delora_frozen_live(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _delora_frozen_paper(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the paper: a frozen start scaled by its own λ₀, one number for the weight's norm; λ
+    """Draw for the paper: a frozen start scaled by its own λ₀, one number for the weight's norm; λ
     0-d.
     """
     frozen_lam, norm = 1 + 0.1 * draw.normal(), base["weight"].norm() / draw.K**0.5

@@ -27,7 +27,7 @@ def sure_logits(draw: Draw, E: int) -> Tensor:
 
 
 def experts(draw: Draw) -> dict[str, Any]:
-    """Return a [E, r, K] and B [E, N, r], as large as a plain adapter's, and a scale that is
+    """Return A [E, r, K] and B [E, N, r], as large as a plain adapter's, and a scale that is
     not 1.
     """
     E = experts_of(draw)

@@ -96,7 +96,7 @@ def import_goat(
 
 
 def _tensors(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """Return a [E, r, K], B [E, N, r] and router [E, K] of each layer; the copies are checked to be
+    """Return A [E, r, K], B [E, N, r] and router [E, K] of each layer; the copies are checked to be
     copies.
     """
     if (directory / "adapter_model.safetensors").is_file():
