@@ -28,7 +28,7 @@ def test_vectors_beside_a_masked_product(columns: int, sums: bool, dtype: torch.
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, 200, columns, generator=generator).to(dtype)
     h = torch.randn(200, 5, generator=generator).to(dtype)
-    (group,) = mask_groups(5, [5], [0.5], torch.tensor([seed]))
+    (group,) = mask_groups(5, Masks([5], [0.5], torch.tensor([seed])))
     found = kernels.token_sums(x, h, sums=sums, y=y, group=group)
     assert found.product is not None
     assert found.dots is not None
