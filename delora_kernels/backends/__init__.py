@@ -34,9 +34,14 @@ def unavailable(name: str) -> str | None:
     """Say why the backend `name` can't run on this machine at all, or None if it can; found out
     once.
     """
-    if name not in _unavailable:  # a dict look-up is what torch.compile can trace
+    if name not in _unavailable:
         _unavailable[name] = _why_not_here(name)
     return _unavailable[name]
+
+
+# A constant of what torch.compile traces: it can trace no import, and is to guard on no dict that a
+# first call fills. torch.compiler's function for that imports a lot.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not_here(name: str) -> str | None:
@@ -48,8 +53,3 @@ def _why_not_here(name: str) -> str | None:
         return "there is no GPU (with TRITON_INTERPRET=1 its kernels run on CPU tensors, slowly, on request)"
     load(name)  # here, because torch.compile can't trace an import
     return None
-
-
-# Nor can it trace how the answer is found: it takes it as a constant. torch.compiler's function for
-# that imports a lot.
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
