@@ -111,6 +111,12 @@ def describe(name: str, version: str | None) -> str:
 
 
 def in_words(name: str, state: str) -> str:
+    """Say where a version lies, with the bound that it passes: "newer than the tested 0.21.2".
+
+    Args:
+        name: A key of TABLE.
+        state: What `status` gave.
+    """
     bounds = {
         NEWER: f"newer than the tested {TABLE[name].newest}",
         OLDER: f"older than the supported {TABLE[name].oldest}",
