@@ -16,10 +16,12 @@ whose interval is wide says that the machine was busy, not what the code does.
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -45,31 +47,37 @@ class Step:
     """One training step of one implementation, which owns its model.
 
     Args:
-        case: Sizes and method.
         base: PEFT's model; the frozen weights are shared with it.
+        method: Of its adapters.
         name: One of IMPLEMENTATIONS.
-        device: Where.
+        tokens: What a step sees, int64 `[sequences, tokens]`; may be set anew between steps.
+        around: Makes the context of a forward pass, such as autocast.
     """
 
-    def __init__(self, case: ModelCase, base: Any, name: str, device: str) -> None:
-        self.model = twin(base)
+    def __init__(
+        self,
+        base: Any,
+        method: str,
+        name: str,
+        tokens: Tensor,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.tokens, self.around = twin(base), tokens, around
         self.model.enable_input_require_grads()  # every layer's dx, in every implementation
         if name == "dk":
             dk.accelerate(self.model, strict=True)
         if name == "addmm":
-            as_addmm(self.model, case.method)
+            as_addmm(self.model, method)
         if name == "frozen":
             self.model.base_model.disable_adapter_layers()
         trained = [] if name == "frozen" else [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
-        generator = torch.Generator().manual_seed(1)
-        shape = (case.batch, case.sequence)
-        self.tokens = torch.randint(case.vocabulary, shape, generator=generator).to(device)
 
     def __call__(self) -> Tensor:
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        with self.around():
+            loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -91,9 +99,16 @@ def as_addmm(model: nn.Module, method: str) -> None:
             layer.forward = MethodType(forward, layer)
 
 
-def gone(spent: Mapping[str, float], name: str) -> float:
-    """Return the part of PEFT's overhead that `name` does not have."""
-    return 1 - (spent[name] - spent["frozen"]) / (spent["peft"] - spent["frozen"])
+def random_tokens(case: ModelCase, device: str) -> Tensor:
+    """Return the tokens of a step, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(case.vocabulary, (case.batch, case.sequence), generator=generator).to(device)
+
+
+def gone(spent: Mapping[str, float], name: str, peft: str = "peft") -> float:
+    """Return the part of PEFT's overhead that `name` does not have; NaN where PEFT has none."""
+    overhead = spent[peft] - spent["frozen"]
+    return 1 - (spent[name] - spent["frozen"]) / overhead if overhead else math.nan
 
 
 def interval(
@@ -117,23 +132,42 @@ def interval(
     return whole, found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
 
 
+def compared(times: Mapping[str, Sequence[float]], name: str, peft: str | None = None) -> dict[str, Any]:
+    """Return what the times of interleaved rounds say of one implementation, with intervals.
+
+    Args:
+        times: Name → milliseconds of every round, "frozen" among them.
+        name: Which one.
+        peft: The implementation whose overhead it is to take away; None: not asked.
+    """
+    times = {each: times[each] for each in {"frozen", name, peft or name}}
+    ratio = interval(lambda medians: medians[name] / medians["frozen"], times)
+    found: dict[str, Any] = {"median_ms": statistics.median(times[name]), "rounds": len(times[name])}
+    found |= {"ratio_to_frozen": ratio[0], "ratio_interval": ratio[1:], "overhead_gone": None, "gone_interval": None}
+    if peft is not None:
+        part = interval(lambda medians: gone(medians, name, peft), times)
+        found |= {"overhead_gone": part[0], "gone_interval": part[1:]}
+    return found
+
+
+def speed_in_words(ratio: float, low: float, high: float) -> str:
+    """Say how many times as fast something is, with the interval; too noisy where that holds 1."""
+    if low <= 1.0 <= high:
+        return f"too noisy: {low:.2f}x to {high:.2f}x"
+    if ratio >= 1.0:
+        return f"{ratio:.2f}x faster ({low:.2f} to {high:.2f})"
+    return f"{1.0 / ratio:.2f}x slower ({1.0 / high:.2f} to {1.0 / low:.2f})"
+
+
 def measure(case: ModelCase, device: str, budget: Budget) -> list[dict[str, Any]]:
     """Return a row for each implementation: ms, over the frozen model, the part of PEFT's overhead
     that is gone.
     """
-    base = adapted(case, device, case.blocks)
-    steps = {name: Step(case, base, name, device) for name in IMPLEMENTATIONS}
+    base, tokens = adapted(case, device, case.blocks), random_tokens(case, device)
+    steps = {name: Step(base, case.method, name, tokens) for name in IMPLEMENTATIONS}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}
-    rows = []
-    for name, spent in times.items():
-        ratio = interval(lambda medians, name=name: medians[name] / medians["frozen"], times)  # type: ignore[misc]
-        row = case.columns() | {"impl": name, "median_ms": statistics.median(spent), "rounds": len(spent)}
-        row |= {"ratio_to_frozen": ratio[0], "ratio_interval": ratio[1:], "overhead_gone": None, "gone_interval": None}
-        if name in ("addmm", "dk"):
-            part = interval(lambda medians, name=name: gone(medians, name), times)  # type: ignore[misc]
-            row |= {"overhead_gone": part[0], "gone_interval": part[1:]}
-        rows.append(row)
-    return rows
+    rivals = dict.fromkeys(("addmm", "dk"), "peft")
+    return [case.columns() | {"impl": name} | compared(times, name, rivals.get(name)) for name in times]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.finetune.config import Config
 from benchmarks.finetune.train import Run
 from benchmarks.finetune.verdict import WINDOW, Verdict, judge
-from benchmarks.overhead import interval
+from benchmarks.overhead import interval, speed_in_words
 
 TAIL = 5
 ENOUGH_STEPS = 5  # fewer say nothing about speed
@@ -177,12 +177,7 @@ def speed(result: Result) -> str:
     """Return the speed-up in words, or why there is none to be told."""
     if result.steps < ENOUGH_STEPS:
         return "too few steps"
-    ratio, low, high = result.speedup_interval()
-    if low <= 1.0 <= high:
-        return f"too noisy: {low:.2f}x to {high:.2f}x"
-    if ratio >= 1.0:
-        return f"{ratio:.2f}x faster ({low:.2f} to {high:.2f})"
-    return f"{1.0 / ratio:.2f}x slower ({1.0 / high:.2f} to {1.0 / low:.2f})"
+    return speed_in_words(*result.speedup_interval())
 
 
 def _memory(label: str, eager: float, fused: float) -> Row:

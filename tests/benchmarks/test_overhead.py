@@ -29,7 +29,7 @@ def test_rivals_take_the_same_step(method: str) -> None:
     base = adapted(case, "cpu", case.blocks).double()
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name in overhead.IMPLEMENTATIONS:
-        step = overhead.Step(case, base, name, "cpu")
+        step = overhead.Step(base, method, name, overhead.random_tokens(case, "cpu"))
         loss = step()
         grads = {key: p.grad for key, p in step.model.named_parameters() if p.grad is not None}
         found[name] = {"loss": loss.detach()} | grads
