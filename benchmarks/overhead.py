@@ -16,8 +16,6 @@ whose interval is wide says that the machine was busy, not what the code does.
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +24,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -47,11 +46,13 @@ class Step:
     """One training step of one implementation, which owns its model.
 
     Args:
-        base: PEFT's model; the frozen weights are shared with it.
+        base: PEFT's model, for `frozen` one without adapters too; the frozen weights are shared
+            with it.
         method: Of its adapters.
         name: One of IMPLEMENTATIONS.
         tokens: What a step sees, int64 `[sequences, tokens]`; may be set anew between steps.
         around: Makes the context of a forward pass, such as autocast.
+        strict: Whether ours must take every adapter layer.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class Step:
         name: str,
         tokens: Tensor,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        strict: bool = True,
     ) -> None:
         self.model, self.tokens, self.around = twin(base), tokens, around
         self.model.enable_input_require_grads()  # every layer's dx, in every implementation
         if name == "dk":
-            dk.accelerate(self.model, strict=True)
+            dk.accelerate(self.model, strict=strict)
         if name == "addmm":
             as_addmm(self.model, method)
-        if name == "frozen":
+        if name == "frozen" and hasattr(self.model.base_model, "disable_adapter_layers"):
             self.model.base_model.disable_adapter_layers()
         trained = [] if name == "frozen" else [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
@@ -105,31 +107,28 @@ def random_tokens(case: ModelCase, device: str) -> Tensor:
     return torch.randint(case.vocabulary, (case.batch, case.sequence), generator=generator).to(device)
 
 
-def gone(spent: Mapping[str, float], name: str, peft: str = "peft") -> float:
-    """Return the part of PEFT's overhead that `name` does not have; NaN where PEFT has none."""
-    overhead = spent[peft] - spent["frozen"]
-    return 1 - (spent[name] - spent["frozen"]) / overhead if overhead else math.nan
+def gone(spent: Mapping[str, Any], name: str, peft: str = "peft") -> Any:
+    """Return the part of PEFT's overhead that `name` does not have."""
+    return 1 - (spent[name] - spent["frozen"]) / (spent[peft] - spent["frozen"])
 
 
 def interval(
-    figure: Callable[[dict[str, float]], float], times: Mapping[str, Sequence[float]], seed: int = 0
+    figure: Callable[[dict[str, Any]], Any], times: Mapping[str, Sequence[float]], seed: int = 0
 ) -> tuple[float, float, float]:
     """Return a figure of the medians, and the interval that holds 95 % of it over rounds drawn
     anew.
 
     Args:
-        figure: Of name → milliseconds.
+        figure: Of name → milliseconds: a number, or an array of them.
         times: Name → milliseconds of every round; the rounds are drawn together.
         seed: Of the draws.
     """
-    count, draw = min(map(len, times.values())), random.Random(seed)
-    found = []
-    for _ in range(RESAMPLES):
-        chosen = draw.choices(range(count), k=count)
-        found.append(figure({name: statistics.median(each[i] for i in chosen) for name, each in times.items()}))
-    found.sort()
-    whole = figure({name: statistics.median(each) for name, each in times.items()})
-    return whole, found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
+    count = min(map(len, times.values()))
+    chosen = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = figure({name: np.median(each) for name, each in times.items()})
+        found = np.sort(figure({name: np.median(np.asarray(each)[chosen], axis=1) for name, each in times.items()}))
+    return float(whole), float(found[int(0.025 * RESAMPLES)]), float(found[int(0.975 * RESAMPLES) - 1])
 
 
 def compared(times: Mapping[str, Sequence[float]], name: str, peft: str | None = None) -> dict[str, Any]:

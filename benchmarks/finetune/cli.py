@@ -11,18 +11,33 @@ from typing import TypeVar
 
 from benchmarks.finetune.config import METHODS, Config, Problem
 
-NEEDED = ("torch", "transformers", "peft", "gguf", "accelerate", "matplotlib", "rich", "tqdm", "delora_kernels")
+NEEDED = (
+    "torch",
+    "transformers",
+    "peft",
+    "gguf",
+    "accelerate",
+    "matplotlib",
+    "psutil",
+    "rich",
+    "tqdm",
+    "delora_kernels",
+)
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 Number = TypeVar("Number", int, float)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, began: float | None = None) -> int:
     """Run the demo and return its exit code.
 
     0: done; 1: done, and the verdict is that the losses differ too much; 2: bad input, told in one
     line; 130: Ctrl-C, report written.
+
+    Args:
+        argv: The arguments; None: the process's.
+        began: The value of `time.monotonic()` when the command began; None: now.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     args = _parser().parse_args(argv)
     try:
         _check_packages()
@@ -106,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least(int, 1),
         metavar="RUNS",
         help="eager runs that sum in other orders, with --accumulation; without it: 3, or as many as there are",
+    )
+    add(
+        "--rounds",
+        type=_at_least(int, 0),
+        default=30,
+        help="rounds of the first table, at most: frozen, PEFT and ours with LoRA, DoRA, DeLoRA; 0: none [%(default)s]",
     )
     add("--no-times", dest="times", action="store_false", default=True, help="report no durations: a busy machine")
     add("--note", metavar="TEXT", help="kept in the report")
@@ -208,6 +229,8 @@ def _settings(args: argparse.Namespace) -> Config:
         times=args.times,
         note=args.note,
         sized=minutes is not None and not gpu and not chosen,
+        rounds=args.rounds if args.times else 0,
+        most_threads=args.threads or torch.get_num_threads(),
     )
 
 

@@ -49,6 +49,8 @@ class Config:
         scaling: GOAT's scale: "theory" or "alpha/r".
         sized: fit steps, tokens and evaluations to `minutes` once a step has been timed
             (sizing.py).
+        rounds: of the first table (floor.py), at most; 0: no table.
+        most_threads: CPU threads where `threads` is None and nobody else wants the cores.
     """
 
     method: str
@@ -78,6 +80,8 @@ class Config:
     note: str | None = None
     scaling: str = "theory"
     sized: bool = False
+    rounds: int = 0
+    most_threads: int = 1
 
     @property
     def eager_name(self) -> str:

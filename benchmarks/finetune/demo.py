@@ -1,6 +1,7 @@
 """The demo itself: load, adapt, fuse, train side by side, report."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.finetune import model, sizing, text
+from benchmarks.finetune import floor, model, sizing, text
 from benchmarks.finetune.config import Config, Problem
 from benchmarks.finetune.orders import orders, sum_in_parts
 from benchmarks.finetune.report import FILES, write
@@ -45,15 +46,17 @@ def run(config: Config, began: float | None = None) -> Result:
         Problem: bad input.
         KeyboardInterrupt: Ctrl-C before every run had done its first step.
     """
-    began = time.monotonic() if began is None else began
+    now = time.monotonic()
+    began = now if began is None else began
+    end = math.inf if config.minutes is None else sizing.end_of(config.minutes, began, now)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     source = model.find(config.model)
     documents = text.documents(config.data)
     with _folder(config):
-        result, data = _prepare(config, source, documents, began)
+        result, data = _prepare(config, source, documents, end)
         try:
-            _measure(result, data, began)
+            _measure(result, data, end)
         except KeyboardInterrupt:
             if not result.steps:
                 raise
@@ -64,6 +67,8 @@ def run(config: Config, began: float | None = None) -> Result:
         verdict = result.verdict()
         if verdict is not None:
             _say(verdict.words())
+        if result.shortened():
+            _say(f"{result.shortened()}")
         if result.end:
             _say(f"{result.end}: the report holds what was measured until then")
         write(result)
@@ -92,31 +97,45 @@ def _folder(config: Config) -> Any:
             config.out.rmdir()
 
 
-def _prepare(config: Config, source: model.Source, documents: list[str], began: float) -> tuple[Result, Data]:
-    """Load, adapt, fit the run to the machine, tokenise, fuse."""
+def _prepare(config: Config, source: model.Source, documents: list[str], end: float) -> tuple[Result, Data]:
+    """Load, make the first table, adapt, fuse, fit the run to the machine, tokenise."""
     loading = time.monotonic()
     _say(f"model    {source.name}, {config.dtype}, loading")
     base, tokenizer = model.load(source, config)
     _say(f"         loaded in {time.monotonic() - loading:.0f} s")
+    table = _table(base, config, end) if config.rounds else None
     adapted = model.adapt(base, config)
     fused = Run("accelerated", model.twin(adapted), scaler=_scaler(config))
     eager = Run(config.eager_name, model.as_rival(adapted, config), scaler=_scaler(config))
-    if config.sized and config.minutes is not None:
-        config = _sized(config, eager, began + 60.0 * config.minutes)
-    data = _tokens(config, tokenizer, documents)
     fusion = model.fuse(fused.model)
     _say(f"adapters {fusion}")
     yardsticks = list(_yardsticks(config, eager.model)) if config.yardstick else []
-    return Result(config, source.name, machine_info(config.device), fusion, eager, fused, yardsticks), data
+    if config.sized:
+        config = _sized(config, eager, table, end)
+    data = _tokens(config, tokenizer, documents)
+    machine = machine_info(config.device)
+    return Result(config, source.name, machine, fusion, eager, fused, yardsticks, table), data
 
 
-def _sized(config: Config, eager: Run, end: float) -> Config:
-    """Time short steps, and fit the run to what is left until `end`."""
-    cost = sizing.measure(eager, config)
+def _table(base: torch.nn.Module, config: Config, end: float) -> floor.Floor:
+    """Measure what adapters cost over the frozen model, in a part of the time that is left, and
+    print it.
+    """
+    found = floor.measure(base, config, end, _say)
+    Console().print(floor.printed(found))
+    return found
+
+
+def _sized(config: Config, eager: Run, table: floor.Floor | None, end: float) -> Config:
+    """Fit the run to what is left until `end`, by the table's steps or by short ones."""
+    cost = table and table.cost_of(config.method)
+    if cost is None:
+        cost = sizing.measure(sizing.timer(eager, config), config)
     fitted = sizing.fitted(config, cost, end - time.monotonic())
     _say(
         f"size     a step of {tokens(config)} takes about {cost.step(config.tokens_per_step):.2g} s here: "
-        f"{fitted.steps} steps of {tokens(fitted)}, {fitted.heldout_blocks} held-out sequences"
+        f"{fitted.steps} steps of {tokens(fitted)}, {fitted.heldout_blocks} held-out sequences, "
+        f"{torch.get_num_threads()} of {config.most_threads} threads"
     )
     return fitted
 
@@ -159,7 +178,7 @@ def _tokens(config: Config, tokenizer: Any, documents: list[str]) -> Data:
     return Data(train, heldout)
 
 
-def _measure(result: Result, data: Data, began: float) -> None:
+def _measure(result: Result, data: Data, end: float) -> None:
     """Probe memory, evaluate, train, evaluate again; everything measured lands in `result` at
     once.
     """
@@ -167,14 +186,15 @@ def _measure(result: Result, data: Data, began: float) -> None:
     stream = text.batches(data.train, config.sequences_per_step, config.seed)
     first = data.train[: config.batch_size]
     started = time.monotonic()
-    total = len(pair) * (len(first) + len(data.heldout))
-    with tqdm(total=total, desc="memory probe, held-out loss", unit="sequence", leave=False) as bar:
-        for each in pair:
-            probe(each, first, config)
-            bar.update(len(first))
-            each.heldout.append(evaluate(each, data.heldout, config, bar.update))
-    reserve = time.monotonic() - started  # the evaluation at the end is shorter, and leaves time for the report
-    deadline = float("inf") if config.minutes is None else began + 60.0 * config.minutes - reserve
+    for each in pair:
+        probe(each, first, config)
+    probed = time.monotonic()
+    rows = data.heldout
+    if config.sized:
+        batches = sizing.heldout_within((probed - started) / len(pair), end - probed, len(rows))
+        rows = text.spread(rows, batches * config.batch_size)
+    _evaluate(result, rows, "held-out loss before")
+    deadline = end - (time.monotonic() - probed)  # the evaluation at the end takes as long as this one
     least = sizing.LEAST_STEPS if config.sized else 1  # what was sized is nearly in time, and one step is no curve
     with tqdm(total=config.steps, desc="training", unit="step") as bar:
         for _ in race(pair, result.yardsticks, stream, config, deadline, least):
@@ -188,7 +208,12 @@ def _measure(result: Result, data: Data, began: float) -> None:
         result.end = (
             f"stopped after {result.steps} of {config.steps} steps: the run was to last {config.minutes:g} minutes"
         )
-    total = len(pair) * len(data.heldout)
-    with tqdm(total=total, desc="held-out loss", unit="sequence", leave=False) as bar:
+    _evaluate(result, rows, "held-out loss after")
+
+
+def _evaluate(result: Result, rows: torch.Tensor, name: str) -> None:
+    """Evaluate both models on the same rows."""
+    pair = result.eager, result.fused
+    with tqdm(total=len(pair) * len(rows), desc=name, unit="sequence", leave=False) as bar:
         for each in pair:
-            each.heldout.append(evaluate(each, data.heldout, config, bar.update))
+            each.heldout.append(evaluate(each, rows, result.config, bar.update))

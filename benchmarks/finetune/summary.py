@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.finetune.config import Config
+from benchmarks.finetune.floor import Floor
 from benchmarks.finetune.train import Run
 from benchmarks.finetune.verdict import WINDOW, Verdict, judge
 from benchmarks.overhead import interval, speed_in_words
@@ -27,6 +28,7 @@ class Result:
         fusion: what `accelerate()` reported.
         eager: PEFT as it comes, or GOAT as its authors run it.
         fused: the same model, accelerated.
+        floor: the first table.
         yardsticks: PEFT again, with its sums in other orders, or once with its start changed by one
             rounding error.
         end: why the run ended early; None if it did not.
@@ -40,6 +42,7 @@ class Result:
     eager: Run
     fused: Run
     yardsticks: Sequence[Run] = ()
+    floor: Floor | None = None
     end: str | None = None
     interrupted: bool = False
 
@@ -60,6 +63,18 @@ class Result:
     def step_ms(self, run: Run) -> list[float]:
         """Durations in ms of the steps that both runs have finished."""
         return run.step_ms[: self.steps]
+
+    def tokens_per_s(self, run: Run) -> float:
+        """Return the median over the steps of tokens over time."""
+        return 1e3 * median(tokens / ms for tokens, ms in zip(run.tokens, self.step_ms(run), strict=False))
+
+    def shortened(self) -> str | None:
+        """Say where sequences were shortened to keep to the time; None: nowhere."""
+        whole = self.config.tokens_per_step
+        for done, tokens in enumerate(self.eager.tokens[: self.steps], start=1):
+            if tokens < whole:
+                return f"the machine became slower: fewer than {whole} tokens a step from step {done} on"
+        return None
 
     def differences(self, run: Run) -> list[float]:
         """|loss of `run` − loss of the eager run| at each step that both have finished."""
@@ -118,11 +133,10 @@ def rows(result: Result) -> list[Row]:
 def _times(result: Result) -> list[Row]:
     """Return the lines about time."""
     times = [spread_ms(result.step_ms(run)) for run in (result.eager, result.fused)]
-    per_step = result.config.tokens_per_step
     return [
         Row("step, median (ms)", tuple(number(p50) for _, p50, _ in times), speed(result)),
         Row("step, p20 to p80 (ms)", tuple(f"{number(p20)} to {number(p80)}" for p20, _, p80 in times)),
-        Row("tokens/s", tuple(f"{1e3 * per_step / p50:.0f}" for _, p50, _ in times)),
+        Row("tokens/s", tuple(f"{result.tokens_per_s(run):.0f}" for run in (result.eager, result.fused))),
     ]
 
 

@@ -15,6 +15,9 @@ from benchmarks.finetune.model import DTYPES
 from benchmarks.finetune.probe import MIB, kept_mib
 from delora_kernels.nn import set_loss_scale
 
+SHORTEST = 16
+"""Tokens of a sequence that are left where a run has to hurry."""
+
 
 @dataclass
 class Run:
@@ -25,6 +28,7 @@ class Run:
         model: the adapted model; only its adapters are trained.
         losses: training loss of each step, in nats per token.
         step_ms: duration of each step, in ms.
+        tokens: tokens of each step.
         peak_mib: memory of each step above what was allocated before it, in MiB; empty on a CPU.
         kept_mib: what one forward pass keeps for backward, in MiB.
         heldout: held-out loss before and after training.
@@ -38,6 +42,7 @@ class Run:
     model: nn.Module
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     peak_mib: list[float] = field(default_factory=list)
     kept_mib: float | None = None
     heldout: list[float] = field(default_factory=list)
@@ -50,10 +55,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0.0)
 
 
+def autocast(config: Config) -> torch.autocast:
+    """Return the context of a forward pass."""
+    return torch.autocast(torch.device(config.device).type, DTYPES[config.autocast_dtype], enabled=config.autocast)
+
+
 def loss_of(run: Run, batch: torch.Tensor, config: Config) -> torch.Tensor:
     """Mean next-token loss of `batch` `[sequences, tokens]` int64."""
-    dtype = DTYPES[config.autocast_dtype]
-    with torch.autocast(torch.device(config.device).type, dtype, enabled=config.autocast):
+    with autocast(config):
         loss: torch.Tensor = run.model(input_ids=batch, labels=batch, use_cache=False).loss
     return loss
 
@@ -95,6 +104,7 @@ def step(run: Run, batch: torch.Tensor, lr: float, config: Config) -> None:
         torch.cuda.synchronize(batch.device)
     elapsed = time.perf_counter() - start
     run.losses.append(value)
+    run.tokens.append(batch.numel())
     run.skipped += run.scaler.get_scale() < scale
     run.step_ms.append(1e3 * elapsed)
     if gpu:
@@ -133,7 +143,8 @@ def race(
     """Advance every run by one step on the same batch, again and again; yield the number of steps
     done.
 
-    Who goes first alternates, so that neither of the pair always finds the caches warm.
+    Who goes first alternates, so that neither of the pair always finds the caches warm. Where even
+    the least steps would come too late, the further runs stay behind and sequences are cut.
 
     Args:
         pair: the runs to compare.
@@ -143,16 +154,20 @@ def race(
         deadline: the value of `time.monotonic()` by which to be done.
         least: steps that are taken whatever the time.
     """
-    began = lasted = 0.0
+    lasted, length = 0.0, config.seq_len
     for done in range(config.steps):
-        if done >= least and time.monotonic() + lasted > deadline:
-            return
         began = time.monotonic()
-        batch = next(stream).to(config.device)
+        if done >= least and began + lasted > deadline:
+            return
+        needed, left = (least - done) * lasted, max(deadline - began, 0.0)
+        late = needed > left
+        if late:
+            length = max(min(SHORTEST, length), int(length * left / needed))
+        batch = next(stream)[:, :length].to(config.device)
         lr = config.lr * min(1.0, (done + 1) / (config.warmup + 1))
         for run in pair if done % 2 == 0 else reversed(pair):
             step(run, batch, lr, config)
-        for run in extras if done < config.yardstick else ():
+        for run in extras if done < config.yardstick and not late else ():
             step(run, batch, lr, config)
         lasted = time.monotonic() - began
         yield done + 1
