@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--rounds",
         type=_at_least(int, 0),
-        default=30,
+        default=20,
         help="rounds of the first table, at most: frozen, PEFT and ours with LoRA, DoRA, DeLoRA; 0: none [%(default)s]",
     )
     add("--no-times", dest="times", action="store_false", default=True, help="report no durations: a busy machine")

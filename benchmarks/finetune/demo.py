@@ -128,7 +128,7 @@ def _table(base: torch.nn.Module, config: Config, end: float) -> floor.Floor:
 
 def _sized(config: Config, eager: Run, table: floor.Floor | None, end: float) -> Config:
     """Fit the run to what is left until `end`, by the table's steps or by short ones."""
-    cost = table and table.cost_of(config.method)
+    cost = None if table is None else table.cost_of(config.method)
     if cost is None:
         cost = sizing.measure(sizing.timer(eager, config), config)
     fitted = sizing.fitted(config, cost, end - time.monotonic())

@@ -1,8 +1,10 @@
 """`make demo` from end to end on a tiny model: its numbers, its report, its exits."""
 
+import contextlib
 import dataclasses
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ pytest.importorskip("transformers")
 
 import peft
 import transformers
+from matplotlib.figure import Figure
 
 from benchmarks.finetune import cli, demo, model, sizing, text, train
 from benchmarks.finetune.cli import main
@@ -29,31 +32,59 @@ from benchmarks.finetune.config import METHODS, Config
 REPORT = {"report.md", "report.json", "loss.png", "bars.png"}
 
 
-@pytest.fixture
-def demo_run(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, dict[str, Any]]]]:
+def run_in(out: Path, tiny: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Run the whole command for a few steps of 2 x 32 tokens; return its exit code and report.json,
     or {}.
     """
+    options = {"model": tiny, "device": "cpu", "seq-len": 32, "batch-size": 2, "rank": 4, "threads": 1}
+    options |= {"dtype": "fp32", "steps": 6, "yardstick": 3, "rounds": 0, "out": out}
+    fixed = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     threads = torch.get_num_threads()
-
-    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
-        out = tmp_path / "out"
-        options = {"model": tiny, "device": "cpu", "seq-len": 32, "batch-size": 2, "rank": 4, "threads": 1}
-        options |= {"dtype": "fp32", "steps": 6, "yardstick": 3, "out": out}
-        fixed = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    try:
         code = main([*fixed, *arguments])
-        if not out.exists():
-            return code, {}
-        assert {path.name for path in out.iterdir()} == REPORT
-        return code, json.loads((out / "report.json").read_text())
+    finally:
+        torch.set_num_threads(threads)
+    if not out.exists():
+        return code, {}
+    assert {path.name for path in out.iterdir()} == REPORT
+    return code, json.loads((out / "report.json").read_text())
 
-    yield run
-    torch.set_num_threads(threads)
+
+@dataclasses.dataclass
+class Whole:
+    """One run with nothing left out, and what it printed."""
+
+    code: int
+    report: dict[str, Any]
+    out: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """DeLoRA, all of the text, the first table, the plots."""
+    out, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code, report = run_in(out, tiny, "--rounds", "5")
+    return Whole(code, report, out, printed.getvalue())
+
+
+@pytest.fixture
+def demo_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Run the command as `run_in`, on a part of the text, its plots empty files."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    monkeypatch.setattr(text, "documents", lambda files, all_of=text.documents: all_of(files)[:30])
+    return partial(run_in, tmp_path / "out", tiny)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_eager_and_fused_learn_the_same(demo_run: Any, method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, report = demo_run("--method", method)
+def test_eager_and_fused_learn_the_same(request: Any, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if method == "delora":
+        run = request.getfixturevalue("whole")
+        code, report, printed = run.code, run.report, run.printed
+    else:
+        code, report = request.getfixturevalue("demo_run")("--method", method)
+        printed = capsys.readouterr().out
     assert code == 0
     assert report["complete"]
     eager, fused = report["runs"]["eager"], report["runs"]["fused"]
@@ -69,9 +100,29 @@ def test_eager_and_fused_learn_the_same(demo_run: Any, method: str, capsys: pyte
     assert fused["p20_ms"] <= fused["median_ms"] <= fused["p80_ms"]
     assert [len(run["losses"]) for run in report["yardsticks"]] == [3]
     assert f"fused 14 of 14 adapter layers (14 {method})" in report["fusion"]
-    printed = capsys.readouterr().out
     for words in ("fused 14 of 14", "step, median (ms)", "held-out loss after", "report.md"):
         assert words in printed
+
+
+def test_the_first_table_is_in_report_and_record(whole: Whole) -> None:
+    """Floor first, then PEFT and ours of each method, then the losses of the chosen one."""
+    found, written = whole.report["floor"], (whole.out / "report.md").read_text()
+    order = ["frozen", *(f"{method} {impl}" for method in ("lora", "dora", "delora") for impl in ("peft", "dk"))]
+    assert list(found["step_ms"]) == order
+    assert [" ".join(filter(None, (row["method"], row["impl"]))) for row in found["rows"]] == order
+    assert {len(each) for each in found["step_ms"].values()} == {found["rounds"]} == {5}
+    assert found["blocks"] == found["all_blocks"] == 2
+    assert found["batch_size"] * found["seq_len"] <= 2 * 32
+    for row in found["rows"]:
+        assert row["ratio_interval"][0] <= row["ratio_to_frozen"] <= row["ratio_interval"][1]
+        assert (row["overhead_gone"] is None) == (row["impl"] != "dk") == ("speedup" not in row)
+    for shown in (whole.printed, written):
+        places = [
+            shown.index(name)
+            for name in ("frozen model: floor", "LoRA, PEFT", "LoRA, acc", "DoRA, PEFT", "held-out loss")
+        ]
+        assert places == sorted(places)
+    assert all((whole.out / name).stat().st_size > 10_000 for name in ("loss.png", "bars.png"))
 
 
 def test_bf16_under_autocast_stays_close(demo_run: Any) -> None:
@@ -218,7 +269,7 @@ def test_without_steps_the_run_is_sized(demo_run: Any, monkeypatch: Any, capsys:
     was run.
     """
     monkeypatch.setattr(cli, "_settings", lambda args, whole=cli._settings: dataclasses.replace(whole(args), **SIZED))
-    monkeypatch.setattr(sizing, "measure", lambda run, config: sizing.Cost(0.1, 0.9 / 512))
+    monkeypatch.setattr(sizing, "measure", lambda timed, config: sizing.Cost(0.1, 0.9 / 512))
     code, report = demo_run()
     assert code == 0
     assert "size     a step of 2 x 256 tokens takes about 1 s here: " in capsys.readouterr().out
