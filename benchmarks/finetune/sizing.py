@@ -21,7 +21,7 @@ CURVE, LEAST_STEPS = 20, 10
 MARGIN = 0.75
 """Part of the time that is planned for: steps differ, and a neighbour may come."""
 
-IN_TIME, REPORT = 0.97, 0.2
+IN_TIME, REPORT = 0.96, 0.2
 """Part of the minutes after which all is measured; what writing the report takes, of the time that
 importing the packages took."""
 
