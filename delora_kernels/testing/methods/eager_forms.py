@@ -66,28 +66,18 @@ def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _mixed_dora(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    magnitude: Tensor,
-    scale: float = 1.0,
-    bias: Tensor | None = None,
-    *,
-    dropout_mask: Tensor | None = None,
-    dropout: str = "peft",
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, magnitude: Tensor, dropout: str = "peft", **branch: Any
 ) -> Tensor:
     """Compute base + (c − 1) ⊙ base + c ⊙ branch + bias; PEFT's dropout: the second base sees the
     dropped x, in A's dtype.
     """
-    wide = A.dtype
+    A, B, scale = branch["A"], branch["B"], branch.get("scale", 1.0)
+    wide, mask = A.dtype, branch.get("dropout_mask")
     c = magnitude / (weight.to(wide) + scale * B @ A).norm(dim=1).detach()
     base = rescaled = linear(x, weight)
-    dropped = x.to(wide)
-    if dropout_mask is not None:
-        dropped = dropped * dropout_mask
-        if dropout == "peft":
-            rescaled = linear(dropped, weight.to(wide))
+    dropped = x.to(wide) if mask is None else x.to(wide) * mask
+    if mask is not None and dropout == "peft":
+        rescaled = linear(dropped, weight.to(wide))
     y = base + (c - 1) * rescaled + c * (scale * (dropped @ A.T) @ B.T)
     return (y if bias is None else y + bias).to(x.dtype)
 
