@@ -40,8 +40,8 @@ def ether_linear(
         bias: `[N]` or None.
         u_out: `[blocks, N / blocks]`, the same for the output; None: it is not reflected.
         blocks: "paper": as above. "official": what the authors' code computes for more than one
-            block of u, where block i of W's rows meets H_i in each of its column blocks; it makes
-            W' and its gradient.
+            block of u, where block i of W's rows is multiplied by H_i in each of its column
+            blocks; it makes W' and its gradient.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).

@@ -145,17 +145,17 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
                 )
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
         for name in reversed(names):
-            x = self._turned(name, x, out=False)
+            x = self._one_side(name, x, out=False)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         names = [name for name in names if self.options[name].side != "input"]
         bias = self.get_base_layer().bias if names else None
         dtype = y.dtype
         y = y if bias is None else y - bias
         for name in names:
-            y = self._turned(name, y, out=True)
+            y = self._one_side(name, y, out=True)
         return y if bias is None else (y + bias).to(dtype)
 
-    def _turned(self, name: str, x: Tensor, out: bool) -> Tensor:
+    def _one_side(self, name: str, x: Tensor, out: bool) -> Tensor:
         """x [..., C] reflected by one side of an adapter."""
         vectors = {k.removesuffix("_out"): v for k, v in self._vectors(name).items() if k.endswith("_out") == out}
         identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
