@@ -35,7 +35,8 @@ def test_names_and_defaults() -> None:
         lines.append(
             " ".join([name, *(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in arguments)])
         )
-    assert sorted(lines) == sorted(SIGNATURES.strip().splitlines())
+    listed = SIGNATURES.strip().splitlines()
+    assert sorted(lines) == sorted(listed), f"SIGNATURES: {sorted({*lines} ^ {*listed})}"
 
 
 def test_reference_imports_nothing_of_the_rest() -> None:
