@@ -1,5 +1,5 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
-# make test METHOD=dora  those of one method: its name is in their file, function or parameters
+# make test METHOD=dora  those of one method: its name is in their file, function or parameters (METHOD="dora and merge")
 # make lint   ruff and mypy            make bench  time and weigh layers and a model against PEFT on this machine
 # make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
 # make test-cuda-host    the CUDA kernels on CPU tensors, compiled by g++, with sanitizers and without
@@ -30,6 +30,10 @@ XDIST := -n auto --dist worksteal
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
 .PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+
+ifneq ($(and $(METHOD),$(filter -k%,$(ARGS))),)
+$(error METHOD is a -k itself, and pytest heeds the last one alone: leave the -k out of ARGS, write METHOD="$(METHOD) and ...")
+endif
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

@@ -3,16 +3,16 @@
     python -m benchmarks.model --record FILE  # measured / predicted of every row of ours
     python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --K 4096 --N 4096 --T 8192 --r 16
 
-A layer is a list of stages; each takes max(bytes / copy, FLOPs / GEMM), they follow each other,
-launches are free. The frozen linear moves x, W and y; what a method adds depends on how the rank
-term meets the frozen GEMM (--form):
+A layer is a list of steps; each takes max(bytes / copy, FLOPs / GEMM), they follow each other,
+launches are free. The frozen linear moves x, W and y; what a method adds depends on how the frozen
+GEMM and its rank term come together (--form):
 
     b   library GEMM, then one pass over its result that reads and writes it
     d   the rank term is written first, the library GEMM accumulates onto it: one write
     c   a GEMM of our own with the rank term in its epilogue: no pass at all
 
-A reflection has one form: a pass over what it turns, and in the backward pass one over the gradient
-beside it.
+A reflection has one form: a pass over what it reflects, and in the backward pass one over the
+gradient beside it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ONE_READ = 32
 RESULTS = Path(__file__).with_name("results")
 
 
-class Stage(NamedTuple):
+class Step(NamedTuple):
     """Bytes and FLOPs of one step."""
 
     name: str
@@ -47,36 +47,36 @@ class Ceilings(NamedTuple):
     copy: float
     gemm: float
 
-    def seconds(self, stages: list[Stage]) -> float:
-        """Of these stages, one after the other."""
-        return sum(max(stage.bytes / self.copy, stage.flops / self.gemm) for stage in stages)
+    def seconds(self, steps: list[Step]) -> float:
+        """Of these steps, one after the other."""
+        return sum(max(step.bytes / self.copy, step.flops / self.gemm) for step in steps)
 
-    def roofline(self, stages: list[Stage]) -> float:
+    def roofline(self, steps: list[Step]) -> float:
         """Seconds if everything overlapped: the bound that no schedule beats."""
-        return max(sum(s.bytes for s in stages) / self.copy, sum(s.flops for s in stages) / self.gemm)
+        return max(sum(s.bytes for s in steps) / self.copy, sum(s.flops for s in steps) / self.gemm)
 
 
-def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
+def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Step]:
     """Return the bare linear, and its dx."""
-    gemm = Stage("x Wᵀ", element * (T * K + N * K + T * N), 2.0 * T * K * N)
-    return [gemm, Stage("dy W", *gemm[1:])] if backward else [gemm]
+    gemm = Step("x Wᵀ", element * (T * K + N * K + T * N), 2.0 * T * K * N)
+    return [gemm, Step("dy W", *gemm[1:])] if backward else [gemm]
 
 
-def reflected(method: str, T: int, K: int, N: int, element: int, backward: bool) -> list[Stage]:
-    """One layer of ETHER or ETHER+: x turned, and for an output side z = x' Wᵀ, and the way back of
-    each.
+def reflected(method: str, T: int, K: int, N: int, element: int, backward: bool) -> list[Step]:
+    """One layer of ETHER or ETHER+: x reflected, and for an output side z = x' Wᵀ, and the way
+    back of each.
     """
     sides = {"x": K, "z": N} if method.endswith("-both") else {"x": K}
-    stages = frozen(T, K, N, element, backward)
+    steps = frozen(T, K, N, element, backward)
     for side, C in sides.items():
         flops = 4.0 * T * C * (2 if "plus" in method else 1)
-        stages.append(Stage(f"{side} turned", 2 * element * T * C, flops))
+        steps.append(Step(f"{side} reflected", 2 * element * T * C, flops))
         if backward:
-            stages.append(Stage(f"d{side} turned, {side} read", 3 * element * T * C, 2 * flops))
-    return stages
+            steps.append(Step(f"d{side} reflected, {side} read", 3 * element * T * C, 2 * flops))
+    return steps
 
 
-def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward: bool, form: str = "b") -> list[Stage]:
+def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward: bool, form: str = "b") -> list[Step]:
     """One adapted layer by the traffic contract; R: total rank.
 
     Args:
@@ -92,20 +92,20 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
     dora = method == "dora"
     x, y, W = element * T * K, element * T * N, element * N * K
     rank = {side: 2.0 * T * R * side for side in (K, N)}
-    stages = frozen(T, K, N, element, backward)
-    stages.append(Stage("h = x Âᵀ", x, rank[K]))
-    stages.append(Stage("y += h B̂ᵀ", FORMS[form] * y, rank[N]))
+    steps = frozen(T, K, N, element, backward)
+    steps.append(Step("h = x Âᵀ", x, rank[K]))
+    steps.append(Step("y += h B̂ᵀ", FORMS[form] * y, rank[N]))
     if dora:
-        stages.append(Stage("row norm", W, 2.0 * N * K * R))
-        stages.append(Stage("c ⊙ W", min(W, y), 0.0))
+        steps.append(Step("row norm", W, 2.0 * N * K * R))
+        steps.append(Step("c ⊙ W", min(W, y), 0.0))
     if backward:
-        stages.append(Stage("dv, dB", y if R <= ONE_READ else 2 * y, 2 * rank[N]))
-        stages.append(Stage("dA", x, rank[K]))
-        stages.append(Stage("dx += dh Â", FORMS[form] * x, rank[K]))
+        steps.append(Step("dv, dB", y if R <= ONE_READ else 2 * y, 2 * rank[N]))
+        steps.append(Step("dA", x, rank[K]))
+        steps.append(Step("dx += dh Â", FORMS[form] * x, rank[K]))
         if dora:
-            stages.append(Stage("kept: written, read for dm", 2 * y, 0.0))
-            stages.append(Stage("c ⊙ W again", min(W, y), 0.0))
-    return stages
+            steps.append(Step("kept: written, read for dm", 2 * y, 0.0))
+            steps.append(Step("c ⊙ W again", min(W, y), 0.0))
+    return steps
 
 
 def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int:
@@ -121,7 +121,7 @@ def predict(row: dict[str, Any], ceilings: Ceilings, form: str | None = None) ->
     """Milliseconds of a record's row, by default in its backend's form; of `frozen` and `merged`
     the bare linear's.
     """
-    return 1e3 * ceilings.seconds(_stages(row, form or BACKEND_FORMS.get(str(row.get("backend")), "b")))
+    return 1e3 * ceilings.seconds(_steps(row, form or BACKEND_FORMS.get(str(row.get("backend")), "b")))
 
 
 def roofline_fraction(row: dict[str, Any], machine: dict[str, Any]) -> float | None:
@@ -134,7 +134,7 @@ def roofline_fraction(row: dict[str, Any], machine: dict[str, Any]) -> float | N
     ceilings = measured_ceilings(machine, row["dtype"])
     if ceilings is None or not row["median_ms"]:
         return None
-    return 1e3 * ceilings.roofline(_stages(row, "c")) / float(row["median_ms"])
+    return 1e3 * ceilings.roofline(_steps(row, "c")) / float(row["median_ms"])
 
 
 def measured_ceilings(machine: dict[str, Any], dtype: str) -> Ceilings | None:
@@ -144,7 +144,7 @@ def measured_ceilings(machine: dict[str, Any], dtype: str) -> Ceilings | None:
     return Ceilings(1e12 * copy, 1e12 * gemm) if gemm and copy else None
 
 
-def _stages(row: dict[str, Any], form: str) -> list[Stage]:
+def _steps(row: dict[str, Any], form: str) -> list[Step]:
     T, K, N, element = row["T"], row["K"], row["N"], 4 if row["dtype"] == "float32" else 2
     backward = row["mode"] != "forward"
     if row["impl"] in ("frozen", "frozen-again", "merged"):
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--record", type=Path, nargs="*", help="records to compare with; without files: all under benchmarks/results")
     add("--copy-tbps", type=float, help="TB/s of a copy, reads and writes both counted")
     add("--gemm-tflops", type=float, help="TFLOP/s of a GEMM in the dtype")
-    add("--form", choices=list(FORMS), help="how the rank term meets the GEMM [what the row's backend does first]")
+    add("--form", choices=list(FORMS), help="how GEMM and rank term come together [what the row's backend does first]")
     methods = ("lora", "dora", "delora", *REFLECTIONS)
     add("--methods", nargs="+", choices=methods, default=list(methods), help="[all]")
     for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):

@@ -143,7 +143,7 @@ def _in_delora(layer: Any) -> dict[str, Tensor]:
     return {name: tensors["default"] for name, tensors in held.items()}
 
 
-_TURNED = ("u", "v", "u_out", "v_out")
+_VECTORS = ("u", "v", "u_out", "v_out")
 
 METHODS = {
     method.name: method
@@ -155,8 +155,8 @@ METHODS = {
         Method("goat", "GOAT", "moe_lora_linear", _goat, ("A", "B", "router")),
         Method("ether", "ETHER", "ether_linear", _reflections, ("u",)),
         Method("ether-both", "ETHER, both sides", "ether_linear", _reflections, ("u", "u_out")),
-        Method("ether-plus", "ETHER+", "ether_plus_linear", _reflections, _TURNED[:2]),
-        Method("ether-plus-both", "ETHER+, both sides", "ether_plus_linear", _reflections, _TURNED),
+        Method("ether-plus", "ETHER+", "ether_plus_linear", _reflections, _VECTORS[:2]),
+        Method("ether-plus-both", "ETHER+, both sides", "ether_plus_linear", _reflections, _VECTORS),
     )
 }
 

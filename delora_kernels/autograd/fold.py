@@ -1,5 +1,4 @@
-"""DeLoRA's fold as a stage of its own, differentiable: its normalised update as a plain low-rank
-pair.
+"""DeLoRA's fold alone, differentiable: its normalised update as a plain low-rank pair.
 
 Inside `delora_linear` the fold is part of the one autograd Function. Here it stands alone for
 whoever wants the pair itself: several DeLoRA adapters stacked into one, or a DeLoRA adapter written

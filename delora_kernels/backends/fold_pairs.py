@@ -30,8 +30,8 @@ class Pair(NamedTuple):
 def fold_pairs(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[list[Pair], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return the pairs, a frozen start last and with the sign turned, and Â, B̂ in `dtype`, a and
-    b, not yet written.
+    """Return the pairs, a frozen start last and with a minus, and Â, B̂ in `dtype`, a and b,
+    not yet written.
     """
     pairs = [Pair(A, B, strength.lam, 1.0, 0)]
     if start.frozen_A is not None and start.frozen_B is not None:

@@ -153,8 +153,8 @@ class Stages:
     def expand_backward(
         self, dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c meets B̂
-        in float32.
+        """One read of dy where `dy_sums` takes it, else one for dv and one for the sums; c ⊙ B̂ in
+        float32.
         """
         (h, B_hat, scale), (c, kept, kept_is_y, divisor) = term, rescaled
         dv, dtype = None, torch.float32 if B_hat is None else B_hat.dtype

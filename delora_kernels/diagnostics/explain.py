@@ -8,7 +8,7 @@ import torch
 
 from delora_kernels import backends, dispatch
 from delora_kernels.call import AnyCall
-from delora_kernels.functional import CALLS
+from delora_kernels.functional import CALLS, call_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         raise ValueError(f"explain: function must be one of {', '.join(CALLS)}, got {got}; {remedy}")
     if kwargs.get("dropout_p") and kwargs.get("seed") is None:
         kwargs = kwargs | {"seed": 0}  # or the call would draw one from torch's generator
-    call: AnyCall = CALLS[name](*args, **kwargs)
+    call = call_of(name, *args, **kwargs)
     chosen = dispatch.choose(call)
     reasons = {other: _why_not(other, chosen, call) for other in backends.NAMES if other != chosen}
     return Explanation(name, chosen, reasons, call.options.compute_dtype, call.options.rank_dtype)

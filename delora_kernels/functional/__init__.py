@@ -10,12 +10,15 @@ transforms are refused: `delora_kernels.reference` has the linear functions in p
 those.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from delora_kernels.call import AnyCall
 from delora_kernels.functional.delora import delora_call, delora_factors, delora_linear
 from delora_kernels.functional.dora import dora_call, dora_linear
-from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_call, ether_plus_linear
+from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_linear
 from delora_kernels.functional.lora import lora_call, lora_linear
 from delora_kernels.functional.moe import moe_lora_linear
 from delora_kernels.functional.moe_arguments import moe_lora_call
@@ -37,7 +40,22 @@ CALLS: dict[str, Callable[..., AnyCall]] = {
     "dora_linear": dora_call,
     "delora_linear": delora_call,
     "moe_lora_linear": moe_lora_call,
-    "ether_linear": ether_call,
-    "ether_plus_linear": ether_plus_call,
+    "ether_linear": partial(ether_call, "ether_linear"),
+    "ether_plus_linear": partial(ether_call, "ether_plus_linear"),
 }
-"""Public function name → what checks its arguments and makes its call."""
+"""Public function name → what checks its arguments, by name, and makes its call: see `call_of`."""
+
+
+def call_of(function: str, *args: Any, **kwargs: Any) -> AnyCall:
+    """Make the call of a public function without running it.
+
+    Args:
+        function: Its name, one of `CALLS`.
+        *args, **kwargs: As the function takes them; what is left out has the function's default.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+    """
+    given = inspect.signature(globals()[function]).bind(*args, **kwargs)
+    given.apply_defaults()
+    return CALLS[function](**given.arguments)

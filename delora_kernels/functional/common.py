@@ -14,6 +14,7 @@ from delora_kernels.autograd import function
 from delora_kernels.call import AnyCall, Call, Options
 from delora_kernels.dispatch import choose
 from delora_kernels.functional import plain_torch
+from delora_kernels.op_arguments import Start, Strength
 
 
 def exporting() -> bool:
@@ -92,20 +93,18 @@ def low_rank_call(
     ranks: tuple[int, ...] = (),
     scale: float = 1.0,
     magnitude: Tensor | None = None,
-    lam: Tensor | None = None,
-    weight_norm: Tensor | None = None,
-    frozen_A: Tensor | None = None,
-    frozen_B: Tensor | None = None,
-    frozen_lam: Tensor | None = None,
-    eps: float = 0.0,
+    strength: Strength | None = None,
+    start: Start | None = None,
     two_term: bool = False,
     save_output: bool = False,
 ) -> Call:
     """Make the call of a low-rank method: arguments checked but for the seed, as in `Call` and
     `Options`.
     """
-    seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
+    lam, weight_norm, eps = strength or (None, None, 0.0)
+    frozen_A, frozen_B, frozen_lam = start or (None, None, None)
     frozen_rank = 0 if frozen_A is None else frozen_A.shape[0]
+    seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
     options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, A, B))
-    start = (frozen_A, frozen_B, frozen_lam)
-    return Call(as_rows(x), weight, bias, A, B, magnitude, lam, weight_norm, *start, seed, options)
+    rest = (magnitude, lam, weight_norm, frozen_A, frozen_B, frozen_lam, seed, options)
+    return Call(as_rows(x), weight, bias, A, B, *rest)

@@ -11,6 +11,7 @@ from delora_kernels.call import Call
 from delora_kernels.dispatch import requested
 from delora_kernels.functional import plain_torch
 from delora_kernels.functional.common import exporting, low_rank_call, run
+from delora_kernels.op_arguments import Start, Strength
 
 
 def delora_linear(
@@ -134,7 +135,7 @@ def delora_call(
     """Check the arguments of `delora_linear` and make its call."""
     name = "delora_linear"
     checks.low_rank(name, x, weight, bias, A, B, lam, weight_norm, frozen_A, frozen_B, frozen_lam)
-    lam, weight_norm, eps = _delora_constants(name, A, lam, weight_norm, eps)
+    strength = Strength(*_delora_constants(name, A, lam, weight_norm, eps))
     if (frozen_A is None) != (frozen_B is None):
         missing = "frozen_A" if frozen_A is None else "frozen_B"
         raise checks.fail(
@@ -151,23 +152,8 @@ def delora_call(
             )
         frozen_lam = checks.scalar_tensor(name, "frozen_lam", frozen_lam, x)
         checks.constant(name, "frozen_lam", frozen_lam)
-    dropout_p = checks.probabilities(name, dropout_p, ())
-    return low_rank_call(
-        name,
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        lam=lam,
-        weight_norm=weight_norm,
-        frozen_A=frozen_A,
-        frozen_B=frozen_B,
-        frozen_lam=frozen_lam,
-        eps=eps,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    dropout_p, start = checks.probabilities(name, dropout_p, ()), Start(frozen_A, frozen_B, frozen_lam)
+    return low_rank_call(name, x, weight, bias, A, B, strength=strength, start=start, dropout_p=dropout_p, seed=seed)
 
 
 def factors_call(A: Any, B: Any, lam: Any, weight_norm: Any, eps: Any) -> tuple[Tensor, Tensor, float]:

@@ -40,8 +40,8 @@ def ether_linear(
         bias: `[N]` or None.
         u_out: `[blocks, N / blocks]`, the same for the output; None: it is not reflected.
         blocks: "paper": as above. "official": what the authors' code computes for more than one
-            block of u, where block i of W's rows meets H_i in each of its column blocks; it makes
-            W' and its gradient.
+            block of u, where block i of W's rows is multiplied by H_i in each of its column
+            blocks; it makes W' and its gradient.
 
     Returns:
         y, `[..., N]`, in weight's dtype (autocast's dtype under autocast).
@@ -53,7 +53,7 @@ def ether_linear(
     Source: Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane
     Reflections" (arXiv:2405.20271); mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
     """
-    call = ether_call(x, weight, u, bias, u_out=u_out, blocks=blocks)
+    call = ether_call("ether_linear", x, weight, bias, u, u_out, blocks)
     return _run(call, x)
 
 
@@ -93,44 +93,17 @@ def ether_plus_linear(
 
     Source: Bini et al. (arXiv:2405.20271), ETHER+; mwbini/ether, `ether-instruct/lit_gpt/ether.py`.
     """
-    call = ether_plus_call(x, weight, u, v, bias, u_out=u_out, v_out=v_out, blocks=blocks)
+    call = ether_call("ether_plus_linear", x, weight, bias, u, u_out, blocks, v, v_out)
     return _run(call, x)
 
 
 def ether_call(
-    x: Any, weight: Any, u: Any = None, bias: Any = None, *, u_out: Any = None, blocks: Any = "paper"
+    name: str, x: Any, weight: Any, bias: Any, u: Any, u_out: Any, blocks: Any, v: Any = None, v_out: Any = None
 ) -> ReflectCall:
-    """Check the arguments of `ether_linear` and make its call."""
-    return _call("ether_linear", x, weight, bias, u, None, u_out, None, blocks, 1)
-
-
-def ether_plus_call(
-    x: Any,
-    weight: Any,
-    u: Any = None,
-    v: Any = None,
-    bias: Any = None,
-    *,
-    u_out: Any = None,
-    v_out: Any = None,
-    blocks: Any = "paper",
-) -> ReflectCall:
-    """Check the arguments of `ether_plus_linear` and make its call."""
-    return _call("ether_plus_linear", x, weight, bias, u, v, u_out, v_out, blocks, 2)
-
-
-def _call(
-    name: str,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    u: Any,
-    v: Any,
-    u_out: Any,
-    v_out: Any,
-    blocks: Any,
-    directions: int,
-) -> ReflectCall:
+    """Check the arguments of `ether_linear` or, which has v and v_out too, of `ether_plus_linear`,
+    and make the call of the one that is named.
+    """
+    directions = 2 if name == "ether_plus_linear" else 1
     checks.no_transforms(name, (x, weight, bias, u, v, u_out, v_out), f"reference.{name}")
     checks.base(name, x, weight, bias)
     N, K = weight.shape

@@ -1,4 +1,4 @@
-"""What checks the arguments of `functional.moe_lora_linear` and turns them into a `MoECall`."""
+"""Checks of the arguments of `functional.moe_lora_linear`, and the `MoECall` made of them."""
 
 from typing import Any
 

@@ -7,7 +7,8 @@ runs in the compute dtype, the low-rank branch in the rank dtype; norms, reflect
 part in float32 or wider where the fused ops do so too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,38 +47,43 @@ def factors(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor, eps: float) 
 
 def _outputs(call: AnyCall) -> tuple[Tensor, ...]:
     o = call.options
+    if o.method not in FORMULAS:
+        raise NotImplementedError(
+            f"{o.method}: a program with it can't be exported yet: functional/plain_torch.py has no formula of it; "
+            "list one in FORMULAS there, or use another method"
+        )
     x, weight = _cast(call.x, o.compute_dtype), _cast(call.weight, o.compute_dtype)
     bias = None if call.bias is None else _cast(call.bias, o.compute_dtype)
-    if isinstance(call, MoECall):
-        return _mixture(call, x, weight, bias)
-    if isinstance(call, ReflectCall):
-        return (_reflected(call, x, weight, bias),)
-    return (_low_rank(call, x, weight, bias),)
+    found: Tensor | tuple[Tensor, ...] = FORMULAS[o.method](call, x, weight, bias)
+    return (found,) if isinstance(found, Tensor) else found
 
 
-def _low_rank(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _lora(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     o = call.options
-    A, B, mask = _cast(call.A, o.rank_dtype), _cast(call.B, o.rank_dtype), _masks(call, x, o.dropout_p)
-    if call.lam is not None and call.weight_norm is not None:
-        return reference.delora_linear(
-            x,
-            weight,
-            A,
-            B,
-            call.lam,
-            call.weight_norm,
-            bias,
-            frozen_A=None if call.frozen_A is None else _cast(call.frozen_A, o.rank_dtype),
-            frozen_B=None if call.frozen_B is None else _cast(call.frozen_B, o.rank_dtype),
-            frozen_lam=call.frozen_lam,
-            eps=o.eps,
-            dropout_mask=mask,
-        )
-    if call.magnitude is not None:
-        kind = "peft" if o.two_term else "branch"  # without a mask both forms agree, and this one has one frozen GEMM
-        arguments = (x, weight, A, B, call.magnitude, o.scale, bias)
-        return reference.dora_linear(*arguments, dropout_mask=mask, dropout=kind)
-    return reference.lora_linear(x, weight, A, B, o.scale, bias, ranks=o.ranks or None, dropout_mask=mask)
+    ranks = o.ranks or None
+    return reference.lora_linear(x, weight, *_factors(call), o.scale, bias, ranks=ranks, dropout_mask=_mask(call, x))
+
+
+def _dora(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert call.magnitude is not None
+    o = call.options
+    kind = "peft" if o.two_term else "branch"  # without a mask both forms agree, and this one has one frozen GEMM
+    arguments = (x, weight, *_factors(call), call.magnitude, o.scale, bias)
+    return reference.dora_linear(*arguments, dropout_mask=_mask(call, x), dropout=kind)
+
+
+def _delora(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert call.lam is not None
+    assert call.weight_norm is not None
+    o, mask = call.options, _mask(call, x)
+    start = [None if of is None else _cast(of, o.rank_dtype) for of in (call.frozen_A, call.frozen_B)]
+    frozen: dict[str, Any] = {"frozen_A": start[0], "frozen_B": start[1], "frozen_lam": call.frozen_lam}
+    arguments = (x, weight, *_factors(call), call.lam, call.weight_norm, bias)
+    return reference.delora_linear(*arguments, **frozen, eps=o.eps, dropout_mask=mask)
+
+
+def _factors(call: Call) -> tuple[Tensor, Tensor]:
+    return _cast(call.A, call.options.rank_dtype), _cast(call.B, call.options.rank_dtype)
 
 
 def _mixture(call: MoECall, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -95,7 +101,7 @@ def _mixture(call: MoECall, x: Tensor, weight: Tensor, bias: Tensor | None) -> t
         bias=bias,
         token_mask=None if call.token_share is None else call.token_share > 0,
         residual=1.0 if call.residual is None else call.residual,
-        dropout_mask=_masks(call, x, [p for p in o.dropout_p if p > 0]),  # the router sees x undropped
+        dropout_mask=_mask(call, x),
     )
     return y, stats.fraction, stats.probability, stats.z
 
@@ -109,14 +115,16 @@ def _reflected(call: ReflectCall, x: Tensor, weight: Tensor, bias: Tensor | None
     return y
 
 
-def _masks(call: Call | MoECall, x: Tensor, p: Sequence[float]) -> Tensor | None:
-    """Draw masks of 0 and 1 / (1 − p): [T, K], of several probabilities [len(p), T, K]; None:
-    nothing drops.
+def _mask(call: Call | MoECall, x: Tensor) -> Tensor | None:
+    """Draw a mask of 0 and 1 / (1 − p): [T, K], or several [masks, T, K]; None: nothing drops.
+
+    In a mixture what has p = 0 sees x itself, and has no mask.
     """
-    if not any(p):
+    drawn = [p for p in call.options.dropout_p if p > 0 or not isinstance(call, MoECall)]
+    if not any(drawn):
         return None
     ones = torch.ones_like(x, dtype=call.options.rank_dtype)
-    masks = [dropout(ones, each) for each in p]
+    masks = [dropout(ones, p) for p in drawn]
     return masks[0] if len(masks) == 1 else torch.stack(masks)
 
 
@@ -125,3 +133,16 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     too.
     """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+    "lora_linear": _lora,
+    "dora_linear": _dora,
+    "delora_linear": _delora,
+    "moe_lora_linear": _mixture,
+    "ether_linear": _reflected,
+    "ether_plus_linear": _reflected,
+}
+"""Public function name → what it computes of (call, x, weight, bias), the three in the compute
+dtype.
+"""

@@ -80,15 +80,21 @@ class MergeableLinear(nn.Module):
         self.register_parameter("base_weight", None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show in the signature of each module what its `**base` or `**mixture` stands for."""
+        """Show in the signature of each module what its `**base`, `*mixture` or `**options` stands
+        for.
+        """
         super().__init_subclass__(**kwargs)
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
-            above = MergeableLinear if own[-1].annotation == Unpack[BaseOptions] else cls.__base__
-            names = {each.name for each in own}
-            more = inspect.signature(above).parameters.values()  # type: ignore[arg-type]
-            own[-1:] = [each for each in more if each.kind is each.KEYWORD_ONLY and each.name not in names]
-        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        names, shown = {each.name for each in own}, []
+        for each in own:
+            if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+                above = MergeableLinear if each.annotation == Unpack[BaseOptions] else cls.__base__
+                kind = each.KEYWORD_ONLY if each.kind is each.VAR_KEYWORD else each.POSITIONAL_OR_KEYWORD
+                more = inspect.signature(above).parameters.values()  # type: ignore[arg-type]
+                shown += [other for other in more if other.kind is kind and other.name not in names]
+            else:
+                shown.append(each)
+        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *arguments: Any, **options: Any) -> Self:
@@ -260,6 +266,8 @@ class AdapterLinear(MergeableLinear):
     """
 
     scale = 1.0
+    _function: Any
+    """The method's function in `functional`."""
 
     def __init__(
         self,
@@ -292,6 +300,15 @@ class AdapterLinear(MergeableLinear):
     def _reset_adapter(self) -> None:
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
+
+    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
+        tensors = (x, self.weight, self.A, self.B)
+        y: Tensor = type(self)._function(*tensors, bias=self.bias, dropout_p=dropout_p, **self._arguments())
+        return y
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments of `_function` beyond x, weight, A, B, bias, dropout_p and seed."""
+        raise NotImplementedError
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         """Â [R, K], B̂ [N, R] and s of the update s · B̂ Â, in `dtype`."""

@@ -1,6 +1,7 @@
 """DeLoRALinear: a normalised low-rank update whose directions and strength λ are learned apart."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class DeLoRALinear(AdapterLinear):
     eqs. 5-9.
     """
 
+    _function = functional.delora_linear
     weight_norm: Tensor
     frozen_A: Tensor | None
     frozen_B: Tensor | None
@@ -102,21 +104,9 @@ class DeLoRALinear(AdapterLinear):
         if self.frozen_lam is not None:
             self.frozen_lam.copy_(self.lam)
 
-    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
-        return functional.delora_linear(
-            x,
-            self.weight,
-            self.A,
-            self.B,
-            self.lam,
-            self.weight_norm,
-            self.bias,
-            frozen_A=self.frozen_A,
-            frozen_B=self.frozen_B,
-            frozen_lam=self.frozen_lam,
-            eps=self.eps,
-            dropout_p=dropout_p,
-        )
+    def _arguments(self) -> dict[str, Any]:
+        start = {"frozen_A": self.frozen_A, "frozen_B": self.frozen_B, "frozen_lam": self.frozen_lam}
+        return {"lam": self.lam, "weight_norm": self.weight_norm, "eps": self.eps, **start}
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         strength = Strength(self.lam, self.weight_norm, self.eps)

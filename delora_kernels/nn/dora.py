@@ -2,6 +2,8 @@
 lengths.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -35,6 +37,8 @@ class DoRALinear(AdapterLinear):
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and
     section 4.3.
     """
+
+    _function = functional.dora_linear
 
     def __init__(
         self,
@@ -72,19 +76,8 @@ class DoRALinear(AdapterLinear):
         with torch.no_grad():
             self.magnitude.copy_(norm)
 
-    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
-        return functional.dora_linear(
-            x,
-            self.weight,
-            self.A,
-            self.B,
-            self.magnitude,
-            self.scale,
-            self.bias,
-            dropout_p=dropout_p,
-            dropout=self.dropout,
-            saved=self.saved,
-        )
+    def _arguments(self) -> dict[str, Any]:
+        return {"magnitude": self.magnitude, "scale": self.scale, "dropout": self.dropout, "saved": self.saved}
 
     def _rescaled(self, updated: Tensor, rows: slice) -> Tensor:
         norm = torch.linalg.vector_norm(updated, dim=1)

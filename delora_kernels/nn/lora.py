@@ -1,8 +1,8 @@
 """LoRALinear: a frozen linear plus a trainable product of two thin matrices."""
 
 import math
+from typing import Any
 
-from torch import Tensor
 from typing_extensions import Unpack
 
 from delora_kernels import checks, functional
@@ -38,6 +38,8 @@ class LoRALinear(AdapterLinear):
     section 4.1; rsLoRA: Kalajdzievski (arXiv:2312.03732).
     """
 
+    _function = functional.lora_linear
+
     def __init__(
         self,
         in_features: int,
@@ -57,8 +59,8 @@ class LoRALinear(AdapterLinear):
         """Show the arguments that made the module, as nn.Linear prints its own."""
         return f"{super().extra_repr()}, alpha={self.alpha}, rslora={self.rslora}"
 
-    def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
-        return functional.lora_linear(x, self.weight, self.A, self.B, self.scale, self.bias, dropout_p=dropout_p)
+    def _arguments(self) -> dict[str, Any]:
+        return {"scale": self.scale}
 
 
 def lora_scale(kind: str, alpha: float, r: int, rslora: bool) -> float:

@@ -2,11 +2,12 @@
 maths per method.
 
 Names and arguments are those of `delora_kernels.functional`, with `dropout_mask=` (the mask itself)
-in place of `dropout_p=` and `seed=`. Nothing here checks arguments, saves memory or imports the
-rest of the package. All tensors of a call share one float dtype; float64 is what tests compare
-with. (Factors may be wider than x and W, y is then as wide: programs that are exported are made of
-these formulas.) `*_weight` materialises the same linear map as one matrix W' `[N, K]`, by a second
-formula: y = x W'ᵀ + bias.
+in place of `dropout_p=` and `seed=`. Nothing here saves memory or imports the rest of the package.
+Arguments are not checked, but for `dropout` of `dora_linear`: what torch refuses it refuses in its
+own words, and what does not belong together may give a wrong result. All tensors of a call share
+one float dtype; float64 is what tests compare with. (Factors may be wider than x and W, y is then
+as wide: programs that are exported are made of these formulas.) `*_weight` materialises the same
+linear map as one matrix W' `[N, K]`, by a second formula: y = x W'ᵀ + bias.
 
 Letters: T tokens (all leading dimensions of x), K in-features, N out-features, r rank. `⊙`
 broadcasts a vector.

@@ -8,8 +8,8 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq
 
 A row of V that is exactly zero has no direction: its scale c = m / ‖V‖ is defined as 0. So that row
 of W' is 0, its output is the bias, and no gradient passes through it, not even to its magnitude.
-(With the two-term dropout below, the part x − x_d of the input still meets that row of W, which is
-usually zero as well.)
+(With the two-term dropout below, the part x − x_d of the input is still multiplied by that row of
+W, which is usually zero as well.)
 """
 
 import torch

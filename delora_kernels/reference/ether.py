@@ -7,8 +7,8 @@
 û = u / ‖u‖; a vector of length 0 has no direction: û = 0, and no gradient. Every H is symmetric.
 Bini et al., "ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections"
 (arXiv:2405.20271). blocks="official" is what the authors' code computes for more than one input
-block (mwbini/ether, `ether-instruct/lit_gpt/ether.py`): there row group i of W meets the same H_i
-in every column block.
+block (mwbini/ether, `ether-instruct/lit_gpt/ether.py`): there row group i of W is multiplied by the
+same H_i in every column block.
 """
 
 import torch

@@ -252,8 +252,8 @@ def test_the_model_predicts_what_is_kept(seed: int) -> None:
 
 @pytest.mark.parametrize(("method", "passes"), [("ether", 5), ("ether-plus-both", 10)])
 def test_the_cost_model_counts_the_passes_of_reflections(method: str, passes: int) -> None:
-    """Forward a read and a write of what is turned, backward a read of it and of the gradient and a
-    write: by hand.
+    """Forward a read and a write of what is reflected, backward a read of it and of the gradient
+    and a write: by hand.
     """
     ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=2 * 8192 * 4096**2 / 348e-6)
     bare = ceilings.seconds(model.frozen(8192, 4096, 4096, 2, True))

@@ -23,7 +23,7 @@ def test_interleaved_takes_turns_and_changes_the_first() -> None:
 
 def test_two_identical_passes_differ_by_less_than_five_percent() -> None:
     """The harness measures itself. Another process may take the core meanwhile: then the medians
-    settle later.
+    come together later.
     """
     x = torch.randn(384, 384)
     passes = {name: lambda: x @ x for name in ("one", "two")}

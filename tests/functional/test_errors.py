@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels import backends, dispatch, explain, functional, use_backend
+from delora_kernels.functional import plain_torch
 
 T, K, N, R = 5, 8, 6, 3
 
@@ -210,11 +211,24 @@ def test_device_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
         functional.lora_linear(t(T, K), t(N, K), A, t(N, R))
 
 
-def test_good_calls_pass() -> None:
+@pytest.mark.parametrize("function", functional.CALLS)
+def test_good_calls_pass(function: str) -> None:
     """The table is about what it changes: unchanged, each call is fine."""
-    for function in functional.CALLS:
-        found = getattr(functional, function)(**arguments(function))
-        assert (found if isinstance(found, Tensor) else found[0]).shape == (T, N)
+    found = getattr(functional, function)(**arguments(function))
+    assert (found if isinstance(found, Tensor) else found[0]).shape == (T, N)
+
+
+def test_every_function_has_bad_calls() -> None:
+    theirs = {function for function, *_ in CASES} | {"moe_lora_linear"}  # whose are in test_moe.py
+    missing = sorted(functional.CALLS.keys() - theirs)
+    assert missing == [], f"CASES lacks {missing}"
+
+
+def test_a_method_without_a_formula_in_plain_torch_is_refused() -> None:
+    call = functional.call_of("lora_linear", **arguments("lora_linear"))
+    call = call._replace(options=call.options._replace(method="new_linear"))
+    with pytest.raises(NotImplementedError, match="new_linear: .* can't be exported yet.* list one in FORMULAS there"):
+        plain_torch.run(call, (T, K))
 
 
 def test_use_backend() -> None:

@@ -1,5 +1,5 @@
-"""The fused functions against the reference in float64: outputs, every gradient, every subset of
-requires_grad.
+"""All low-rank methods at once (one alone: test_dora.py, test_delora.py): the fused functions
+against the reference in float64, outputs, every gradient, every subset of requires_grad.
 """
 
 from itertools import combinations
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_calls import DROPOUT_P, TENSORS, both, leaves_of, mask_of
+from fused_calls import DROPOUT_P, TENSORS, assert_same, both, leaves_of, mask_of
 from golden_cases import GoldenCase, golden_cases, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,19 +15,6 @@ from reference_calls import CONSTANTS, VARIANTS, Maker
 from torch import Tensor
 
 from delora_kernels import functional
-
-
-def assert_same(fused: Any, specified: Any, leaves: dict[str, Tensor], grad_out: Tensor) -> None:
-    """Same output and gradients to float64 rounding."""
-    results = []
-    for function in (fused, specified):
-        y = function(**leaves)
-        grads = torch.autograd.grad(y, list(leaves.values()), grad_out) if leaves else ()
-        results.append({"y": y.detach()} | dict(zip(leaves, grads, strict=True)))
-    ours, theirs = results
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
-    assert {name: error for name, error in errors.items() if not error <= 1e-12} == {}
 
 
 @pytest.mark.parametrize("case", [c for c in golden_cases() if c.dropout_mask is None], ids=str)
@@ -83,14 +70,6 @@ def test_every_subset_of_requires_grad(variant: str, seed: int) -> None:
             assert_same(fused, specified, leaves_of(arguments, subset), grad_out)
 
 
-def test_dora_saved_output(seed: int) -> None:
-    maker = Maker(seed)
-    arguments = maker.arguments("dora_branch") | {"bias": None}
-    fused, specified = both("dora_branch", arguments | {"saved": "output"}, 3)
-    _, specified = both("dora_branch", arguments, 3)
-    assert_same(fused, specified, leaves_of(arguments), maker.tensor(5, 6))
-
-
 def test_chunks_cover_every_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors larger than one chunk: the last, shorter chunk counts too."""
     monkeypatch.setattr("delora_kernels.backends.eager.chunks.CPU_ELEMENTS", 40)
@@ -110,71 +89,6 @@ def test_constants_get_no_gradient_and_inputs_are_not_written(variant: str, seed
     fused(**leaves_of(arguments)).sum().backward()
     assert all(torch.equal(arguments[k], v) for k, v in before.items())
     assert all(arguments[k].grad is None for k in CONSTANTS if isinstance(arguments.get(k), Tensor))
-
-
-def test_zero_rows_of_dora_give_the_bias_and_no_gradient(seed: int) -> None:
-    maker = Maker(seed)
-    arguments = maker.arguments("dora_peft")
-    arguments["weight"][2] = 0
-    arguments["B"][2] = 0
-    for dropout_seed in (None, 3):
-        fused, specified = both("dora_peft", arguments, dropout_seed)
-        leaves = leaves_of(arguments)
-        y = fused(**leaves)
-        assert torch.equal(y[:, 2], arguments["bias"][2].expand(5))
-        grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y)), strict=True))
-        assert all(grad.isfinite().all() for grad in grads.values())
-        assert grads["magnitude"][2] == 0
-        assert not grads["B"][2].any()
-        assert_same(fused, specified, leaves, maker.tensor(5, 6))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_zero_b_of_delora(dtype: torch.dtype, seed: int) -> None:
-    """PEFT's start: y is the frozen output, dA = 0 and dλ = 0 exactly, dB is the formula's, large
-    and finite.
-    """
-    arguments = Maker(seed).arguments("delora_peft", T=9, K=16, N=12)
-    arguments |= {"B": torch.zeros(12, 3, dtype=torch.float64), "bias": None}
-    arguments = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    leaves, wide_leaves = leaves_of(arguments), leaves_of(wide)
-    y = both("delora_peft", arguments, None)[0](**leaves)
-    grads = dict(zip(leaves, torch.autograd.grad(y.sum(), list(leaves.values())), strict=True))
-    reference_y = both("delora_peft", wide, None)[1](**wide_leaves)
-    dB = torch.autograd.grad(reference_y.sum(), wide_leaves["B"])[0]
-    assert torch.equal(y, torch.nn.functional.linear(arguments["x"], arguments["weight"]))
-    assert not grads["A"].any()
-    assert not grads["lam"].any()
-    assert all(grad.isfinite().all() for grad in grads.values())
-    # h, dy, the sum over 9 tokens and the result are rounded: four times eps / 2, and as much again
-    # for the worst case
-    assert relative_error(grads["B"].double(), dB) <= (1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps)
-
-
-def test_lambda_gradient_at_zero(seed: int) -> None:
-    for variant in ("delora_peft", "delora_authors"):
-        maker = Maker(seed)
-        arguments = maker.arguments(variant)
-        arguments["lam"] = torch.zeros(1, dtype=torch.float64)
-        fused, specified = both(variant, arguments, None)
-        assert_same(fused, specified, leaves_of(arguments), maker.tensor(5, 6))
-
-
-def test_decoupling(seed: int) -> None:
-    """eps = 0: the lengths of A's rows and B's columns do nothing, and no gradient points along
-    them.
-    """
-    maker = Maker(seed)
-    arguments = maker.arguments("delora_authors")
-    leaves = leaves_of(arguments, ("A", "B"))
-    fused, _ = both("delora_authors", arguments, None)
-    y = fused(**leaves)
-    scaled = {"A": arguments["A"] * maker.tensor(3, 1).abs(), "B": arguments["B"] * maker.tensor(3).abs()}
-    assert relative_error(fused(**scaled), y.detach()) <= 1e-14
-    dA, dB = torch.autograd.grad(y, list(leaves.values()), maker.tensor(5, 6))
-    assert ((dA * arguments["A"]).sum(1).abs() / (dA.norm(dim=1) * arguments["A"].norm(dim=1))).max() <= 1e-13
-    assert ((dB * arguments["B"]).sum(0).abs() / (dB.norm(dim=0) * arguments["B"].norm(dim=0))).max() <= 1e-13
 
 
 def test_dropout_mask_has_the_distribution_of_nn_dropout(seed: int) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from golden_cases import relative_error
 from reference_calls import function_of
 from torch import Tensor
 
@@ -48,3 +49,16 @@ def leaves_of(arguments: dict[str, Any], names: Any = TENSORS) -> dict[str, Tens
     """Copies of the named tensors of `arguments` that require grad."""
     present = [k for k in names if isinstance(arguments.get(k), Tensor)]
     return {k: arguments[k].detach().clone().requires_grad_() for k in present}
+
+
+def assert_same(fused: Any, specified: Any, leaves: dict[str, Tensor], grad_out: Tensor) -> None:
+    """Same output and gradients to float64 rounding."""
+    results = []
+    for function in (fused, specified):
+        y = function(**leaves)
+        grads = torch.autograd.grad(y, list(leaves.values()), grad_out) if leaves else ()
+        results.append({"y": y.detach()} | dict(zip(leaves, grads, strict=True)))
+    ours, theirs = results
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert {name: error for name, error in errors.items() if not error <= 1e-12} == {}

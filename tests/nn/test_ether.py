@@ -22,11 +22,6 @@ KINDS = [
 every_kind = pytest.mark.parametrize(("cls", "side", "blocks"), KINDS)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_random_numbers(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
 def make(cls: Any, side: str, blocks: str = "paper", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """A module whose vectors have left their start."""
     module = cls.from_linear(nn.Linear(12, 8).to(dtype), 2, side=side, blocks=blocks, **options)

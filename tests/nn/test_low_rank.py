@@ -1,5 +1,5 @@
-"""The adapter modules: starts, numbers against the reference in float64, dtypes, construction,
-errors.
+"""All low-rank modules at once (one alone: test_dora.py, test_delora.py): starts, numbers against
+the reference in float64, dtypes, construction, errors.
 """
 
 import inspect
@@ -16,11 +16,6 @@ from delora_kernels import ops
 from delora_kernels.nn import DeLoRALinear, DoRALinear, LoRALinear
 from delora_kernels.nn.base import BaseOptions
 from delora_kernels.testing import relative_error
-
-
-@pytest.fixture(autouse=True)
-def _fresh_random_numbers(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 @every_dtype
@@ -94,28 +89,6 @@ def test_dropout_in_training_only(kind: str) -> None:
     assert relative_error(module.eval()(x), without) <= 1e-13
     module.train().merge()
     assert relative_error(module(x), without) <= 1e-13
-
-
-@pytest.mark.parametrize("start", ["frozen_live", "frozen_paper"])
-def test_frozen_start_stays_where_it_was(start: str) -> None:
-    linear = nn.Linear(14, 10, dtype=torch.float64)
-    module = DeLoRALinear.from_linear(linear, 3, lam=2.0, start=start)
-    x = torch.randn(6, 14, dtype=torch.float64)
-    module(x).square().sum().backward()
-    # the live λ scales a difference that is 0 at the start; λ₀ leaves λ a gradient
-    assert (module.lam.grad.abs() < 1e-10) == (start == "frozen_live")
-    first = module.A.detach().clone()
-    module.lam.data.mul_(2)
-    assert (relative_error(module(x), linear(x)) < 1e-12) == (start == "frozen_live")
-    module.A.data.neg_()
-    assert torch.equal(module.frozen_A, first)
-    assert relative_error(module(x), linear(x)) > 1e-3
-    y = module(x)
-    module.A.data.mul_(1e-6)  # a length means nothing, however small
-    assert relative_error(module(x), y) <= 1e-12
-    buffers = {name: value.data_ptr() for name, value in module.named_buffers()}
-    assert len({*buffers.values(), *(p.data_ptr() for p in module.parameters())}) == len(buffers) + 5
-    assert ("frozen_lam" in buffers) == (start == "frozen_paper")
 
 
 @pytest.mark.parametrize(
@@ -221,13 +194,6 @@ def test_errors_name_the_argument(cls: Any, options: dict[str, Any], kind: type[
     for make_one in (lambda: cls.from_linear(nn.Linear(6, 5), **options), lambda: cls(6, 5, **options)):
         with pytest.raises(kind, match=words):
             make_one()
-
-
-def test_saved_output_with_dropout_is_refused_at_once() -> None:
-    linear = nn.Linear(6, 5, bias=False)
-    with pytest.raises(ValueError, match=r"saved must be 'private' here, .*dropout"):
-        DoRALinear.from_linear(linear, saved="output", dropout_p=0.1)
-    DoRALinear.from_linear(linear, saved="output", dropout_p=0.1, dropout="branch")(torch.randn(3, 6)).sum().backward()
 
 
 def test_only_plain_linears_are_adapted() -> None:

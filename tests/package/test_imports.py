@@ -145,7 +145,8 @@ def test_without_peft_accelerate_says_what_to_install() -> None:
 
 def test_public_names() -> None:
     for module, names in PUBLIC.items():
-        assert sorted(importlib.import_module(module).__all__) == sorted(names)
+        there = importlib.import_module(module).__all__
+        assert sorted(there) == sorted(names), f"{module}: {sorted({*there} ^ {*names})}"
     with pytest.raises(AttributeError, match="has no attribute 'speed_up'"):
         _ = dk.speed_up
 

@@ -1,10 +1,7 @@
-"""The reference against the methods' own code, against a second formula, and against finite
-differences (float64).
+"""All low-rank methods at once (one alone: test_dora.py, test_delora.py): the reference against the
+methods' own code, against a second formula, and against finite differences (float64).
 """
 
-import ast
-import inspect
-import pathlib
 from typing import Any
 
 import pytest
@@ -123,45 +120,3 @@ def test_gradcheck(variant: str) -> None:
     leaves = tuple(arguments[name].requires_grad_() for name in trained)
     assert torch.autograd.gradcheck(call, leaves, atol=1e-7, rtol=1e-6)
     assert torch.autograd.gradgradcheck(call, leaves, atol=1e-6, rtol=1e-5)
-
-
-SIGNATURES = """
-lora_linear x weight A B scale=1.0 bias=None ranks=None dropout_mask=None
-lora_weight weight A B scale=1.0
-dora_linear x weight A B magnitude scale=1.0 bias=None dropout_mask=None dropout=peft
-dora_weight weight A B magnitude scale=1.0
-delora_linear x weight A B lam weight_norm bias=None frozen_A=None frozen_B=None frozen_lam=None \
-eps=0.0001 dropout_mask=None
-delora_factors A B lam weight_norm eps=0.0001
-delora_weight weight A B lam weight_norm frozen_A=None frozen_B=None frozen_lam=None eps=0.0001
-ether_linear x weight u=None bias=None u_out=None blocks=paper
-ether_plus_linear x weight u=None v=None bias=None u_out=None v_out=None blocks=paper
-ether_weight weight u=None u_out=None blocks=paper
-ether_plus_weight weight u=None v=None u_out=None v_out=None blocks=paper
-ether_qkv_linear x weight u rows bias=None
-moe_lora_linear x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
-bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
-moe_lora_linear_dense x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
-bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
-RouterStats fraction probability z top_k
-"""
-
-
-def test_names_and_defaults() -> None:
-    lines = []
-    for name in reference.__all__:
-        arguments = inspect.signature(getattr(reference, name)).parameters.values()
-        lines.append(
-            " ".join([name, *(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in arguments)])
-        )
-    assert sorted(lines) == sorted(SIGNATURES.strip().splitlines())
-
-
-def test_reference_imports_nothing_of_the_rest() -> None:
-    folder = pathlib.Path(reference.__file__).parent
-    nodes = [node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
-    ours = {"torch", "collections.abc", "typing"}
-    others = {n for n in imported - ours if not n.startswith("delora_kernels.reference.")}
-    assert others == set()

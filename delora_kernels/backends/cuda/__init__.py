@@ -2,8 +2,8 @@
 can't run.
 
 `launch.py` binds them, the files named after ops and `kernels.py` are their functions of tensors,
-`stages.py` the ops in which they meet a library GEMM. A library compiled by csrc/host_shim runs the
-same kernels on CPU tensors: slow, for tests.
+`stages.py` the ops that have a library GEMM beside them. A library compiled by csrc/host_shim runs
+the same kernels on CPU tensors: slow, for tests.
 """
 
 from delora_kernels.backends.cuda.fold import fold, fold_backward

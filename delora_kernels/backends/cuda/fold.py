@@ -14,7 +14,7 @@ from delora_kernels.op_arguments import Folded, Start, Strength
 def fold(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Â, B̂ in `dtype` and the norms a, b; the frozen start is folded with the sign turned."""
+    """Â, B̂ in `dtype` and the norms a, b; the frozen start is folded with a minus."""
     pairs, (A_hat, B_hat, a, b) = fold_pairs(A, B, strength, start, dtype)
     for pair_A, pair_B, lam, sign, first in pairs:
         (r, K), N = pair_A.shape, pair_B.shape[0]

@@ -36,7 +36,7 @@ def times_small_parts(
 
 
 def splits_of_times_small(T: int, C: int, ranks: Sequence[int]) -> int:
-    """Into how many parts its sum over C is split, where x [T, C] meets blocks of these ranks."""
+    """Into how many parts the sum over C of x [T, C] times blocks of these ranks is split."""
     return splits(tiles(T) * sum(map(tiles, ranks)), tiles(C))
 
 

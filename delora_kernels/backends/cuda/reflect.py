@@ -24,8 +24,8 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
 def reflect_backward(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, du, dv: tokens are split among blocks, their sums added in their order, then turned
-    across u and v.
+    """dx, du, dv: tokens are split among blocks, their sums added in their order, then made
+    orthogonal to u and v.
     """
     (T, C), (n, D), m = x.shape, u.shape, 1 if v is None else 2
     dx = dy.new_empty((T, C) if need_dx else 0)

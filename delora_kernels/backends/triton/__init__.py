@@ -1,8 +1,8 @@
 """The Triton backend: the ops of `ops.py` as kernels that keep the traffic contract, for NVIDIA
 GPUs from sm_80.
 
-`forms.py` chooses how a frozen GEMM and its rank-R term meet. With TRITON_INTERPRET=1 the same
-kernels run on CPU tensors in Triton's interpreter: slow, for tests.
+`forms.py` chooses how a frozen GEMM and its rank-R term come together. With TRITON_INTERPRET=1 the
+same kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
 from delora_kernels.backends.eager import weight_grad

@@ -14,7 +14,7 @@ from torch import Tensor
 from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, launch, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, dot_split, launch, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 LARGEST_RANK = 32
@@ -69,7 +69,7 @@ def takes(dy: Tensor, small: Tensor, h: Tensor, c: Tensor | None = None) -> bool
     """Whether one read does it: on 16-bit units (float32's tiles would spill), few ranks, and
     something to read.
     """
-    how = meeting(dy.dtype, _dtype(small, c)), meeting(dy.dtype, h.dtype)
+    how = dot_split(dy.dtype, _dtype(small, c)), dot_split(dy.dtype, h.dtype)
     return dy.dtype.itemsize == 2 and WIDE not in how and h.shape[1] <= LARGEST_RANK and dy.numel() > 0
 
 
@@ -102,7 +102,7 @@ def dy_sums(
     dv = dy.new_empty((chunks, T, R), dtype=torch.float32)
     product = dy.new_empty((parts, N, R), dtype=torch.float32)
     summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
-    how, how_h = meeting(dy.dtype, _dtype(small, c)), meeting(dy.dtype, h.dtype)
+    how, how_h = dot_split(dy.dtype, _dtype(small, c)), dot_split(dy.dtype, h.dtype)
     launch(
         dy_sums_kernel, (chunks, parts), (dy, small, c, h, y, dv, product, summed, dots),
         (T, part, N, R, dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0)), (factor,),

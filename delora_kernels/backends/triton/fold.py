@@ -72,8 +72,8 @@ def fold_kernel(
 def fold(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with the sign
-    turned.
+    """Â, B̂ in `dtype` and the norms a, b; a frozen start is a second launch, with a
+    minus.
     """
     pairs, (A_hat, B_hat, a, b) = fold_pairs(A, B, strength, start, dtype)
     _, weight_norm, eps = strength

@@ -1,5 +1,5 @@
-"""What every launch shares: the way to the device, the layout of operands, how two of them meet in
-a dot.
+"""What every launch shares: the way to the device, the layout of operands, how a dot takes
+two of them.
 
 `launch` takes Triton's own path once for each variant of a kernel, and remembers what that
 compiled. Later calls give it to the driver's launcher directly: Triton binds and judges every
@@ -30,7 +30,7 @@ defined.
 """
 
 PLAIN, SPLIT_SMALL, SPLIT_BOTH, WIDE = 0, 1, 2, 3
-"""How two operands meet in a dot: as they are; the small one as three bfloat16 parts; both as two;
+"""How a dot takes two operands: as they are; the small one as three bfloat16 parts; both as two;
 both in float32.
 """
 
@@ -160,7 +160,7 @@ def rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
-def meeting(big: torch.dtype, small: torch.dtype) -> int:
+def dot_split(big: torch.dtype, small: torch.dtype) -> int:
     """How a token-sized operand and a small one are multiplied, so that nothing is lost that eager
     PyTorch keeps.
     """
@@ -169,13 +169,13 @@ def meeting(big: torch.dtype, small: torch.dtype) -> int:
     return SPLIT_SMALL if (big, small) == (torch.bfloat16, torch.float32) else WIDE
 
 
-def meeting_in_rank(h: torch.dtype, small: torch.dtype, out: torch.dtype) -> int:
+def dot_split_in_rank(h: torch.dtype, small: torch.dtype, out: torch.dtype) -> int:
     """How two rank-space operands are multiplied for a result in `out`: float32 ones stay as exact,
     on fast units.
     """
     if h == small == torch.float32 != out:
         return SPLIT_BOTH if out == torch.bfloat16 else WIDE
-    return meeting(h, small)
+    return dot_split(h, small)
 
 
 def precision(dtype: torch.dtype, how: int) -> str:

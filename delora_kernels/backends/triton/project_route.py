@@ -14,7 +14,7 @@ from torch import Tensor
 from delora_kernels.backends.dropout import mask_groups
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
 from delora_kernels.backends.triton.route import route, route_totals, weights, write_sums
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 from delora_kernels.backends.triton.times_small import split, times_small_parts
@@ -102,7 +102,7 @@ def project_route(
     w = scale.new_empty(0 if given else (T, experts))
     programs = triton.cdiv(T, tile.tokens)
     sums = scale.new_empty((programs, 2 * experts + 1))
-    how = meeting(x.dtype, A_hat.dtype)
+    how = dot_split(x.dtype, A_hat.dtype)
     launch(
         project_route_kernel, (programs, triton.cdiv(columns - logits, BR)),
         (x, A_hat, gates, scale.contiguous(), token_share, h, v, w, sums),

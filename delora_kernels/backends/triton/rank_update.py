@@ -15,7 +15,7 @@ from torch import Tensor
 from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting_in_rank, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, dot_split_in_rank, launch, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, tiles
 
 
@@ -80,7 +80,7 @@ def rank_update(
     h, extra = rows(h), None if extra is None else rows(extra)
     BR = rank_tile("rank_update", R)
     tile = tiles("rank_update", BR, capability(out.device))
-    how = meeting_in_rank(h.dtype, small.dtype, out.dtype)
+    how = dot_split_in_rank(h.dtype, small.dtype, out.dtype)
     seed, limit, _ = mask_arguments(group)
     stride_base, stride_extra = (0 if t is None else t.stride(0) for t in (base, extra))
     launch(

@@ -248,8 +248,8 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
 def reflect_backward(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, du, dv: tokens are split among programs, their sums added in a fixed order, then turned
-    across u and v.
+    """dx, du, dv: tokens are split among programs, their sums added in a fixed order, then made
+    orthogonal to u and v.
     """
     (T, C), (n, D) = x.shape, u.shape
     dx, m = dy.new_empty((T, C) if need_dx else 0), 1 if v is None else 2

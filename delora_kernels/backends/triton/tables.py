@@ -37,7 +37,7 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "row_norm": {"16": Tiles(64, 64, 8, 2)},
 }
 """Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take
-several turns.
+several passes.
 
 "fp32" and "mixed" behind a kernel's name stand for launches whose wider operands need smaller
 tiles.
@@ -67,7 +67,7 @@ others.
 
 
 def rank_tile(kernel: str, R: int) -> int:
-    """How many ranks one turn of a kernel takes: a power of two, at least 16, a dot's least
+    """How many ranks one pass of a kernel takes: a power of two, at least 16, a dot's least
     side.
     """
     return min(max(int(limit) for limit in TABLES[kernel]), padded(R))

@@ -16,7 +16,7 @@ from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
 from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
 
 
@@ -50,15 +50,15 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
 
 
 def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
-    """Into how many parts the sum over C is split, and the columns of each, where x meets blocks of
-    these ranks.
+    """Into how many parts the sum over C of x times blocks of these ranks is split, and the columns
+    of each.
     """
-    turns = [rank_tile("times_small", R) for R in ranks]
-    used = [tiles("times_small", BR, capability(x.device)) for BR in turns]
+    widths = [rank_tile("times_small", R) for R in ranks]
+    used = [tiles("times_small", BR, capability(x.device)) for BR in widths]
     columns = max(tile.columns for tile in used)
     programs = sum(
         triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(R, BR)
-        for R, BR, tile in zip(ranks, turns, used, strict=True)
+        for R, BR, tile in zip(ranks, widths, used, strict=True)
     )
     steps = triton.cdiv(x.shape[1], columns)
     part = triton.cdiv(steps, splits(programs, steps)) * columns
@@ -79,7 +79,7 @@ def times_small_parts(
     blocks = [small[:, group.columns] for group in groups]
     parts, part = split(x, [block.shape[1] for block in blocks])
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
-    how = meeting(x.dtype, small.dtype)
+    how = dot_split(x.dtype, small.dtype)
     for block, group in zip(blocks, groups, strict=True):
         seed, limit, inverse = mask_arguments(group)
         BR = rank_tile("times_small", block.shape[1])

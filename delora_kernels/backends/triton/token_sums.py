@@ -15,7 +15,7 @@ from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, launch, meeting, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
 from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
 
 
@@ -105,7 +105,7 @@ def token_sums(
         x.new_empty((parts, C), dtype=torch.float32) if wanted else None for wanted in (sums, y is not None)
     )
     seed, limit, inverse = mask_arguments(group)
-    how = meeting(x.dtype, x.dtype if h is None else h.dtype)
+    how = dot_split(x.dtype, x.dtype if h is None else h.dtype)
     small, out = (None, None) if term is None else term
     strides = (0 if t is None else t.stride(0) for t in (x, h, y))
     launch(

@@ -66,28 +66,18 @@ def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _mixed_dora(
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    magnitude: Tensor,
-    scale: float = 1.0,
-    bias: Tensor | None = None,
-    *,
-    dropout_mask: Tensor | None = None,
-    dropout: str = "peft",
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, magnitude: Tensor, dropout: str = "peft", **branch: Any
 ) -> Tensor:
     """Compute base + (c − 1) ⊙ base + c ⊙ branch + bias; PEFT's dropout: the second base sees the
     dropped x, in A's dtype.
     """
-    wide = A.dtype
+    A, B, scale = branch["A"], branch["B"], branch.get("scale", 1.0)
+    wide, mask = A.dtype, branch.get("dropout_mask")
     c = magnitude / (weight.to(wide) + scale * B @ A).norm(dim=1).detach()
     base = rescaled = linear(x, weight)
-    dropped = x.to(wide)
-    if dropout_mask is not None:
-        dropped = dropped * dropout_mask
-        if dropout == "peft":
-            rescaled = linear(dropped, weight.to(wide))
+    dropped = x.to(wide) if mask is None else x.to(wide) * mask
+    if mask is not None and dropout == "peft":
+        rescaled = linear(dropped, weight.to(wide))
     y = base + (c - 1) * rescaled + c * (scale * (dropped @ A.T) @ B.T)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -104,26 +94,26 @@ def _mixed_ether(
     """x reflected in the vectors' dtype and rounded to its own, the frozen GEMM, its output
     reflected likewise.
 
-    PEFT has no ETHER; this is how its OFT turns activations in a wider dtype than the base's.
+    PEFT has no ETHER; this is how its OFT rotates activations in a wider dtype than the base's.
     """
     call, wide = getattr(reference, function), adapter_dtype(vectors)
     into = {name: value for name, value in vectors.items() if not name.endswith("_out")}
     out_of = {name: value for name, value in vectors.items() if name.endswith("_out")}
     inner_bias = None if out_of else bias
     if blocks == "official":
-        turned = getattr(reference, function.replace("linear", "weight"))(weight.to(wide), **into, blocks=blocks)
-        z = linear(x, turned.to(x.dtype), inner_bias)
+        reflected = getattr(reference, function.replace("linear", "weight"))(weight.to(wide), **into, blocks=blocks)
+        z = linear(x, reflected.to(x.dtype), inner_bias)
     else:
-        z = linear(_turned(call, x, into, wide), weight, inner_bias)
+        z = linear(_reflected(call, x, into, wide), weight, inner_bias)
     if not out_of:
         return z
-    y = _turned(call, z, {name.removesuffix("_out"): value for name, value in out_of.items()}, wide)
+    y = _reflected(call, z, {name.removesuffix("_out"): value for name, value in out_of.items()}, wide)
     return y if bias is None else y + bias
 
 
-def _turned(call: Any, x: Tensor, vectors: Mapping[str, Tensor], wide: torch.dtype) -> Tensor:
+def _reflected(call: Any, x: Tensor, vectors: Mapping[str, Tensor], wide: torch.dtype) -> Tensor:
     """x H, the layer whose weight is the identity."""
     if not vectors:
         return x
-    turned: Tensor = call(x.to(wide), torch.eye(x.shape[1], dtype=wide, device=x.device), **vectors)
-    return turned.to(x.dtype)
+    reflected: Tensor = call(x.to(wide), torch.eye(x.shape[1], dtype=wide, device=x.device), **vectors)
+    return reflected.to(x.dtype)

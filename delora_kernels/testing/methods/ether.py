@@ -47,7 +47,7 @@ def ether_plus(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def ether_plus_both(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
-    """Input and output turned."""
+    """Input and output reflected, relaxed."""
     both = ether_both(draw, base) | {"v": _vectors(draw, draw.K)}
     return both | {"v_out": _vectors(draw, draw.N)}
 

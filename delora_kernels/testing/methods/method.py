@@ -125,9 +125,7 @@ class Method:
 
     def call(self, inputs: Inputs) -> AnyCall:
         """Return the fused call after its checks: which backend takes it, in which dtypes."""
-        check: Any = functional.CALLS[self.function]
-        call: AnyCall = check(**self._fused_arguments(inputs))
-        return call
+        return functional.call_of(self.function, **self._fused_arguments(inputs))
 
     def forward(self, inputs: Inputs) -> Tensor:
         """y by `delora_kernels.functional`, on the autograd graph of the inputs."""

@@ -2,8 +2,8 @@
 backends with.
 
 Signatures are those of the ops without `backend`, with the mask of kept elements (bool `[T, K]` or
-None) in the place of every `seed`. Operands of different dtypes meet in the wider one; None stands
-for a result that was not asked for.
+None) in the place of every `seed`. Operands of different dtypes are multiplied in the wider
+one; None stands for a result that was not asked for.
 """
 
 import torch

@@ -25,13 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 from delora_kernels import checks, ops
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.dtypes import accumulate_dtype
-from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear
+from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear, MoELoRALinear
 from delora_kernels.op_arguments import Start, Strength
 
 FUNCTION = "export_lora"
 
 _PEFT_DELORA_EPS = 1e-4
 """PEFT's lower clamp of DeLoRA's norms."""
+
+LOW_RANK = (LoRALinear, DeLoRALinear)
+"""The modules of `nn` that are low-rank terms: y += x A'ᵀ B'ᵀ, A' and B' by their `_factors`."""
+
+NOT_LOW_RANK = {
+    DoRALinear: ("DoRA, which rescales the rows of W itself", "merge() it and save the whole model instead"),
+    MoELoRALinear: ("a mixture, whose update is another for every token", "save the whole model instead"),
+}
+"""Those that are none, with their subclasses: what to say of them, and the remedy."""
 
 _WRAPPED: dict[type, str] = {
     PeftModel: "base_model",
@@ -183,10 +192,12 @@ def _promote(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def _own_tensors(name: str, layer: AdapterLinear) -> dict[str, Tensor]:
-    if isinstance(layer, DoRALinear):
-        refuse(name, "DoRA, which rescales the rows of W itself", "merge() it and save the whole model instead")
-    if type(layer) not in (DeLoRALinear, LoRALinear):
-        refuse(name, f"a {type(layer).__qualname__}", "merge() it and save the whole model instead")
+    for kind, why_not in NOT_LOW_RANK.items():
+        if isinstance(layer, kind):
+            refuse(name, *why_not)
+    if type(layer) not in LOW_RANK:
+        got = f"a {type(layer).__qualname__}, which is not listed in low_rank_terms.LOW_RANK"
+        refuse(name, got, "merge() it and save the whole model instead")
     if layer.merged:
         refuse(name, "a merged adapter: its weight is not the base model's", "call unmerge() first")
     tensors = chain(layer.named_parameters(), layer.named_buffers())

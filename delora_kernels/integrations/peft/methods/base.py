@@ -1,18 +1,22 @@
-"""What the PEFT methods of this library share: a config that names layers, and a tuner for them."""
+"""What the PEFT methods of this library share: a config that names layers, a layer that says what
+runs it, and a tuner for them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from delora_kernels import checks
+from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
+from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
 
 NEEDS = "pip install delora-kernels; before loading: import delora_kernels; delora_kernels.register_peft_methods()"
 
@@ -62,6 +66,52 @@ def move_parameters(parts: nn.ParameterDict, adapter_name: str, device: torch.de
     if adapter_name in parts and parts[adapter_name].device != device:
         old = parts[adapter_name]
         parts[adapter_name] = nn.Parameter(old.detach().to(device), old.requires_grad)
+
+
+class OwnLayer(MergesAndKeeps):
+    """A tuner layer of this library, which runs fused of itself and says where it does not.
+
+    Comes before nn.Module and BaseTunerLayer among the bases of a layer, whose adapters' configs
+    are in `options`.
+    """
+
+    fused_method: ClassVar[str]
+    """What `accelerate` reports."""
+    why_not_low_rank: ClassVar[tuple[str, str]]
+    """What `export_lora` says of it, and the remedy."""
+    own_forward: ClassVar[str]
+    """What happens, in the log, where the layer does not run fused."""
+    beside_base: ClassVar[State]
+    """What it does where its base can't be read."""
+
+    disable_adapters: bool
+    active_adapters: list[str]
+    options: dict[str, Any]
+
+    def verdict(self) -> Verdict:
+        """Say how much of the layer runs fused as it stands, and why not all of it."""
+        return verdict_of_own(self, self._active(), self.beside_base)
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.options]
+
+    def _to_run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], str | None]:
+        """Return the adapters that act in a forward pass, and why it does not run fused; None: it
+        does.
+
+        Args:
+            x: The input; of one on the meta device the log says nothing.
+            args, kwargs: What the layer is called with beside x.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        _, reason, _ = self.verdict()
+        names = [] if reason in ON_PURPOSE else self._active()
+        if reason is None and (args or kwargs):
+            reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+        if reason is not None and not (names and x.is_meta):
+            log_once(self.own_forward, reason)
+        return names, reason
 
 
 class LinearTuner(BaseTuner):

@@ -5,7 +5,9 @@ it by its config.
     register("goat", GoatConfig, GoatModel)
 
 PEFT keeps its methods in tables, which `register_peft_method` fills, and names them by an enum,
-`PeftType`, that is meant to be closed: `peft_type` adds the entry. All of it is checked afterwards,
+`PeftType`, that is meant to be closed and that no call of PEFT's adds to: `peft_type` adds the
+entry. (aenum's `extend_enum` writes the same private tables; for these few lines everyone who has
+PEFT would need it too.) All of it is checked afterwards,
 so that a PEFT that keeps its methods otherwise is an error here and now, not a wrong adapter later.
 """
 

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from delora_kernels import functional, reference
 from delora_kernels.autograd.reflection import reflected_weight
 from delora_kernels.bases.plain import PlainBase
-from delora_kernels.integrations.peft.methods.base import move_parameters
+from delora_kernels.integrations.peft.methods.base import OwnLayer, move_parameters
 from delora_kernels.integrations.peft.methods.ether.config import EtherConfig, EtherPlusConfig
-from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
-from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
+from delora_kernels.integrations.peft.verdict import State
 from delora_kernels.nn.ether import check_blocks
 
 Config = EtherConfig | EtherPlusConfig
 
 
-class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
+class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
     """A linear layer of the base model with adapters of reflections.
 
     Args:
@@ -37,10 +36,9 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
 
     other_param_names = ("options",)
     additive = False
-    fused_method: str
-    """What `accelerate` reports: the layer runs fused of itself."""
     why_not_low_rank = ("reflections before and after the weight", "save_pretrained the adapter as it is, or merge it")
-    """What `export_lora` says of it, and the remedy."""
+    own_forward = "an ETHER layer runs its own forward, with GEMMs of the identity"
+    beside_base = State.OWN_FORWARD
     _prefix: str
     _directions: tuple[str, ...]
     _function: Any
@@ -93,18 +91,11 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
             RuntimeError: blocks="official" beside a base layer whose weight can't be read (hooks,
                 shards, offloaded).
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        _, reason, _ = self.verdict()
-        names = [] if reason in ON_PURPOSE else self._active()
+        names, reason = self._to_run(x, args, kwargs)
         if names and x.is_meta:
             return self._shaped(names, x)
-        if reason is None and (args or kwargs):
-            reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
-        if reason is not None:
-            log_once("an ETHER layer runs its own forward, with GEMMs of the identity", reason)
-            if len(names) < 2 or args or kwargs or PlainBase.why_not(self.base_layer) is not None:
-                return self._around_forward(names, x, *args, **kwargs)
+        if reason is not None and (len(names) < 2 or args or kwargs or PlainBase.why_not(self.base_layer) is not None):
+            return self._around_forward(names, x, *args, **kwargs)
         base = PlainBase.of(self.base_layer)
         for name in names:
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
@@ -113,13 +104,6 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
             identity = torch.eye(self.in_features, device=x.device, dtype=weight.dtype)
             weight = self._reflected(name, identity, weight, None).to(weight.dtype).t()
         return self._reflected(names[-1], x, weight, base.bias)
-
-    def verdict(self) -> Verdict:
-        """Say whether the layer runs fused as it stands, and why not."""
-        return verdict_of_own(self, self._active(), State.OWN_FORWARD)
-
-    def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.options]
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
         """Return the output on the meta device, which has shapes and dtypes alone."""
@@ -161,17 +145,17 @@ class _ReflectedLayer(MergesAndKeeps, nn.Module, BaseTunerLayer):
                 )
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
         for name in reversed(names):
-            x = self._turned(name, x, out=False)
+            x = self._one_side(name, x, out=False)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         names = [name for name in names if self.options[name].side != "input"]
         bias = self.get_base_layer().bias if names else None
         dtype = y.dtype
         y = y if bias is None else y - bias
         for name in names:
-            y = self._turned(name, y, out=True)
+            y = self._one_side(name, y, out=True)
         return y if bias is None else (y + bias).to(dtype)
 
-    def _turned(self, name: str, x: Tensor, out: bool) -> Tensor:
+    def _one_side(self, name: str, x: Tensor, out: bool) -> Tensor:
         """x [..., C] reflected by one side of an adapter."""
         vectors = {k.removesuffix("_out"): v for k, v in self._vectors(name).items() if k.endswith("_out") == out}
         identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)

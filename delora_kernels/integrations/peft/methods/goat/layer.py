@@ -20,16 +20,16 @@ from delora_kernels.bases.plain import PlainBase
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.common import exporting
 from delora_kernels.functional.router_stats import RouterStats
+from delora_kernels.integrations.peft.methods.base import OwnLayer
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
 from delora_kernels.integrations.peft.methods.goat.padding import Padding
 from delora_kernels.integrations.peft.methods.goat.start import StartedLayer, Starts, make_start
-from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
-from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
+from delora_kernels.integrations.peft.verdict import State
 from delora_kernels.nn.delora_moe import normalised_experts
 from delora_kernels.nn.moe import Routed
 
 
-class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
+class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
     """A linear layer of the base model with GOAT adapters.
 
     Args:
@@ -55,9 +55,9 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         "router_stats",
     )
     fused_method = "goat"
-    """What `accelerate` reports: the layer runs fused of itself."""
     why_not_low_rank = ("a mixture, whose update is another for every token", "save_pretrained the adapter as it is")
-    """What `export_lora` says of it, and the remedy."""
+    own_forward = "a GOAT layer runs its base layer's own forward, its rank term fused beside it"
+    beside_base = State.RANK_TERM
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GoatConfig, r: int) -> None:
         super().__init__()
@@ -122,16 +122,9 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         """Compute the output of the active adapters, [..., K] → [..., N]; disabled or merged, the
         base layer's alone.
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        _, reason, _ = self.verdict()
-        names = [] if reason in ON_PURPOSE else self._active()
+        names, reason = self._to_run(x, args, kwargs)
         if names and x.is_meta:
             return self._shaped(names, x)
-        if reason is None and (args or kwargs):
-            reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
-        if reason is not None:
-            log_once("a GOAT layer runs its base layer's own forward, its rank term fused beside it", reason)
         if reason is None or (len(names) > 1 and not (args or kwargs) and PlainBase.why_not(self.base_layer) is None):
             base = PlainBase.of(self.base_layer)
             y = self._mixed(names.pop(0), x, base.weight, base.bias)
@@ -140,13 +133,6 @@ class PeftGoatLinear(MergesAndKeeps, StartedLayer, BaseTunerLayer, Routed):
         for name in names:  # what acts beside the first: its mixture on a weight of zeros
             y = y + self._mixed(name, x, x.new_zeros(self.out_features, self.in_features), None).to(y.dtype)
         return y
-
-    def verdict(self) -> Verdict:
-        """Say how much of the layer runs fused as it stands, and why not all of it."""
-        return verdict_of_own(self, self._active(), State.RANK_TERM)
-
-    def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.goat_A]
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
         """Return the output on the meta device, which has shapes and dtypes alone."""
