@@ -53,14 +53,18 @@ def only_new_garbage() -> Iterator[None]:
     """Collect garbage once, then let every further gc.collect() look at new objects alone.
 
     Whole libraries are loaded, and looking through all they have made takes a good part of a
-    second; what a measurement must be rid of, before it weighs or after it failed, is its own.
+    second; what a measurement must be rid of, before it weighs or after it failed, is its own. Where
+    the process has frozen them before, that is enough, and stays.
     """
+    frozen = gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 @dataclass(frozen=True)

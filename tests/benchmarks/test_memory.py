@@ -142,15 +142,25 @@ class _InACycle:
         self.itself = self
 
 
-def test_garbage_of_before_and_of_the_measurement_is_collected() -> None:
-    before = weakref.ref(_InACycle())
-    with only_new_garbage():
-        assert before() is None
-        assert gc.get_freeze_count() > 0
-        own = weakref.ref(_InACycle())
-        gc.collect()
-        assert own() is None
-    assert gc.get_freeze_count() == 0
+@pytest.mark.parametrize("frozen", [True, False])
+def test_garbage_of_before_and_of_the_measurement_is_collected(frozen: bool) -> None:
+    """Also where the process has frozen what it loaded, as the tests do, and then nothing is let
+    loose.
+    """
+    assert gc.get_freeze_count() > 0
+    if not frozen:
+        gc.unfreeze()
+    try:
+        before = weakref.ref(_InACycle())
+        with only_new_garbage():
+            assert before() is None
+            assert gc.get_freeze_count() > 0
+            own = weakref.ref(_InACycle())
+            gc.collect()
+            assert own() is None
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.freeze()
 
 
 @pytest.mark.parametrize("implementation", ["dk", "peft", "addmm"])
