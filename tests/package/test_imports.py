@@ -2,10 +2,12 @@
 
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,90 +59,134 @@ PUBLIC = {
 }
 
 
-def run(code: str) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
-    return done.stdout.strip()
-
-
 HEAVY = ("triton", "peft", "transformers", "rich", "matplotlib", "torch.utils.flop_counter", "torch._dynamo")
 
+DIR_AND_HELP = """
+import pydoc
+said["dir"] = [name for name in dir(dk) if not name.startswith("__")]
+said["help"] = pydoc.render_doc(dk, renderer=pydoc.plaintext)
+print(json.dumps(said))
+"""
 
-def test_import_touches_neither_cuda_nor_heavy_packages() -> None:
-    loaded = f"print([name for name in {HEAVY} if name in sys.modules])"
-    ours = run(f"import sys, delora_kernels, torch; assert not torch.cuda.is_initialized(); {loaded}")
-    assert ours == run(f"import sys, torch; {loaded}")
+FRESH = f"""
+import json, logging, sys, warnings, numpy, torch
+
+def owners():
+    for name, module in list(sys.modules.items()):
+        if name == "__main__" or name.startswith("delora_kernels"): continue
+        yield name, module
+        for key, value in list(getattr(module, "__dict__", {{}}).items()):
+            if isinstance(value, type) and value.__module__ == name: yield f"{{name}}.{{key}}", value
+
+before = {{what: dict(vars(owner)) for what, owner in owners() if hasattr(owner, "__dict__")}}
+finders, root = list(sys.meta_path), list(logging.getLogger().handlers)
+said = {{"heavy before": [name for name in {HEAVY} if name in sys.modules]}}
+import delora_kernels as dk
+said["cuda"] = torch.cuda.is_initialized()
+said["heavy"] = [name for name in {HEAVY} if name in sys.modules]
+said["loaded"] = [name for name in sys.modules if name.startswith("delora_kernels.")]
+said["changed"] = [
+    f"{{what}} {{key}}" for what, owner in owners() for key, value in before.get(what, {{}}).items()
+    if vars(owner).get(key) is not value
+]
+said["finders"] = [type(finder).__name__ for finder in sys.meta_path if finder not in finders]
+said["same handlers"] = logging.getLogger().handlers == root
+import delora_kernels.dispatch
+said["requested"] = delora_kernels.dispatch.requested()
+dk.flops.register()
+from torch.utils import flop_counter
+said["flops"] = torch.ops.delora_kernels.project in flop_counter.flop_registry
+"""
+
+WITHOUT_PEFT = """
+import json, sys
+sys.modules["peft"] = None
+import delora_kernels as dk
+said = {}
+try: dk.accelerate
+except ImportError as error: said["accelerate"] = str(error)
+"""
 
 
-def test_import_loads_the_functions_and_what_is_below_them_alone() -> None:
+def run(code: str, **variables: str) -> dict[str, Any]:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        env=os.environ | variables,
+        check=True,
+    )
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """What an interpreter says that imports the package, and then asks for what it has."""
+    return run(FRESH + DIR_AND_HELP, DELORA_KERNELS_BACKEND="eager")
+
+
+@pytest.fixture(scope="module")
+def without_peft() -> dict[str, Any]:
+    return run(WITHOUT_PEFT + DIR_AND_HELP)
+
+
+def test_import_touches_neither_cuda_nor_heavy_packages(fresh: dict[str, Any]) -> None:
+    """None but those that torch itself loads."""
+    assert not fresh["cuda"]
+    assert fresh["heavy"] == fresh["heavy before"]
+
+
+def test_import_loads_the_functions_and_what_is_below_them_alone(fresh: dict[str, Any]) -> None:
     """What costs time comes when it is asked for: modules, reports, the oracles of
     testing, PEFT's part.
     """
-    loaded = run("import sys, delora_kernels; print(*[n for n in sys.modules if n.startswith('delora_kernels.')])")
-    parts = {name.split(".")[1] for name in loaded.split()}
+    parts = {name.split(".")[1] for name in fresh["loaded"]}
     assert parts == {
         *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes", "op_arguments"),
         *("functional", "ops", "reference", "renamed", "version"),
     }
-    of_diagnostics = {name for name in loaded.split() if name.startswith("delora_kernels.diagnostics.")}
+    of_diagnostics = {name for name in fresh["loaded"] if name.startswith("delora_kernels.diagnostics.")}
     assert of_diagnostics == {"delora_kernels.diagnostics.proof"}
-    assert "delora_kernels.backends.triton" not in loaded
-    assert "delora_kernels.backends.cuda" not in loaded
+    assert not [name for name in fresh["loaded"] if name.startswith("delora_kernels.backends.triton")]
+    assert not [name for name in fresh["loaded"] if name.startswith("delora_kernels.backends.cuda")]
 
 
-def test_import_changes_nothing_of_other_packages_but_the_list_of_finders() -> None:
+def test_import_changes_nothing_of_other_packages_but_the_list_of_finders(fresh: dict[str, Any]) -> None:
     """Every attribute of every module, and of every class in them, that was there before is the
     same object after.
     """
-    said = run(
-        "import sys, torch, numpy, logging, warnings\n"
-        "def owners():\n"
-        "    for name, module in list(sys.modules.items()):\n"
-        "        if name == '__main__' or name.startswith('delora_kernels'): continue\n"
-        "        yield name, module\n"
-        "        for key, value in list(getattr(module, '__dict__', {}).items()):\n"
-        "            if isinstance(value, type) and value.__module__ == name: yield f'{name}.{key}', value\n"
-        "before = {what: dict(vars(owner)) for what, owner in owners() if hasattr(owner, '__dict__')}\n"
-        "finders, root = list(sys.meta_path), list(logging.getLogger().handlers)\n"
-        "import delora_kernels\n"
-        "for what, owner in list(owners()):\n"
-        "    for key, value in before.get(what, {}).items():\n"
-        "        if vars(owner).get(key) is not value: print(what, key)\n"
-        "print([type(finder).__name__ for finder in sys.meta_path if finder not in finders])\n"
-        "print(logging.getLogger().handlers == root)"
-    )
-    assert said.splitlines() == ["['_Renamed']", "True"]
+    assert fresh["changed"] == []
+    assert fresh["finders"] == ["_Renamed"]
+    assert fresh["same handlers"]
 
 
 @pytest.mark.parametrize("peft", [True, False])
-def test_dir_and_help_show_what_is_public_and_nothing_else(peft: bool) -> None:
-    code = "" if peft else "import sys; sys.modules['peft'] = None\n"
-    code += "import delora_kernels as dk, pydoc; text = pydoc.render_doc(dk, renderer=pydoc.plaintext)\n"
-    shown, text = run(code + "print([name for name in dir(dk) if not name.startswith('__')]); print(text)").split(
-        "\n", 1
-    )
+def test_dir_and_help_show_what_is_public_and_nothing_else(peft: bool, request: pytest.FixtureRequest) -> None:
+    said = request.getfixturevalue("fresh" if peft else "without_peft")
     needs_peft = set(dk._NEED_PEFT)
     expected = [name for name in PUBLIC["delora_kernels"] if name != "__version__" and (peft or name not in needs_peft)]
-    assert shown == str(expected)
+    assert said["dir"] == expected
+    text = said["help"]
     documented = text[text.index("CLASSES") if peft else text.index("FUNCTIONS") :]
     for name in sorted(needs_peft | {"explain", "expert_report"}):
         assert (f" {name}(" in documented) == (peft or name not in needs_peft), name
     assert " proof" not in documented
 
 
-def test_flops_are_reached_as_the_readme_says() -> None:
-    code = "import delora_kernels, torch; delora_kernels.flops.register(); from torch.utils import flop_counter as f;"
-    assert run(code + "print(torch.ops.delora_kernels.project in f.flop_registry)") == "True"
+def test_flops_are_reached_as_the_readme_says(fresh: dict[str, Any]) -> None:
+    assert fresh["flops"]
 
 
-def test_without_peft_accelerate_says_what_to_install() -> None:
-    text = run(
-        "import sys; sys.modules['peft'] = None\n"
-        "import delora_kernels as dk\n"
-        "try: dk.accelerate\n"
-        "except ImportError as error: print(error)"
-    )
-    assert text.startswith("delora_kernels.accelerate needs PEFT and Transformers: pip install 'delora-kernels[peft]'")
+def test_environment_variable_is_read(fresh: dict[str, Any]) -> None:
+    assert fresh["requested"] == "eager"
+
+
+def test_without_peft_accelerate_says_what_to_install(without_peft: dict[str, Any]) -> None:
+    said = without_peft["accelerate"]
+    assert said.startswith("delora_kernels.accelerate needs PEFT and Transformers: pip install 'delora-kernels[peft]'")
 
 
 def test_public_names() -> None:
@@ -174,16 +220,3 @@ def test_backends_have_every_op(name: str) -> None:
     eager = importlib.import_module("delora_kernels.backends.eager")
     needed = (*ops.NAMES, "wants_scaled", "supports")
     assert all(callable(getattr(backend, name)) for backend in (eager, theirs) for name in needed)
-
-
-def test_environment_variable_is_read(tmp_path: Path) -> None:
-    code = "import delora_kernels.dispatch as d; print(d.requested())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=PACKAGE.parent,
-        env=os.environ | {"DELORA_KERNELS_BACKEND": "eager"},
-        check=True,
-    )
-    assert done.stdout.strip() == "eager"
