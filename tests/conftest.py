@@ -22,6 +22,14 @@ def pytest_collection() -> Iterator[None]:
     return collected
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_garbage() -> Iterator[None]:
+    """What a file's tests have loaded and left is frozen too."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def seed() -> int:
     """A fresh seed, printed; TEST_SEED in the environment repeats one."""

@@ -19,9 +19,9 @@ STEPS = 30
 
 
 def llama(method: str, seed: int, dtype: torch.dtype, checkpointing: bool) -> Any:
-    """A PEFT Llama of two layers with adapters on all its linears."""
+    """A PEFT Llama of one block with adapters on its seven linears."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "vocab_size": 97, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "vocab_size": 97, "num_hidden_layers": 1}
     settings = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
     base = transformers.LlamaForCausalLM(settings).to(dtype)
     made = peft.get_peft_model(base, config(method, r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -55,26 +55,27 @@ def losses(made: Any, batches: Tensor, autocast: bool, lr: float, nudged_by: flo
     return torch.stack(curve)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
-def test_same_loss_curve(method: str, precision: str, checkpointing: bool, seed: int) -> None:
+def test_same_loss_curve(method: str, precision: str, seed: int) -> None:
+    """Fused, and fused with checkpointing, which changes no number of the eager run."""
     dtype = getattr(torch, precision)
     batches = torch.randint(97, (3, 4, 24), generator=torch.Generator().manual_seed(seed)).repeat(STEPS // 3, 1, 1)
-    curves, eps = [], torch.finfo(dtype).eps
-    for run in ("eager", "nudged", "fused"):
-        made = llama(method, seed, dtype, checkpointing)
-        if run == "fused":
+    curves, eps = {}, torch.finfo(dtype).eps
+    for run in ("eager", "nudged", "fused", "fused, checkpointing"):
+        made = llama(method, seed, dtype, "checkpointing" in run)
+        if run.startswith("fused"):
             report = dk.accelerate(made, strict=True)
-            assert len(report.fused) == 14
+            assert len(report.fused) == 7
         # DeLoRA learns directions: its factors must turn
         lr = 3e-2 if method == "delora" else 3e-3
-        curves.append(
-            losses(made, batches, autocast=dtype == torch.bfloat16, lr=lr, nudged_by=eps if run == "nudged" else 0.0)
+        curves[run] = losses(
+            made, batches, autocast=dtype == torch.bfloat16, lr=lr, nudged_by=eps if run == "nudged" else 0.0
         )
-    eager, nudged, fused = curves
+    eager, nudged, *fused = curves.values()
     assert eager[-3:].mean() < eager[:3].mean() - 0.02  # it learns
     # rounding differences grow with the steps, as do those of a run whose adapters are rounded once
     # more at each step
     spread = (eager - nudged).abs().mean() + 8 * eps
-    assert (eager - fused).abs().mean() <= 8 * spread
+    for curve in fused:
+        assert (eager - curve).abs().mean() <= 8 * spread
