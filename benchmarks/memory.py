@@ -53,8 +53,8 @@ def only_new_garbage() -> Iterator[None]:
     """Collect garbage once, then let every further gc.collect() look at new objects alone.
 
     Whole libraries are loaded, and looking through all they have made takes a good part of a
-    second; what a measurement must be rid of, before it weighs or after it failed, is its own. Where
-    the process has frozen them before, that is enough, and stays.
+    second; what a measurement must be rid of, before it weighs or after it failed, is its own.
+    Where the process has frozen them before, that is enough, and stays.
     """
     frozen = gc.get_freeze_count() > 0
     gc.collect()

@@ -34,9 +34,10 @@ def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> flo
     finite = expected.isfinite()
     if not torch.equal(finite, got.isfinite()):
         return torch.inf
-    if not torch.equal(got[~finite].nan_to_num(nan=0.0), expected[~finite].nan_to_num(nan=0.0)):
-        return torch.inf
-    difference = torch.where(finite, got - expected, 0.0).abs()
-    size = torch.where(finite, expected, 0.0).abs()
+    difference, size = (got - expected).abs(), expected.abs()
+    if not finite.all():
+        if not torch.equal(got[~finite].nan_to_num(nan=0.0), expected[~finite].nan_to_num(nan=0.0)):
+            return torch.inf
+        difference, size = torch.where(finite, difference, 0.0), torch.where(finite, size, 0.0)
     worst, size = (difference.max(), size.max()) if dim is None else (difference.amax(dim), size.amax(dim))
     return float((worst / torch.where(size == 0, 1.0, size)).max())

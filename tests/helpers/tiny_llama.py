@@ -22,10 +22,17 @@ def base(seed: int, dtype: torch.dtype = torch.float32, blocks: int = BLOCKS) ->
 
 
 def llama(
-    method: str, seed: int, dtype: torch.dtype = torch.float32, dropout_p: float = 0.0, blocks: int = BLOCKS
+    method: str,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    dropout_p: float = 0.0,
+    blocks: int = BLOCKS,
+    target_modules: str | list[str] = "all-linear",
 ) -> Any:
-    """A PEFT Llama in training mode, with random adapters of rank 4 on all its linears."""
-    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    """A PEFT Llama in training mode, with random adapters of rank 4 on all its linears, or on
+    these.
+    """
+    options = {"r": 4, "target_modules": target_modules, "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(base(seed, dtype, blocks), config(method, dropout_p=dropout_p, **options)).train()
 
 

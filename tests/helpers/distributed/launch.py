@@ -2,6 +2,7 @@
 fails.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def _main(sender: Any, rank: int, folder: str, work: Callable[..., Any], cases: 
     import torch
     from torch import distributed
 
+    gc.freeze()  # what the server has imported
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve

@@ -3,6 +3,7 @@ of fused calls.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def check_step(made: nn.Module, stepped: dict[str, Tensor]) -> None:
     assert_close(parameters(made), stepped)
 
 
+@functools.cache
 def single_process(method: str, seed: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Output, gradients and stepped parameters of plain PEFT in one process on the whole batch."""
     made = blocks(method, seed)
