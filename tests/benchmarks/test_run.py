@@ -168,7 +168,7 @@ def test_the_standard_set_has_what_the_check_of_reflections_looks_at(half: str) 
 
 
 def model_case(method: str, **others: Any) -> whole_model.ModelCase:
-    sizes = {"hidden": 32, "intermediate": 48, "heads": 2, "kv_heads": 1, "vocabulary": 64, "blocks": 2}
+    sizes = {"hidden": 32, "intermediate": 48, "heads": 2, "kv_heads": 1, "vocabulary": 64, "blocks": 1}
     return whole_model.ModelCase(method, "tiny", **sizes, batch=1, sequence=32, r=4, precision="fp32", **others)
 
 

@@ -141,7 +141,8 @@ def test_reader_that_goes_away(arguments: list[str]) -> None:
     """
     program = (
         "import runpy; from delora_kernels import ops; from delora_kernels.diagnostics import check;"
-        "check.METHODS = {'lora': check.METHODS['lora']}; ops.NAMES = ops.NAMES[:1]; runpy.run_module('delora_kernels', run_name='__main__')"
+        "check.METHODS = {'lora': check.METHODS['lora']}; ops.NAMES = ops.NAMES[:1];"
+        "runpy.run_module('delora_kernels', run_name='__main__')"
     )
     command = [sys.executable, "-c", program, "check", "--device", "cpu", "--dtype", "float32", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
