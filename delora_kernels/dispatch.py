@@ -55,6 +55,11 @@ def requested() -> str | None:
     return None if _requested is None else _known(_requested, ENVIRONMENT_VARIABLE)
 
 
+def is_left_open() -> bool:
+    """Whether nobody has asked for a backend, and none is being proved."""
+    return _requested is None and not _proving_in
+
+
 def choose(call: AnyCall) -> str:
     """Return the name of the backend that takes `call`.
 

@@ -30,6 +30,10 @@ class Computed(NamedTuple):
     depends_on: tuple[Tensor | None, ...] = ()
 
 
+def _by_stages(call: Any, backend: str) -> None:
+    return None
+
+
 def differentiable(
     name: str,
     call_type: Any,
@@ -37,6 +41,7 @@ def differentiable(
     compute: Callable[[Any, Tensor, Any, Any], Computed],
     gradients: Callable[..., dict[str, Any]],
     constant: int | None = None,
+    direct: Callable[[Any, str], Tensor | None] = _by_stages,
 ) -> type[torch.autograd.Function]:
     """Make the autograd Function of a family; its inputs are the name of a backend and the fields
     of a call.
@@ -50,6 +55,7 @@ def differentiable(
         gradients: (options, need, saved, stages, *douts) → field name → gradient, of all that
             `need` names.
         constant: Place of the output that has no gradient, if there is one.
+        direct: (call, backend) → the one output of a call that needs no stages; None of any other.
     """
 
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:
@@ -74,7 +80,7 @@ def differentiable(
         return refuse_second_derivatives(ctx.options.method, grads, (*douts, *saved, *ctx.depends_on))
 
     def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        batched = not torch.compiler.is_compiling() and any(map(_is_batched, douts))
+        batched = not torch.compiler.is_compiling() and any(map(is_batched, douts))
         stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
         arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), saved_type(*saved), stages, *douts)
         if torch.is_autocast_enabled(douts[0].device.type):
@@ -85,7 +91,8 @@ def differentiable(
         return None, *(None if dtype is None else _cast(grad[field], dtype) for field, dtype in ctx.wanted)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods | {"compute": staticmethod(compute)})
+    methods |= {"compute": staticmethod(compute), "direct": staticmethod(direct)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -98,6 +105,9 @@ def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[T
         backend: Name of the backend that takes it.
         shape: Of x as it came, [..., K].
     """
+    y = function.direct(call, backend)
+    if y is not None:
+        return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1]),)
     if torch.is_grad_enabled() and any_requires_grad(call):
         outputs = function.apply(backend, *call)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -135,7 +145,7 @@ _LOW_RANK = ("lora_linear", "dora_linear", "delora_linear")
 back to.
 """
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Whether a tensor is the batch of `is_grads_batched=True` or `vectorize=True`: registered ops run
 for each of it.
 """

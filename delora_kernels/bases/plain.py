@@ -116,6 +116,17 @@ def _why_not_any_module() -> str | None:
     return None
 
 
+def any_module_has_hooks() -> bool:
+    """Whether hooks are registered for all modules, be it only to count."""
+    everywhere = all_modules
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
 def has_other_forward(module: nn.Module) -> bool:
     """Whether calling `module` runs something else than its class's forward.
 

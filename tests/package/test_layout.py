@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"backends", "op_arguments", "dtypes"},
     "flops": {"ops", "op_arguments"},
     "dispatch": {"backends", "call"},
-    "autograd": {"ops", "bases", "op_arguments", "call", "dtypes"},
+    "autograd": {"ops", "backends", "bases", "op_arguments", "call", "dtypes"},
     "functional": {"autograd", "dispatch", "reference", "call", "op_arguments", "checks", "dtypes"},
     "nn": {"functional", "autograd", "ops", "op_arguments", "bases", "checks", "dtypes"},
     "routing": {"functional", "nn", "checks"},

@@ -16,12 +16,20 @@ than a launch takes.
 """
 
 
+def is_one_chunk(dtype: torch.dtype, matrix: Tensor) -> bool:
+    """Whether `matrix` is of `dtype` and no more than one chunk: whoever asks needs no loop."""
+    return matrix.dtype == dtype and matrix.numel() <= _elements(matrix)
+
+
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
     """Slices that cut the rows of `matrix` into chunks."""
     rows, columns = matrix.shape
-    elements = CPU_ELEMENTS * torch.get_num_threads() if matrix.device.type == "cpu" else DEVICE_ELEMENTS
-    step = max(1, elements // max(1, columns))
+    step = max(1, _elements(matrix) // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _elements(matrix: Tensor) -> int:
+    return CPU_ELEMENTS * torch.get_num_threads() if matrix.is_cpu else DEVICE_ELEMENTS
 
 
 def chunks_in(dtype: torch.dtype, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:

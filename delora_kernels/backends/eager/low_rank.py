@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from delora_kernels.backends.dropout import KeepMask, mask_groups, times_mask
-from delora_kernels.backends.eager.chunks import chunks_in, row_chunks
+from delora_kernels.backends.eager.chunks import chunks_in, is_one_chunk, row_chunks
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaled, Rescaling, TermGradients
 
@@ -23,21 +23,25 @@ def row_norm(
     no BA.
     """
     acc = accumulate_dtype(weight.dtype)
-    A, B = A_hat.to(acc), B_hat.to(acc)
-    norm = weight.new_empty(weight.shape[0], dtype=acc)
-    for rows, chunk in chunks_in(acc, weight):
-        updated = torch.addmm(chunk, B[rows], A, alpha=scale)
-        torch.linalg.vector_norm(updated, dim=1, out=norm[rows])
-    c = norm.new_empty(0) if magnitude is None else divide(magnitude, norm, acc)
+    norm = updated_norm(weight, A_hat.to(acc), B_hat.to(acc), scale)
+    c = norm.new_empty(0) if magnitude is None else quotient(magnitude.to(acc), norm)
     return norm, c, (_scaled(weight, c[:, None]) if scaled else weight.new_empty(0))
 
 
-def divide(numerator: Tensor, denominator: Tensor, acc: torch.dtype) -> Tensor:
-    """numerator / denominator in the accumulator's dtype; 0 where the denominator is 0: no
-    direction to scale.
-    """
-    quotient = numerator.to(acc) / denominator.to(acc)
-    return torch.where(denominator == 0, quotient.new_zeros(()), quotient)
+def updated_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W + scale · BA‖ [N] by rows, in the factors' dtype."""
+    if is_one_chunk(A.dtype, weight):
+        return torch.linalg.vector_norm(torch.addmm(weight, B, A, alpha=scale), dim=1)
+    norm = A.new_empty(weight.shape[0])
+    for rows, chunk in chunks_in(A.dtype, weight):
+        updated = torch.addmm(chunk, B[rows], A, alpha=scale)
+        torch.linalg.vector_norm(updated, dim=1, out=norm[rows])
+    return norm
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator; 0 where the denominator is 0: no direction to scale."""
+    return torch.div(numerator, denominator).masked_fill_(denominator == 0, 0)
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
@@ -77,24 +81,70 @@ def expand(
         return _add_rank_term(y, h, B_hat.t(), scale), nothing
     base = linear(x if seed is None else _drop(x, dropout_p, seed), weight)
     y = torch.empty_like(base) if keep else base
-    if seed is not None:
-        y = linear(x, weight)
-    h, B_hat = h.to(c.dtype), B_hat.to(c.dtype)
+    undropped = None if seed is None else linear(x, weight)
+    rescale(base, h.to(c.dtype), B_hat.to(c.dtype), scale, c, bias, y, undropped)
+    return y, (base if keep else nothing)
+
+
+def rescale(
+    base: Tensor,
+    h: Tensor,
+    B_hat: Tensor,
+    scale: float,
+    c: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    undropped: Tensor | None = None,
+) -> None:
+    """Write y = c ⊙ (base + scale · h B̂ᵀ) + bias, computed in c's dtype a chunk of rows at a time.
+
+    y may be base. Of an x that was dropped, `undropped` − base is added too: (x − drop(x)) Wᵀ.
+    """
+    if undropped is None and is_one_chunk(c.dtype, base):
+        torch.addmm(base, h, B_hat.t(), alpha=scale, out=y).mul_(c)
+        if bias is not None:
+            y += bias
+        return
     for rows, chunk in chunks_in(c.dtype, base):
-        out = y[rows] if y.dtype == c.dtype and seed is None else None
+        out = y[rows] if y.dtype == c.dtype and undropped is None else None
         total = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale, out=out).mul_(c)
-        if seed is not None:  # (x − drop(x)) Wᵀ
-            total += y[rows].to(c.dtype) - chunk
+        if undropped is not None:
+            total += undropped[rows].to(c.dtype) - chunk
         if bias is not None:
             total += bias
         if out is None:
             y[rows] = total
-    return y, (base if keep else nothing)
 
 
-def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale · left right, rounded once."""
-    return torch.mm(left, right) if scale == 1 else torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    if scale == 1:
+        return torch.mm(left, right)
+    return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
+
+
+def token_product(dy: Tensor, h: Tensor, scale: float) -> Tensor:
+    """scale · dyᵀ h [N, R]: as it stands where that is no slower, else transposed and copied."""
+    if dy.shape[1] <= _WIDE:
+        return product(dy.t(), h, scale)
+    return torch.empty((dy.shape[1], h.shape[1]), dtype=h.dtype, device=h.device).copy_(product(h.t(), dy, scale).t())
+
+
+_WIDE = 1024
+"""Columns of dy from which a GEMM with few columns of its own takes longer than its transpose and a
+copy.
+"""
+
+
+def token_dots(dy: Tensor, kept: Tensor) -> Tensor:
+    """Σ_t dy ⊙ kept [N] (acc), a chunk of rows at a time, so that the products stay in cache."""
+    acc = accumulate_dtype(dy.dtype)
+    if is_one_chunk(acc, dy):
+        return (dy * kept).sum(0)
+    dots = dy.new_zeros(dy.shape[1], dtype=acc)
+    for rows, chunk in chunks_in(acc, dy):
+        dots += (chunk * kept[rows].to(acc)).sum(0)
+    return dots
 
 
 def _add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -138,13 +188,12 @@ def expand_backward(
     """Two thin GEMMs on dy, and for DoRA its products with what was kept, summed in float32."""
     acc, (c, kept, kept_is_y, divisor) = accumulate_dtype(dy.dtype), rescaled
     dv, dB_hat = _rank_gradients(dy, term, c)
-    dm = dy.new_zeros(0 if kept is None else dy.shape[1], dtype=acc)
+    dm = dy.new_empty(0, dtype=acc)
     if kept is not None and divisor is not None:
-        for rows, chunk in chunks_in(acc, dy):
-            dm += (chunk * kept[rows].to(acc)).sum(0)
+        dm = token_dots(dy, kept)
         if not kept_is_y and term.B_hat is not None:  # kept x Wᵀ: Σ_t dy ⊙ (scale · h B̂ᵀ) is in dB̂ already
             dm += (dB_hat * term.B_hat).sum(1)
-        dm = divide(dm, divisor, acc)
+        dm = quotient(dm, divisor.to(acc))
     if c is not None and term.h is not None:
         dB_hat *= c[:, None]
     dy_sum = torch.sum(dy, 0, dtype=acc) if need_bias else dy.new_empty(0, dtype=acc)
@@ -167,7 +216,7 @@ def _rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[
         dv = torch.mm(dy, low).addmm_(dy, high)
     if h is None:
         return dv, dy.new_empty(0, dtype=acc)
-    return dv, dy.new_empty((dy.shape[1], h.shape[1]), dtype=acc).copy_(_product(h.t(), dy, scale).t())
+    return dv, token_product(dy, h, scale).to(acc)
 
 
 def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -213,7 +262,7 @@ def _factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
     """dÂ: one GEMM, or one for each chunk of rows, summed in float32."""
     acc = accumulate_dtype(dv.dtype)
     if x.dtype == dv.dtype:
-        return _product(dv.t(), x, scale).to(acc)
+        return product(dv.t(), x, scale).to(acc)
     dA_hat = dv.new_zeros((dv.shape[1], x.shape[1]), dtype=acc)
     for rows, chunk in chunks_in(acc, x):
         dA_hat.addmm_(dv[rows].to(acc).t(), chunk, alpha=scale)
@@ -272,6 +321,8 @@ def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:
     """matrix ⊙ factor, rounded once from factor's dtype; factor is a row [columns] or a column
     [rows, 1].
     """
+    if is_one_chunk(factor.dtype, matrix):
+        return matrix * factor
     scaled = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     for rows, chunk in chunks_in(factor.dtype, matrix):
         scaled[rows] = chunk * (factor[rows] if factor.dim() == 2 else factor)

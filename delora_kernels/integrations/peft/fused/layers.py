@@ -18,6 +18,7 @@ from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.fused.plan import verdict_of
+from delora_kernels.integrations.peft.fused.straight import straight_delora, straight_lora
 from delora_kernels.integrations.peft.verdict import log_once
 
 
@@ -25,7 +26,8 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA or DoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _forward(self, LoraLinear.forward, x, args, kwargs)
+        y = None if args or kwargs else straight_lora(self, x)
+        return _forward(self, LoraLinear.forward, x, args, kwargs) if y is None else y
 
     def _get_name(self) -> str:
         return peft_class(type(self)).__name__  # PEFT's layer status reads the type off the repr
@@ -38,7 +40,8 @@ class FusedDeloraLinear(DeloraLinear):
     """PEFT's DeLoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _forward(self, DeloraLinear.forward, x, args, kwargs)
+        y = None if args or kwargs else straight_delora(self, x)
+        return _forward(self, DeloraLinear.forward, x, args, kwargs) if y is None else y
 
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 

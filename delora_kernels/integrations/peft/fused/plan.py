@@ -162,7 +162,13 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
     return _delora_plan(adapters, base) if isinstance(layer, DeloraLinear) else _lora_plan(adapters, base)
 
 
+def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
+    """Return what PEFT's forward calls of these classes: class, name, method as it is defined."""
+    return tuple((kind, name, method) for kind in kinds for name, method in _DEFINED[kind].items())
+
+
 def _why_not_class(kind: Any) -> str | None:
+    """Say which method of a class that PEFT's forward calls has been replaced, or None."""
     for name, method in _DEFINED[kind].items():
         if getattr(kind, name) is not method:
             return f"{class_name(kind)}.{name} has been replaced"
@@ -199,7 +205,7 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
         reason = _why_not_class(DoraLinearVariant)
         if reason is not None:
             return reason
-        if getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training:  # PEFT ≥ 0.19
+        if caches_dora_norms(layer):
             return "PEFT's cache of DoRA norms is on"
     for owner in owners.values():
         reason = _why_not_class(type(owner))
@@ -217,6 +223,11 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
     if not -math.inf < float(scale) < math.inf:  # math.isfinite does not trace
         return "its scaling is not finite"
     return _Adapter(owners, {}, dropout, float(scale), dropout_p)
+
+
+def caches_dora_norms(layer: nn.Module) -> bool:
+    """Whether PEFT (≥ 0.19) would take a norm that it has kept."""
+    return bool(getattr(dora, "ENABLE_DORA_CACHING", False)) and not layer.training
 
 
 def _delora_adapter(layer: Any, name: str) -> _Adapter | str:

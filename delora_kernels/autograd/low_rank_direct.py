@@ -1,0 +1,182 @@
+"""The additive methods in straight torch calls, where only arithmetic is left to do.
+
+Small layers spend their time on the way to a GEMM, not in it: on the choice of ops, on tuples of
+their arguments, on tensors of size 0 for results that nobody asked for. Where a call is of one
+dtype, drops nothing and runs on the eager backend, these Functions do what low_rank_stages.py does,
+operation for operation, and keep the same tensors. Everything out of the ordinary in a backward
+pass (autocast, batched gradients, second derivatives) goes back to the stages.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from delora_kernels import ops
+from delora_kernels.autograd.function import is_batched, refuse_second_derivatives
+from delora_kernels.autograd.low_rank_stages import Saved, gradients
+from delora_kernels.backends.eager import low_rank as eager
+from delora_kernels.backends.eager.fold import fold, fold_backward
+from delora_kernels.call import Call, Options
+from delora_kernels.op_arguments import Folded, Start, Strength
+
+_NO_START = Start()
+
+
+def direct(call: Call) -> Tensor:
+    """Run a call that asks for no more than the arithmetic of one dtype, [..., K] → [..., N]."""
+    x, weight, bias, A, B, o = call.x, call.weight, call.bias, call.A, call.B, call.options
+    y: Tensor
+    if call.magnitude is not None:
+        y = _Dora.apply(o, x, weight, bias, A, B, call.magnitude)
+    elif call.lam is not None:
+        y = _Delora.apply(o, x, weight, bias, A, B, call.lam, call.weight_norm)
+    else:
+        y = _Lora.apply(o, x, weight, bias, A, B)
+    return y
+
+
+class _Lora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        h = torch.mm(rows(x), A.t())
+        y, out = _frozen(x, weight, bias)
+        out.addmm_(h, B.t(), alpha=o.scale)
+        ctx.o = o
+        ctx.save_for_backward(x, weight, h, A, B)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h, A, B = ctx.saved_tensors
+        if not _ordinary(dy):
+            kept = Saved(x=rows(x), weight=weight, h=h, A_hat=A, B_hat=B)
+            return _by_stages(ctx, dy, x, kept, (A, B))
+        dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
+        dv = torch.mm(dy, B)
+        dB = eager.token_product(dy, h, scale)
+        dA = eager.product(dv.t(), tokens, scale)
+        dx = torch.mm(dy, weight).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
+        return None, _as(dx, x), None, None, dA, dB
+
+
+class _Dora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        o: Options,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+    ) -> Tensor:
+        tokens, norm = rows(x), eager.updated_norm(weight, A, B, o.scale)
+        c = eager.quotient(magnitude, norm)
+        h, base = torch.mm(tokens, A.t()), torch.mm(tokens, weight.t())
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        eager.rescale(base, h, B, o.scale, c, bias, rows(y))
+        ctx.o = o
+        ctx.save_for_backward(x, weight, h, A, B, magnitude, norm, c, base)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h, A, B, magnitude, norm, c, base = ctx.saved_tensors
+        if not _ordinary(dy):
+            kept = Saved(x=rows(x), weight=weight, h=h, A_hat=A, B_hat=B, c=c, kept=base, kept_divisor=norm)
+            return _by_stages(ctx, dy, x, kept, (A, B, magnitude))
+        dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
+        c_column = c[:, None]
+        dv = torch.mm(dy, B * c_column)
+        dB = eager.token_product(dy, h, scale)
+        dm = eager.quotient(eager.token_dots(dy, base).add_((dB * B).sum(1)), norm)
+        dB *= c_column
+        dA = eager.product(dv.t(), tokens, scale)
+        dx = eager.scaled_gemm(dy, weight, c).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
+        return None, _as(dx, x), None, None, dA, dB, dm
+
+
+class _Delora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        o: Options,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        lam: Tensor,
+        weight_norm: Tensor,
+    ) -> Tensor:
+        A_hat, B_hat, a, b = fold(A, B, Strength(lam, weight_norm, o.eps), _NO_START, x.dtype)
+        h = torch.mm(rows(x), A_hat.t())
+        y, out = _frozen(x, weight, bias)
+        out.addmm_(h, B_hat.t())
+        ctx.o = o
+        ctx.save_for_backward(x, weight, h, A_hat, B_hat, A, B, lam, weight_norm, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h, A_hat, B_hat, A, B, lam, weight_norm, a, b = ctx.saved_tensors
+        if not _ordinary(dy):
+            kept = Saved(rows(x), weight, h, A_hat, B_hat, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
+            return _by_stages(ctx, dy, x, kept, (A, B, lam))
+        dy, tokens = rows(dy), rows(x)
+        dv = torch.mm(dy, B_hat)
+        dB_hat = eager.token_product(dy, h, 1.0)
+        dA_hat = torch.mm(dv.t(), tokens)
+        folded, strength = Folded(A, B, a, b), Strength(lam, weight_norm, ctx.o.eps)
+        dA, dB, dlam = fold_backward(dA_hat, dB_hat, folded, strength)
+        dx = torch.mm(dy, weight).addmm_(dv, A_hat) if ctx.needs_input_grad[1] else None
+        return None, _as(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., K] as [T, K]."""
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def _as(dx: Tensor | None, x: Tensor) -> Tensor | None:
+    return dx if dx is None or x.dim() == 2 else dx.view(x.shape)
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x Wᵀ + bias [..., N], and the same memory as [T, N].
+
+    Of the Function's result and its rows, the rows are the view: a consumer may write into the
+    result.
+    """
+    if x.dim() == 2:
+        y = linear(x, weight, bias)
+        return y, y
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    out = rows(y)
+    if bias is None:
+        torch.mm(rows(x), weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows(x), weight.t(), out=out)
+    return y, out
+
+
+def _ordinary(dy: Tensor) -> bool:
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(dy.device.type) or is_batched(dy))
+
+
+def _by_stages(ctx: Any, dy: Tensor, x: Tensor, kept: Any, trained: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Compute the gradients of an extraordinary backward pass, by the registered ops."""
+    o, (_, need_x, *_) = ctx.o, ctx.needs_input_grad
+    own = o.method
+    wanted: Any = (need_x, False, False, True, True, own == "dora_linear", own == "delora_linear", *[False] * 6)
+    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        grad = gradients(o, Call(*wanted), kept, ops.registered("eager"), dy.reshape(len(kept.h), dy.shape[-1]))
+    names = {"dora_linear": ("magnitude",), "delora_linear": ("lam",)}.get(own, ())
+    found = [grad[name] for name in ("A", "B", *names)]
+    grads = (None, _as(grad["x"], x) if need_x else None, None, None, *found, *[None] * (own == "delora_linear"))
+    if not torch.is_grad_enabled():
+        return grads
+    return refuse_second_derivatives(o.method, grads, (dy, x, *trained, *[each for each in kept if each is not None]))

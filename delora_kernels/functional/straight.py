@@ -1,0 +1,70 @@
+"""The additive methods for who has checked the arguments already: eager arithmetic of one dtype on
+a CPU.
+
+The functions of this folder check, choose a backend and dtypes, and then run; whoever has seen all
+of that at a glance (integrations/peft/fused/straight.py) comes here.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from delora_kernels.autograd import function
+from delora_kernels.autograd.low_rank import StraightLinear
+from delora_kernels.call import Call, Options
+from delora_kernels.dispatch import is_left_open
+from delora_kernels.functional.common import exporting
+
+_EPS = 1e-4
+
+
+def unwatched() -> bool:
+    """Whether nobody sees, changes or records what torch computes now, and no backend was asked
+    for.
+    """
+    return (
+        not (
+            torch.compiler.is_compiling()
+            or exporting()
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        )
+        and is_left_open()
+    )
+
+
+@lru_cache(maxsize=256)
+def _options(method: str, scale: float, eps: float, dtype: torch.dtype) -> Options:
+    return Options(method, scale, eps, (), (0.0,), False, False, 0, dtype, dtype)
+
+
+def all_trained(*trained: Tensor) -> bool:
+    """Whether the gradient of each of `trained` is wanted, or none is."""
+    return not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in trained)
+
+
+def straight_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    magnitude: Tensor | None = None,
+    lam: Tensor | None = None,
+    weight_norm: Tensor | None = None,
+) -> Tensor:
+    """Run `lora_linear`, with a magnitude `dora_linear`, with λ `delora_linear` with PEFT's clamp:
+    [..., K] → [..., N].
+    """
+    if lam is not None:
+        o = _options("delora_linear", 1.0, _EPS, x.dtype)
+    else:
+        o = _options("lora_linear" if magnitude is None else "dora_linear", scale, 0.0, x.dtype)
+    call = Call(x, weight, bias, A, B, magnitude, lam, weight_norm, None, None, None, None, o)
+    return function.run(StraightLinear, call, "eager", x.shape)[0]
