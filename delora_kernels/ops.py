@@ -13,7 +13,6 @@ the backend that runs an op, so that a backward pass runs on the backend of its 
 after `use_backend` has been left and in a compiled graph.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from itertools import islice
@@ -137,15 +136,14 @@ def _op(fake: Callable[..., Outputs]) -> Any:
     """Register what is written below as an op, and return its function, which takes the backend's
     name besides.
     """
-    name, signature = fake.__name__, inspect.signature(fake)
-    fields, tuples = [], []
-    for parameter in signature.parameters.values():
-        kind = parameter.annotation
+    name, kinds = fake.__name__, dict(fake.__annotations__)
+    results, fields, tuples = kinds.pop("return"), [], []
+    for argument, kind in kinds.items():
         is_tuple = hasattr(kind, "_fields")
         tuples.append(kind if is_tuple else None)
-        fields += list(kind.__annotations__.items()) if is_tuple else [(parameter.name, kind)]
+        fields += list(kind.__annotations__.items()) if is_tuple else [(argument, kind)]
     taken = ", ".join(f"{_IN_SCHEMA[kind]} {field}" for field, kind in (*fields, ("backend", str)))
-    given = ", ".join(_IN_SCHEMA[kind] for kind in get_args(signature.return_annotation)) or "Tensor"
+    given = ", ".join(_IN_SCHEMA[kind] for kind in get_args(results)) or "Tensor"
     _library.define(f"{name}({taken}) -> {f'({given})' if ',' in given else given}")
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     _OPS[name] = _Op(registered, tuple(tuples))
@@ -174,7 +172,7 @@ def _op(fake: Callable[..., Outputs]) -> Any:
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, refuse_autograd, "Autograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *values: fake(*packed(name, values[:-1])))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *values: fake(*packed(name, values[:-1])), lib=_library)
     return call
 
 

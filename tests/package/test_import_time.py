@@ -1,4 +1,6 @@
-"""What `import delora_kernels` costs beyond torch: at most 50 ms of processor time."""
+"""What `import delora_kernels` costs beyond torch: at most 50 ms of processor time, on a machine
+that imports torch in two seconds.
+"""
 
 import os
 import subprocess
@@ -7,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
-LIMIT = 0.05
+LIMIT = 0.05 / 2
+"""Of the processor time that torch itself takes: a busy machine slows down both."""
 TIMES = 8
 CODE = f"""
-import os, time
+import os, sys, time
+began = time.process_time()
 import torch
+whole = time.process_time() - began
+sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
 
 def seconds():
     read, write = os.pipe()
@@ -23,17 +29,15 @@ def seconds():
     os.wait()
     return float(os.read(read, 100))
 
-print(*[seconds() for _ in range({TIMES})])
+print(whole, *[seconds() for _ in range({TIMES})])
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that have torch already are made by fork")
 def test_import_costs_little_beyond_torch(tmp_path: Path) -> None:
     """The least of several: the first one compiles the files, and a busy machine slows down any."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
-    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
-    spent = [float(each) for each in run.stdout.split()]
-    print([f"{1e3 * each:.0f} ms" for each in spent])
+    run = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True)
+    torch, *spent = [float(each) for each in run.stdout.split()]
+    print(f"torch {1e3 * torch:.0f} ms,", *[f"{1e3 * each:.0f}" for each in spent])
     assert len(spent) == TIMES
-    assert min(spent) <= LIMIT
+    assert min(spent) <= LIMIT * torch
