@@ -253,6 +253,7 @@ def test_a_change_leaves_it(
     change(layer)
     same(*judged_twice(layer, x, monkeypatch))
     assert len(taken) == 1
+    same(*judged_twice(layer, x, monkeypatch, torch.no_grad))  # where nothing is frozen or trained
 
 
 def _changed_scaling(layer: Any) -> None:

@@ -46,7 +46,7 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
     if not type(A_dict) is type(B_dict) is type(dropouts) is nn.ModuleDict:
         return None
     A_linear, B_linear = A_dict._modules.get(name), B_dict._modules.get(name)
-    if A_linear is None or not type(A_linear) is type(B_linear) is type(base) is nn.Linear:
+    if not type(A_linear) is type(B_linear) is type(base) is nn.Linear:
         return None
     if not layer.cast_input_dtype_enabled or layer.lora_bias.get(name):
         return None
