@@ -73,11 +73,11 @@ class _Dora(torch.autograd.Function):
         B: Tensor,
         magnitude: Tensor,
     ) -> Tensor:
-        tokens, norm = rows(x), eager.updated_norm(weight, A, B, o.scale)
+        tokens, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
+        out, h, base = rows(y), torch.mm(tokens, A.t()), torch.mm(tokens, weight.t())
+        norm = eager.updated_norm(weight, A, B, o.scale)
         c = eager.quotient(magnitude, norm)
-        h, base = torch.mm(tokens, A.t()), torch.mm(tokens, weight.t())
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        eager.rescale(base, h, B, o.scale, c, bias, rows(y))
+        eager.rescale(base, h, B, o.scale, c, bias, out)
         ctx.o = o
         ctx.save_for_backward(x, weight, h, A, B, magnitude, norm, c, base)
         return y

@@ -153,6 +153,8 @@ def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
         return False
     if x.dim() < 2 or x.layout is not strided or x.is_nested or not _alike(weight, x):
         return False
+    if not weight.dim() == A.dim() == B.dim() == 2:
+        return False
     N, K = weight.shape
     if x.shape[-1] != K or not _alike(A, x) or not _alike(B, x):
         return False
