@@ -10,7 +10,7 @@ from torch import Tensor
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import differentiable
-from delora_kernels.autograd.low_rank_direct import direct
+from delora_kernels.autograd.low_rank_direct import direct, ops_replaced
 from delora_kernels.autograd.low_rank_stages import Saved, compute, gradients
 from delora_kernels.backends import eager
 from delora_kernels.call import Call
@@ -34,6 +34,7 @@ def _direct_if_plain(call: Call, backend: str) -> Tensor | None:
         or not torch.is_grad_enabled()
         or torch.is_autocast_enabled(call.x.device.type)
         or ops.stages(backend, call[:-1]) is not eager
+        or ops_replaced()
     ):
         return None
     for each in trained:

@@ -8,14 +8,14 @@ of that at a glance (integrations/peft/fused/straight.py) comes here.
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import StraightLinear
+from delora_kernels.autograd.low_rank_direct import ops_replaced
 from delora_kernels.call import Call, Options
 from delora_kernels.dispatch import is_left_open
-from delora_kernels.functional.common import exporting
 
 _EPS = 1e-4
 
@@ -24,17 +24,17 @@ def unwatched() -> bool:
     """Whether nobody sees, changes or records what torch computes now, and no backend was asked
     for.
     """
-    return (
-        not (
-            torch.compiler.is_compiling()
-            or exporting()
-            or torch.is_autocast_enabled("cpu")
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._len_torch_function_stack() > 0
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        )
-        and is_left_open()
+    return not (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or _C._get_tracing_state() is not None
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._len_torch_function_stack() > 0
+        or _C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or not is_left_open()
+        or ops_replaced()
     )
 
 
@@ -48,7 +48,7 @@ def all_trained(*trained: Tensor) -> bool:
     return not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in trained)
 
 
-def straight_linear(
+def run_straight(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

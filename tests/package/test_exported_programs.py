@@ -185,6 +185,41 @@ def test_programs_run_without_the_library(seed: int, tmp_path: Path) -> None:
             assert_same(torch.load(tmp_path / f"{name}-{way}.found"), expected)
 
 
+def _merged(made: Any) -> Any:
+    return made.merge() if isinstance(made, dnn.LoRALinear | dnn.EtherLinear) else made.merge_adapter()
+
+
+def _off(made: Any) -> Any:
+    return made.base_model.disable_adapter_layers()
+
+
+SWITCHED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "lora merged": ("lora", _merged),
+    "ether merged": ("ether", _merged),
+    "peft-lora merged": ("peft-lora", _merged),
+    "peft-dora merged": ("peft-dora", _merged),
+    "peft-ether merged": ("peft-ether", _merged),
+    "peft-lora off": ("peft-lora", _off),
+    "peft-goat off": ("peft-goat", _off),
+    "peft-ether off": ("peft-ether", _off),
+}
+
+
+@pytest.mark.parametrize("switched", SWITCHED)
+def test_merged_and_disabled_adapters(switched: str, seed: int) -> None:
+    """The program is of the model as it stands: in plain torch, with its numbers."""
+    name, switch = SWITCHED[switched]
+    made, x = made_of(CASES[name], seed).eval(), torch.randn(4, 5, K).double()
+    adapted = made(x).detach()
+    switch(made)
+    program = exported(made, x, strict=False, any_size=False)
+    assert not [target for target in targets(program) if "delora_kernels" in target]
+    y = program.module()(x)
+    torch.testing.assert_close(y, made(x), rtol=0, atol=1e-12 * float(y.abs().max()))
+    same = torch.allclose(y, adapted, rtol=0, atol=1e-9 * float(y.abs().max()))
+    assert same is ("merged" in switched)
+
+
 def with_masks(name: str, made: Any, x: Tensor, p: float) -> dict[str, Tensor]:
     """What the reference gives of a module whose input or branch is dropped by torch's dropout,
     seeded with 0.
@@ -278,20 +313,25 @@ def assert_rounded(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=bound)
 
 
+IN_ONNX = ("lora", "delora", "ether", "goat", "functions", "peft-lora", "peft-dora", "peft-delora", "peft-ether+")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["goat", "peft-dora"])
-def test_onnx(name: str, seed: int, tmp_path: Path) -> None:
+def test_onnx(seed: int, tmp_path: Path) -> None:
     """By torch.export, for every batch size, run by ONNX's own evaluator without the library."""
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
-    made, x = made_of(CASES[name], seed).eval().float(), torch.randn(4, 5, K)
-    path = tmp_path / "program.onnx"
-    dynamic = {0: torch.export.Dim("batch", min=2)}
-    shapes: Any = {"args": (dynamic,)} if name.startswith("peft") else (dynamic,)
-    torch.onnx.export(made, (torch.randn(3, 5, K),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "pkg.onnxscript.torch_lib.common"}
-    torch.save(x, tmp_path / "program.input")
+    want = {}
+    for name in IN_ONNX:
+        made, x = made_of(CASES[name], seed).eval().float(), torch.randn(4, 5, K)
+        path = tmp_path / f"{name}.onnx"
+        dynamic = {0: torch.export.Dim("batch", min=2)}
+        shapes: Any = {"args": (dynamic,)} if name.startswith("peft") else (dynamic,)
+        torch.onnx.export(made, (torch.randn(3, 5, K),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        assert {node.domain for node in onnx.load(path).graph.node} <= {"", "pkg.onnxscript.torch_lib.common"}, name
+        torch.save(x, tmp_path / f"{name}.input")
+        want[name] = made(x).detach()
     run_all(tmp_path)
-    want = made(x).detach()
-    bound = 100 * torch.finfo(torch.float32).eps * float(want.abs().max())
-    torch.testing.assert_close(torch.load(tmp_path / "program.found")["y"], want, rtol=0, atol=bound)
+    for name, y in want.items():
+        bound = 100 * torch.finfo(torch.float32).eps * float(y.abs().max())
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.found")["y"], y, rtol=0, atol=bound, msg=name)

@@ -7,10 +7,8 @@ have been left wherever it leaves out what the change asks for.
 """
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -26,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import delora_kernels as dk
 from delora_kernels.autograd.low_rank import StraightLinear
+from delora_kernels.backends import eager
 from delora_kernels.integrations.peft.fused import straight, verdicts
 
 METHODS = ("lora", "dora", "delora")
@@ -482,9 +481,18 @@ def test_consumers_may_write_into_the_output(method: str, x: Tensor, seed: int, 
     assert len(taken) == 4
 
 
-def test_the_environment_switches_it_off() -> None:
-    code = "from delora_kernels.integrations.peft.fused import straight; print(straight.enabled)"
-    for value, expected in (("0", "False"), ("1", "True")):
-        environment = os.environ | {straight.ENVIRONMENT_VARIABLE: value}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert run.stdout.strip() == expected
+def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv(straight.ENVIRONMENT_VARIABLE, value)
+        assert runpy.run_path(str(straight.__file__))["enabled"] is expected
+
+
+@pytest.mark.parametrize("name", ["project", "expand", "expand_backward", "input_backward"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replaced_ops_run(
+    method: str, name: str, x: Tensor, seed: int, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, op, calls = layer_of(method, seed), getattr(eager, name), []
+    monkeypatch.setattr(eager, name, lambda *arguments: calls.append(name) or op(*arguments))
+    same(*judged_twice(layer, x, monkeypatch))
+    assert (taken, calls) == ([], [name] * 2)

@@ -20,7 +20,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, float32, float64, nn, strided
 
 from delora_kernels.bases.plain import any_module_has_hooks
-from delora_kernels.functional.straight import all_trained, straight_linear, unwatched
+from delora_kernels.functional.straight import all_trained, run_straight, unwatched
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, methods_of
 
@@ -71,7 +71,7 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
     if variant is None:
         if not all_trained(A, B):
             return None
-        return straight_linear(x, weight, bias, A, B, scale)
+        return run_straight(x, weight, bias, A, B, scale)
     magnitudes = parts["lora_magnitude_vector"]
     if type(variant) is not DoraLinearVariant or type(magnitudes) is not nn.ModuleDict:
         return None
@@ -85,7 +85,7 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not all_trained(A, B, magnitude):
         return None
-    return straight_linear(x, weight, bias, A, B, scale, magnitude)
+    return run_straight(x, weight, bias, A, B, scale, magnitude)
 
 
 def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
@@ -117,7 +117,7 @@ def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not all_trained(A, B, lam):
         return None
-    return straight_linear(x, weight, bias, A, B, 1.0, None, lam, norm)
+    return run_straight(x, weight, bias, A, B, 1.0, None, lam, norm)
 
 
 def _only(active: Any) -> Any:
@@ -128,9 +128,11 @@ def _only(active: Any) -> Any:
 def _drops(dropout: Any, trains: bool) -> bool:
     """Whether a dropout module may do something, or is one that plan.py has to look at."""
     kind = type(dropout)
-    if kind is not nn.Identity and (kind is not nn.Dropout or (dropout.p > 0 and dropout.training and trains)):
+    if kind is nn.Identity:
+        return not _is_plain(dropout)
+    if kind is not nn.Dropout or (dropout.p > 0 and dropout.training and trains):
         return True
-    return not _is_plain(dropout) or getattr(dropout, "inplace", False)
+    return dropout.inplace or not _is_plain(dropout)
 
 
 def _is_plain(module: nn.Module) -> bool:
