@@ -44,7 +44,13 @@ class GoatLinear(MoELoRALinear):
 
     def __init__(
         self,
-        *mixture: Any,
+        in_features: int,
+        out_features: int,
+        r: int = 4,
+        experts: int = 8,
+        top_k: int | None = 2,
+        alpha: float = 16.0,
+        *,
         start: str = "goat",
         scaling: str | float | Sequence[float] = "theory",
         eta: float = 1.0,
@@ -52,14 +58,14 @@ class GoatLinear(MoELoRALinear):
         svd: str = "full",
         init_cof: float | None = None,
         residual: str = "stacked",
-        **options: Any,
+        **mixture: Any,
     ) -> None:
         kind = type(self).__name__
         checks.option(kind, "start", start, STARTS)
         self.start: dict[str, Any] = {"start": start, "scaling": scaling, "eta": eta, "rho": rho, "svd": svd}
         self._init_cof = None if init_cof is None else checks.number(kind, "init_cof", init_cof)
         self.residual = checks.option(kind, "residual", residual, RESIDUALS)
-        super().__init__(*mixture, **options)
+        super().__init__(in_features, out_features, r, experts, top_k, alpha, **mixture)
 
     def _make(self) -> None:
         self.init_cof = 1 / self.experts if self._init_cof is None else self._init_cof
