@@ -146,9 +146,8 @@ def _explanations(result: Result) -> list[str]:
         )
     lines += [
         "* Kept for backward: what autograd keeps between one forward pass and its backward pass, "
-        "parameters and buffers left out, each storage counted once. Ours is x and a [T, r] tensor a layer, for DoRA a "
-        "[T, N] tensor, for DeLoRA its folded factors, r (K + N) numbers: with fewer than about r (K + N) / K tokens a "
-        "step that is more than the [T, K] tensor that PEFT keeps beside x.",
+        "parameters and buffers left out, each storage counted once. Ours is x and a [T, r] tensor a layer, and for "
+        "DoRA a [T, N] tensor.",
         "* The held-out text shares no paragraph with the training text.",
     ]
     if not result.nudged_or_reordered:

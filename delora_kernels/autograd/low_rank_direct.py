@@ -18,7 +18,7 @@ from delora_kernels.autograd.function import is_batched, refuse_second_derivativ
 from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends import eager as eager_backend
 from delora_kernels.backends.eager import low_rank as eager
-from delora_kernels.backends.eager.fold import fold, fold_backward
+from delora_kernels.backends.eager.fold import fold, fold_backward, folded
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import Folded, Start, Strength
 
@@ -64,7 +64,7 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B = ctx.saved_tensors
         if not _ordinary(dy):
-            kept = Saved(x=rows(x), weight=weight, h=h, A_hat=A, B_hat=B)
+            kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B)
             return _by_stages(ctx, dy, x, kept, (A, B))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
         dv = torch.mm(dy, B)
@@ -99,7 +99,7 @@ class _Dora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B, magnitude, norm, c, base = ctx.saved_tensors
         if not _ordinary(dy):
-            kept = Saved(x=rows(x), weight=weight, h=h, A_hat=A, B_hat=B, c=c, kept=base, kept_divisor=norm)
+            kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, c=c, kept=base, kept_divisor=norm)
             return _by_stages(ctx, dy, x, kept, (A, B, magnitude))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
         c_column = c[:, None]
@@ -130,21 +130,22 @@ class _Delora(torch.autograd.Function):
         y, out = _frozen(x, weight, bias)
         out.addmm_(h, B_hat.t())
         ctx.o = o
-        ctx.save_for_backward(x, weight, h, A_hat, B_hat, A, B, lam, weight_norm, a, b)
+        ctx.save_for_backward(x, weight, h, A, B, lam, weight_norm, a, b)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, A_hat, B_hat, A, B, lam, weight_norm, a, b = ctx.saved_tensors
+        x, weight, h, A, B, lam, weight_norm, a, b = ctx.saved_tensors
         if not _ordinary(dy):
-            kept = Saved(rows(x), weight, h, A_hat, B_hat, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
+            kept = Saved(rows(x), weight, h, A, B, lam=lam, weight_norm=weight_norm, a=a, b=b)
             return _by_stages(ctx, dy, x, kept, (A, B, lam))
         dy, tokens = rows(dy), rows(x)
+        A_hat, B_hat = folded(A, B, a, b, lam, weight_norm, ctx.o.eps)
         dv = torch.mm(dy, B_hat)
         dB_hat = eager.token_product(dy, h, 1.0)
         dA_hat = torch.mm(dv.t(), tokens)
-        folded, strength = Folded(A, B, a, b), Strength(lam, weight_norm, ctx.o.eps)
-        dA, dB, dlam = fold_backward(dA_hat, dB_hat, folded, strength)
+        found, strength = Folded(A, B, a, b), Strength(lam, weight_norm, ctx.o.eps)
+        dA, dB, dlam = fold_backward(dA_hat, dB_hat, found, strength)
         dx = torch.mm(dy, weight).addmm_(dv, A_hat) if ctx.needs_input_grad[1] else None
         return None, _as(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
 

@@ -18,12 +18,10 @@ def fold(
         nothing = A.new_empty(0, dtype=acc)
         return A.to(dtype, copy=True), B.to(dtype, copy=True), nothing, nothing.clone()
     a, b = _norms(A, B, acc)
-    A_hat, B_hat = _folded(A, B, a, b, lam, weight_norm, eps)
+    A_hat, B_hat = folded(A, B, a, b, lam, weight_norm, eps)
     if frozen_A is not None and frozen_B is not None:
         a0, b0 = _norms(frozen_A, frozen_B, acc)
-        A0_hat, B0_hat = _folded(
-            frozen_A, frozen_B, a0, b0, lam if frozen_lam is None else frozen_lam, weight_norm, eps
-        )
+        A0_hat, B0_hat = folded(frozen_A, frozen_B, a0, b0, lam if frozen_lam is None else frozen_lam, weight_norm, eps)
         A_hat, B_hat = torch.cat([A_hat, A0_hat]), torch.cat([B_hat, B0_hat.neg_()], dim=1)
         a, b = torch.cat([a, a0]), torch.cat([b, b0])
     return A_hat.to(dtype), B_hat.to(dtype), a, b
@@ -33,9 +31,10 @@ def _norms(A: Tensor, B: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(A.to(acc), dim=1), torch.linalg.vector_norm(B.to(acc), dim=0)
 
 
-def _folded(
+def folded(
     A: Tensor, B: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight_norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """Â, B̂ of a pair whose norms are known, in the norms' dtype."""
     A_hat = (A * _reciprocal(a, eps)[:, None]).mul_(weight_norm)
     return A_hat, B * (lam.to(b.dtype).reshape(()) / A.shape[0] * _reciprocal(b, eps))
 
