@@ -189,21 +189,15 @@ def functions() -> None:
 
 
 def ops(seed: int, backend: str) -> None:
-    """Each op gives the bits that it gives on the CPU, where other tests judge them."""
-    from delora_kernels.testing import OPS, measure_dropout_mask, op_problems
+    from delora_kernels.testing import OPS, measure, measure_dropout_mask, op_problems
 
     dtypes: Any = {"dtype": torch.bfloat16, "rank_dtype": torch.float32}
     for name in OPS:
-        there, here = (
-            op_problems(name, 40, 24, 32, 5, backend=backend, device=device, seed=seed, **dtypes)
-            for device in (DEVICE, "cpu")
-        )
-        for problem, same in zip(there, here, strict=True):
-            got = problem.run(problem.inputs)
-            if name not in SQUEEZED:
-                want = same.run(same.inputs)
-                assert got.keys() == want.keys()
-                assert [what for what in want if not torch.equal(got[what].raw, want[what])] == [], problem.name
+        for problem in op_problems(name, 40, 24, 32, 5, backend=backend, device=DEVICE, seed=seed, **dtypes):
+            if name in SQUEEZED:
+                problem.run(problem.inputs)
+            else:
+                assert [m for m in measure(problem, poison=False) if not m.ok] == []
     assert all(m.ok for m in measure_dropout_mask(61, 103, backend=backend, device=DEVICE, seed=seed))
 
 
