@@ -103,10 +103,15 @@ class _Registered:
         for name in _OPS:
             setattr(self, name, partial(_call, name, backend))
         self.wants_scaled = partial(_wants_scaled, backend)
+        self.keeps_folded = partial(_keeps_folded, backend)
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:
     return _OPS[name].registered(*flat(name, arguments), backend)
+
+
+def _keeps_folded(backend: str) -> bool:
+    return bool(backends.load(backend).keeps_folded())
 
 
 def _wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:

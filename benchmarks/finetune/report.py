@@ -146,8 +146,8 @@ def _explanations(result: Result) -> list[str]:
         )
     lines += [
         "* Kept for backward: what autograd keeps between one forward pass and its backward pass, "
-        "parameters and buffers left out, each storage counted once. Ours is x and a [T, r] tensor a layer, and for "
-        "DoRA a [T, N] tensor.",
+        "parameters and buffers left out, each storage counted once. Ours is x and a [T, r] tensor a layer, for DoRA a "
+        "[T, N] tensor, and on a GPU the factors as its kernels multiply them, r (K + N) numbers.",
         "* The held-out text shares no paragraph with the training text.",
     ]
     if not result.nudged_or_reordered:

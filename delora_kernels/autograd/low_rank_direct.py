@@ -137,7 +137,7 @@ class _Delora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B, lam, weight_norm, a, b = ctx.saved_tensors
         if not _ordinary(dy):
-            kept = Saved(rows(x), weight, h, A, B, lam=lam, weight_norm=weight_norm, a=a, b=b)
+            kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
             return _by_stages(ctx, dy, x, kept, (A, B, lam))
         dy, tokens = rows(dy), rows(x)
         A_hat, B_hat = folded(A, B, a, b, lam, weight_norm, ctx.o.eps)

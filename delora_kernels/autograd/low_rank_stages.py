@@ -5,7 +5,8 @@
 
 Kept: x (the caller's own tensor, shared with sibling layers; under autocast its cast copy, one a
 layer), h [T, R], vectors, and for DoRA one [T, N] tensor (or y itself on request); of these only
-what the wanted gradients need. Â and B̂ are folded again. Derivations: docs/math.md.
+what the wanted gradients need. Â and B̂, where they are not A and B themselves, are folded again,
+or kept where the backend would rather. Derivations: docs/math.md.
 """
 
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class Saved(NamedTuple):
     h: Tensor | None = None
     A: Tensor | None = None
     B: Tensor | None = None
+    A_hat: Tensor | None = None
+    B_hat: Tensor | None = None
     seed: Tensor | None = None
     c: Tensor | None = None
     kept: Tensor | None = None
@@ -67,13 +70,16 @@ def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
 
     need_dv, need_dB_hat = need.x or need.A or need.magnitude, need.B or need.lam or need.magnitude
     folds = _folds(call, o)
+    keeps, again = folds and stages.keeps_folded(), folds and (call.lam is not None or not stages.keeps_folded())
     kept, kept_divisor = (y, call.magnitude) if o.save_output else (kept, norm)
     saved = Saved(
         x=x if need.A or need.weight else None,
         weight=call.weight if need.x else None,
         h=h if need_dB_hat else None,
-        A=call.A if need.x or folds else None,
-        B=call.B if need_dv or folds else None,
+        A=call.A if again or (need.x and not folds) else None,
+        B=call.B if again or (need_dv and not folds) else None,
+        A_hat=A_hat if keeps and need.x else None,
+        B_hat=B_hat if keeps and need_dv else None,
         seed=call.seed,
         c=c,
         kept=kept if need.magnitude else None,
@@ -113,8 +119,8 @@ def _u_dropout(o: Options, seed: Tensor | None) -> tuple[float, Tensor | None]:
 
 
 def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> dict[str, Tensor | None]:
-    A_hat = B_hat = None
-    if need.x or need.A or need.magnitude:
+    A_hat, B_hat = saved.A_hat, saved.B_hat
+    if B_hat is None and (need.x or need.A or need.magnitude):
         A_hat, B_hat, _, _ = _folded(saved, o, stages)
     term = TermGradients(saved.h, B_hat, o.scale)
     rescaled = Rescaled(saved.c, saved.kept, o.save_output, saved.kept_divisor)

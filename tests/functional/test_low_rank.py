@@ -33,7 +33,8 @@ def test_golden(case: GoldenCase) -> None:
 @given(data=st.data())
 def test_reference(variant: str, dropout: bool, data: st.DataObject) -> None:
     maker = Maker(data.draw(st.integers(0, 2**31 - 1), label="seed"))
-    # one number has no direction (DeLoRA: its gradient is 0 and rounding) and may be a sum that cancels (DoRA's dm)
+    # one number has no direction (DeLoRA: its gradient is 0 and rounding), or is a sum that cancels
+    # (DoRA's dm)
     least = 2 if variant.startswith(("dora", "delora")) else 1
     size = st.integers(least, 19)
     K, N, r = data.draw(st.tuples(size, size, st.integers(1, 5)), label="K, N, r")

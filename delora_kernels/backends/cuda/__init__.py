@@ -12,6 +12,13 @@ from delora_kernels.backends.cuda.reflect import reflect, reflect_backward
 from delora_kernels.backends.cuda.route import expand_route_backward, project_route
 from delora_kernels.backends.cuda.row_norm import row_norm
 from delora_kernels.backends.cuda.stack_factors import stack_factors
-from delora_kernels.backends.cuda.stages import expand, expand_backward, input_backward, project, wants_scaled
+from delora_kernels.backends.cuda.stages import (
+    expand,
+    expand_backward,
+    input_backward,
+    keeps_folded,
+    project,
+    wants_scaled,
+)
 from delora_kernels.backends.cuda.support import supports, why_not_here
 from delora_kernels.backends.eager import weight_grad

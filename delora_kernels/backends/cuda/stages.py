@@ -28,6 +28,11 @@ expand_backward = STAGES.expand_backward
 input_backward = STAGES.input_backward
 
 
+def keeps_folded() -> bool:
+    """Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
+    return True
+
+
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
     """Whether `expand` wants row_norm's c ⊙ W: the pass of form (d) can't scale what comes after
     it.

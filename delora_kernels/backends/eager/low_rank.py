@@ -44,6 +44,11 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.div(numerator, denominator).masked_fill_(denominator == 0, 0)
 
 
+def keeps_folded() -> bool:
+    """Whether Â and B̂ are kept for backward: here they are folded again."""
+    return False
+
+
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
     """Whether `expand` is faster with row_norm's c ⊙ W: here never."""
     return False

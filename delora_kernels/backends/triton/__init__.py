@@ -13,5 +13,12 @@ from delora_kernels.backends.triton.reflect import reflect, reflect_backward
 from delora_kernels.backends.triton.route_backward import expand_route_backward
 from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.backends.triton.stack_factors import stack_factors
-from delora_kernels.backends.triton.stages import expand, expand_backward, input_backward, project, wants_scaled
+from delora_kernels.backends.triton.stages import (
+    expand,
+    expand_backward,
+    input_backward,
+    keeps_folded,
+    project,
+    wants_scaled,
+)
 from delora_kernels.backends.triton.support import supports

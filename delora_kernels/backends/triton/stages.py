@@ -30,6 +30,11 @@ project = STAGES.project
 expand_backward = STAGES.expand_backward
 
 
+def keeps_folded() -> bool:
+    """Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
+    return True
+
+
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
     """Whether `expand` wants row_norm's c ⊙ W: the pass that adds the rank-R term can't scale what
     comes after it.
