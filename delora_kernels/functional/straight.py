@@ -6,6 +6,7 @@ of that at a glance (integrations/peft/fused/straight.py) comes here.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import _C, Tensor
@@ -20,12 +21,13 @@ from delora_kernels.dispatch import is_left_open
 _EPS = 1e-4
 
 
-def unwatched() -> bool:
-    """Whether nobody sees, changes or records what torch computes now, and no backend was asked
-    for.
+def unwatched(x: Any) -> bool:
+    """Whether nobody sees, changes or records what torch computes now, x is on the CPU, and no
+    backend was asked for.
     """
     return not (
         torch.compiler.is_compiling()
+        or not getattr(x, "is_cpu", False)
         or torch.compiler.is_exporting()
         or _C._get_tracing_state() is not None
         or _C._len_torch_dispatch_stack() > 0

@@ -39,7 +39,7 @@ _CALLED_BY_DELORA = methods_of(DeloraLinear, nn.Linear, nn.Identity, nn.Dropout)
 
 def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
     """Return the output of a LoRA or DoRA linear, or None where plan.py has to judge the call."""
-    if not (enabled and unwatched()) or layer._disable_adapters or layer.merged_adapters:
+    if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
     A_dict, B_dict, dropouts, base = parts["lora_A"], parts["lora_B"], parts["lora_dropout"], parts["base_layer"]
@@ -90,7 +90,7 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
 
 def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
     """Return the output of a DeLoRA linear, or None where plan.py has to judge the call."""
-    if not (enabled and unwatched()) or layer._disable_adapters or layer.merged_adapters:
+    if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
     A_dict, B_dict, lams = parts["delora_A"], parts["delora_B"], parts["delora_lambda"]
