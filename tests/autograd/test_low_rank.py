@@ -345,6 +345,8 @@ def test_opcheck(variant: str, seed: int) -> None:
     class Recorder:
         def __getattr__(self, name: str) -> Any:
             kernel = getattr(eager, name)
+            if name not in ops.__dict__:  # what a backend says of itself, no op
+                return kernel
             return lambda *args: seen.setdefault(name, []).append((*args, "eager")) or kernel(*args)
 
     with pytest.MonkeyPatch.context() as patch:
