@@ -93,7 +93,7 @@ def test_compile(variant: str, dynamic: bool, seed: int) -> None:
 
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=dynamic)
     frames = []
-    for T in (5, 9, 13) if dynamic else (5, 9):  # each is compiled anew
+    for T in (5, 9, 13) if dynamic else (5,):
         arguments["x"] = maker.tensor(T, 7).float()
         leaves = leaves_of(arguments)
         mask_seed, grad_out = torch.tensor(T), maker.tensor(T, 6).float()
@@ -332,6 +332,10 @@ def test_backward_runs_on_the_backend_of_forward(variant: str, seed: int, monkey
     assert calls == ["project", "input_backward"]
 
 
+_CHECKED: set[Any] = set()
+"""Calls that passed: of a variant's, half are another's in all but the tensors' numbers."""
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(variant: str, seed: int) -> None:
     """Every op call that a forward and backward pass makes passes torch.library.opcheck."""
@@ -341,6 +345,8 @@ def test_opcheck(variant: str, seed: int) -> None:
     class Recorder:
         def __getattr__(self, name: str) -> Any:
             kernel = getattr(eager, name)
+            if name not in ops.__dict__:  # what a backend says of itself, no op
+                return kernel
             return lambda *args: seen.setdefault(name, []).append((*args, "eager")) or kernel(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -353,4 +359,7 @@ def test_opcheck(variant: str, seed: int) -> None:
         for args in calls:
             values = (*ops.flat(name, args[:-1]), args[-1])
             detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
-            torch.library.opcheck(getattr(torch.ops.delora_kernels, name).default, detached)
+            form = (name, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in detached))
+            if form not in _CHECKED:
+                torch.library.opcheck(getattr(torch.ops.delora_kernels, name).default, detached)
+                _CHECKED.add(form)

@@ -196,13 +196,14 @@ def test_mixtures_and_reflections_have_plots_of_their_own(tmp_path: Path) -> Non
 
 
 RECORDS = sorted((ROOT / "benchmarks/results").rglob("????-??-??-????????????.json"))
+LEAST = min(RECORDS, key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
 def test_every_committed_record_can_be_shown(
     path: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if path != RECORDS[-1]:  # to lay a figure out, matplotlib draws it once more: one record shows that it can be
+    if path != LEAST:  # to lay a figure out, matplotlib draws it once more: one record shows that it can be
         save = Figure.savefig
         monkeypatch.setattr(
             Figure, "savefig", lambda self, *a, **o: (self.set_layout_engine("none"), save(self, *a, **o))

@@ -7,6 +7,7 @@ side: its errors, as parts of ‖dy‖ ‖∂y/∂λ‖, are pooled over the cas
 mean squares may exceed 1.02 by no more than three standard errors of that ratio.
 """
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from delora_kernels import reference
 
-CASES = 200
+LAYERS, DRAWS = 20, 10
+CASES = LAYERS * DRAWS
 MODES = [
     (torch.bfloat16, "adapters in x's dtype"),
     (torch.bfloat16, "autocast"),
@@ -30,60 +32,74 @@ MODES = [
 
 
 class RandomLayer:
-    """A PEFT layer of random shape and its input: x and the base in `dtype`; and the float64 truth
-    about it.
+    """A PEFT layer of random shape, x and the base in `dtype`, and its fused copy that shares the
+    parameters; `draw` fills both, x and dy with other numbers; and the float64 truth about them.
     """
 
     def __init__(self, method: str, dtype: torch.dtype, narrow_adapters: bool, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-        T, K, N = self.integer(96, 160), self.integer(96, 256), self.integer(96, 256)
-        base = nn.Sequential(nn.Linear(K, N, bias=bool(self.integer(0, 1)))).to(dtype)
-        self.method, r = method, self.integer(4, 16)
+        self.K, self.N = self.integer(48, 128), self.integer(48, 128)
+        base = nn.Sequential(nn.Linear(self.K, self.N, bias=bool(self.integer(0, 1)))).to(dtype)
+        self.method, self.dtype, r = method, dtype, self.integer(4, 16)
         if method == "delora":
-            config: Any = peft.DeloraConfig(
-                r=r, delora_lambda=self.integer(1, 15), init_weights=False, target_modules=["0"]
-            )
+            config: Any = peft.DeloraConfig(r=r, init_weights=False, target_modules=["0"])
         else:
             options = {"lora_alpha": self.integer(1, 32), "use_dora": method == "dora", "target_modules": ["0"]}
             config = peft.LoraConfig(r=r, init_lora_weights=False, **options)
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=not narrow_adapters)
-        self.layer: Any = model.base_model.model[0]
-        with torch.no_grad():
-            for name, tensor in self.layer.named_parameters():
-                if "magnitude" in name:
-                    tensor *= 0.5 + torch.rand(tensor.shape, generator=self.generator)
-        self.x = torch.randn(T, K, generator=self.generator).to(dtype)
-        self.dy = torch.randn(T, N, generator=self.generator).to(dtype)
+        self.theirs: Any = model.base_model.model[0]
+        shared = {id(t): t for t in (*self.theirs.parameters(), *self.theirs.buffers())}
+        self.ours: Any = copy.deepcopy(self.theirs, shared)
+        dk.accelerate(self.ours, strict=True)
 
     def integer(self, least: int, most: int) -> int:
         return int(torch.randint(least, most + 1, (), generator=self.generator))
 
-    def run(self, autocast: torch.dtype | None) -> dict[str, Tensor]:
-        """y and every gradient from the layer as it is."""
-        self.layer.zero_grad(set_to_none=True)
+    @torch.no_grad()
+    def draw(self) -> None:
+        """As nn.Linear starts; what PEFT computes of W and the factors follows."""
+        layer, random = self.theirs, self.generator
+        T, W = self.integer(48, 80), layer.base_layer.weight
+        for name, tensor in layer.named_parameters():
+            if "lambda" in name:
+                tensor.fill_(self.integer(1, 15))
+            elif "magnitude" not in name:
+                limit = (tensor.shape[1] if tensor.dim() == 2 else self.K) ** -0.5
+                tensor.copy_(torch.empty(tensor.shape).uniform_(-limit, limit, generator=random))
+        if self.method == "dora":
+            update = layer.get_delta_weight("default").float()
+            norm = (W.float() + update).norm(dim=1)
+            layer.lora_magnitude_vector["default"].weight.copy_(norm * (0.5 + torch.rand(self.N, generator=random)))
+        elif self.method == "delora":
+            layer.delora_w_norm["default"].copy_(W.norm(dim=0))
+        self.x = torch.randn(T, self.K, generator=random).to(self.dtype)
+        self.dy = torch.randn(T, self.N, generator=random).to(self.dtype)
+
+    def run(self, layer: Any, autocast: torch.dtype | None) -> dict[str, Tensor]:
+        """y and every gradient from the layer, PEFT's or ours."""
+        layer.zero_grad(set_to_none=True)
         x = self.x.clone().requires_grad_()
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            y = self.layer(x)
+            y = layer(x)
         y.backward(self.dy)
-        grads = {name: p.grad for name, p in self.layer.named_parameters() if p.requires_grad}
+        grads = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
         return {"y": y.detach(), "x": x.grad} | grads
 
     def truth(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The same in float64 from the reference, and each one's scale."""
-        leaves = {"x": self.x} | {name: p for name, p in self.layer.named_parameters() if p.requires_grad}
+        leaves = {"x": self.x} | {name: p for name, p in self.theirs.named_parameters() if p.requires_grad}
         leaves = {name: p.detach().double().requires_grad_() for name, p in leaves.items()}
         x, (A, B, *last) = leaves["x"], [p for name, p in leaves.items() if name != "x"]
         W, bias = (
-            None if t is None else t.double() for t in (self.layer.base_layer.weight, self.layer.base_layer.bias)
+            None if t is None else t.double() for t in (self.theirs.base_layer.weight, self.theirs.base_layer.bias)
         )
         if self.method == "delora":
-            n = self.layer.delora_w_norm["default"].double()
+            n = self.theirs.delora_w_norm["default"].double()
             y = reference.delora_linear(x, W, A, B, last[0], n, bias)
         elif self.method == "dora":
-            y = reference.dora_linear(x, W, A, B, last[0], self.layer.scaling["default"], bias)
+            y = reference.dora_linear(x, W, A, B, last[0], self.theirs.scaling["default"], bias)
         else:
-            y = reference.lora_linear(x, W, A, B, self.layer.scaling["default"], bias)
+            y = reference.lora_linear(x, W, A, B, self.theirs.scaling["default"], bias)
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.double())
         results = {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
         scales = {name: float(value.abs().max()) for name, value in results.items()}
@@ -93,18 +109,28 @@ class RandomLayer:
         return results, scales
 
 
+def random_cases(
+    method: str, dtype: torch.dtype, narrow_adapters: bool, seed: int, layers: int, draws: int
+) -> Iterator[RandomLayer]:
+    """Layers of random shapes, each with one draw of numbers after another: to make a layer takes
+    longer than to run it.
+    """
+    for index in range(layers):
+        made = RandomLayer(method, dtype, narrow_adapters, seed + index)
+        for _ in range(draws):
+            made.draw()
+            yield made
+
+
 def errors(method: str, dtype: torch.dtype, mode: str, seed: int) -> Iterator[dict[str, list[tuple[float, float]]]]:
     """For each case, tensor → (our error, PEFT's), as the largest and as the root mean square of
     its entries.
     """
     autocast = dtype if mode == "autocast" else None
-    for case in range(CASES):
-        made = RandomLayer(method, dtype, autocast is None, seed + case)
+    for made in random_cases(method, dtype, autocast is None, seed, LAYERS, DRAWS):
         truth, scales = made.truth()
-        theirs = made.run(autocast)
-        dk.accelerate(made.layer, strict=True)
-        ours = made.run(autocast)
-        differences = {n: [side[n].double() - value for side in (ours, theirs)] for n, value in truth.items()}
+        sides = [made.run(layer, autocast) for layer in (made.ours, made.theirs)]
+        differences = {n: [side[n].double() - value for side in sides] for n, value in truth.items()}
         yield {
             name: [
                 (float(a.abs().max()) / scales[name], float(b.abs().max()) / scales[name]),
@@ -160,11 +186,9 @@ def test_float32_adapters_without_autocast_get_float32_gradients(method: str, dt
     """PEFT's default on a half-precision base: the branch runs in float32, and so accurate are dA,
     dB, dλ and dm.
     """
-    for case in range(20):
-        made = RandomLayer(method, dtype, False, seed + case)
+    for made in random_cases(method, dtype, False, seed, layers=5, draws=4):
         truth, scales = made.truth()
-        dk.accelerate(made.layer, strict=True)
-        ours = made.run(None)
+        ours = made.run(made.ours, None)
         for name, value in truth.items():
             error = float((ours[name].double() - value).abs().max()) / scales[name]
             # y, dx and what DoRA keeps are rounded to dtype, twice at most
