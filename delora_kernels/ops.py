@@ -103,15 +103,16 @@ class _Registered:
         for name in _OPS:
             setattr(self, name, partial(_call, name, backend))
         self.wants_scaled = partial(_wants_scaled, backend)
-        self.keeps_folded = partial(_keeps_folded, backend)
+        self.backend = backend
+
+    @property
+    def keeps_folded(self) -> bool:
+        """As the backend's own."""
+        return bool(backends.load(self.backend).keeps_folded)
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:
     return _OPS[name].registered(*flat(name, arguments), backend)
-
-
-def _keeps_folded(backend: str) -> bool:
-    return bool(backends.load(backend).keeps_folded())
 
 
 def _wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:

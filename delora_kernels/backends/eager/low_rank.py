@@ -44,9 +44,8 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.div(numerator, denominator).masked_fill_(denominator == 0, 0)
 
 
-def keeps_folded() -> bool:
-    """Whether Â and B̂ are kept for backward: here they are folded again."""
-    return False
+keeps_folded = False
+"""Whether Â and B̂ are kept for backward: here they are folded again."""
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:

@@ -30,9 +30,8 @@ project = STAGES.project
 expand_backward = STAGES.expand_backward
 
 
-def keeps_folded() -> bool:
-    """Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
-    return True
+keeps_folded = True
+"""Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
