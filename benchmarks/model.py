@@ -108,13 +108,13 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
     return steps
 
 
-def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int) -> int:
-    """Kept for backward beside x: h, folded or cast factors; one [T, N] for DoRA or where an output
-    is reflected.
+def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int, factors: bool = False) -> int:
+    """Kept for backward beside x: h; the folded or cast `factors`, where a backend keeps them; one
+    [T, N] for DoRA or where an output is reflected.
     """
     if method in REFLECTIONS:
         return element * T * N if method.endswith("-both") else 0
-    return element * (T * R + R * (K + N) + (T * N if method == "dora" else 0))
+    return element * (T * R + R * (K + N) * factors + (T * N if method == "dora" else 0))
 
 
 def predict(row: dict[str, Any], ceilings: Ceilings, form: str | None = None) -> float:
@@ -188,7 +188,7 @@ def _print_prediction(args: argparse.Namespace, ceilings: Ceilings) -> None:
     print(f"predicted, forward + backward; T={args.T} K={args.K} N={args.N} r={args.r}; frozen linear {bare:.3f} ms\n")
     print("| method | form | ms | over frozen | kept for backward, MiB |\n| --- | --- | ---: | ---: | ---: |")
     for method in args.methods:
-        kept = kept_bytes(method, *sizes, args.r, args.element) / 2**20
+        kept = kept_bytes(method, *sizes, args.r, args.element, factors=True) / 2**20
         for form in ("-",) if method in REFLECTIONS else FORMS:
             ms = 1e3 * ceilings.seconds(adapted(method, *sizes, args.r, args.element, True, form))
             print(f"| {method} | {form} | {ms:.3f} | {ms / bare:.3f} | {kept:.1f} |")

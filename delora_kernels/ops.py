@@ -108,7 +108,7 @@ class _Registered:
     @property
     def keeps_folded(self) -> bool:
         """As the backend's own."""
-        return bool(backends.load(self.backend).keeps_folded)
+        return bool(getattr(backends.load(self.backend), "keeps_folded", False))
 
 
 def _call(name: str, backend: str, *arguments: Any) -> Any:

@@ -70,7 +70,7 @@ def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
 
     need_dv, need_dB_hat = need.x or need.A or need.magnitude, need.B or need.lam or need.magnitude
     folds = _folds(call, o)
-    keeps = folds and bool(stages.keeps_folded)
+    keeps = folds and bool(getattr(stages, "keeps_folded", False))
     again = folds and (call.lam is not None or not keeps)
     kept, kept_divisor = (y, call.magnitude) if o.save_output else (kept, norm)
     saved = Saved(

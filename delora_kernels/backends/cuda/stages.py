@@ -29,7 +29,7 @@ input_backward = STAGES.input_backward
 
 
 keeps_folded = True
-"""Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
+"""Â and B̂ are kept for backward: folded again there, they would cost a launch."""
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:

@@ -6,7 +6,6 @@ from delora_kernels.backends.eager.low_rank import (
     expand,
     expand_backward,
     input_backward,
-    keeps_folded,
     project,
     row_norm,
     wants_scaled,

@@ -44,10 +44,6 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.div(numerator, denominator).masked_fill_(denominator == 0, 0)
 
 
-keeps_folded = False
-"""Whether Â and B̂ are kept for backward: here they are folded again."""
-
-
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
     """Whether `expand` is faster with row_norm's c ⊙ W: here never."""
     return False

@@ -31,7 +31,7 @@ expand_backward = STAGES.expand_backward
 
 
 keeps_folded = True
-"""Whether Â and B̂ are kept for backward: a launch more takes longer than they take room."""
+"""Â and B̂ are kept for backward: folded again there, they would cost a launch."""
 
 
 def wants_scaled(x: Tensor, weight: Tensor) -> bool:
