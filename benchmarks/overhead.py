@@ -182,17 +182,31 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Return the parser of a command that times IMPLEMENTATIONS in turn, in `rounds` rounds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("lora", "dora", "delora"), action="append", help="default: all three")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="of four steps; default: 20")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU; default: 2")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
+    return parser
+
+
+def write(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """Write the record of such a command where `--out` says."""
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine_info(options.device), "rows": rows}
+        options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the record."""
+    parser = parser_of(__doc__, rounds=20)
     parser.add_argument("--blocks", type=int, default=6, help="default: 6")
     parser.add_argument("--batch", type=int, default=2, help="default: 2")
     parser.add_argument("--sequence", type=int, default=256, help="default: 256")
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU; default: 2")
-    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     sizes = SMALL | {"blocks": options.blocks, "batch": options.batch, "sequence": options.sequence, "limit_mib": None}
@@ -201,10 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in options.method or ("lora", "dora", "delora"):
         rows += measure(ModelCase(method, precision="fp32", **sizes), options.device, budget)
         Console().print(table(rows[-len(IMPLEMENTATIONS) :]))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine_info(options.device), "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write(rows, options)
     return 0
 
 

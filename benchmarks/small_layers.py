@@ -10,13 +10,10 @@ same tensors. The first row of a method is a layer so small that all of it is ho
 line is the geometric mean of dk over addmm over the other rows.
 """
 
-import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +25,9 @@ import delora_kernels as dk
 from benchmarks.cases import Case
 from benchmarks.layer.addmm import addmm
 from benchmarks.layer.methods import inputs, peft_layer
-from benchmarks.machine import machine_info
-from benchmarks.overhead import interval
+from benchmarks.overhead import IMPLEMENTATIONS, interval, parser_of, write
 from benchmarks.timing import Budget, clock_of, rounds
 
-IMPLEMENTATIONS = ("frozen", "peft", "addmm", "dk")
 SMALLEST = (8, 16, 16)
 SHAPES = tuple(
     (T, K, N) for T in (32, 128, 512) for K, N in ((192, 192), (576, 192), (576, 576), (576, 1536), (1536, 576))
@@ -88,7 +83,11 @@ def measure(case: Case, device: str, budget: Budget) -> list[dict[str, Any]]:
 
 def geometric_mean(rows: Sequence[Mapping[str, Any]], name: str = "dk") -> float:
     """Return the geometric mean over shapes of an implementation's time over addmm's."""
-    logs = [math.log(row["ratio_to_addmm"]) for row in rows if row["impl"] == name and row["T"] != SMALLEST[0]]
+    logs = [
+        math.log(row["ratio_to_addmm"])
+        for row in rows
+        if row["impl"] == name and (row["T"], row["K"], row["N"]) != SMALLEST
+    ]
     return math.exp(statistics.fmean(logs))
 
 
@@ -107,13 +106,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table for each method, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("lora", "dora", "delora"), action="append", help="default: all three")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=60, help="of four passes; default: 60")
+    parser = parser_of(__doc__, rounds=60)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "K", "N"), action="append", help="in place of all")
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU; default: 2")
-    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     budget = Budget(seconds=0, least=options.rounds, most=options.rounds, warmup=5)
@@ -129,10 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours, theirs = geometric_mean(found), geometric_mean(found, "peft")
         print(f"{method}: geometric mean of dk over addmm {ours:.3f}, of peft {theirs:.3f}")
         rows += found
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine_info(options.device), "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write(rows, options)
     return 0
 
 

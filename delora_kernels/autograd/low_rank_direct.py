@@ -42,7 +42,7 @@ def direct(call: Call) -> Tensor:
     x, weight, bias, A, B, o = call.x, call.weight, call.bias, call.A, call.B, call.options
     y: Tensor
     if call.magnitude is not None:
-        y = _Dora.apply(o, x, weight, bias, A, B, call.magnitude)
+        y = _Dora.apply(o, x, weight, bias, A, B, call.magnitude, torch.is_grad_enabled())
     elif call.lam is not None:
         y = _Delora.apply(o, x, weight, bias, A, B, call.lam, call.weight_norm)
     else:
@@ -52,20 +52,19 @@ def direct(call: Call) -> Tensor:
 
 class _Lora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor) -> Tensor:
         h = torch.mm(rows(x), A.t())
         y, out = _frozen(x, weight, bias)
         out.addmm_(h, B.t(), alpha=o.scale)
-        ctx.o = o
-        ctx.save_for_backward(x, weight, h, A, B)
+        ctx.o, ctx.trained, need_x = o, (A, B), ctx.needs_input_grad[1]
+        ctx.save_for_backward(x, weight if need_x else None, h, A if need_x else None, B)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B = ctx.saved_tensors
         if not _ordinary(dy):
-            kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B)
-            return _by_stages(ctx, dy, x, kept, (A, B))
+            return _by_stages(ctx, dy, x, Saved(x=rows(x), weight=weight, h=h, A=A, B=B))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
         dv = torch.mm(dy, B)
         dB = eager.token_product(dy, h, scale)
@@ -76,61 +75,44 @@ class _Lora(torch.autograd.Function):
 
 class _Dora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        o: Options,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        magnitude: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, *others: Any) -> Tensor:
+        A, B, magnitude, keep = others  # without a gradient to come, y takes the frozen output's place
         tokens, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
-        out, h, base = rows(y), torch.mm(tokens, A.t()), torch.mm(tokens, weight.t())
+        out = rows(y)
+        h, base = torch.mm(tokens, A.t()), torch.mm(tokens, weight.t(), out=None if keep else out)
         norm = eager.updated_norm(weight, A, B, o.scale)
         c = eager.quotient(magnitude, norm)
         eager.rescale(base, h, B, o.scale, c, bias, out)
-        ctx.o = o
-        ctx.save_for_backward(x, weight, h, A, B, magnitude, norm, c, base)
+        ctx.o, ctx.trained, need_x = o, (A, B, magnitude), ctx.needs_input_grad[1]
+        ctx.save_for_backward(x, weight if need_x else None, h, A if need_x else None, B, norm, c, base)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, A, B, magnitude, norm, c, base = ctx.saved_tensors
+        x, weight, h, A, B, norm, c, base = ctx.saved_tensors
         if not _ordinary(dy):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, c=c, kept=base, kept_divisor=norm)
-            return _by_stages(ctx, dy, x, kept, (A, B, magnitude))
-        dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
-        c_column = c[:, None]
+            return _by_stages(ctx, dy, x, kept)
+        dy, scale, tokens, c_column = rows(dy), ctx.o.scale, rows(x), c[:, None]
         dv = torch.mm(dy, B * c_column)
         dB = eager.token_product(dy, h, scale)
         dm = eager.quotient(eager.token_dots(dy, base).add_((dB * B).sum(1)), norm)
         dB *= c_column
         dA = eager.product(dv.t(), tokens, scale)
         dx = eager.scaled_gemm(dy, weight, c).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
-        return None, _as(dx, x), None, None, dA, dB, dm
+        return None, _as(dx, x), None, None, dA, dB, dm, None
 
 
 class _Delora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        o: Options,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        lam: Tensor,
-        weight_norm: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
+        A, B, lam, weight_norm = factors
         A_hat, B_hat, a, b = fold(A, B, Strength(lam, weight_norm, o.eps), _NO_START, x.dtype)
         h = torch.mm(rows(x), A_hat.t())
         y, out = _frozen(x, weight, bias)
         out.addmm_(h, B_hat.t())
-        ctx.o = o
-        ctx.save_for_backward(x, weight, h, A, B, lam, weight_norm, a, b)
+        ctx.o, ctx.trained = o, (A, B, lam)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[1] else None, h, A, B, lam, weight_norm, a, b)
         return y
 
     @staticmethod
@@ -138,7 +120,7 @@ class _Delora(torch.autograd.Function):
         x, weight, h, A, B, lam, weight_norm, a, b = ctx.saved_tensors
         if not _ordinary(dy):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
-            return _by_stages(ctx, dy, x, kept, (A, B, lam))
+            return _by_stages(ctx, dy, x, kept)
         dy, tokens = rows(dy), rows(x)
         A_hat, B_hat = folded(A, B, a, b, lam, weight_norm, ctx.o.eps)
         dv = torch.mm(dy, B_hat)
@@ -181,7 +163,7 @@ def _ordinary(dy: Tensor) -> bool:
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled(dy.device.type) or is_batched(dy))
 
 
-def _by_stages(ctx: Any, dy: Tensor, x: Tensor, kept: Any, trained: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _by_stages(ctx: Any, dy: Tensor, x: Tensor, kept: Any) -> tuple[Any, ...]:
     """Compute the gradients of an extraordinary backward pass, by the registered ops."""
     o, (_, need_x, *_) = ctx.o, ctx.needs_input_grad
     own = o.method
@@ -190,7 +172,9 @@ def _by_stages(ctx: Any, dy: Tensor, x: Tensor, kept: Any, trained: tuple[Tensor
         grad = gradients(o, Call(*wanted), kept, ops.registered("eager"), dy.reshape(len(kept.h), dy.shape[-1]))
     names = {"dora_linear": ("magnitude",), "delora_linear": ("lam",)}.get(own, ())
     found = [grad[name] for name in ("A", "B", *names)]
-    grads = (None, _as(grad["x"], x) if need_x else None, None, None, *found, *[None] * (own == "delora_linear"))
+    grads = (None, _as(grad["x"], x) if need_x else None, None, None, *found, *[None] * (own != "lora_linear"))
     if not torch.is_grad_enabled():
         return grads
-    return refuse_second_derivatives(o.method, grads, (dy, x, *trained, *[each for each in kept if each is not None]))
+    return refuse_second_derivatives(
+        o.method, grads, (dy, x, *ctx.trained, *[each for each in kept if each is not None])
+    )

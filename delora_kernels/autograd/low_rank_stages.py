@@ -120,6 +120,9 @@ def _u_dropout(o: Options, seed: Tensor | None) -> tuple[float, Tensor | None]:
 
 
 def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> dict[str, Tensor | None]:
+    """Return field of `Call` → its gradient, of all that `need` names: dx [T, K], dW [N, K], dA
+    [r, K], dB [N, r], dm and dbias [N], dλ as λ, from dy [T, N] and what `compute` kept.
+    """
     A_hat, B_hat = saved.A_hat, saved.B_hat
     if B_hat is None and (need.x or need.A or need.magnitude):
         A_hat, B_hat, _, _ = _folded(saved, o, stages)

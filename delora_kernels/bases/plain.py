@@ -118,13 +118,7 @@ def _why_not_any_module() -> str | None:
 
 def any_module_has_hooks() -> bool:
     """Whether hooks are registered for all modules, be it only to count."""
-    everywhere = all_modules
-    return bool(
-        everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
+    return any(_HOOKS_OF_ALL_MODULES)
 
 
 def has_other_forward(module: nn.Module) -> bool:

@@ -82,6 +82,17 @@ def test_nothing_of_xs_size_in_a_wider_dtype(method: str, precision: str) -> Non
     assert all(size <= max(T * K, T * N) * element for size in large)
 
 
+def test_dora_without_gradients_writes_its_output_alone() -> None:
+    T, K, N = 640, 700, 660
+    forward = layer("dora", "fp32", (T, K, N, 8)).implementation("dk").forward
+
+    def run() -> None:
+        with torch.no_grad():
+            forward()
+
+    assert [size for size in _allocation_sizes(run) if size >= T * N * 4] == [T * N * 4]
+
+
 def _allocation_sizes(run: Callable[[], None]) -> list[int]:
     from torch.profiler import ProfilerActivity, profile
 

@@ -31,9 +31,11 @@ def test_passes_give_the_same_gradients(method: str, monkeypatch: pytest.MonkeyP
 
 
 def test_mean_is_geometric_and_leaves_the_smallest_out() -> None:
-    rows: list[dict[str, Any]] = [{"impl": "dk", "T": 8, "ratio_to_addmm": 100.0}]
-    rows += [{"impl": "dk", "T": 32, "ratio_to_addmm": ratio} for ratio in (0.5, 2.0, 2.0)]
-    rows += [{"impl": "peft", "T": 32, "ratio_to_addmm": 7.0}]
+    rows: list[dict[str, Any]] = [
+        {"impl": "dk", **dict(zip("TKN", small_layers.SMALLEST, strict=True)), "ratio_to_addmm": 100.0}
+    ]
+    rows += [{"impl": "dk", "T": 8, "K": 32, "N": 32, "ratio_to_addmm": ratio} for ratio in (0.5, 2.0, 2.0)]
+    rows += [{"impl": "peft", "T": 8, "K": 32, "N": 32, "ratio_to_addmm": 7.0}]
     assert math.isclose(small_layers.geometric_mean(rows), 2 ** (1 / 3))
 
 

@@ -5,7 +5,7 @@ Most calls are of one adapter on a plain nn.Linear, with tensors of one dtype on
 who watches. Such a call is recognised in one go, from the objects as they stand: nothing is kept
 between calls, so nothing can be out of date. Whatever is not exactly so gives None, and plan.py
 judges it, with words. What stands here must be no more than what plan.py would let pass, and give
-what its plan would: tests/peft/fused/test_straight.py changes each thing that is read.
+what its plan would: tests/peft/fused/test_straight.py changes each thing that is read, one by one.
 """
 
 import math
