@@ -60,6 +60,27 @@ def _become(module: nn.Module, kind: type) -> None:
     module.__class__ = kind
 
 
+class Marked(Tensor):
+    """A tensor that might do more."""
+
+
+def _mark(tensors: Any, name: str) -> None:
+    tensors[name] = tensors[name].detach().as_subclass(Marked)
+
+
+def _cut(tensor: Tensor, dim: int, size: int) -> None:
+    tensor.data = tensor.data.narrow(dim, 0, size)
+
+
+def _wrapped(owner: nn.Module) -> None:
+    owner.__class__ = type("Wrapped", (type(owner),), {})
+
+
+def _without_rows(layer: Any, B: Any) -> None:
+    for tensor in (layer.base_layer.weight, layer.base_layer.bias, B):
+        _cut(tensor, 0, 0)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
@@ -69,6 +90,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "base trained": lambda layer: layer.base_layer.weight.requires_grad_(),
     "bias trained": lambda layer: layer.base_layer.bias.requires_grad_(),
     "base in float32": lambda layer: layer.base_layer.float(),
+    "base weight alone in float32": lambda layer: setattr(
+        layer.base_layer.weight, "data", layer.base_layer.weight.data.float()
+    ),
+    "all in bfloat16": lambda layer: layer.bfloat16(),
     "base weight not a parameter": lambda layer: nn.utils.parametrize.register_parametrization(
         layer.base_layer, "weight", nn.Identity()
     ),
@@ -85,7 +110,13 @@ LORA_CHANGES: dict[str, Callable[[Any], Any]] = {
     "B in float32": lambda layer: layer.lora_B["default"].float(),
     "A with a bias": lambda layer: setattr(layer.lora_A["default"], "bias", nn.Parameter(torch.ones(R).double())),
     "B with a bias": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(N).double())),
-    "A kept elsewhere": lambda layer: _become(layer.lora_A, type("Wrapped", (nn.ModuleDict,), {})),
+    "A kept elsewhere": lambda layer: _wrapped(layer.lora_A),
+    "A too narrow": lambda layer: _cut(layer.lora_A["default"].weight, 1, K - 1),
+    "B too short": lambda layer: _cut(layer.lora_B["default"].weight, 0, N - 1),
+    "B of another rank": lambda layer: _cut(layer.lora_B["default"].weight, 1, R - 1),
+    "no rank": lambda layer: [_cut(layer.lora_A["default"].weight, 0, 0), _cut(layer.lora_B["default"].weight, 1, 0)],
+    "no rows": lambda layer: _without_rows(layer, layer.lora_B["default"].weight),
+    "another dropout": lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.0)}),
     "lora_bias": lambda layer: layer.lora_bias.update(default=True),
     "cast disabled": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
     "scaling not finite": lambda layer: layer.scaling.update(default=float("inf")),
@@ -103,6 +134,9 @@ DORA_CHANGES: dict[str, Callable[[Any], Any]] = {
         layer.lora_magnitude_vector["default"],
         type("Mine", (type(layer.lora_magnitude_vector["default"]),), {}),
     ),
+    "magnitude of a subclass": lambda layer: _mark(layer.lora_magnitude_vector["default"]._parameters, "weight"),
+    "magnitude of one number": lambda layer: _cut(layer.lora_magnitude_vector["default"].weight, 0, 1),
+    "magnitude kept elsewhere": lambda layer: _wrapped(layer.lora_magnitude_vector),
     "another axis": lambda layer: setattr(layer.lora_magnitude_vector["default"], "fan_in_fan_out", True),
 }
 
@@ -116,7 +150,15 @@ DELORA_CHANGES: dict[str, Callable[[Any], Any]] = {
     "norms in float32": lambda layer: layer.delora_w_norm.float(),
     "norms trained": lambda layer: layer.delora_w_norm["default"].requires_grad_(),
     "another rank": lambda layer: layer.r.update(default=R + 1),
-    "A kept elsewhere": lambda layer: _become(layer.delora_A, type("Wrapped", (nn.ParameterDict,), {})),
+    "A kept elsewhere": lambda layer: _wrapped(layer.delora_A),
+    "norms kept elsewhere": lambda layer: _wrapped(layer.delora_w_norm),
+    "λ of a subclass": lambda layer: _mark(layer.delora_lambda._parameters, "default"),
+    "norms of a subclass": lambda layer: _mark(layer.delora_w_norm._buffers, "default"),
+    "norms of one number": lambda layer: _cut(layer.delora_w_norm["default"], 0, 1),
+    "A too narrow": lambda layer: _cut(layer.delora_A["default"], 1, K - 1),
+    "B of another rank": lambda layer: _cut(layer.delora_B["default"], 1, R - 1),
+    "no rows": lambda layer: _without_rows(layer, layer.delora_B["default"]),
+    "another dropout": lambda layer: layer.delora_dropout.update({"default": nn.AlphaDropout(0.0)}),
 }
 
 
@@ -148,6 +190,7 @@ def test_a_change_leaves_it(
     outcome(layer, x)
     assert len(taken) == 1
     change(layer)
+    x = x.bfloat16() if "all in" in name else x
     same(*judged_twice(layer, x, monkeypatch))
     assert len(taken) == 1
     same(*judged_twice(layer, x, monkeypatch, torch.no_grad))  # where nothing is frozen or trained
@@ -198,7 +241,7 @@ def test_what_the_input_is(
     for given in (x[0, 0], x.float(), x[..., :-1].contiguous(), subclass, sparse, nested, x[0].to("meta")):
         ours, theirs = judged_twice(layer, given, monkeypatch)
         if given.is_nested or given.is_meta or "y" not in theirs:
-            assert ours.keys() == theirs.keys()
+            assert (ours.keys(), ours.get("error")) == (theirs.keys(), theirs.get("error"))
         else:
             same(ours, theirs)
     assert taken == []
