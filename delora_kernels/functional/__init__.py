@@ -19,7 +19,7 @@ from delora_kernels.call import AnyCall
 from delora_kernels.functional.delora import delora_call, delora_factors, delora_linear
 from delora_kernels.functional.dora import dora_call, dora_linear
 from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_linear
-from delora_kernels.functional.lora import lora_call, lora_linear
+from delora_kernels.functional.lora import lora_call, lora_linear, lora_linears
 from delora_kernels.functional.moe import moe_lora_linear
 from delora_kernels.functional.moe_arguments import moe_lora_call
 from delora_kernels.functional.router_stats import RouterStats
@@ -32,6 +32,7 @@ __all__ = [
     "ether_linear",
     "ether_plus_linear",
     "lora_linear",
+    "lora_linears",
     "moe_lora_linear",
 ]
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import StraightLinear
 from delora_kernels.autograd.low_rank_direct import ops_replaced
-from delora_kernels.autograd.shared_input import shared_direct
+from delora_kernels.autograd.shared_input_direct import shared_direct
 from delora_kernels.call import Call, Options
 from delora_kernels.dispatch import is_left_open
 
