@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
     Args:
         x: [T, K], any float dtype; cast to compute_dtype as nn.Linear would under autocast.
-        weight: [N, K], the frozen weight; any strides.
+        weight: [N, K], the frozen weight; any strides. Or a stored base (bases/stored.py).
         bias: [N] or None.
         A, B: [r, K], [N, r], the trainable factors.
         magnitude: [N] for DoRA, else None.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from delora_kernels.autograd.function import Computed
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import (
     Branch,
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
     """The tensors kept for backward; None where no wanted gradient needs them."""
 
     x: Tensor | None = None
-    weight: Tensor | None = None
+    weight: Any = None
     h: Tensor | None = None
     A: Tensor | None = None
     B: Tensor | None = None
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
     """y [T, N]; where nothing is wanted, nothing is kept."""
     o, u_dropout = call.options, _u_dropout(call.options, call.seed)
-    weight = PlainBase(call.weight).dense(o.compute_dtype)
+    weight = dense(call.weight, o.compute_dtype)
     norm = c = scaled = None
     A_hat, B_hat, a, b = _folded(call, o, stages)
     keep = bool(need.magnitude) and not o.save_output
@@ -131,7 +131,7 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
     dv, dB_hat, dm, dy_sum = stages.expand_backward(dy, term, rescaled, bool(need.bias))
     grad, dA_hat = {"bias": dy_sum, "magnitude": dm}, None
     if need.x or need.A:
-        weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
+        weight = dense(saved.weight, o.compute_dtype) if need.x else None
         frozen = Frozen(weight, saved.c, o.two_term)
         branch = Branch(
             dv, A_hat if need.x else None, saved.x if need.A else None, dv.shape[1] - o.frozen_rank, o.scale

@@ -29,10 +29,19 @@ from delora_kernels.bases.plain import (
     why_not_local,
     why_not_plain,
 )
+from delora_kernels.bases.read import base_in
+from delora_kernels.bases.stored import StoredBase
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.stored_bases import (
+    StoredRun,
+    class_with_forward,
+    peft_class_on_stored_base,
+    why_not_peft,
+)
 from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict
 
 Fused = Callable[[Tensor], Tensor]
+Base = PlainBase | StoredBase
 
 _LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"), nn.ModuleDict)
 _DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
@@ -101,8 +110,11 @@ def plan_of(layer: Any) -> Fused | str:
         layer: A LoRA or DeLoRA linear of PEFT, fused or not.
     """
     is_delora = isinstance(layer, DeloraLinear)
-    owner: Any = DeloraLinear if is_delora else LoraLinear
-    reason = verdicts.reasons["delora" if is_delora else "lora"] or _why_not_class(owner)
+    reason = verdicts.reasons["delora" if is_delora else "lora"]
+    if isinstance(layer, LoraLinear | DeloraLinear):
+        reason = reason or _why_not_class(DeloraLinear if is_delora else LoraLinear)
+    else:
+        reason = reason or why_not_peft() or _why_not_class(class_with_forward(peft_class_on_stored_base(type(layer))))
     if reason is not None:
         return reason
     if layer._disable_adapters:
@@ -134,10 +146,9 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
     """
     if has_other_forward(layer):
         return "it has a forward of its own"
-    reason = PlainBase.why_not(base_layer)
-    if reason is not None:
-        return reason
-    base = PlainBase.of(base_layer)
+    base = base_in(base_layer)
+    if isinstance(base, str):
+        return base
     for index, adapter in enumerate(adapters):
         for role, owner in adapter.owners.items():
             reason = why_not_plain(owner, role)
@@ -159,7 +170,10 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
                 return f"its {role} is on another device than its base"
         if adapter.rank is not None and adapter.rank != adapter.tensors["delora_A"].shape[0]:
             return "its rank is not that of delora_A"
-    return _delora_plan(adapters, base) if isinstance(layer, DeloraLinear) else _lora_plan(adapters, base)
+    plan = _delora_plan(adapters, base) if isinstance(layer, DeloraLinear) else _lora_plan(adapters, base)
+    if isinstance(base, StoredBase) and not isinstance(plan, str):
+        return StoredRun(base, plan)
+    return plan
 
 
 def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
@@ -169,6 +183,8 @@ def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
 
 def _why_not_class(kind: Any) -> str | None:
     """Say which method of a class that PEFT's forward calls has been replaced, or None."""
+    if kind not in _DEFINED:  # of a library that need not be there
+        _DEFINED[kind] = {"forward": _as_defined(kind, "forward")}
     for name, method in _DEFINED[kind].items():
         if getattr(kind, name) is not method:
             return f"{class_name(kind)}.{name} has been replaced"
@@ -242,7 +258,7 @@ def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
     return dropout_p if isinstance(dropout_p, str) else _Adapter({}, tensors, dropout, 1.0, dropout_p, layer.r[name])
 
 
-def _lora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused | str:
+def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
         if any("magnitude" in adapter.tensors for adapter in adapters):
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
@@ -255,7 +271,7 @@ def _lora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused | str:
     return partial(functional.lora_linear, **arguments)
 
 
-def _delora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused:
+def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
     def fused(x: Tensor) -> Tensor:
         if len(adapters) > 1:
             y = _stacked(functional.delora_factors, adapters, base, x)
@@ -267,7 +283,7 @@ def _delora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused:
     return fused
 
 
-def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: PlainBase, x: Tensor) -> Tensor:
+def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
     """Several adapters as one of their summed rank, each with its own mask; x is read once."""
     A, B = zip(*(factors(*adapter.tensors.values()) for adapter in adapters), strict=True)
     scales = [adapter.scale for adapter in adapters]
