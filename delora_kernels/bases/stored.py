@@ -38,6 +38,9 @@ class StoredBase:
             compared with the module's own forward once.
     """
 
+    compared_in: torch.dtype = torch.float32
+    """The dtype in which a base that multiplies in x's is compared with the module's own forward."""
+
     def __init__(
         self,
         shape: Any,
@@ -134,10 +137,14 @@ def register(name: str, form: type[StoredBase]) -> None:
     FORMS[name] = form
 
 
-FORMS: dict[str, Any] = dict.fromkeys(
-    (f"bitsandbytes.nn.modules.{kind}" for kind in ("Linear4bit", "LinearNF4", "LinearFP4")),
-    ("bitsandbytes_4bit", "Bitsandbytes4bit"),
-)
+FORMS: dict[str, Any] = {
+    "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
+    "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
+    "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
+    "hqq.core.quantize.HQQLinear": ("hqq_linear", "HqqBase"),
+    "torchao.quantization.Float8Tensor": ("torchao_weight", "TorchaoWeight"),
+    "torchao.quantization.Int8Tensor": ("torchao_weight", "TorchaoWeight"),
+}
 """Dotted name of a class → the form that reads it; the library's own as file and class, imported
 where one is met, for each imports its library.
 """

@@ -47,10 +47,11 @@ def test_forward_and_every_gradient(form: str, seed: int) -> None:
             assert m.ok, (method, m)
 
 
+@pytest.mark.parametrize("form", ["nf4-nested", "torchao-int8", "hqq-4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, seed: int) -> None:
+def test_half_precision(form: str, dtype: torch.dtype, seed: int) -> None:
     """Float32 adapters on a base that multiplies in 16 bits."""
-    base = read(stored("nf4-nested", 48, 40, seed, dtype=dtype))
+    base = read(stored(form, 48, 40, seed, dtype=dtype))
     for method in ("lora", "dora", "delora"):
         for m in measure(problem(method, base, dtype, torch.float32, seed, 21)):
             assert m.ok, (method, m)

@@ -35,12 +35,39 @@ def bitsandbytes_4bit(
     return made
 
 
+def torchao(
+    N: int, K: int, *, bias: bool = True, config: str = "Int8WeightOnlyConfig", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """An nn.Linear of `dtype` with a weight-only quantised tensor for its weight."""
+    quantization = pytest.importorskip("torchao", reason="needs torchao: pip install 'delora-kernels[torchao]'").quantization
+    model = nn.Sequential(nn.Linear(K, N, bias, dtype=dtype or torch.float32)).requires_grad_(False)
+    name, _, group = config.partition(":")
+    granularity = {"granularity": quantization.PerGroup(int(group))} if group else {}
+    quantization.quantize_(model, getattr(quantization, name)(**granularity))
+    return model[0]
+
+
+def hqq(N: int, K: int, *, bias: bool = True, nbits: int = 4, dtype: torch.dtype | None = None) -> nn.Module:
+    """An HQQLinear."""
+    quantize = pytest.importorskip("hqq.core.quantize", reason="needs HQQ: pip install 'delora-kernels[hqq]'")
+    linear = nn.Linear(K, N, bias).requires_grad_(False)
+    config = quantize.BaseQuantizeConfig(nbits=nbits, group_size=8)
+    made: nn.Module = quantize.HQQLinear(linear, config, compute_dtype=dtype or torch.float32, device="cpu")
+    return made
+
+
 FORMS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "nf4": (bitsandbytes_4bit, {"nested": False}),
     "nf4-nested": (bitsandbytes_4bit, {}),
     "fp4": (bitsandbytes_4bit, {"quant_type": "fp4", "nested": False}),
     "fp4-nested-bf16-storage": (bitsandbytes_4bit, {"quant_type": "fp4", "storage": torch.bfloat16}),
     "nf4-from-bf16": (bitsandbytes_4bit, {"weight_dtype": torch.bfloat16}),
+    "torchao-int8": (torchao, {}),
+    "torchao-int8-groups": (torchao, {"config": "Int8WeightOnlyConfig:8"}),
+    "torchao-float8": (torchao, {"config": "Float8WeightOnlyConfig"}),
+    "hqq-8": (hqq, {"nbits": 8}),
+    "hqq-4": (hqq, {}),
+    "hqq-2": (hqq, {"nbits": 2}),
 }
 """Name → what makes it, and its options."""
 

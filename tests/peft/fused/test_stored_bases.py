@@ -46,7 +46,7 @@ def dequantisations() -> Iterator[list[int]]:
         yield made
 
 
-@pytest.mark.parametrize("form", ["nf4", "fp4-nested-bf16-storage"])
+@pytest.mark.parametrize("form", ["nf4", "fp4-nested-bf16-storage", "torchao-int8", "torchao-float8", "hqq-4"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity(form: str, method: str, dtype: torch.dtype, x: Tensor, seed: int) -> None:
