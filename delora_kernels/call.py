@@ -167,4 +167,22 @@ class ReflectCall(NamedTuple):
     options: ReflectOptions
 
 
+class TermCall(NamedTuple):
+    """The tensors of a rank term beside a base that has run already (its autograd Function's
+    inputs, in this order), and its options.
+
+    Args:
+        x: [T, K], the base's input.
+        y: [T, N], its output.
+        A, B, seed: as in `Call`.
+    """
+
+    x: Tensor
+    y: Tensor
+    A: Tensor
+    B: Tensor
+    seed: Tensor | None
+    options: Options
+
+
 AnyCall = Call | MoECall | ReflectCall

@@ -67,7 +67,7 @@ def differentiable(
         ]
         outputs, saved, ctx.depends_on = _computed(compute, call, need, backend)
         ctx.stored = None
-        if not isinstance(call.weight, Tensor):  # a base that backward makes dense again
+        if _is_stored(call):  # a base that backward makes dense again
             ctx.stored, saved = saved.weight, saved._replace(weight=None)
         ctx.save_for_backward(*saved)
         if constant is not None:
@@ -132,13 +132,18 @@ def any_requires_grad(values: Iterable[Any]) -> bool:
 def _computed(compute: Callable[..., Computed], call: Any, need: Any, backend: str) -> Computed:
     """Compute with autocast off: a call's options hold every dtype."""
     tensors = tuple(call)[:-1]  # torch 2.7 can't trace a slice of the NamedTuple itself
-    if not isinstance(call.weight, Tensor):
+    if _is_stored(call):
         tensors = tensors[:1] + tensors[2:]
     x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, tensors)
     if not torch.is_autocast_enabled(x.device.type):
         return compute(call, x, need, stages)
     with torch.autocast(x.device.type, enabled=False):
         return compute(call, x, need, stages)
+
+
+def _is_stored(call: Any) -> bool:
+    """Whether a call's weight is a base that is made dense once a pass."""
+    return not isinstance(getattr(call, "weight", call.x), Tensor)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

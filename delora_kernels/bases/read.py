@@ -12,7 +12,12 @@ def base_in(module: nn.Module) -> PlainBase | StoredBase | str:
     """Read the base inside `module`, or say why it can't be read."""
     form = stored_form(module)
     if form is None:
-        return PlainBase.why_not(module) or PlainBase.of(module)
+        reason = PlainBase.why_not(module)
+        if reason is None:
+            return PlainBase.of(module)
+        if type(getattr(module, "weight", None)).__module__.startswith("torchao."):
+            return str(reason)  # not that of a shard, which later may be whole
+        return reason
     reason = why_not_plain(module, "base layer") or why_not_any_module() or form.why_not(module)
     if reason is not None:
         return reason

@@ -39,7 +39,7 @@ class StoredBase:
     """
 
     compared_in: torch.dtype = torch.float32
-    """The dtype in which a base that multiplies in x's is compared with the module's own forward."""
+    """The dtype in which a base that multiplies in that of x is compared with its module."""
 
     def __init__(
         self,

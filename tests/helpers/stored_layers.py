@@ -39,7 +39,9 @@ def torchao(
     N: int, K: int, *, bias: bool = True, config: str = "Int8WeightOnlyConfig", dtype: torch.dtype | None = None
 ) -> nn.Module:
     """An nn.Linear of `dtype` with a weight-only quantised tensor for its weight."""
-    quantization = pytest.importorskip("torchao", reason="needs torchao: pip install 'delora-kernels[torchao]'").quantization
+    quantization = pytest.importorskip(
+        "torchao", reason="needs torchao: pip install 'delora-kernels[torchao]'"
+    ).quantization
     model = nn.Sequential(nn.Linear(K, N, bias, dtype=dtype or torch.float32)).requires_grad_(False)
     name, _, group = config.partition(":")
     granularity = {"granularity": quantization.PerGroup(int(group))} if group else {}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft_models import assert_close, config, step
@@ -279,3 +280,20 @@ def test_wide_tokens_are_left_to_pefts_branch(x: Tensor, seed: int) -> None:
     dk.accelerate(made)
     ours = step(made, x)
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_eight_bit_bases_run_themselves(threshold: float, x: Tensor, seed: int) -> None:
+    """LLM.int8() rounds its tokens: the rank term alone is fused."""
+    torch.manual_seed(seed)
+    made = nn.Module()
+    linear = bnb.nn.Linear8bitLt(32, 24, has_fp16_weights=False, threshold=threshold)
+    linear.weight = bnb.nn.Int8Params(torch.randn(24, 32), requires_grad=False, has_fp16_weights=False)
+    made.first, made.is_loaded_in_8bit = linear.to("cpu"), True
+    peft.inject_adapter_in_model(config("lora", target_modules=["first"]), made)
+    layer = made.first.requires_grad_(True)
+    layer.base_layer.requires_grad_(False)
+    theirs = step(layer, x)
+    report = dk.accelerate(made)
+    assert [each.state for each in report.layers] == ["rank term fused"]
+    assert_close(step(layer, x), theirs)

@@ -19,6 +19,7 @@ from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.bases.stored import CASTABLE, Broken
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
+from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import straight_delora, straight_lora
@@ -146,7 +147,7 @@ def _why_not_call(layer: Any, run: Any, x: Tensor, args: Any, kwargs: dict[str, 
     transform = active_transform(chain((x,), layer.parameters()))
     if transform is not None:
         return f"{transform} are under way"
-    if isinstance(run, StoredRun):
+    if isinstance(run, StoredRun | BesideRun):
         return run.why_not(x)
     weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from delora_kernels.bases.stored import StoredBase
 from delora_kernels.diagnostics import versions
+from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 
 CLASSES = {
     "peft.tuners.lora.bnb.Linear4bit",
@@ -57,17 +58,26 @@ class StoredRun:
     Args:
         base: The base, read for this call.
         run: The fused function of x.
+        beside: Reason → what computes the layer where its base multiplies such an x itself, or the
+            reason.
     """
 
     base: StoredBase
     run: Callable[[Tensor], Tensor]
+    beside: Callable[[str], BesideRun | str]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x)
+        reason = self.base.why_not_input(x)
+        if reason is None:
+            return self.run(x)
+        beside: Any = self.beside(reason)
+        y: Tensor = beside(x)
+        return y
 
     def why_not(self, x: Tensor) -> str | None:
         """Say why x is left to PEFT's own forward, or None."""
-        return self.base.why_not_input(x)
+        reason = self.base.why_not_input(x)
+        return reason if reason is None or isinstance(self.beside(reason), str) else None
 
 
 def lora_linear_of(layer: Any) -> bool:
