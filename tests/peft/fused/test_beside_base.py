@@ -84,7 +84,7 @@ def test_several_adapters(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_dropout(stacked: bool, seed: int) -> None:
-    """A mask of its own for each adapter, the same one backward: by finite differences in float64."""
+    """A mask of its own for each adapter, the same one backward: by finite differences."""
     torch.manual_seed(seed)
     ranks, p = ((2, 1), (0.5, 0.25)) if stacked else ((), (0.5,))
     x, A, B = torch.randn(7, 5), torch.randn(3, 5), torch.randn(4, 3)

@@ -47,8 +47,9 @@ class BesideRun:
 
 
 def beside(adapters: list[Any], base_layer: nn.Module, is_delora: bool, reason: str) -> BesideRun | str:
-    """Plan the rank term alone, beside a base that runs its own forward; of DoRA, which rescales what
-    the base gives, return the reason.
+    """Plan the rank term alone, beside a base that runs its own forward.
+
+    Of DoRA, which rescales what the base gives, return the reason.
     """
     if any("magnitude" in adapter.tensors for adapter in adapters):
         return reason
