@@ -19,6 +19,7 @@ from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.bases.stored import CASTABLE, Broken
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
+from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
@@ -50,7 +51,20 @@ class FusedDeloraLinear(DeloraLinear):
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
 
-_FUSED: dict[type, type] = {LoraLinear: FusedLoraLinear, DeloraLinear: FusedDeloraLinear}
+class FusedStoredDeloraLinear(StoredDeloraLinear):
+    """PEFT's DeLoRA linear around a stored base, with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, DeloraLinear.forward, x, args, kwargs)
+
+    _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
+
+
+_FUSED: dict[type, type] = {
+    LoraLinear: FusedLoraLinear,
+    DeloraLinear: FusedDeloraLinear,
+    StoredDeloraLinear: FusedStoredDeloraLinear,
+}
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}
 
