@@ -4,7 +4,7 @@ from torch import nn
 
 from delora_kernels.bases.numeric_check import why_not_linear
 from delora_kernels.bases.plain import PlainBase, parameter, why_not_any_module, why_not_plain
-from delora_kernels.bases.stored import StoredBase, form_of
+from delora_kernels.bases.stored import StoredBase, dotted_name, form_of
 from delora_kernels.checks import PLAIN
 
 
@@ -15,7 +15,7 @@ def base_in(module: nn.Module) -> PlainBase | StoredBase | str:
         reason = PlainBase.why_not(module)
         if reason is None:
             return PlainBase.of(module)
-        if type(getattr(module, "weight", None)).__module__.startswith("torchao."):
+        if dotted_name(type(getattr(module, "weight", None))).startswith("torchao."):
             return str(reason)  # not that of a shard, which later may be whole
         return reason
     reason = why_not_plain(module, "base layer") or why_not_any_module() or form.why_not(module)

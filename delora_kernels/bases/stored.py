@@ -150,9 +150,15 @@ where one is met, for each imports its library.
 """
 
 
+@torch.compiler.assume_constant_result  # a compiler can't read the names of all classes
+def dotted_name(kind: type) -> str:
+    """Return a class's name as `register` takes it."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def form_of(kind: type) -> type[StoredBase] | None:
     """Return the form registered for a class of modules or tensors, or None."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = dotted_name(kind)
     form: Any = FORMS.get(name)
     if isinstance(form, tuple):
         file, own = form

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delora_kernels as dk
 from delora_kernels import reference
+from delora_kernels.bases import numeric_check
 from delora_kernels.bases.read import base_in
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'delora-kernels[bnb]'")
@@ -167,6 +168,32 @@ def test_checkpointing(reentrant: bool, x: Tensor, seed: int) -> None:
             return y
 
     assert_close(step(Checkpointed(), x), expected)
+
+
+@pytest.mark.parametrize("form", ["nf4-nested", "torchao-int8", "hqq-4"])
+def test_compiled_without_a_break(form: str, x: Tensor, seed: int) -> None:
+    """And dequantised once each way there too: the compiled program has the library's own ops."""
+    made = adapted(form, "dora", seed, dtype=torch.float32)
+    dk.accelerate(made)
+    expected = step(made, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = x.clone().requires_grad_()
+    y = compiled(x)
+    y.float().square().sum().backward()
+    torch.testing.assert_close(y, expected["y"])
+    torch.testing.assert_close(x.grad, expected["x"])
+
+
+def test_a_base_first_met_by_a_compiler_runs_itself(x: Tensor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not compared with its dense form, and says what to do."""
+    made = adapted("nf4", "lora", seed, dtype=torch.float32)
+    expected = made(x)
+    dk.accelerate(made)
+    monkeypatch.setattr(numeric_check, "_found", {})
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(made, backend="eager")(x), expected)
+    assert not numeric_check._found
 
 
 def test_two_threads(x: Tensor, seed: int) -> None:

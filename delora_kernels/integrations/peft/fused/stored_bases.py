@@ -12,7 +12,7 @@ from typing import Any
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
-from delora_kernels.bases.stored import StoredBase
+from delora_kernels.bases.stored import StoredBase, dotted_name
 from delora_kernels.diagnostics import versions
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 
@@ -27,7 +27,7 @@ CLASSES = {
 
 def is_on_stored_base(kind: type) -> bool:
     """Whether `kind` is one of PEFT's LoRA layers on stored bases."""
-    return f"{kind.__module__}.{kind.__qualname__}" in CLASSES
+    return dotted_name(kind) in CLASSES
 
 
 def peft_class_on_stored_base(kind: type) -> type:
