@@ -42,7 +42,7 @@ class Call(NamedTuple):
     """The tensors of one call (the autograd Function's inputs, in this order) and its options.
 
     Args:
-        x: [T, K], any float dtype; cast to compute_dtype as nn.Linear would under autocast.
+        x: [..., K], any float dtype; cast to compute_dtype as nn.Linear would under autocast.
         weight: [N, K], the frozen weight; any strides. Or a stored base (bases/stored.py).
         bias: [N] or None.
         A, B: [r, K], [N, r], the trainable factors.

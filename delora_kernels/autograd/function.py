@@ -60,7 +60,7 @@ def differentiable(
 
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:
         call, need = call_type(*inputs), call_type(*ctx.needs_input_grad[1:])
-        ctx.backend, ctx.options = backend, call.options
+        ctx.backend, ctx.options, ctx.shape = backend, call.options, call.x.shape
         ctx.wanted = [
             (field, value.dtype if wanted else None)
             for field, value, wanted in zip(call_type._fields, inputs, need, strict=True)
@@ -92,6 +92,8 @@ def differentiable(
                 grad = gradients(*arguments)
         else:
             grad = gradients(*arguments)
+        if ctx.needs_input_grad[1] and len(ctx.shape) > 2:
+            grad["x"] = grad["x"].view(ctx.shape)
         return None, *(None if dtype is None else _cast(grad[field], dtype) for field, dtype in ctx.wanted)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

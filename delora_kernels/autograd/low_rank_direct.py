@@ -3,7 +3,8 @@
 Small layers spend their time on the way to a GEMM, not in it: on the choice of ops, on tuples of
 their arguments, on tensors of size 0 for results that nobody asked for. Where a call is of one
 dtype, drops nothing and runs on the eager backend, these Functions do what low_rank_stages.py does,
-operation for operation, and keep the same tensors. Everything out of the ordinary in a backward
+operation for operation, and keep the same tensors in the same order: checkpointing may take one way
+forward and the other again. Everything out of the ordinary in a backward
 pass (autocast, batched gradients, second derivatives) goes back to the stages.
 """
 
@@ -15,7 +16,7 @@ from torch.nn.functional import linear
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import is_batched, refuse_second_derivatives
-from delora_kernels.autograd.low_rank_stages import Saved, gradients
+from delora_kernels.autograd.low_rank_stages import Saved, gradients, rows
 from delora_kernels.backends import eager as eager_backend
 from delora_kernels.backends.eager import low_rank as eager
 from delora_kernels.backends.eager.fold import fold, fold_backward, folded
@@ -54,7 +55,7 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor) -> Tensor:
         h = torch.mm(rows(x), A.t())
-        y, out = _frozen(x, weight, bias)
+        y, out = frozen_linear(x, weight, bias)
         out.addmm_(h, B.t(), alpha=o.scale)
         ctx.o, ctx.trained, need_x = o, (A, B), ctx.needs_input_grad[1]
         ctx.save_for_backward(x, weight if need_x else None, h, A if need_x else None, B)
@@ -63,14 +64,14 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B = ctx.saved_tensors
-        if not _ordinary(dy):
+        if not is_ordinary(dy):
             return _by_stages(ctx, dy, x, Saved(x=rows(x), weight=weight, h=h, A=A, B=B))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
         dv = torch.mm(dy, B)
         dB = eager.token_product(dy, h, scale)
         dA = eager.product(dv.t(), tokens, scale)
         dx = torch.mm(dy, weight).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
-        return None, _as(dx, x), None, None, dA, dB
+        return None, shaped(dx, x), None, None, dA, dB
 
 
 class _Dora(torch.autograd.Function):
@@ -84,13 +85,13 @@ class _Dora(torch.autograd.Function):
         c = eager.quotient(magnitude, norm)
         eager.rescale(base, h, B, o.scale, c, bias, out)
         ctx.o, ctx.trained, need_x = o, (A, B, magnitude), ctx.needs_input_grad[1]
-        ctx.save_for_backward(x, weight if need_x else None, h, A if need_x else None, B, norm, c, base)
+        ctx.save_for_backward(x, weight if need_x else None, h, A if need_x else None, B, c, base, norm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, A, B, norm, c, base = ctx.saved_tensors
-        if not _ordinary(dy):
+        x, weight, h, A, B, c, base, norm = ctx.saved_tensors
+        if not is_ordinary(dy):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, c=c, kept=base, kept_divisor=norm)
             return _by_stages(ctx, dy, x, kept)
         dy, scale, tokens, c_column = rows(dy), ctx.o.scale, rows(x), c[:, None]
@@ -100,7 +101,7 @@ class _Dora(torch.autograd.Function):
         dB *= c_column
         dA = eager.product(dv.t(), tokens, scale)
         dx = eager.scaled_gemm(dy, weight, c).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
-        return None, _as(dx, x), None, None, dA, dB, dm, None
+        return None, shaped(dx, x), None, None, dA, dB, dm, None
 
 
 class _Delora(torch.autograd.Function):
@@ -109,7 +110,7 @@ class _Delora(torch.autograd.Function):
         A, B, lam, weight_norm = factors
         A_hat, B_hat, a, b = fold(A, B, Strength(lam, weight_norm, o.eps), _NO_START, x.dtype)
         h = torch.mm(rows(x), A_hat.t())
-        y, out = _frozen(x, weight, bias)
+        y, out = frozen_linear(x, weight, bias)
         out.addmm_(h, B_hat.t())
         ctx.o, ctx.trained = o, (A, B, lam)
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[1] else None, h, A, B, lam, weight_norm, a, b)
@@ -118,7 +119,7 @@ class _Delora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, h, A, B, lam, weight_norm, a, b = ctx.saved_tensors
-        if not _ordinary(dy):
+        if not is_ordinary(dy):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
             return _by_stages(ctx, dy, x, kept)
         dy, tokens = rows(dy), rows(x)
@@ -129,19 +130,15 @@ class _Delora(torch.autograd.Function):
         found, strength = Folded(A, B, a, b), Strength(lam, weight_norm, ctx.o.eps)
         dA, dB, dlam = fold_backward(dA_hat, dB_hat, found, strength)
         dx = torch.mm(dy, weight).addmm_(dv, A_hat) if ctx.needs_input_grad[1] else None
-        return None, _as(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
+        return None, shaped(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
 
 
-def rows(x: Tensor) -> Tensor:
-    """x [..., K] as [T, K]."""
-    return x if x.dim() == 2 else x.flatten(0, -2)
-
-
-def _as(dx: Tensor | None, x: Tensor) -> Tensor | None:
+def shaped(dx: Tensor | None, x: Tensor) -> Tensor | None:
+    """dx [T, K] with x's dimensions."""
     return dx if dx is None or x.dim() == 2 else dx.view(x.shape)
 
 
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x Wᵀ + bias [..., N], and the same memory as [T, N].
 
     Of the Function's result and its rows, the rows are the view: a consumer may write into the
@@ -159,7 +156,8 @@ def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     return y, out
 
 
-def _ordinary(dy: Tensor) -> bool:
+def is_ordinary(dy: Tensor) -> bool:
+    """Whether a backward pass asks for no more than the arithmetic."""
     return not (torch.is_grad_enabled() or torch.is_autocast_enabled(dy.device.type) or is_batched(dy))
 
 
@@ -172,7 +170,7 @@ def _by_stages(ctx: Any, dy: Tensor, x: Tensor, kept: Any) -> tuple[Any, ...]:
         grad = gradients(o, Call(*wanted), kept, ops.registered("eager"), dy.reshape(len(kept.h), dy.shape[-1]))
     names = {"dora_linear": ("magnitude",), "delora_linear": ("lam",)}.get(own, ())
     found = [grad[name] for name in ("A", "B", *names)]
-    grads = (None, _as(grad["x"], x) if need_x else None, None, None, *found, *[None] * (own != "lora_linear"))
+    grads = (None, shaped(grad["x"], x) if need_x else None, None, None, *found, *[None] * (own != "lora_linear"))
     if not torch.is_grad_enabled():
         return grads
     return refuse_second_derivatives(

@@ -55,18 +55,18 @@ class Saved(NamedTuple):
 
 def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
     """y [T, N]; where nothing is wanted, nothing is kept."""
-    o, u_dropout = call.options, _u_dropout(call.options, call.seed)
+    o, u_dropout, tokens = call.options, _u_dropout(call.options, call.seed), rows(x)
     weight = dense(call.weight, o.compute_dtype)
     norm = c = scaled = None
     A_hat, B_hat, a, b = _folded(call, o, stages)
     keep = bool(need.magnitude) and not o.save_output
     if call.magnitude is not None:
-        wanted = not keep and not o.two_term and stages.wants_scaled(x, weight)
+        wanted = not keep and not o.two_term and stages.wants_scaled(tokens, weight)
         norm, c, written = stages.row_norm(weight, A_hat, B_hat, o.scale, call.magnitude, wanted)
         scaled = written if wanted else None
-    h = stages.project(x, A_hat, Masks(o.ranks, o.dropout_p, call.seed))
+    h = stages.project(tokens, A_hat, Masks(o.ranks, o.dropout_p, call.seed))
     rescaling = Rescaling(c, scaled, keep, *u_dropout)
-    y, kept = stages.expand(x, weight, call.bias, RankTerm(h, B_hat, o.scale), rescaling)
+    y, kept = stages.expand(tokens, weight, call.bias, RankTerm(h, B_hat, o.scale), rescaling)
 
     need_dv, need_dB_hat = need.x or need.A or need.magnitude, need.B or need.lam or need.magnitude
     folds = _folds(call, o)
@@ -94,6 +94,11 @@ def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
         b=b,
     )
     return Computed((y,), saved, (call.A, call.B, call.magnitude, call.lam))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., K] as [T, K]."""
+    return x if x.dim() == 2 else x.flatten(0, -2)
 
 
 def _folds(of: Any, o: Options) -> bool:
@@ -134,7 +139,7 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
         weight = dense(saved.weight, o.compute_dtype) if need.x else None
         frozen = Frozen(weight, saved.c, o.two_term)
         branch = Branch(
-            dv, A_hat if need.x else None, saved.x if need.A else None, dv.shape[1] - o.frozen_rank, o.scale
+            dv, A_hat if need.x else None, rows(saved.x) if need.A else None, dv.shape[1] - o.frozen_rank, o.scale
         )
         grad["x"], dA_hat = stages.input_backward(dy, frozen, branch, Masks(o.ranks, o.dropout_p, saved.seed))
     if saved.lam is None:
@@ -147,5 +152,5 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
         grad["A"], grad["B"], dlam = stages.fold_backward(*hats, folded, strength)
         grad["lam"] = dlam.reshape(saved.lam.shape) if need.lam else None
     if need.weight:
-        grad["weight"] = stages.weight_grad(dy, saved.x, saved.c, *_u_dropout(o, saved.seed))
+        grad["weight"] = stages.weight_grad(dy, rows(saved.x), saved.c, *_u_dropout(o, saved.seed))
     return grad

@@ -150,10 +150,13 @@ where one is met, for each imports its library.
 """
 
 
-@torch.compiler.assume_constant_result  # a compiler can't read the names of all classes
 def dotted_name(kind: type) -> str:
     """Return a class's name as `register` takes it."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# A constant of what torch.compile traces, which can't read the names of all classes.
+dotted_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def form_of(kind: type) -> type[StoredBase] | None:

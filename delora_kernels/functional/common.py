@@ -110,4 +110,4 @@ def low_rank_call(
     seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
     options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, weight, A, B))
     rest = (magnitude, lam, weight_norm, frozen_A, frozen_B, frozen_lam, seed, options)
-    return Call(as_rows(x), weight, bias, A, B, *rest)
+    return Call(x if x.dim() > 1 else x.unsqueeze(0), weight, bias, A, B, *rest)

@@ -5,6 +5,7 @@ The functions of this folder check, choose a backend and dtypes, and then run; w
 of that at a glance (integrations/peft/fused/straight.py) comes here.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import StraightLinear
 from delora_kernels.autograd.low_rank_direct import ops_replaced
+from delora_kernels.autograd.shared_input import shared_direct
 from delora_kernels.call import Call, Options
 from delora_kernels.dispatch import is_left_open
 
@@ -50,7 +52,7 @@ def all_trained(*trained: Tensor) -> bool:
     return not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in trained)
 
 
-def run_straight(
+def straight_call(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -60,13 +62,22 @@ def run_straight(
     magnitude: Tensor | None = None,
     lam: Tensor | None = None,
     weight_norm: Tensor | None = None,
-) -> Tensor:
-    """Run `lora_linear`, with a magnitude `dora_linear`, with λ `delora_linear` with PEFT's clamp:
-    [..., K] → [..., N].
+) -> Call:
+    """Make the call of `lora_linear`, with a magnitude `dora_linear`, with λ `delora_linear` with
+    PEFT's clamp; x as it came, [..., K].
     """
     if lam is not None:
         o = _options("delora_linear", 1.0, _EPS, x.dtype)
     else:
         o = _options("lora_linear" if magnitude is None else "dora_linear", scale, 0.0, x.dtype)
-    call = Call(x, weight, bias, A, B, magnitude, lam, weight_norm, None, None, None, None, o)
-    return function.run(StraightLinear, call, "eager", x.shape)[0]
+    return Call(x, weight, bias, A, B, magnitude, lam, weight_norm, None, None, None, None, o)
+
+
+def run_straight(call: Call) -> Tensor:
+    """Run it: [..., K] → [..., N]."""
+    return function.run(StraightLinear, call, "eager", call.x.shape)[0]
+
+
+def run_shared(calls: Sequence[Call]) -> tuple[Tensor, ...]:
+    """Run calls of one x as one: y_i [..., N_i] of each."""
+    return shared_direct(calls)

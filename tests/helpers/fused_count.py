@@ -10,18 +10,24 @@ import pytest
 from torch import Tensor
 
 from delora_kernels.autograd import function
+from delora_kernels.functional import straight
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """A list that grows by one for each pass of a fused layer."""
+    """A list that grows by one for each pass of a fused layer, alone or with its siblings."""
     passes: list[int] = []
-    run = function.run
+    run, shared = function.run, straight.shared_direct
 
     def counting(*arguments: Any) -> tuple[Tensor, ...]:
         passes.append(1)
         return run(*arguments)
 
+    def counting_all(calls: Any) -> tuple[Tensor, ...]:
+        passes.extend([1] * len(calls))
+        return shared(calls)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function, "run", counting)
+        patch.setattr(straight, "shared_direct", counting_all)
         yield passes

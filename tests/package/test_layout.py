@@ -43,6 +43,7 @@ LAYERS: dict[str, set[str]] = {
         "functional",
         "autograd",
         "ops",
+        "call",
         "op_arguments",
         "bases",
         "checks",

@@ -309,12 +309,17 @@ def _masked_backward(dx: Tensor | None, branch: Branch, masks: Masks) -> Tensor:
 
 
 def scaled_gemm(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
-    """(dy ⊙ c) W with one transient, the smaller of dy ⊙ c and c ⊙ W."""
-    if c is not None and dy.shape[0] <= weight.shape[1]:
-        dy = _scaled(dy, c)
-    elif c is not None:
-        weight = _scaled(weight, c[:, None])
-    return torch.mm(dy, weight)
+    """(dy ⊙ c) W with one transient."""
+    return torch.mm(*scaled_pair(dy, weight, c))
+
+
+def scaled_pair(dy: Tensor, weight: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dy and W, c on the smaller of them."""
+    if c is None:
+        return dy, weight
+    if dy.shape[0] <= weight.shape[1]:
+        return _scaled(dy, c), weight
+    return dy, _scaled(weight, c[:, None])
 
 
 def _scaled(matrix: Tensor, factor: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
+from delora_kernels.integrations.peft.fused.groups import ran_alone, run
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
-from delora_kernels.integrations.peft.fused.straight import straight_delora, straight_lora
+from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
 from delora_kernels.integrations.peft.verdict import log_once
 
 
@@ -31,8 +32,10 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA or DoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = None if args or kwargs else straight_lora(self, x)
-        return _forward(self, LoraLinear.forward, x, args, kwargs) if y is None else y
+        call = None if args or kwargs else read_lora(self, x)
+        return _forward(self, LoraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
+
+    read_call = staticmethod(read_lora)
 
     def _get_name(self) -> str:
         return peft_class(type(self)).__name__  # PEFT's layer status reads the type off the repr
@@ -45,8 +48,10 @@ class FusedDeloraLinear(DeloraLinear):
     """PEFT's DeLoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = None if args or kwargs else straight_delora(self, x)
-        return _forward(self, DeloraLinear.forward, x, args, kwargs) if y is None else y
+        call = None if args or kwargs else read_delora(self, x)
+        return _forward(self, DeloraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
+
+    read_call = staticmethod(read_delora)
 
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
@@ -137,18 +142,22 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     # the plan, whose functions are plain torch then, but not PEFT's DoRA
     if exporting() and not torch.compiler.is_dynamo_compiling():
         return peft_forward(layer, x, *args, **kwargs)
-    _, reason, run = verdict_of(layer)
-    if run is not None:
-        reason = _why_not_call(layer, run, x, args, kwargs)
+    _, reason, fused = verdict_of(layer)
+    if fused is not None:
+        reason = _why_not_call(layer, fused, x, args, kwargs)
         if reason is None:
-            return run(x)
+            y = fused(x)
+            ran_alone(layer, y)
+            return y
     if isinstance(reason, Broken) and not (reason.only_training and not (torch.is_grad_enabled() and x.requires_grad)):
         raise RuntimeError(f"an accelerated layer on {layer.get_base_layer()} can't run: {reason}")
     log_once("an accelerated layer runs PEFT's own forward", str(reason))
-    return peft_forward(layer, x, *args, **kwargs)
+    y = peft_forward(layer, x, *args, **kwargs)
+    ran_alone(layer, y)
+    return y
 
 
-def _why_not_call(layer: Any, run: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_not_call(layer: Any, fused: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Why this call needs PEFT's own forward, or None."""
     if args or any(value is not None for value in kwargs.values()):
         return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
@@ -161,8 +170,8 @@ def _why_not_call(layer: Any, run: Any, x: Tensor, args: Any, kwargs: dict[str, 
     transform = active_transform(chain((x,), layer.parameters()))
     if transform is not None:
         return f"{transform} are under way"
-    if isinstance(run, StoredRun | BesideRun):
-        return run.why_not(x)
+    if isinstance(fused, StoredRun | BesideRun):
+        return fused.why_not(x)
     weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:
         return "its input is on another device"

@@ -1,7 +1,8 @@
 """What accelerate() did to every adapter layer of a model, and why it left the rest alone."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from delora_kernels.integrations.peft.verdict import State
 
@@ -38,6 +39,14 @@ class Report:
     """
 
     layers: tuple[LayerReport, ...]
+    _groups: Callable[[], tuple[tuple[str, ...], ...]] = field(default=tuple, repr=False, compare=False)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers that share an input and run as one call, group by group; known after
+        the model's second forward pass, and what `accelerate(model, group=...)` takes.
+        """
+        return self._groups()
 
     @property
     def fused(self) -> tuple[LayerReport, ...]:

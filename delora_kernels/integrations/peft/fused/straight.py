@@ -20,7 +20,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, float32, float64, nn, strided
 
 from delora_kernels.bases.plain import any_module_has_hooks
-from delora_kernels.functional.straight import all_trained, run_straight, unwatched
+from delora_kernels.call import Call
+from delora_kernels.functional.straight import all_trained, straight_call, unwatched
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, methods_of
 
@@ -37,8 +38,8 @@ _CALLED_BY_DORA = methods_of(DoraLinearVariant, DoraLinearLayer)
 _CALLED_BY_DELORA = methods_of(DeloraLinear, nn.Linear, nn.Identity, nn.Dropout)
 
 
-def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
-    """Return the output of a LoRA or DoRA linear, or None where plan.py has to judge the call."""
+def read_lora(layer: Any, x: Tensor) -> Call | None:
+    """Read the call of a LoRA or DoRA linear, or None where plan.py has to judge it."""
     if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
@@ -55,7 +56,7 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if _drops(dropouts._modules[name], layer.training if variant is not None else True):
         return None
-    if not (_is_plain(A_linear) and _is_plain(B_linear) and _is_plain(base)) or "forward" in layer.__dict__:
+    if not (is_plain(A_linear) and is_plain(B_linear) and is_plain(base)) or "forward" in layer.__dict__:
         return None
     if any_module_has_hooks() or _any_replaced(_CALLED_BY_LORA):
         return None
@@ -71,12 +72,12 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
     if variant is None:
         if not all_trained(A, B):
             return None
-        return run_straight(x, weight, bias, A, B, scale)
+        return straight_call(x, weight, bias, A, B, scale)
     magnitudes = parts["lora_magnitude_vector"]
     if type(variant) is not DoraLinearVariant or type(magnitudes) is not nn.ModuleDict:
         return None
     owner = magnitudes._modules.get(name)
-    if type(owner) is not DoraLinearLayer or owner.fan_in_fan_out or not _is_plain(owner):
+    if type(owner) is not DoraLinearLayer or owner.fan_in_fan_out or not is_plain(owner):
         return None
     if verdicts.reasons["dora"] is not None or _any_replaced(_CALLED_BY_DORA) or caches_dora_norms(layer):
         return None
@@ -85,11 +86,11 @@ def straight_lora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not all_trained(A, B, magnitude):
         return None
-    return run_straight(x, weight, bias, A, B, scale, magnitude)
+    return straight_call(x, weight, bias, A, B, scale, magnitude)
 
 
-def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
-    """Return the output of a DeLoRA linear, or None where plan.py has to judge the call."""
+def read_delora(layer: Any, x: Tensor) -> Call | None:
+    """Read the call of a DeLoRA linear, or None where plan.py has to judge it."""
     if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
@@ -101,7 +102,7 @@ def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if verdicts.reasons["delora"] is not None or _drops(dropouts._modules[name], True):
         return None
-    if not _is_plain(base) or "forward" in layer.__dict__ or any_module_has_hooks() or _any_replaced(_CALLED_BY_DELORA):
+    if not is_plain(base) or "forward" in layer.__dict__ or any_module_has_hooks() or _any_replaced(_CALLED_BY_DELORA):
         return None
     A: Any = A_dict._parameters[name]
     B: Any = B_dict._parameters[name]
@@ -117,7 +118,7 @@ def straight_delora(layer: Any, x: Tensor) -> Tensor | None:
         return None
     if not all_trained(A, B, lam):
         return None
-    return run_straight(x, weight, bias, A, B, 1.0, None, lam, norm)
+    return straight_call(x, weight, bias, A, B, 1.0, None, lam, norm)
 
 
 def _only(active: Any) -> Any:
@@ -129,13 +130,13 @@ def _drops(dropout: Any, trains: bool) -> bool:
     """Whether a dropout module may do something, or is one that plan.py has to look at."""
     kind = type(dropout)
     if kind is nn.Identity:
-        return not _is_plain(dropout)
+        return not is_plain(dropout)
     if kind is not nn.Dropout or (dropout.p > 0 and dropout.training and trains):
         return True
-    return dropout.inplace or not _is_plain(dropout)
+    return dropout.inplace or not is_plain(dropout)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` is its class's forward and no more."""
     return not (
         module._forward_hooks

@@ -1,6 +1,6 @@
 """accelerate() and restore(): find the adapter layers of a model, swap their classes, report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
@@ -10,6 +10,7 @@ from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.grouping import Groups, check_groups, move_out, settle_in
 from delora_kernels.integrations.peft.fused.layers import (
     fused_class,
     peft_class,
@@ -21,7 +22,7 @@ from delora_kernels.integrations.peft.fused.stored_bases import lora_linear_of
 from delora_kernels.integrations.peft.verdict import State
 
 
-def accelerate(model: nn.Module, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
     """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run
     fused, in place.
 
@@ -34,13 +35,18 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
         strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers
             that FSDP has sharded already can't be judged, and do not raise: every rank must decide
             alike.
+        group: Whether siblings that are given the same tensor (q, k, v; gate, up) run as one call:
+            x is read once for all their A, and its gradient is one buffer. Which they are is seen
+            in the first forward pass; `report.groups` of an earlier run, given back, holds from the
+            first call on.
 
     Returns:
         The report: each adapter layer, fused or with the reason why not all of it is.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: `model` has no PEFT adapter layer.
+        TypeError: `model` is not a module, or `group` no bool and no lists of names.
+        ValueError: `model` has no PEFT adapter layer, or `group` names something else than fused
+            layers, or a layer twice.
         RuntimeError: `strict` and a layer can't be fused; the text is the report.
     """
     layers = _adapter_layers(model, "accelerate")
@@ -49,11 +55,18 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
             f"accelerate: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
             "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
         )
-    report = Report(tuple(_describe(name, layer) for name, layer in layers))
+    groups = Groups({layer: name for name, layer in layers})
+    report = Report(tuple(_describe(name, layer) for name, layer in layers), groups)
     if strict and report.declined:
         raise RuntimeError(f"accelerate: strict=True, but not every adapter layer can be fused: {report}")
-    for _, layer in layers:
+    fused = {
+        name: layer for name, layer in layers if peft_class(fused_class(type(layer))) is not fused_class(type(layer))
+    }
+    check_groups(group, fused)
+    fresh = [name for name, layer in fused.items() if fused_class(type(layer)) is not type(layer)]
+    for layer in fused.values():
         swap_class(layer, fused_class(type(layer)))
+    settle_in(fused, fresh, group)
     return report
 
 
@@ -69,6 +82,7 @@ def restore(model: nn.Module) -> int:
     fused = [layer for _, layer in _adapter_layers(model, "restore") if peft_class(type(layer)) is not type(layer)]
     for layer in fused:
         swap_class(layer, peft_class(type(layer)))
+        move_out(layer)
     return len(fused)
 
 

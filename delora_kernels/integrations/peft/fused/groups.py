@@ -1,0 +1,262 @@
+"""Siblings that are given the same x (q, k, v; gate, up) run as one call.
+
+The fused layers of one parent module are a family. Its first forward pass is watched: layers that
+were given the same tensor, one after the other, are a group from then on. The first of a group is
+its leader: its call computes the outputs of all, and each of the others, when it is called with
+that very x in the same surroundings, is handed its own; whatever does not fit runs alone. Names
+play no part, nor does what a model's source looks like.
+
+Grouped and single calls keep different tensors for backward, and differ by rounding; checkpointing
+runs a forward pass a second time and must find what the first left. So how a family runs changes
+only where no earlier forward pass can be run again (outstanding.py).
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import _C, Tensor, nn
+from torch.compiler import is_compiling
+
+from delora_kernels.call import Call
+from delora_kernels.functional.straight import run_shared, run_straight
+from delora_kernels.integrations.peft.fused.outstanding import Outstanding, in_backward
+from delora_kernels.integrations.peft.fused.straight import is_plain
+
+PLACE = "_shared_input"
+"""Where a layer keeps its `Place`: in its __dict__, which no state dict reads."""
+
+
+class Place:
+    """A layer's place in its family; without a group, it runs alone."""
+
+    def __init__(self, family: "Family") -> None:
+        self.family = family
+        self.group: Group | None = None
+
+    def __reduce__(self) -> Any:
+        return Place, (self.family,)
+
+    def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """Run the call of `layer`, with its siblings' where they share x."""
+        family = self.family
+        if self.group is not None and _held.group is self.group:
+            y = _held.take(layer, x, call)
+            if y is not None:
+                return y
+        if family.watched:
+            family.note(layer, x)
+        if self.group is not None and self.group.led_by(layer):
+            self.group.leave_out_the_missed()
+            if self.group is not None and family.alone.is_over():
+                calls = self.group.calls(layer, x, call)
+                if calls is not None:
+                    return _together(self.group, x, calls)
+        y = run_straight(call)
+        if self.group is not None or family.watched:
+            family.alone.add(layer, y)
+        return y
+
+
+class Family:
+    """The fused layers of one parent module: which of them share an input, and which forward passes
+    ran without a group.
+
+    Copied or unpickled with its layers, it is watched anew.
+    """
+
+    def __init__(self, watched: bool = True) -> None:
+        self.alone = Outstanding()
+        self.watched = watched
+        self._runs: list[list[Any]] = []  # layers given one x, as weak references; the last run is under way
+        self._x: Any = None
+        self._version = 0
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Family":
+        memo[id(self)] = copy = Family()
+        return copy
+
+    def __reduce__(self) -> Any:
+        return Family, ()
+
+    def note(self, layer: nn.Module, x: Tensor) -> None:
+        """Watch one call; where a layer comes round again, the family's groups are known."""
+        if in_backward() or x.is_inference():
+            return
+        with self._lock:
+            same = self._x is not None and self._x() is x and self._version == x._version
+            if same and all(ref() is not layer for ref in self._runs[-1]):
+                self._runs[-1].append(weakref.ref(layer))
+            elif any(ref() is layer for run in self._runs for ref in run):
+                self._settle()
+            elif self.watched:
+                self._x, self._version = weakref.ref(x), x._version
+                self._runs.append([weakref.ref(layer)])
+
+    def _settle(self) -> None:
+        runs = [[layer for ref in run if (layer := ref()) is not None] for run in self._runs]
+        self.watched, self._runs, self._x = False, [], None
+        for run in runs:
+            if len(run) > 1:
+                form(run)
+            else:
+                self.alone.forget(run)
+                for layer in run:
+                    layer.__dict__.pop(PLACE, None)
+
+
+class Group:
+    """Layers that share an input, in the order of their calls, held weakly."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._missed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._ran = Outstanding()
+
+    def layers(self) -> list[Any]:
+        """Return the layers; fewer where one is gone."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
+
+    def led_by(self, layer: nn.Module) -> bool:
+        """Whether `layer` is the first of them."""
+        return self._layers[0]() is layer
+
+    def calls(self, leader: nn.Module, x: Tensor, call: Call) -> dict[Any, Call] | None:
+        """Read the calls of all, the leader's given; None where one of them can't share."""
+        if x.is_inference() or not is_plain(leader):  # an inference tensor has no version, by which it is known
+            return None
+        found: dict[Any, Call] = {leader: call}
+        for ref in self._layers[1:]:
+            layer: Any = ref()
+            read = getattr(type(layer), "read_call", None)
+            other = None if read is None or not is_plain(layer) else read(layer, x)
+            if other is None:
+                return None
+            found[layer] = other
+        return found
+
+    def ran(self, leader: nn.Module, y: Tensor) -> None:
+        """Take note of a call of all, once it is known that a layer does not belong."""
+        if self._missed:
+            self._ran.add(leader, y)
+
+    def miss(self, unclaimed: Mapping[Any, "_Output"]) -> None:
+        """Remember layers whose outputs nobody called for."""
+        if not in_backward():  # where checkpointing stops as soon as it has what it needs
+            for layer, (_, _, y) in unclaimed.items():
+                self._missed.add(layer)
+                self._ran.add(layer, y)
+
+    def leave_out_the_missed(self) -> None:
+        """Go on without them, as soon as no forward pass that ran with them can be run again."""
+        if self._missed and not in_backward() and self._ran.is_over():
+            left = [layer for layer in self.layers() if layer not in self._missed]
+            for layer in self.layers():
+                layer.__dict__[PLACE].group = None
+            if len(left) > 1:
+                form(left)
+
+
+class _Output(NamedTuple):
+    """What is held for a layer: what its call is made of besides x, those tensors' versions, its
+    y.
+    """
+
+    inputs: tuple[Any, ...]
+    versions: list[int]
+    y: Tensor
+
+
+class _Held(threading.local):
+    """Outputs of this thread's last group call that nobody has called for yet."""
+
+    group: Group | None = None
+    _x: Any = None
+    _surroundings: tuple[Any, ...] = ()
+    _outputs: dict[Any, _Output] = {}  # noqa: RUF012, only ever replaced
+
+    def put(self, group: Group, x: Tensor, outputs: dict[Any, _Output]) -> None:
+        self.group, self._surroundings, self._outputs = group, _surroundings(x), outputs
+        self._x = weakref.ref(x, lambda _: _let_go(group, outputs))
+
+    def take(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor | None:
+        """Return the output of `layer` if it is what its call would compute now; once."""
+        held = self._outputs.get(layer)
+        if held is None or self._x() is not x or self._surroundings != _surroundings(x):
+            return None
+        if held.inputs[-1] != call.options or held.versions != _versions(call):
+            return None
+        for was, now in zip(held.inputs[:-1], call[1:-1], strict=True):
+            if was is not now:
+                return None
+        del self._outputs[layer]
+        if not self._outputs:
+            self.drop()
+        return held.y
+
+    def drop(self) -> None:
+        """Let go of all."""
+        if self.group is not None:
+            _let_go(self.group, self._outputs)
+        self.group, self._x, self._outputs = None, None, {}
+
+
+_held = _Held()
+
+
+def _let_go(group: Group, outputs: dict[Any, _Output]) -> None:
+    if outputs:
+        group.miss(outputs)
+        outputs.clear()
+
+
+def _surroundings(x: Tensor) -> tuple[Any, ...]:
+    """Return what besides tensors decides what a call computes and keeps."""
+    return x._version, x.requires_grad, torch.is_grad_enabled(), _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _versions(call: Call) -> list[int]:
+    return [tensor._version for tensor in call[1:-1] if tensor is not None]
+
+
+def _together(group: Group, x: Tensor, calls: Mapping[Any, Call]) -> Tensor:
+    """Compute the outputs of a group; keep all but the leader's for their layers."""
+    _held.drop()
+    y, *others = run_shared(list(calls.values()))
+    leader, *rest = calls
+    outputs = {}
+    for layer, other in zip(rest, others, strict=True):
+        outputs[layer] = _Output(calls[layer][1:], _versions(calls[layer]), other)
+    _held.put(group, x, outputs)
+    group.ran(leader, y)
+    return y
+
+
+def form(layers: Sequence[nn.Module]) -> None:
+    """Make a group of layers that each have a place."""
+    group = Group(layers)
+    for layer in layers:
+        layer.__dict__[PLACE].group = group
+
+
+def run(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """Run the call that was read of a layer, with its siblings' where they share x."""
+    place = place_of(layer)
+    return run_straight(call) if place is None else place.run(layer, x, call)
+
+
+def ran_alone(layer: nn.Module, y: Tensor) -> None:
+    """Take note of a call that was computed in another way than this file's."""
+    if not is_compiling():
+        place = place_of(layer)
+        if place is not None and place.group is not None:
+            place.family.alone.add(layer, y)
+
+
+def place_of(layer: nn.Module) -> Place | None:
+    """Return a layer's place, or None: it has no siblings, or shares nothing."""
+    place: Place | None = layer.__dict__.get(PLACE)
+    return place
