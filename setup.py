@@ -26,11 +26,14 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "delora_kernels/version.py
 
 PEFT = ["peft>=0.18", "transformers>=4.56"]
 TRL = [*PEFT, "trl>=0.22"]
+BNB = [*PEFT, "bitsandbytes>=0.50"]
+TORCHAO = [*PEFT, "torchao>=0.18"]
+HQQ = [*PEFT, "hqq>=0.2.8"]
 BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "safetensors", "setuptools>=77", *TRL]
 TEST += ["triton>=3.3; platform_system == 'Linux'"]  # the CPU builds of torch come without
 TEST += ["onnxscript; python_version >= '3.11'"]  # torch.onnx.export asks for it; its tests skip without
-DEV = [*BENCH, *TEST, "mypy", "ruff"]
+DEV = [*BENCH, *TEST, *BNB, *TORCHAO, *HQQ, "mypy", "ruff"]  # without the three their tests skip
 
 
 class BuildCuda(Command):
@@ -123,7 +126,16 @@ setup(
     package_data={"delora_kernels": ["py.typed"]},
     python_requires=">=3.10",  # this and the lower bounds of torch, PEFT and Transformers: diagnostics/versions.py
     install_requires=["numpy", "packaging", "torch>=2.7", "tqdm>=4.60"],
-    extras_require={"peft": PEFT, "trl": TRL, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "peft": PEFT,
+        "trl": TRL,
+        "bnb": BNB,
+        "torchao": TORCHAO,
+        "hqq": HQQ,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

@@ -19,8 +19,9 @@ from delora_kernels.dispatch import use_backend
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from delora_kernels import flops, nn, reference
+    from delora_kernels import bases, flops, nn, reference
     from delora_kernels.diagnostics.explain import explain
+    from delora_kernels.integrations.peft.delora_on_stored_bases import allow_delora_on_stored_bases
     from delora_kernels.integrations.peft.export.export_lora import export_lora
     from delora_kernels.integrations.peft.fused import accelerate, restore
     from delora_kernels.integrations.peft.methods.ether import EtherConfig, EtherPlusConfig
@@ -40,6 +41,8 @@ __all__ = [
     "GoatConfig",
     "__version__",
     "accelerate",
+    "allow_delora_on_stored_bases",
+    "bases",
     "expert_report",
     "explain",
     "export_lora",
@@ -55,7 +58,7 @@ __all__ = [
     "watch_experts",
 ]
 
-_MODULES = ("flops", "nn", "reference")
+_MODULES = ("bases", "flops", "nn", "reference")
 """Modules that are imported when they are asked for: importing the package is to cost little."""
 
 _OURS = {
@@ -68,6 +71,7 @@ _OURS = {
 
 _NEED_PEFT = {
     "accelerate": "peft.fused",
+    "allow_delora_on_stored_bases": "peft.delora_on_stored_bases",
     "restore": "peft.fused",
     "export_lora": "peft.export.export_lora",
     "AccelerateCallback": "transformers",

@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
     Args:
         x: [..., K], any float dtype; cast to compute_dtype as nn.Linear would under autocast.
-        weight: [N, K], the frozen weight; any strides.
+        weight: [N, K], the frozen weight; any strides. Or a stored base (bases/stored.py).
         bias: [N] or None.
         A, B: [r, K], [N, r], the trainable factors.
         magnitude: [N] for DoRA, else None.
@@ -165,6 +165,24 @@ class ReflectCall(NamedTuple):
     u_out: Tensor | None
     v_out: Tensor | None
     options: ReflectOptions
+
+
+class TermCall(NamedTuple):
+    """The tensors of a rank term beside a base that has run already (its autograd Function's
+    inputs, in this order), and its options.
+
+    Args:
+        x: [T, K], the base's input.
+        y: [T, N], its output.
+        A, B, seed: as in `Call`.
+    """
+
+    x: Tensor
+    y: Tensor
+    A: Tensor
+    B: Tensor
+    seed: Tensor | None
+    options: Options
 
 
 AnyCall = Call | MoECall | ReflectCall

@@ -159,15 +159,22 @@ def plainly_right(x: Any, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     )
 
 
+def is_stored(weight: Any) -> bool:
+    """Whether this is a base of `bases/` that stands in a weight's place: it can be made dense."""
+    return not isinstance(weight, Tensor) and hasattr(type(weight), "dense")
+
+
 def base(function: str, x: Any, weight: Any, bias: Any) -> None:
     """Check x [..., K], weight [N, K] and bias [N] against each other."""
-    x, weight = tensor(function, "x", x), matrix(function, "weight", weight, "[N, K]")
+    x = tensor(function, "x", x)
+    stored = is_stored(weight)  # a base that has been judged where it was read, and casts x itself
+    weight = weight if stored else matrix(function, "weight", weight, "[N, K]")
     same_device(function, "weight", weight, x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         expected = f"[..., K] with K = {weight.shape[1]}, weight's columns"
         raise fail(ValueError, function, "x", expected, f"shape {list(x.shape)}", "weight is [N, K] as in nn.Linear")
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    if x.dtype != weight.dtype and not autocast:
+    autocast = torch.is_autocast_enabled(x.device.type) and (stored or torch.float64 not in (x.dtype, weight.dtype))
+    if not stored and x.dtype != weight.dtype and not autocast:
         raise fail(
             TypeError, function, "x", f"{weight.dtype}, weight's dtype", x.dtype, "cast x, or use torch.autocast"
         )

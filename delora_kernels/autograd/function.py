@@ -66,6 +66,9 @@ def differentiable(
             for field, value, wanted in zip(call_type._fields, inputs, need, strict=True)
         ]
         outputs, saved, ctx.depends_on = _computed(compute, call, need, backend)
+        ctx.stored = None
+        if _is_stored(call):  # a base that backward makes dense again
+            ctx.stored, saved = saved.weight, saved._replace(weight=None)
         ctx.save_for_backward(*saved)
         if constant is not None:
             ctx.mark_non_differentiable(outputs[constant])
@@ -82,7 +85,8 @@ def differentiable(
     def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         batched = not torch.compiler.is_compiling() and any(map(is_batched, douts))
         stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
-        arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), saved_type(*saved), stages, *douts)
+        kept = saved_type(*saved) if ctx.stored is None else saved_type(*saved)._replace(weight=ctx.stored)
+        arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), kept, stages, *douts)
         if torch.is_autocast_enabled(douts[0].device.type):
             with torch.autocast(douts[0].device.type, enabled=False):
                 grad = gradients(*arguments)
@@ -130,11 +134,18 @@ def any_requires_grad(values: Iterable[Any]) -> bool:
 def _computed(compute: Callable[..., Computed], call: Any, need: Any, backend: str) -> Computed:
     """Compute with autocast off: a call's options hold every dtype."""
     tensors = tuple(call)[:-1]  # torch 2.7 can't trace a slice of the NamedTuple itself
+    if _is_stored(call):
+        tensors = tensors[:1] + tensors[2:]
     x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, tensors)
     if not torch.is_autocast_enabled(x.device.type):
         return compute(call, x, need, stages)
     with torch.autocast(x.device.type, enabled=False):
         return compute(call, x, need, stages)
+
+
+def _is_stored(call: Any) -> bool:
+    """Whether a call's weight is a base that is made dense once a pass."""
+    return not isinstance(getattr(call, "weight", call.x), Tensor)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,7 @@ def is_plain(call: Call, backend: str) -> bool:
         or dtype not in _DTYPES
         or o.frozen_rank
         or o.save_output
+        or not isinstance(call.weight, Tensor)
         or not torch.is_grad_enabled()
         or torch.is_autocast_enabled(call.x.device.type)
         or ops.stages(backend, call[:-1]) is not eager

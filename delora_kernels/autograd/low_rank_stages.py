@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from delora_kernels.autograd.function import Computed
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import (
     Branch,
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
     """The tensors kept for backward; None where no wanted gradient needs them."""
 
     x: Tensor | None = None
-    weight: Tensor | None = None
+    weight: Any = None
     h: Tensor | None = None
     A: Tensor | None = None
     B: Tensor | None = None
@@ -61,7 +61,7 @@ def compute(call: Call, x: Tensor, need: Call, stages: Any, found: Any = None) -
         found: What `folded_of` gives, and h, where x has been read for it already.
     """
     o, u_dropout, tokens = call.options, _u_dropout(call.options, call.seed), rows(x)
-    weight = PlainBase(call.weight).dense(o.compute_dtype)
+    weight = dense(call.weight, o.compute_dtype)
     norm = c = scaled = None
     A_hat, B_hat, a, b, h = found or (*folded_of(call, o, stages), None)
     keep = bool(need.magnitude) and not o.save_output
@@ -137,7 +137,7 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
     grad, dv, A_hat, dB_hat = gradients_of_dy(o, need, saved, stages, dy)
     dA_hat = None
     if need.x or need.A:
-        weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
+        weight = dense(saved.weight, o.compute_dtype) if need.x else None
         frozen = Frozen(weight, saved.c, o.two_term)
         branch = Branch(
             dv, A_hat if need.x else None, rows(saved.x) if need.A else None, dv.shape[1] - o.frozen_rank, o.scale

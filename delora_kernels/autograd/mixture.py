@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.autograd.function import Computed, differentiable
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import MoECall, MoEOptions
 from delora_kernels.op_arguments import (
     Branch,
@@ -61,7 +61,7 @@ class _Saved(NamedTuple):
     """The tensors kept for backward; None where no wanted gradient needs them."""
 
     x: Tensor | None
-    weight: Tensor | None
+    weight: Any
     A: Tensor
     B: Tensor
     router: Tensor | None
@@ -83,7 +83,7 @@ def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
     """y [T, N]; over tokens f [E] (a constant), mean P [E], mean logsumexp² [1]."""
     o = call.options
     factors = _factors(stages, call, o)
-    weight = PlainBase(call.weight).dense(o.compute_dtype)
+    weight = dense(call.weight, o.compute_dtype)
     masks = Masks(o.ranks, o.dropout_p, call.seed)
     found = stages.project_route(x, factors.rows, masks, call.gates, o.top_k, factors.gating)
     h, v, w, fraction, probability, z = found
@@ -132,7 +132,7 @@ def _gradients(
         grad["B"] = dB_hat.narrow(1, 0, E * r).view(-1, E, r).transpose(0, 1)
     trains = need.A or need.router
     if need.x or trains:
-        weight = PlainBase(saved.weight).dense(o.compute_dtype) if need.x else None
+        weight = dense(saved.weight, o.compute_dtype) if need.x else None
         branch = Branch(dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0)
         masks = Masks(o.ranks, o.dropout_p, saved.seed)
         grad["x"], trained = stages.input_backward(dy, Frozen(weight), branch, masks)

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import Computed, differentiable
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import ReflectCall, ReflectOptions
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.op_arguments import Rescaled, TermGradients
@@ -26,7 +26,7 @@ class _Saved(NamedTuple):
 
     x: Tensor | None
     z: Tensor | None
-    weight: Tensor | None
+    weight: Any
     u: Tensor | None
     v: Tensor | None
     u_out: Tensor | None
@@ -38,7 +38,7 @@ def _compute(call: ReflectCall, x: Tensor, need: ReflectCall, stages: Any) -> Co
     v_out want gradients.
     """
     o = call.options
-    weight = PlainBase(call.weight).dense(o.compute_dtype)
+    weight = dense(call.weight, o.compute_dtype)
     reflected = x if call.u is None else stages.reflect(x, call.u, call.v, None)
     if call.u_out is None:
         y = z = linear(reflected, weight, None if call.bias is None else call.bias.to(o.compute_dtype))
@@ -69,7 +69,7 @@ def _gradients(o: ReflectOptions, need: ReflectCall, saved: Any, stages: Any, dy
     elif saved.u_out is not None:
         dz = stages.reflect(dy, saved.u_out, saved.v_out, None)
     if saved.weight is not None:
-        dx = torch.mm(dz, PlainBase(saved.weight).dense(o.compute_dtype))
+        dx = torch.mm(dz, dense(saved.weight, o.compute_dtype))
         if reflects:
             grad["x"], grad["u"], grad["v"] = stages.reflect_backward(dx, saved.x, saved.u, saved.v, bool(need.x))
         else:

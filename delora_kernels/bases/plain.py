@@ -43,7 +43,7 @@ class PlainBase(NamedTuple):
         kind = type(module)
         if kind is not nn.Linear and not _is_conv1d(kind):
             return f"the base layer is {kind.__module__}.{kind.__qualname__}, not nn.Linear or Transformers' Conv1D"
-        reason = why_not_plain(module, "base layer") or _why_not_any_module()
+        reason = why_not_plain(module, "base layer") or why_not_any_module()
         if reason is not None:
             return reason
         weight, bias = parameter(module, "weight"), parameter(module, "bias")
@@ -69,11 +69,21 @@ class PlainBase(NamedTuple):
         """Return the weight [N, K] in `dtype`: itself where that is its dtype, else a copy that
         nobody keeps.
         """
-        return self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
+        return dense(self.weight, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the frozen output x Wᵀ + bias, [..., K] → [..., N]."""
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K] of a call in `dtype`: of a tensor itself or a cast copy, of a stored
+    base what it is dequantised to; nobody keeps either.
+    """
+    if not isinstance(weight, Tensor):
+        made: Tensor = weight.dense(dtype)
+        return made
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def _is_conv1d(kind: type) -> bool:
@@ -105,7 +115,7 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _why_not_any_module() -> str | None:
+def why_not_any_module() -> str | None:
     """Why calling any module may do more than its class says: hooks for all, but those that only
     count FLOPs.
     """

@@ -43,9 +43,10 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
         call: The call.
         shape: Of x as it came, [..., K].
     """
-    if exporting():
-        return plain_torch.run(call, shape)
-    return function.run(family, call, choose(call), shape)
+    outputs = plain_torch.run(call, shape) if exporting() else function.run(family, call, choose(call), shape)
+    if not isinstance(call.weight, Tensor):
+        return call.weight.output(outputs[0], call.x), *outputs[1:]
+    return outputs
 
 
 def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:
@@ -60,19 +61,21 @@ def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:
     return None
 
 
-def dtypes(x: Tensor, *factors: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """compute_dtype and rank_dtype of a call: autocast's, or x's and the widest of x's and the
-    factors'.
+def dtypes(x: Tensor, weight: Any, *factors: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """compute_dtype and rank_dtype of a call: autocast's, or x's (a stored base's own) and the
+    widest of that and the factors'.
     """
-    device = x.device.type
+    device, own = x.device.type, x.dtype
+    if not isinstance(weight, Tensor):
+        own = weight.computes_in(x)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         return dtype, dtype
-    rank_dtype = x.dtype
+    rank_dtype = own
     for factor in factors:
         if factor.dtype != rank_dtype:
             rank_dtype = torch.promote_types(rank_dtype, factor.dtype)
-    return x.dtype, rank_dtype
+    return own, rank_dtype
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -105,6 +108,6 @@ def low_rank_call(
     frozen_A, frozen_B, frozen_lam = start or (None, None, None)
     frozen_rank = 0 if frozen_A is None else frozen_A.shape[0]
     seed = seeds(name, seed, x, len(ranks)) if any(dropout_p) else None
-    options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, A, B))
+    options = Options(name, scale, eps, ranks, dropout_p, two_term, save_output, frozen_rank, *dtypes(x, weight, A, B))
     rest = (magnitude, lam, weight_norm, frozen_A, frozen_B, frozen_lam, seed, options)
     return Call(x if x.dim() > 1 else x.unsqueeze(0), weight, bias, A, B, *rest)

@@ -114,7 +114,7 @@ def ether_call(
         raise checks.fail(ValueError, name, "u", "a tensor where u_out is None", "None", remedy)
     official = checks.option(name, "blocks", blocks, BLOCKS) == "official"
     by_row_groups = official and u is not None and u.shape[0] > 1
-    compute_dtype, rank_dtype = dtypes(x, *(t for t in (u, u_out) if t is not None))
+    compute_dtype, rank_dtype = dtypes(x, weight, *(t for t in (u, u_out) if t is not None))
     options = ReflectOptions(name, by_row_groups, compute_dtype, rank_dtype)
     return ReflectCall(as_rows(x), weight, bias, u, v, u_out, v_out, options)
 

@@ -65,7 +65,7 @@ def moe_lora_call(
     ranks = (*experts, undropped)[: len(experts) + (undropped > 0)] if p > 0 else ()
     probabilities = (*((p,) * len(experts)), 0.0)[: len(ranks)] if p > 0 else (0.0,)
     seed = seeds(_NAME, seed, x, len(ranks)) if p > 0 else None
-    compute_dtype, rank_dtype, rows = *dtypes(x, A, B, *(() if router is None else (router,))), as_rows(x)
+    compute_dtype, rank_dtype, rows = *dtypes(x, weight, A, B, *(() if router is None else (router,))), as_rows(x)
     return MoECall(
         rows,
         weight,

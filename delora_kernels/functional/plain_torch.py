@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from delora_kernels import reference
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import AnyCall, Call, MoECall, ReflectCall
 from delora_kernels.dtypes import accumulate_dtype
 
@@ -52,7 +53,7 @@ def _outputs(call: AnyCall) -> tuple[Tensor, ...]:
             f"{o.method}: a program with it can't be exported yet: functional/plain_torch.py has no formula of it; "
             "list one in FORMULAS there, or use another method"
         )
-    x, weight = _cast(call.x, o.compute_dtype), _cast(call.weight, o.compute_dtype)
+    x, weight = _cast(call.x, o.compute_dtype), dense(call.weight, o.compute_dtype)
     bias = None if call.bias is None else _cast(call.bias, o.compute_dtype)
     found: Tensor | tuple[Tensor, ...] = FORMULAS[o.method](call, x, weight, bias)
     return (found,) if isinstance(found, Tensor) else found

@@ -99,7 +99,7 @@ def test_fsdp2_in_mixed_precision(seed: int) -> None:
     # DoRA is missing where it does not run without accelerate() either: PEFT mixes plain tensors
     # and DTensors there
     [
-        ("base", ("lora", "delora"), 2),
+        ("base", ("lora", "delora"), 4),  # two of them the rank term beside a base that runs itself
         ("factors", ("lora", "dora"), 2),
         ("both", ("lora",), 2),
         ("replicated", ("lora", "delora"), 0),

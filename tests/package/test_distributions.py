@@ -86,7 +86,16 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()  # type: ignore[union-attr]
     assert {"LoRA", "DoRA", "DeLoRA", "PEFT"} <= set(metadata["Keywords"].split(","))
-    assert metadata.get_all("Provides-Extra") == ["peft", "trl", "bench", "test", "dev"]
+    assert metadata.get_all("Provides-Extra") == [
+        "peft",
+        "trl",
+        "bnb",
+        "torchao",
+        "hqq",
+        "bench",
+        "test",
+        "dev",
+    ]
     classifiers = metadata.get_all("Classifier") or []
     assert "Typing :: Typed" in classifiers
     assert [name for name in classifiers if name.startswith("Operating System")] == [

@@ -25,6 +25,8 @@ PUBLIC = {
         "GoatConfig",
         "__version__",
         "accelerate",
+        "allow_delora_on_stored_bases",
+        "bases",
         "expert_report",
         "explain",
         "export_lora",
@@ -39,6 +41,7 @@ PUBLIC = {
         "use_backend",
         "watch_experts",
     ],
+    "delora_kernels.bases": ["StoredBase", "register"],
     "delora_kernels.nn": [
         "AdapterLinear",
         "DeLoRALinear",

@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "flops": {"ops", "op_arguments"},
     "dispatch": {"backends", "call"},
     "autograd": {"ops", "backends", "bases", "op_arguments", "call", "dtypes"},
-    "functional": {"autograd", "dispatch", "reference", "call", "op_arguments", "checks", "dtypes"},
+    "functional": {"autograd", "bases", "dispatch", "reference", "call", "op_arguments", "checks", "dtypes"},
     "nn": {"functional", "autograd", "ops", "op_arguments", "bases", "checks", "dtypes"},
     "routing": {"functional", "nn", "checks"},
     "testing": {"functional", "reference", "dispatch", "ops", "op_arguments", "call", "dtypes"},

@@ -78,7 +78,7 @@ def expand(
         weight, B_hat, c = scaled, (B_hat * c[:, None]).to(B_hat.dtype), None
     if c is None:
         y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return _add_rank_term(y, h, B_hat.t(), scale), nothing
+        return add_rank_term(y, h, B_hat.t(), scale), nothing
     base = linear(x if seed is None else _drop(x, dropout_p, seed), weight)
     y = torch.empty_like(base) if keep else base
     undropped = None if seed is None else linear(x, weight)
@@ -147,7 +147,7 @@ def token_dots(dy: Tensor, kept: Tensor) -> Tensor:
     return dots
 
 
-def _add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+def add_rank_term(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """out += scale · left right, rounded once."""
     left, right = _operands(left, right, out.dtype)
     if left.dtype == out.dtype:
@@ -246,14 +246,14 @@ def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> 
             dA_hat = _factor_grad(dv if r == dv.shape[1] else dv[:, :r], x, scale)
         if weight is None or A_hat is None:
             return dy.new_empty(0), dA_hat
-        return _add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale), dA_hat
+        return add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale), dA_hat
     if weight is None or A_hat is None:
         return dy.new_empty(0), _masked_backward(None, branch._replace(A_hat=None), masks)
     if not two_term or c is None:
         dx = scaled_gemm(dy, weight, c)
         return dx, _masked_backward(dx, branch, masks)
     inverse = 1 / (1 - masks.dropout_p[0])
-    dx = _add_rank_term(scaled_gemm(dy, weight, (c - 1) * inverse), dv, A_hat, scale * inverse)
+    dx = add_rank_term(scaled_gemm(dy, weight, (c - 1) * inverse), dv, A_hat, scale * inverse)
     dA_hat = _masked_backward(dx, branch._replace(A_hat=None), masks)
     return dx.addmm_(dy, weight), dA_hat
 
@@ -288,7 +288,7 @@ def _masked_backward(dx: Tensor | None, branch: Branch, masks: Masks) -> Tensor:
             if x is not None:
                 dA_hat[trained] = _factor_grad(dv[:, trained], x, factor)
             if dx is not None and A_hat is not None:
-                _add_rank_term(dx, dv[:, columns], A_hat[columns], factor)
+                add_rank_term(dx, dv[:, columns], A_hat[columns], factor)
             continue
         for rows in row_chunks(tokens):
             keep = mask(rows)

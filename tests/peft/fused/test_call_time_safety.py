@@ -103,7 +103,8 @@ def test_hooks(owner: str, hook: str, x: Tensor, seed: int, calls: list[str], ca
     logged = same_as_peft(method, lambda made: HOOKS[hook](find(made)), x, seed, caplog)
     assert len(logged) == 1
     assert "hooks" in logged[0] or "dropout" in logged[0]
-    assert len(calls) == 4  # two steps of the two layers without a hook
+    beside = owner in ("lora base", "delora base")  # where the rank term runs fused, and the base itself
+    assert len(calls) == (6 if beside else 4)  # two steps of the two layers without a hook
 
 
 class Doubled(nn.Module):
@@ -155,7 +156,7 @@ PARAMETRIZED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 def test_parametrized(name: str, x: Tensor, seed: int, calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
     method, change, reason = PARAMETRIZED[name]
     logged = same_as_peft(method, change, x, seed, caplog)
-    assert len(calls) == 4
+    assert len(calls) == (6 if name == "old weight_norm of the base" else 4)
     (said,) = logged
     assert reason in said
 
@@ -234,8 +235,11 @@ def test_partitioned_weights(method: str, x: Tensor, seed: int, calls: list[str]
     plain, made = (model(method, seed, dtype=torch.float64) for _ in range(2))
     dk.accelerate(made, strict=True)
     partition(made)
-    assert torch.equal(made(x), plain(x))
-    assert not calls
+    if method == "lora":  # whose factors are gathered too, by hooks of their own
+        assert torch.equal(made(x), plain(x))
+        assert not calls
+    else:
+        torch.testing.assert_close(made(x), plain(x))
     assert {layer.reason for layer in dk.accelerate(made).layers} == {"the base layer has hooks"}
 
 
@@ -342,7 +346,8 @@ def test_deepcopy_of_a_declined_layer(x: Tensor, seed: int, calls: list[str]) ->
     expected = made(x)
     assert len(calls) == 3
     torch.testing.assert_close(copied(x), expected)
-    assert len(calls) == 5
+    assert len(calls) == 6  # of the hooked one the rank term alone
+    assert [layer.state for layer in dk.accelerate(copied).layers] == ["rank term fused", "fused", "fused"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Each call asks `verdict_of` anew what computes the layer, so that everything PEF
 to it later is seen.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from itertools import chain
 from types import MethodType
@@ -15,10 +16,14 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
+from delora_kernels.bases.stored import CASTABLE, Broken
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
+from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
+from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run
 from delora_kernels.integrations.peft.fused.plan import verdict_of
+from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
 from delora_kernels.integrations.peft.verdict import log_once
 
@@ -51,7 +56,20 @@ class FusedDeloraLinear(DeloraLinear):
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
 
-_FUSED: dict[type, type] = {LoraLinear: FusedLoraLinear, DeloraLinear: FusedDeloraLinear}
+class FusedStoredDeloraLinear(StoredDeloraLinear):
+    """PEFT's DeLoRA linear around a stored base, with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, DeloraLinear.forward, x, args, kwargs)
+
+    _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
+
+
+_FUSED: dict[type, type] = {
+    LoraLinear: FusedLoraLinear,
+    DeloraLinear: FusedDeloraLinear,
+    StoredDeloraLinear: FusedStoredDeloraLinear,
+}
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}
 
@@ -60,6 +78,9 @@ def fused_class(kind: type) -> type:
     """Return the class that accelerate() gives to a layer of class `kind`; `kind` itself where
     there is none.
     """
+    if is_on_stored_base(kind) and kind not in _FUSED:
+        _FUSED[kind] = _fused_on_stored_base(kind)
+        _PEFT[_FUSED[kind]] = kind
     return _swapped(kind, _FUSED)
 
 
@@ -68,6 +89,25 @@ def peft_class(kind: type) -> type:
     is not fused.
     """
     return _swapped(kind, _PEFT)
+
+
+def _fused_on_stored_base(kind: Any) -> type:
+    """Make the fused class of one of PEFT's LoRA layers on stored bases."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, kind.forward, x, args, kwargs)
+
+    own = {"forward": forward, "_get_name": FusedLoraLinear._get_name, "extra_repr": FusedLoraLinear.extra_repr}
+    return type(f"Fused{kind.__name__}", (kind,), own | {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """Find the fused class of a PEFT layer on a stored base by its name, for a pickle."""
+    for path in CLASSES:
+        module, _, kind = path.rpartition(".")
+        if name == f"Fused{kind}":
+            return fused_class(getattr(importlib.import_module(module), kind))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _swapped(kind: type, classes: Mapping[type, type]) -> type:
@@ -104,18 +144,20 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
         return peft_forward(layer, x, *args, **kwargs)
     _, reason, fused = verdict_of(layer)
     if fused is not None:
-        reason = _why_not_call(layer, x, args, kwargs)
+        reason = _why_not_call(layer, fused, x, args, kwargs)
         if reason is None:
             y = fused(x)
             ran_alone(layer, y)
             return y
+    if isinstance(reason, Broken) and not (reason.only_training and not (torch.is_grad_enabled() and x.requires_grad)):
+        raise RuntimeError(f"an accelerated layer on {layer.get_base_layer()} can't run: {reason}")
     log_once("an accelerated layer runs PEFT's own forward", str(reason))
     y = peft_forward(layer, x, *args, **kwargs)
     ran_alone(layer, y)
     return y
 
 
-def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_not_call(layer: Any, fused: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Why this call needs PEFT's own forward, or None."""
     if args or any(value is not None for value in kwargs.values()):
         return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
@@ -128,15 +170,13 @@ def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> s
     transform = active_transform(chain((x,), layer.parameters()))
     if transform is not None:
         return f"{transform} are under way"
+    if isinstance(fused, StoredRun | BesideRun):
+        return fused.why_not(x)
     weight = parameter(layer._modules["base_layer"], "weight")
     if x.device != weight.device:
         return "its input is on another device"
     if x.dtype != weight.dtype and not (
-        torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE and weight.dtype in _CASTABLE
+        torch.is_autocast_enabled(x.device.type) and x.dtype in CASTABLE and weight.dtype in CASTABLE
     ):
         return f"its input is {x.dtype}, its base {weight.dtype}"
     return None
-
-
-_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
-"""What autocast casts."""

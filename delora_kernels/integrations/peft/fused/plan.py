@@ -9,7 +9,6 @@ from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora import dora
@@ -23,16 +22,27 @@ from delora_kernels import functional
 from delora_kernels.bases.plain import (
     NotLocal,
     PlainBase,
+    any_module_has_hooks,
     has_other_forward,
     parameter,
     parameters_of,
     why_not_local,
     why_not_plain,
 )
+from delora_kernels.bases.read import base_in
+from delora_kernels.bases.stored import Broken, StoredBase
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.beside_base import BesideRun, as_they_are, beside, stack
+from delora_kernels.integrations.peft.fused.stored_bases import (
+    StoredRun,
+    class_with_forward,
+    peft_class_on_stored_base,
+    why_not_peft,
+)
 from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict
 
 Fused = Callable[[Tensor], Tensor]
+Base = PlainBase | StoredBase
 
 _LORA_DICTS: dict[str, type] = dict.fromkeys(("lora_A", "lora_B", "lora_dropout"), nn.ModuleDict)
 _DELORA_DICTS: dict[str, type] = dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), nn.ParameterDict)
@@ -87,6 +97,8 @@ def verdict_of(layer: Any) -> Verdict:
         verdict: Verdict = own(layer)
         return verdict
     plan = plan_of(layer)
+    if isinstance(plan, BesideRun):
+        return Verdict(State.RANK_TERM, plan.reason, plan)
     return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
 
 
@@ -101,8 +113,11 @@ def plan_of(layer: Any) -> Fused | str:
         layer: A LoRA or DeLoRA linear of PEFT, fused or not.
     """
     is_delora = isinstance(layer, DeloraLinear)
-    owner: Any = DeloraLinear if is_delora else LoraLinear
-    reason = verdicts.reasons["delora" if is_delora else "lora"] or _why_not_class(owner)
+    reason = verdicts.reasons["delora" if is_delora else "lora"]
+    if isinstance(layer, LoraLinear | DeloraLinear):
+        reason = reason or _why_not_class(DeloraLinear if is_delora else LoraLinear)
+    else:
+        reason = reason or why_not_peft() or _why_not_class(class_with_forward(peft_class_on_stored_base(type(layer))))
     if reason is not None:
         return reason
     if layer._disable_adapters:
@@ -134,10 +149,24 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
     """
     if has_other_forward(layer):
         return "it has a forward of its own"
-    reason = PlainBase.why_not(base_layer)
+    base = base_in(base_layer)
+    if isinstance(base, NotLocal | Broken):
+        return base
+    is_delora, reason = isinstance(layer, DeloraLinear), _why_not_adapters(adapters, base)
+    if isinstance(base, str):
+        return base if reason is not None or any_module_has_hooks() else beside(adapters, base_layer, is_delora, base)
     if reason is not None:
         return reason
-    base = PlainBase.of(base_layer)
+    plan = _delora_plan(adapters, base) if is_delora else _lora_plan(adapters, base)
+    if isinstance(base, StoredBase) and not isinstance(plan, str):
+        return StoredRun(base, plan, partial(beside, adapters, base_layer, is_delora))
+    return plan
+
+
+def _why_not_adapters(adapters: list[_Adapter], base: Base | str) -> str | None:
+    """Say what the modules and tensors of the adapters have against a plan, or None; puts the
+    tensors where they are looked for.
+    """
     for index, adapter in enumerate(adapters):
         for role, owner in adapter.owners.items():
             reason = why_not_plain(owner, role)
@@ -155,11 +184,11 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
                 return reason
             if tensor.dim() != (2 if role.endswith(("_A", "_B")) else 1):
                 return NotLocal(f"its {role} is {tensor.dim()}-dimensional (sharded away)")
-            if tensor.device != base.device:
+            if not isinstance(base, str) and tensor.device != base.device:
                 return f"its {role} is on another device than its base"
         if adapter.rank is not None and adapter.rank != adapter.tensors["delora_A"].shape[0]:
             return "its rank is not that of delora_A"
-    return _delora_plan(adapters, base) if isinstance(layer, DeloraLinear) else _lora_plan(adapters, base)
+    return None
 
 
 def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
@@ -169,6 +198,8 @@ def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
 
 def _why_not_class(kind: Any) -> str | None:
     """Say which method of a class that PEFT's forward calls has been replaced, or None."""
+    if kind not in _DEFINED:  # of a library that need not be there
+        _DEFINED[kind] = {"forward": _as_defined(kind, "forward")}
     for name, method in _DEFINED[kind].items():
         if getattr(kind, name) is not method:
             return f"{class_name(kind)}.{name} has been replaced"
@@ -242,11 +273,11 @@ def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
     return dropout_p if isinstance(dropout_p, str) else _Adapter({}, tensors, dropout, 1.0, dropout_p, layer.r[name])
 
 
-def _lora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused | str:
+def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
         if any("magnitude" in adapter.tensors for adapter in adapters):
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
-        return partial(_stacked, lambda A, B: (A, B), adapters, base)
+        return partial(_stacked, as_they_are, adapters, base)
     adapter, tensors = adapters[0], adapters[0].tensors
     arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
     arguments.update(scale=adapter.scale, bias=base.bias, dropout_p=adapter.dropout_p)
@@ -255,7 +286,7 @@ def _lora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused | str:
     return partial(functional.lora_linear, **arguments)
 
 
-def _delora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused:
+def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
     def fused(x: Tensor) -> Tensor:
         if len(adapters) > 1:
             y = _stacked(functional.delora_factors, adapters, base, x)
@@ -267,24 +298,18 @@ def _delora_plan(adapters: list[_Adapter], base: PlainBase) -> Fused:
     return fused
 
 
-def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: PlainBase, x: Tensor) -> Tensor:
+def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
     """Several adapters as one of their summed rank, each with its own mask; x is read once."""
-    A, B = zip(*(factors(*adapter.tensors.values()) for adapter in adapters), strict=True)
-    scales = [adapter.scale for adapter in adapters]
-    # not the largest: the others' B, divided by it, would sink below float16's normal numbers
-    scale = scales[0] if all(s == scales[0] for s in scales) else 1.0
-    with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
-        A_all = torch.cat(A)
-        B_all = torch.cat([b if s == scale else b * s for b, s in zip(B, scales, strict=True)], dim=1)
+    A, B, scale = stack(factors, adapters)
     return functional.lora_linear(
         x,
         base.weight,
-        A_all,
-        B_all,
+        A,
+        B,
         scale,
         base.bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
-        ranks=[a.shape[0] for a in A],
+        ranks=[next(iter(adapter.tensors.values())).shape[0] for adapter in adapters],
     )
 
 

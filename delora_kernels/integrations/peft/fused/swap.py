@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -13,14 +12,13 @@ from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.grouping import Groups, check_groups, move_out, settle_in
 from delora_kernels.integrations.peft.fused.layers import (
-    FusedDeloraLinear,
-    FusedLoraLinear,
     fused_class,
     peft_class,
     swap_class,
 )
 from delora_kernels.integrations.peft.fused.plan import class_name, verdict_of
 from delora_kernels.integrations.peft.fused.report import LayerReport, Report
+from delora_kernels.integrations.peft.fused.stored_bases import lora_linear_of
 from delora_kernels.integrations.peft.verdict import State
 
 
@@ -99,7 +97,7 @@ def _describe(name: str, layer: Any) -> LayerReport:
     kind = type(layer)
     own = getattr(kind, "fused_method", None)  # of a layer of this library, which runs fused of itself
     method: str = own or _method(layer)
-    known = fused_class(kind) is not kind or isinstance(layer, FusedLoraLinear | FusedDeloraLinear)
+    known = fused_class(kind) is not kind or peft_class(kind) is not kind
     if own is None and not known:
         return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
     state, reason, _ = verdict_of(layer)
@@ -115,7 +113,7 @@ _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide t
 def _method(layer: Any) -> str:
     if isinstance(layer, DeloraLinear):
         return "delora"
-    if not isinstance(layer, LoraLinear):
+    if not lora_linear_of(layer):
         return class_name(type(layer))
     if verdicts.reasons["lora"] is not None:  # an untested PEFT, whose layer may lack what tells them apart
         return "lora"

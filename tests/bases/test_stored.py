@@ -1,0 +1,57 @@
+"""The methods on stored bases: every result is that of the float64 formula on the dequantised
+weight; one dequantisation each way, and nothing dense is kept.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from stored_layers import FORMS, stored
+from torch import Tensor
+
+from delora_kernels.bases.read import base_in
+from delora_kernels.bases.stored import StoredBase
+from delora_kernels.testing import METHODS, Problem, measure
+
+
+def read(module: Any) -> StoredBase:
+    base = base_in(module)
+    assert isinstance(base, StoredBase), base
+    return base
+
+
+def problem(method: str, base: Any, dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int, T: int) -> Problem:
+    """A problem of a method whose weight is stored, and dense for eager PyTorch and the oracle."""
+    N, K = base.shape
+    made = METHODS[method]
+    inputs = made.draw(T, K, N, 4, dtype=dtype, adapter_dtype=adapter_dtype, seed=seed, bias=base.bias is not None)
+    inputs |= {"weight": base.dense(dtype)} | ({} if base.bias is None else {"bias": base.bias.to(dtype)})
+    trained = [name for name in made.trained(inputs) if name not in ("weight", "bias")]
+
+    def run(given: Any) -> dict[str, Tensor]:
+        return made.fused({**given, "weight": base}, trained)
+
+    whole = made.problem(T, K, N, 4, dtype=dtype, adapter_dtype=adapter_dtype, seed=seed)
+    dtypes = {what: kind for what, kind in whole.dtypes.items() if what not in ("dweight", "dbias")}
+    dtypes = {what: kind for what, kind in dtypes.items() if what[:1] != "d" or what[1:] in trained}
+    eager, oracle = (lambda given: made.eager(given, trained)), (lambda given: made.oracle(given, trained))
+    return Problem(f"{method} on {base}", inputs, run, eager, oracle, dtypes, whole.through, whole.vector_dims)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_and_every_gradient(form: str, seed: int) -> None:
+    """LoRA, rsLoRA, DoRA and DeLoRA in float32, with PEFT's dropouts, and a mixture."""
+    base = read(stored(form, 48, 40, seed, dtype=torch.float32))
+    for method in ("lora", "rslora", "dora", "delora", "dora-dropout", "moe"):
+        for m in measure(problem(method, base, torch.float32, torch.float32, seed, 37)):
+            assert m.ok, (method, m)
+
+
+@pytest.mark.parametrize("form", ["nf4-nested", "torchao-int8", "hqq-4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(form: str, dtype: torch.dtype, seed: int) -> None:
+    """Float32 adapters on a base that multiplies in 16 bits."""
+    base = read(stored(form, 48, 40, seed, dtype=dtype))
+    for method in ("lora", "dora", "delora"):
+        for m in measure(problem(method, base, dtype, torch.float32, seed, 21)):
+            assert m.ok, (method, m)
