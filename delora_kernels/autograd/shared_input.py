@@ -28,7 +28,7 @@ from delora_kernels.autograd.low_rank_stages import (
     rows,
 )
 from delora_kernels.autograd.shared_input_direct import shared_direct
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import Branch, Frozen, Masks
 
@@ -51,7 +51,7 @@ def _shares(call: Call, first: Call) -> bool:
     o, o_first = call.options, first.options
     if (o.compute_dtype, o.rank_dtype) != (o_first.compute_dtype, o_first.rank_dtype):
         return False
-    if call.magnitude is not None or o.frozen_rank or call.weight.requires_grad:
+    if call.magnitude is not None or o.frozen_rank or getattr(call.weight, "requires_grad", False):
         return False
     return call.A.requires_grad is first.A.requires_grad
 
@@ -71,7 +71,7 @@ class _SharedInput(torch.autograd.Function):
         ctx.needs = _members(ctx.needs_input_grad[2], ctx.needs_input_grad[3:], [False] * len(options))
         ctx.backend, ctx.options, ctx.x = backend, options, (x.shape, x.dtype)
         ctx.dtypes = [value.dtype if need else None for value, need in zip(flat, ctx.needs_input_grad[3:], strict=True)]
-        stages = ops.stages(backend, (x, *flat))
+        stages = ops.stages(backend, [each for each in (x, *flat) if each is None or isinstance(each, Tensor)])
         wide = x if x.dtype == options[0].compute_dtype else x.to(options[0].compute_dtype)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -80,6 +80,8 @@ class _SharedInput(torch.autograd.Function):
             outputs, saved = _computed(calls, wide, ctx.needs, stages)
         kept = wide if any(need.A for need in ctx.needs) else None
         ctx.depends_on = [each for call in calls for each in (call.A, call.B, call.lam)]
+        ctx.stored = [None if isinstance(call.weight, Tensor) else call.weight for call in calls]
+        saved = [m if base is None else m._replace(weight=None) for m, base in zip(saved, ctx.stored, strict=True)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, *[value for member in saved for value in member])
         return tuple(outputs)
@@ -89,6 +91,9 @@ class _SharedInput(torch.autograd.Function):
         x, *flat = ctx.saved_tensors
         width = len(Saved._fields)
         members = [Saved(*flat[start : start + width]) for start in range(0, len(flat), width)]
+        for i, base in enumerate(ctx.stored):
+            if base is not None:
+                members[i] = members[i]._replace(weight=base)
         kept = _Kept(x, members, ctx.needs)
         found = [dy for dy in dys if dy is not None]
         if not found:
@@ -140,7 +145,7 @@ def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Te
 
 
 def _gradients(ctx: Any, kept: _Kept, dys: Sequence[Tensor | None], batched: bool) -> tuple[Any, ...]:
-    saved = [value for member in kept.members for value in member]
+    saved = [each for m in kept.members for each in m if each is None or isinstance(each, Tensor)]
     stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*dys, kept.x, *saved))
     flat: list[Any] = [None] * len(ctx.dtypes)
     live = [i for i, dy in enumerate(dys) if dy is not None]
@@ -176,7 +181,7 @@ def _input_gradients(
     dvs = [dv if same else dv * each.scale for (_, dv, _, _), each in zip(read, o, strict=True)]
     widths = [dv.shape[-1] for dv in dvs]
     A_hat = torch.cat([found[2] for found in read]) if need.x else None
-    weights: list[Any] = [PlainBase(each.weight).dense(o[0].compute_dtype) if need.x else None for each in member]  # type: ignore[arg-type]
+    weights: list[Any] = [dense(each.weight, o[0].compute_dtype) if need.x else None for each in member]
     branch = Branch(
         torch.cat(dvs, dim=-1), A_hat, None if x is None else rows(x), sum(widths), o[0].scale if same else 1.0
     )

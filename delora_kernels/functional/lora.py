@@ -9,11 +9,8 @@ from torch import Tensor
 
 from delora_kernels import checks
 from delora_kernels.autograd.low_rank import AdaptedLinear
-from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import Call
-from delora_kernels.dispatch import choose
-from delora_kernels.functional import plain_torch
-from delora_kernels.functional.common import exporting, low_rank_call, run
+from delora_kernels.functional.common import low_rank_call, run, run_linears
 
 
 def lora_linear(
@@ -112,10 +109,7 @@ def lora_linears(
             calls.append(lora_call(x, weights[i], A[i], B[i], scale_i, bias, dropout_p=p_i, seed=own))
         except (TypeError, ValueError) as error:
             raise type(error)(f"lora_linears, linear {i}: {error}") from None
-    if exporting():
-        return tuple(plain_torch.run(call, x.shape)[0] for call in calls)
-    outputs = run_shared(calls, choose(calls[0]))
-    return outputs if x.dim() > 1 else tuple(y[0] for y in outputs)
+    return run_linears(calls, x.shape)
 
 
 def _count(name: str, **given: Any) -> int:
