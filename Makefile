@@ -27,6 +27,9 @@ PYTEST := -m pytest -q -m 'not smollm2'
 # Each process begins with a share in a row, so that a file's fixtures are made once; the idle take from the busy.
 XDIST := -n auto --dist worksteal
 
+# Set to a word, this makes each of the many processes of the tests compile the package once more.
+export PYTHONDONTWRITEBYTECODE :=
+
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
 .PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
