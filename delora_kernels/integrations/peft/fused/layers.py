@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
+from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
@@ -52,6 +54,7 @@ class FusedDeloraLinear(DeloraLinear):
 
 
 _FUSED: dict[type, type] = {LoraLinear: FusedLoraLinear, DeloraLinear: FusedDeloraLinear}
+_FUSED[ParamWrapper] = FusedParamWrapper
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}
 
