@@ -36,8 +36,12 @@ PUBLIC = {
         "reference",
         "register_peft_methods",
         "restore",
+        "training_report",
+        "training_report",
         "use_backend",
         "watch_experts",
+        "watch_training",
+        "watch_training",
     ],
     "delora_kernels.nn": [
         "AdapterLinear",
