@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
@@ -21,6 +22,7 @@ from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
+from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
@@ -76,6 +78,7 @@ _FUSED: dict[type, type] = {
     LoraLinear: FusedLoraLinear,
     DeloraLinear: FusedDeloraLinear,
     StoredDeloraLinear: FusedStoredDeloraLinear,
+    ParamWrapper: FusedParamWrapper,
 }
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}
