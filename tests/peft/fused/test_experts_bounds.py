@@ -2,8 +2,10 @@
 as ever, and the report says why.
 """
 
+import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import expert_models as em
@@ -16,7 +18,7 @@ from torch import nn
 
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import experts as fused_experts
-from delora_kernels.integrations.peft.fused import experts_known, verdicts
+from delora_kernels.integrations.peft.fused import experts_known, layer_check, verdicts
 
 
 def outer_of(model: Any) -> Any:
@@ -238,10 +240,36 @@ def test_every_known_forward_is_read_whole(monkeypatch: pytest.MonkeyPatch, seed
     assert "the eager forward of mixtral.modeling_mixtral.MixtralExperts is not known" in str(dk.accelerate(model))
 
 
+def test_families_of_the_installed_transformers() -> None:
+    """Of its experts classes, those whose eager forward has been read."""
+    transformers = pytest.importorskip("transformers", "5")
+    forwards: dict[str, str] = {}
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        source = file.read_text(encoding="utf-8")
+        if "\n@use_experts_implementation" not in source:
+            continue
+        for kind in ast.parse(source).body:
+            if isinstance(kind, ast.ClassDef) and "use_experts_implementation" in map(_name, kind.decorator_list):
+                own = {each.name: each for each in kind.body if isinstance(each, ast.FunctionDef)}
+                forwards[kind.name] = experts_known.fingerprint_of(own["forward"])
+    unknown = {name for name, forward in forwards.items() if forward not in experts_known.READ}
+    print(f"{len(forwards) - len(unknown)} of {len(forwards)}, not {sorted(unknown)}")
+    families = {em.FAMILIES[family][0] for family in em.FAMILIES}
+    assert families <= forwards.keys() - unknown
+    if transformers.__version__.startswith("5.23."):
+        assert (len(forwards), unknown) == (65, {"OpenAIPrivacyFilterExperts"})  # which computes in float32
+
+
+def _name(decorator: ast.expr) -> str:
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+
 def test_an_untested_peft(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     model = adapted(block(seed=seed), seed=seed + 1)
-    monkeypatch.setitem(verdicts.reasons, "experts", "PEFT 9 is newer than tested")
-    assert "PEFT 9 is newer than tested" in str(dk.accelerate(model))
+    against = layer_check._against_experts("99.0")
+    assert layer_check._against_experts("0.21.2") == []
+    monkeypatch.setattr(verdicts, "against_experts", against)
+    assert "PEFT 99.0 is newer than the tested 0.21.2: its factors of experts" in str(dk.accelerate(model))
 
 
 def test_a_wrapper_inside_one_that_peft_runs(seed: int) -> None:

@@ -85,7 +85,7 @@ def plan_of_experts(layer: Any) -> ExpertsPlan | str:
     """Find what computes the experts under their outermost wrapper, or why PEFT's own forward
     must.
     """
-    reason = verdicts.reasons["experts"] or _why_not_class()
+    reason = verdicts.against_experts[0] if verdicts.against_experts else _why_not_class()
     if reason is not None:
         return reason
     if has_other_forward(layer):

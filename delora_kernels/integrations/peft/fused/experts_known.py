@@ -82,7 +82,11 @@ def fingerprint(function: Callable[..., Any]) -> str:
     except (OSError, SyntaxError, TypeError):
         return ""
     (node,) = tree.body
-    assert isinstance(node, ast.FunctionDef)
+    return fingerprint_of(node) if isinstance(node, ast.FunctionDef) else ""
+
+
+def fingerprint_of(node: ast.FunctionDef) -> str:
+    """Return the same of a definition that is parsed already."""
     for argument in ast.walk(node.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None

@@ -7,7 +7,10 @@ trace.
 METHODS = ("lora", "dora", "delora")
 """The kinds of PEFT layers that can be fused; rsLoRA is a "lora"."""
 
-reasons: dict[str, str | None] = dict.fromkeys((*METHODS, "experts"))
-"""Kind, and "experts" for adapters of experts modules → why its layers must run PEFT's own forward,
-or None: they can be fused.
+reasons: dict[str, str | None] = dict.fromkeys(METHODS)
+"""Kind → why its layers must run PEFT's own forward, or None: they can be fused."""
+
+against_experts: list[str] = []
+"""Why adapters on the experts of expert models must run PEFT's own forward; empty: they can be
+fused.
 """
