@@ -25,8 +25,8 @@ from delora_kernels.integrations.peft.verdict import State
 
 
 def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run
-    fused, in place.
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, and
+    its LoRA adapters on the experts of expert models, run fused, in place.
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
