@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,7 @@ def passes(case: ExpertsCase, device: str) -> tuple[dict[str, Callable[[], Tenso
     x = torch.randn(case.T, case.H, generator=generator).to(device, case.dtype).requires_grad_()
     weights = torch.rand(case.T, case.top_k, generator=generator).to(device, case.dtype).requires_grad_()
     leaves = [x, weights, *(p for p in made["dk"].parameters() if p.requires_grad)]
-    forwards: dict[str, Callable[[], Tensor]] = {
-        name: lambda model=model: model(x, chosen, weights)  # type: ignore[misc]
-        for name, model in made.items()
-    }
-    return forwards, leaves
+    return {name: partial(model, x, chosen, weights) for name, model in made.items()}, leaves
 
 
 def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, Any]]:
@@ -133,10 +130,7 @@ def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, An
         for leaf in leaves:
             leaf.grad = None
 
-    steps: dict[str, Callable[[], None]] = {
-        name: lambda forward=forward: step(forward)  # type: ignore[misc]
-        for name, forward in forwards.items()
-    }
+    steps = {name: partial(step, forward) for name, forward in forwards.items()}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}
     held = [*leaves, *(p for model in blocks_of(forwards) for p in model.parameters())]
     rows = []
@@ -154,7 +148,7 @@ def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, An
 
 def blocks_of(forwards: Mapping[str, Any]) -> list[nn.Module]:
     """Return the models that the passes run."""
-    return [forward.__defaults__[0] for forward in forwards.values()]
+    return [forward.func for forward in forwards.values()]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
