@@ -135,7 +135,7 @@ def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, An
     held = [*leaves, *(p for model in blocks_of(forwards) for p in model.parameters())]
     rows = []
     for name, spent in times.items():
-        ratio = interval(lambda medians, name=name: medians[name] / medians["frozen"], times)
+        ratio = interval(partial(_over_frozen, name), times)
         weighed = allocations(steps[name], device)
         row: dict[str, Any] = {"method": "experts", "impl": name, "mode": "forward+backward", "T": case.T, "E": case.E}
         row |= {"top_k": case.top_k, "K": case.H, "N": case.inner, "r": case.r, "skewed": case.skewed}
@@ -144,6 +144,10 @@ def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, An
         row |= {"allocated_mib": weighed.total / MIB, "peak_mib": weighed.peak / MIB}
         rows.append(row | {"saved_mib": kept_bytes(forwards[name], held) / MIB})
     return rows
+
+
+def _over_frozen(name: str, medians: Mapping[str, Any]) -> Any:
+    return medians[name] / medians["frozen"]
 
 
 def blocks_of(forwards: Mapping[str, Any]) -> list[nn.Module]:

@@ -38,8 +38,12 @@ PUBLIC = {
         "reference",
         "register_peft_methods",
         "restore",
+        "training_report",
+        "training_report",
         "use_backend",
         "watch_experts",
+        "watch_training",
+        "watch_training",
     ],
     "delora_kernels.bases": ["StoredBase", "register"],
     "delora_kernels.nn": [

@@ -46,7 +46,7 @@ class FusedParamWrapper(ParamWrapper):
         plan = plan_of_experts(self)
         reason = plan if isinstance(plan, str) else None
         if not isinstance(plan, str):
-            routing = _routing(plan.experts, args, kwargs)
+            routing = routing_of(plan.experts, args, kwargs)
             reason = routing if isinstance(routing, str) else _why_not_call(plan, x, *routing)
             if reason is None and not isinstance(routing, str):
                 return experts_block(plan.experts, plan.up, plan.down, x, *routing, plan.by_weight)
@@ -237,7 +237,7 @@ def _pair(wrapper: Any, parts: Mapping[str, Any], name: str, weight: Tensor) -> 
     return A.view(E, r, K).to(weight.dtype), B.view(N, r, E).permute(2, 0, 1).to(weight.dtype), float(scale)
 
 
-def _routing(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | str:
+def routing_of(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | str:
     """Return chosen experts and weights, by place or by the names that the module gives them."""
     names = type(experts).forward.__wrapped__.__code__.co_varnames[2:4]
     given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
