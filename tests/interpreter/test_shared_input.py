@@ -73,9 +73,8 @@ def test_reads_of_x_and_launches(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     made = Siblings(seed, torch.bfloat16, torch.float32)
     found = {}
     for together in (True, False):
-        with use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
-            with Traffic({"x": T * K}) as forward:
-                outputs = made.outputs(together)
+        with use_backend("triton"), torch.autocast("cpu", torch.bfloat16), Traffic({"x": T * K}) as forward:
+            outputs = made.outputs(together)
         with use_backend("triton"), Traffic({"x": T * K}) as backward:
             made.gradients(outputs)
         found[together] = (forward.read["x"], forward.launches), (backward.read["x"], backward.launches)

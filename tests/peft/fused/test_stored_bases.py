@@ -24,6 +24,7 @@ import delora_kernels as dk
 from delora_kernels import reference
 from delora_kernels.bases import numeric_check
 from delora_kernels.bases.read import base_in
+from delora_kernels.functional import common
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'delora-kernels[bnb]'")
 
@@ -383,3 +384,42 @@ def test_delora_elsewhere_is_pefts_own(x: Tensor, seed: int) -> None:
     _loses_its_state(lost.first)
     with pytest.raises(TypeError, match="DeLoRA needs the weight of its base layer, a Linear4bit, but its packed"):
         peft.get_peft_model(lost, config("delora", target_modules=["first"]))
+
+
+class Three(nn.Module):
+    """Three linears of one form that share an input."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v = make(), make(), make()
+        self.is_loaded_in_4bit = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+@pytest.mark.parametrize("form", ["nf4-nested", "torchao-int8", "hqq-4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings_share_x(form: str, dtype: torch.dtype, x: Tensor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of three; each base is dequantised once forward and once backward."""
+    torch.manual_seed(seed)
+    make, options = FORMS[form]
+    inner = Three(lambda: make(32, 32, **options | {"dtype": dtype}))
+    made = peft.get_peft_model(inner, config("lora", target_modules=["q", "k", "v"]))
+    theirs = step(made, x.to(dtype))
+    report = dk.accelerate(made, strict=True)
+    step(made, x.to(dtype))
+    shared: list[int] = []
+    run = common.run_shared
+    monkeypatch.setattr(common, "run_shared", lambda calls, backend: shared.append(len(calls)) or run(calls, backend))
+    with dequantisations() as count:
+        for _ in range(2):
+            assert_close(step(made, x.to(dtype)), theirs, dtype)
+    assert shared == [3, 3]
+    assert len(count) == (12 if form.startswith("nf4") else 0)
+    assert [len(group) for group in report.groups] == [3]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        made(x.to(dtype))
+    assert sum(t.shape[-1] == 32 and t.numel() == x.numel() for t in {id(t): t for t in kept}.values()) == 1
+    assert all(t.numel() <= x.numel() for t in kept)

@@ -109,15 +109,28 @@ class PlannedCall:
 
 
 def same_inputs(was: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Whether two calls are made of the same: tensors by identity, bases by what they hold."""
+    """Whether two calls are made of the same: tensors by identity, stored bases, which are read
+    anew at each call, by what they hold.
+    """
     if len(was) != len(now):
         return False
     for a, b in zip(was, now, strict=True):
         if a is b:
             continue
-        if isinstance(a, StoredBase):
-            if type(a) is not type(b) or not same_inputs((*vars(a), *vars(a).values()), (*vars(b), *vars(b).values())):
-                return False
-        elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
+        if isinstance(a, Tensor) or not (_holds_the_same(a, b) if isinstance(a, StoredBase) else a == b):
             return False
     return True
+
+
+def _holds_the_same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+    if isinstance(a, StoredBase):
+        return _holds_the_same(vars(a), vars(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_holds_the_same(value, b[name]) for name, value in a.items())
+    return bool(a == b)
