@@ -84,6 +84,7 @@ def test_numbers_of_groups(method: str, seed: int, shared: list[int]) -> None:
         assert shared == [3, 2] * number
     assert report.groups == FOUND
     assert pickle.loads(pickle.dumps(report)).groups == FOUND
+    assert str(report).endswith("  share an input, and run as one call: q + k + v (1), gate + up (1)")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -279,6 +280,17 @@ def test_changes_between_two_siblings(what: str, seed: int) -> None:
         k = layers.k(x)
         results.append({"q": q.detach(), "k": k.detach()})
     check_same(*results, 1e-12)
+
+
+def test_siblings_of_another_x(seed: int) -> None:
+    """A tensor of the same shape and version that is not the leader's, a view of it, a copy."""
+    made, plain, _ = pair("lora", seed, inner=Siblings)
+    ours, theirs = made.base_model.model, plain.base_model.model
+    x, others = batch(seed), [batch(seed + 1), batch(seed).view(*TOKENS, K), batch(seed).clone()]
+    for other in others:
+        with torch.no_grad():
+            results = [{"q": layers.q(x), "k": layers.k(other), "v": layers.v(x)} for layers in (ours, theirs)]
+        check_same(*results, 1e-12)
 
 
 def test_surroundings_between_two_siblings(seed: int) -> None:

@@ -34,7 +34,7 @@ class StraightCall:
     def of(layer: Any, x: Tensor) -> "StraightCall | None":
         """Read the call of a sibling."""
         read = getattr(type(layer), "read_call", None)
-        call = None if read is None else read(layer, x)
+        call = None if read is None else read(layer, x, looked=True)
         return None if call is None else StraightCall(call)
 
     @staticmethod

@@ -74,4 +74,8 @@ class Report:
                 names = [layer.name for layer in layers if layer.reason == reason]
                 shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
                 lines.append(f"  {title}, {count}: {reason}: {shown}")
+        kinds = Counter(" + ".join(name.rpartition(".")[2] for name in group) for group in self.groups)
+        if kinds:
+            shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+            lines.append(f"  share an input, and run as one call: {shown}")
         return "\n".join(lines)

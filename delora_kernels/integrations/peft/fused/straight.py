@@ -38,9 +38,15 @@ _CALLED_BY_DORA = methods_of(DoraLinearVariant, DoraLinearLayer)
 _CALLED_BY_DELORA = methods_of(DeloraLinear, nn.Linear, nn.Identity, nn.Dropout)
 
 
-def read_lora(layer: Any, x: Tensor) -> Call | None:
-    """Read the call of a LoRA or DoRA linear, or None where plan.py has to judge it."""
-    if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
+def read_lora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
+    """Read the call of a LoRA or DoRA linear, or None where plan.py has to judge it.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        looked: Whether it is known that nobody watches: of a sibling whose leader was just read.
+    """
+    if not (looked or (enabled and unwatched(x))) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
     A_dict, B_dict, dropouts, base = parts["lora_A"], parts["lora_B"], parts["lora_dropout"], parts["base_layer"]
@@ -89,9 +95,11 @@ def read_lora(layer: Any, x: Tensor) -> Call | None:
     return straight_call(x, weight, bias, A, B, scale, magnitude)
 
 
-def read_delora(layer: Any, x: Tensor) -> Call | None:
-    """Read the call of a DeLoRA linear, or None where plan.py has to judge it."""
-    if not (enabled and unwatched(x)) or layer._disable_adapters or layer.merged_adapters:
+def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
+    """Read the call of a DeLoRA linear, or None where plan.py has to judge it; arguments as
+    `read_lora`.
+    """
+    if not (looked or (enabled and unwatched(x))) or layer._disable_adapters or layer.merged_adapters:
         return None
     name, parts = _only(layer._active_adapter), layer._modules
     A_dict, B_dict, lams = parts["delora_A"], parts["delora_B"], parts["delora_lambda"]
