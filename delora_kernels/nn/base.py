@@ -57,7 +57,6 @@ class MergeableLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     base_weight: nn.Parameter | None
-    stored: nn.Module | None
 
     def __init__(
         self,
@@ -82,7 +81,6 @@ class MergeableLinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self._hold(base.weight, base.bias)
         self.register_parameter("base_weight", None)
-        self.register_module("stored", None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show in the signature of each module what its `**base`, `*mixture` or `**options` stands
@@ -129,13 +127,19 @@ class MergeableLinear(nn.Module):
             module.register_parameter(name, None)
         module.to_empty(device=base.device)
         module._hold(base.weight if isinstance(base, PlainBase) else None, base.bias)
-        module.stored = None if isinstance(base, PlainBase) else linear
+        if not isinstance(base, PlainBase):
+            module._modules["stored"] = linear
         module.reset_parameters()
         return module.train(linear.training)
 
     def _hold(self, weight: Tensor | None, bias: Tensor | None) -> None:
         self.register_parameter("weight", None if weight is None else _frozen(weight))
         self.register_parameter("bias", None if bias is None else _frozen(bias))
+
+    @property
+    def stored(self) -> nn.Module | None:
+        """The linear of a quantisation library that is the base, or None: `weight` is."""
+        return self._modules.get("stored")
 
     @property
     def merged(self) -> bool:
