@@ -28,6 +28,9 @@ PYTEST := -m pytest -q -m 'not smollm2'
 # Each process begins with a share in a row, so that a file's fixtures are made once; the idle take from the busy.
 XDIST := -n auto --dist worksteal
 
+# Set to a word, this makes each of the many processes of the tests compile the package once more.
+export PYTHONDONTWRITEBYTECODE :=
+
 STORED_BASES := bitsandbytes torchao hqq einops termcolor
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from delora_kernels.integrations.peft.methods.ether import EtherConfig, EtherPlusConfig
     from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft.methods.register import register_peft_methods
+    from delora_kernels.integrations.peft.training import training_report, watch_training
     from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback
     from delora_kernels.routing import expert_report, watch_experts
 
@@ -54,8 +55,10 @@ __all__ = [
     "reference",
     "register_peft_methods",
     "restore",
+    "training_report",
     "use_backend",
     "watch_experts",
+    "watch_training",
 ]
 
 _MODULES = ("bases", "flops", "nn", "reference")
@@ -82,6 +85,8 @@ _NEED_PEFT = {
     "import_goat": "peft.methods.goat",
     "merge_mean_gate": "peft.methods.goat",
     "register_peft_methods": "peft.methods.register",
+    "training_report": "peft.training",
+    "watch_training": "peft.training",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""
 

@@ -185,4 +185,40 @@ class TermCall(NamedTuple):
     options: Options
 
 
-AnyCall = Call | MoECall | ReflectCall
+class GroupedOptions(NamedTuple):
+    """Everything about a grouped linear's call that is not a tensor.
+
+    Args:
+        method: Name of the public function, for messages.
+        scale: Factor of the rank-r term.
+        compute_dtype, rank_dtype: as in `Options`.
+    """
+
+    method: str
+    scale: float
+    compute_dtype: torch.dtype
+    rank_dtype: torch.dtype
+
+
+class GroupedCall(NamedTuple):
+    """The tensors of a call of an expert model's linears (its autograd Function's inputs, in this
+    order) and its options.
+
+    Args:
+        x: [T, K], sorted by expert.
+        weight: [E, N, K], any strides.
+        bias: [E, N] or None.
+        A, B: [E, r, K], [E, N, r]; both None: the linears alone.
+        offsets: int32 or int64 [E], the end of each expert's rows.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    offsets: Tensor
+    options: GroupedOptions
+
+
+AnyCall = Call | MoECall | ReflectCall | GroupedCall

@@ -76,6 +76,27 @@ def _reflect_backward(dy: Any, x: Any, u: Any, v: Any, need_dx: bool) -> int:
     return (5 if need_dx else 4) * _gemm(x[0], x[1], 1 if v is None else 2)
 
 
+def _grouped_linear(x: Any, weight: Any, bias: Any, offsets: Any, A_hat: Any, B_hat: Any, scale: float) -> int:
+    """Every row belongs to one expert: rows behind the last offset are counted too."""
+    R = 0 if A_hat is None else A_hat[1]
+    return _gemm(x[0], x[1], weight[1]) + _gemm(x[0], x[1] + weight[1], R)
+
+
+def _grouped_linear_backward(
+    dy: Any, x: Any, h: Any, weight: Any, offsets: Any, A_hat: Any, B_hat: Any, *_: Any
+) -> int:
+    total = 0 if weight is None else _gemm(dy[0], dy[1], weight[2])
+    if B_hat is not None and (x is not None or A_hat is not None):
+        total += _gemm(dy[0], dy[1], B_hat[2])
+        total += 0 if x is None else _gemm(B_hat[2], dy[0], x[1])
+        total += 0 if weight is None or A_hat is None else _gemm(dy[0], B_hat[2], weight[2])
+    return total + (0 if h is None else _gemm(dy[1], dy[0], h[1]))
+
+
+def _grouped_weight_grad(dy: Any, x: Any, offsets: Any) -> int:
+    return _gemm(dy[1], dy[0], x[1])
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "row_norm": _row_norm,
     "project": _project,
@@ -87,6 +108,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "expand_route_backward": _expand_route_backward,
     "reflect": _reflect,
     "reflect_backward": _reflect_backward,
+    "grouped_linear": _grouped_linear,
+    "grouped_linear_backward": _grouped_linear_backward,
+    "grouped_weight_grad": _grouped_weight_grad,
 }
 """Op name → FLOPs from the arguments of its function, tensors given as shapes."""
 

@@ -5,23 +5,15 @@ Functions of autograd/ decide which of them run in which order. Letters: T token
 out-features, R total rank, r trainable rank, E experts. `acc` is float64 for float64 tensors and
 float32 for everything else.
 
-Below, an op is written once: its arguments and results, its formula, and what a fake run returns.
-`_op` makes of that the function `ops.<name>(..., backend)` and the registered
-torch.ops.delora_kernels.<name>, in whose schema the fields of tuples (`op_arguments.py`) stand in a
-row; `stages` gives the kernels straight where nothing stands in between. The last argument names
-the backend that runs an op, so that a backward pass runs on the backend of its forward pass, also
-after `use_backend` has been left and in a compiled graph.
+Below, an op is written once: its arguments and results, its formula, and what a fake run returns;
+`op_registry.py` does the rest.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
-from itertools import islice
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from delora_kernels import backends
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.op_arguments import (
     Branch,
@@ -38,156 +30,16 @@ from delora_kernels.op_arguments import (
     Strength,
     TermGradients,
 )
+from delora_kernels.op_registry import NAMESPACE, OPS, flat, op, packed, registered, stages
 
-NAMESPACE = "delora_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
-
-Outputs = Tensor | tuple[Tensor, ...]
-
-_IN_SCHEMA: dict[Any, str] = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    bool: "bool",
-    int: "int",
-    float: "float",
-    Sequence[int]: "int[]",
-    Sequence[float]: "float[]",
-    torch.dtype: "ScalarType",
-    str: "str",
-}
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-class _Op(NamedTuple):
-    """A registered op, and for each argument of its function the tuple that it is, or None."""
-
-    registered: Any
-    tuples: tuple[Any, ...]
-
-
-_OPS: dict[str, _Op] = {}
-
-
-def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
-    """Return the ops of one backend, each without its last argument: its kernels themselves, or
-    where a compiler, tracer, dispatch mode or tensor subclass must see the calls, the registered
-    ops.
-
-    Autograd does not see the kernels: this is for the inside of an autograd Function, with autocast
-    off.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    ):
-        return _registered[backend]
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return _registered[backend]
-    return backends.loaded[backend]  # the call's choice has loaded it
-
-
-def registered(backend: str) -> Any:
-    """Return the registered ops of one backend, each without its last argument: whoever takes part
-    in dispatch sees them.
-    """
-    return _registered[backend]
-
-
-class _Registered:
-    """The registered ops with the name of a backend as their last argument."""
-
-    def __init__(self, backend: str) -> None:
-        for name in _OPS:
-            setattr(self, name, partial(_call, name, backend))
-        self.wants_scaled = partial(_wants_scaled, backend)
-        self.backend = backend
-
-    @property
-    def keeps_folded(self) -> bool:
-        """As the backend's own."""
-        return bool(getattr(backends.load(self.backend), "keeps_folded", False))
-
-
-def _call(name: str, backend: str, *arguments: Any) -> Any:
-    return _OPS[name].registered(*flat(name, arguments), backend)
-
-
-def _wants_scaled(backend: str, x: Tensor, weight: Tensor) -> bool:
-    return bool(backends.load(backend).wants_scaled(x, weight))
-
-
-def flat(name: str, arguments: Iterable[Any]) -> list[Any]:
-    """Make of the arguments of an op's function the values of its schema, but for the backend."""
-    values: list[Any] = []
-    for kind, argument in zip(_OPS[name].tuples, arguments, strict=True):
-        if kind is None:
-            values.append(argument)
-        else:
-            values.extend(argument)
-    return values
-
-
-def packed(name: str, values: Iterable[Any]) -> list[Any]:
-    """Make of the values of an op's schema, but for the backend, the arguments of its function:
-    `flat` back.
-    """
-    left = iter(values)
-    return [next(left) if kind is None else kind(*islice(left, len(kind._fields))) for kind in _OPS[name].tuples]
-
-
-def _op(fake: Callable[..., Outputs]) -> Any:
-    """Register what is written below as an op, and return its function, which takes the backend's
-    name besides.
-    """
-    name, kinds = fake.__name__, dict(fake.__annotations__)
-    results, fields, tuples = kinds.pop("return"), [], []
-    for argument, kind in kinds.items():
-        is_tuple = hasattr(kind, "_fields")
-        tuples.append(kind if is_tuple else None)
-        fields += list(kind.__annotations__.items()) if is_tuple else [(argument, kind)]
-    taken = ", ".join(f"{_IN_SCHEMA[kind]} {field}" for field, kind in (*fields, ("backend", str)))
-    given = ", ".join(_IN_SCHEMA[kind] for kind in get_args(results)) or "Tensor"
-    _library.define(f"{name}({taken}) -> {f'({given})' if ',' in given else given}")
-    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _OPS[name] = _Op(registered, tuple(tuples))
-
-    def run(*values: Any) -> Outputs:
-        kernel = getattr(backends.load(values[-1]), name)
-        arguments = packed(name, values[:-1])
-        device = next(value.device.type for value in values if isinstance(value, Tensor))
-        if torch.is_autocast_enabled(device):  # the stages choose every dtype themselves
-            with torch.autocast(device, enabled=False):
-                return kernel(*arguments)
-        return kernel(*arguments)
-
-    def refuse_autograd(*values: Any) -> Outputs:
-        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
-            raise RuntimeError(
-                f"{NAMESPACE}::{name} has no autograd formula of its own: call the functions of "
-                "delora_kernels.functional, or delora_kernels.reference for second derivatives"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return registered(*values)
-
-    @wraps(fake)
-    def call(*arguments: Any) -> Any:
-        return _call(name, arguments[-1], *arguments[:-1])
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, refuse_autograd, "Autograd")
-    # the fake: as register_fake, which takes five times as long to note where it was called
-    _library.impl(name, lambda *values: fake(*packed(name, values[:-1])), "Meta")
-    return call
+__all__ = ["NAMESPACE", "flat", "packed", "registered", "stages"]
 
 
 def _acc(like: Tensor, *shape: Any) -> Tensor:
     return like.new_empty(shape, dtype=accumulate_dtype(like.dtype))
 
 
-@_op
+@op
 def fold(
     A: Tensor, B: Tensor, strength: Strength, start: Start, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,7 +55,7 @@ def fold(
     return A_hat, B.new_empty((B.shape[0], R), dtype=dtype), _acc(A_hat, norms), _acc(A_hat, norms)
 
 
-@_op
+@op
 def fold_backward(
     dA_hat: Tensor | None, dB_hat: Tensor | None, folded: Folded, strength: Strength
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +71,7 @@ def fold_backward(
     return dA, dB, _acc(B, 0) if dB_hat is None else dB_hat.new_empty(1)
 
 
-@_op
+@op
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,13 +86,13 @@ def row_norm(
     )
 
 
-@_op
+@op
 def project(x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
     """h = drop(x) Âᵀ → [T, R] in Â's dtype; reads x once for each mask."""
     return A_hat.new_empty((x.shape[0], A_hat.shape[0]))
 
 
-@_op
+@op
 def expand(
     x: Tensor, weight: Tensor, bias: Tensor | None, term: RankTerm, rescaling: Rescaling
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +106,7 @@ def expand(
     return x.new_empty((T, N)), x.new_empty((T, N) if rescaling.keep else 0)
 
 
-@_op
+@op
 def expand_backward(
     dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -272,7 +124,7 @@ def expand_backward(
     )
 
 
-@_op
+@op
 def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:
     """dx = (dy ⊙ c) W + drop(scale · dv Â) → [T, K] in dy's dtype, accumulated in one buffer, and
     dÂ = scale · dvᵀ drop(x) of the first r columns of dv → [r, K] (acc); reads x once for each
@@ -288,7 +140,7 @@ def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> 
     )
 
 
-@_op
+@op
 def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     """dW = c ⊙ (dyᵀ x) → [N, K] in dy's dtype, for a base that trains too.
 
@@ -297,7 +149,7 @@ def weight_grad(dy: Tensor, x: Tensor, c: Tensor | None, dropout_p: float, seed:
     return dy.new_empty((dy.shape[1], x.shape[1]))
 
 
-@_op
+@op
 def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a mixture's factors side by side, in `dtype`: [A; G; A⁰], of those that are given
     (size 0 if none is), and [B | −γ B⁰], [N, E r + E₀ r₀].
@@ -309,7 +161,7 @@ def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, T
     return B.new_empty(rows, dtype=dtype), B.new_empty((B.shape[1], columns), dtype=dtype)
 
 
-@_op
+@op
 def project_route(
     x: Tensor, A_hat: Tensor, masks: Masks, gates: Tensor | None, top_k: int, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -328,7 +180,7 @@ def project_route(
     return h, v, w, _acc(h, E), _acc(h, E), _acc(h, 1)
 
 
-@_op
+@op
 def expand_route_backward(
     dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool, gated: Gated, gating: Gating
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -349,11 +201,68 @@ def expand_route_backward(
     )
 
 
+@op
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    A_hat: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Of the rows of every expert, y_e = x_e W_eᵀ + h_e B̂_eᵀ + bias_e and h_e = scale · x_e Â_eᵀ:
+    → y [T, N], h [T, R] in Â's dtype (size 0 without factors).
+
+    x [T, K] is sorted by expert: those of expert e end before row offsets[e] (int32 or int64, [E]).
+    weight [E, N, K] in any float dtype, cast to x's; Â [E, R, K], B̂ [E, N, R], bias [E, N]. Rows
+    behind the last offset belong to nobody: they are not read, and are 0 in y and h.
+    """
+    h = x.new_empty(0) if A_hat is None else A_hat.new_empty((x.shape[0], A_hat.shape[1]))
+    return x.new_empty((x.shape[0], weight.shape[1])), h
+
+
+@op
+def grouped_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor,
+    A_hat: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With dv_e = scale · dy_e B̂_e: dx_e = dy_e W_e + dv_e Â_e → dx [T, K] in dy's dtype, dÂ_e =
+    dv_eᵀ x_e [E, R, K], dB̂_e = dy_eᵀ h_e [E, N, R], Σ_t dy_e [E, N] (all acc); 0 for experts
+    without rows.
+
+    What is not asked for (weight, x, h None; need_bias False) has size 0. Without B̂ there is no
+    low-rank branch; Â is needed for dx alone.
+    """
+    E, N = offsets.shape[0], dy.shape[1]
+    return (
+        dy.new_empty(0 if weight is None else (dy.shape[0], weight.shape[2])),
+        _acc(dy, 0) if x is None or B_hat is None else _acc(B_hat, E, B_hat.shape[2], x.shape[1]),
+        _acc(dy, 0) if h is None else _acc(h, E, h.shape[1], N).mT,
+        _acc(dy, E if need_bias else 0, N),
+    )
+
+
+@op
+def grouped_weight_grad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """dW_e = dy_eᵀ x_e → [E, N, K] in dy's dtype, 0 for experts without rows: for a base that
+    trains too.
+    """
+    return dy.new_empty((offsets.shape[0], dy.shape[1], x.shape[1]))
+
+
 def _reflected_acc(x: Tensor, u: Tensor, *shape: Any) -> Tensor:
     return u.new_empty(shape, dtype=accumulate_dtype(torch.promote_types(x.dtype, u.dtype)))
 
 
-@_op
+@op
 def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tensor:
     """Every block of x's columns reflected, x − 2 (x·û) û, or with v x − (x·û) û + (x·v̂) v̂, +
     bias → [T, C] in x's dtype, from one read of x.
@@ -364,7 +273,7 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
     return x.new_empty(x.shape)
 
 
-@_op
+@op
 def reflect_backward(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,7 +290,7 @@ def reflect_backward(
     )
 
 
-@_op
+@op
 def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """Return the elements of a [T, K] input that dropout keeps, as the other ops decide them from
     the same seed.
@@ -389,7 +298,5 @@ def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     return seed.new_empty((T, K), dtype=torch.bool)
 
 
-NAMES = tuple(_OPS)
+NAMES = tuple(OPS)
 """Every op of the contract."""
-
-_registered = {backend: _Registered(backend) for backend in backends.NAMES}

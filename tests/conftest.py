@@ -13,11 +13,13 @@ import pytest
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Imports make a million objects, which each full collection, such as a Trainer asks for, would
-    take half a second to go through.
+    take half a second to go through. What torch.compile and torch.export trace lives on, so that to
+    look through it again and again is in vain: each file's end does.
     """
     gc.disable()
     collected = yield
     gc.freeze()
+    gc.set_threshold(5_000, 50, 20)
     gc.enable()
     return collected
 

@@ -18,9 +18,9 @@ from delora_kernels.call import Call
 _DTYPES = (torch.float32, torch.float64)
 
 
-def _direct_if_plain(call: Call, backend: str) -> Tensor | None:
-    """Run a call of the eager backend that asks for no more than arithmetic and that nobody watches
-    (a compiler, a mode); None of any other.
+def is_plain(call: Call, backend: str) -> bool:
+    """Whether a call of the eager backend asks for no more than arithmetic, and nobody watches it
+    (a compiler, a mode).
     """
     o, dtype = call.options, call.x.dtype
     trained = [each for each in (call.A, call.B, call.magnitude, call.lam) if each is not None]
@@ -37,14 +37,18 @@ def _direct_if_plain(call: Call, backend: str) -> Tensor | None:
         or ops.stages(backend, call[:-1]) is not eager
         or ops_replaced()
     ):
-        return None
+        return False
     for each in trained:
         if each.dtype != dtype or not each.requires_grad:
-            return None
-    for each in frozen:
+            return False
+    for each in frozen:  # noqa: SIM110, a generator is another frame
         if each.dtype != dtype or each.requires_grad:
-            return None
-    return direct(call)
+            return False
+    return True
+
+
+def _direct_if_plain(call: Call, backend: str) -> Tensor | None:
+    return direct(call) if is_plain(call, backend) else None
 
 
 AdaptedLinear = differentiable("AdaptedLinear", Call, Saved, compute, gradients, direct=_direct_if_plain)

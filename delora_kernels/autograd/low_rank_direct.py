@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import is_batched, refuse_second_derivatives
-from delora_kernels.autograd.low_rank_stages import Saved, gradients, rows
+from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends import eager as eager_backend
 from delora_kernels.backends.eager import low_rank as eager
 from delora_kernels.backends.eager.fold import fold, fold_backward, folded
@@ -131,6 +131,11 @@ class _Delora(torch.autograd.Function):
         dA, dB, dlam = fold_backward(dA_hat, dB_hat, found, strength)
         dx = torch.mm(dy, weight).addmm_(dv, A_hat) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
+
+
+def rows(x: Tensor) -> Tensor:  # here too: another file on the way of each call costs what this does
+    """x [..., K] as [T, K]."""
+    return x if x.dim() == 2 else x.flatten(0, -2)
 
 
 def shaped(dx: Tensor | None, x: Tensor) -> Tensor | None:

@@ -53,18 +53,24 @@ class Saved(NamedTuple):
     b: Tensor | None = None
 
 
-def compute(call: Call, x: Tensor, need: Call, stages: Any) -> Computed:
-    """y [T, N]; where nothing is wanted, nothing is kept."""
+def compute(call: Call, x: Tensor, need: Call, stages: Any, found: Any = None) -> Computed:
+    """y [T, N]; where nothing is wanted, nothing is kept.
+
+    Args:
+        call, x, need, stages: as `differentiable` says.
+        found: What `folded_of` gives, and h, where x has been read for it already.
+    """
     o, u_dropout, tokens = call.options, _u_dropout(call.options, call.seed), rows(x)
     weight = dense(call.weight, o.compute_dtype)
     norm = c = scaled = None
-    A_hat, B_hat, a, b = _folded(call, o, stages)
+    A_hat, B_hat, a, b, h = found or (*folded_of(call, o, stages), None)
     keep = bool(need.magnitude) and not o.save_output
     if call.magnitude is not None:
         wanted = not keep and not o.two_term and stages.wants_scaled(tokens, weight)
         norm, c, written = stages.row_norm(weight, A_hat, B_hat, o.scale, call.magnitude, wanted)
         scaled = written if wanted else None
-    h = stages.project(tokens, A_hat, Masks(o.ranks, o.dropout_p, call.seed))
+    if h is None:
+        h = stages.project(tokens, A_hat, Masks(o.ranks, o.dropout_p, call.seed))
     rescaling = Rescaling(c, scaled, keep, *u_dropout)
     y, kept = stages.expand(tokens, weight, call.bias, RankTerm(h, B_hat, o.scale), rescaling)
 
@@ -108,7 +114,7 @@ def _folds(of: Any, o: Options) -> bool:
     return any([each is not None and each.dtype != o.rank_dtype for each in (of.A, of.B)])  # noqa: C419, for torch 2.7
 
 
-def _folded(of: Any, o: Options, stages: Any) -> tuple[Any, Any, Tensor | None, Tensor | None]:
+def folded_of(of: Any, o: Options, stages: Any) -> tuple[Any, Any, Tensor | None, Tensor | None]:
     """Â, B̂ and their norms of a call, or of what is kept of it: A and B themselves where nothing is
     to be done.
     """
@@ -128,13 +134,8 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
     """Return field of `Call` → its gradient, of all that `need` names: dx [T, K], dW [N, K], dA
     [r, K], dB [N, r], dm and dbias [N], dλ as λ, from dy [T, N] and what `compute` kept.
     """
-    A_hat, B_hat = saved.A_hat, saved.B_hat
-    if B_hat is None and (need.x or need.A or need.magnitude):
-        A_hat, B_hat, _, _ = _folded(saved, o, stages)
-    term = TermGradients(saved.h, B_hat, o.scale)
-    rescaled = Rescaled(saved.c, saved.kept, o.save_output, saved.kept_divisor)
-    dv, dB_hat, dm, dy_sum = stages.expand_backward(dy, term, rescaled, bool(need.bias))
-    grad, dA_hat = {"bias": dy_sum, "magnitude": dm}, None
+    grad, dv, A_hat, dB_hat = gradients_of_dy(o, need, saved, stages, dy)
+    dA_hat = None
     if need.x or need.A:
         weight = dense(saved.weight, o.compute_dtype) if need.x else None
         frozen = Frozen(weight, saved.c, o.two_term)
@@ -142,15 +143,34 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
             dv, A_hat if need.x else None, rows(saved.x) if need.A else None, dv.shape[1] - o.frozen_rank, o.scale
         )
         grad["x"], dA_hat = stages.input_backward(dy, frozen, branch, Masks(o.ranks, o.dropout_p, saved.seed))
-    if saved.lam is None:
-        grad["A"], grad["B"] = dA_hat, dB_hat
-    else:
-        hats = (dA_hat if need.A else None, dB_hat if saved.h is not None else None)
-        live_start = saved.frozen_B if need.lam and saved.frozen_lam is None else None
-        folded = Folded(saved.A, saved.B, saved.a, saved.b, live_start)
-        strength = Strength(saved.lam, saved.weight_norm, o.eps)
-        grad["A"], grad["B"], dlam = stages.fold_backward(*hats, folded, strength)
-        grad["lam"] = dlam.reshape(saved.lam.shape) if need.lam else None
+    grad.update(gradients_of_factors(o, need, saved, stages, dA_hat, dB_hat))
     if need.weight:
         grad["weight"] = stages.weight_grad(dy, rows(saved.x), saved.c, *_u_dropout(o, saved.seed))
     return grad
+
+
+def gradients_of_dy(
+    o: Options, need: Call, saved: Any, stages: Any, dy: Tensor
+) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None, Tensor]:
+    """Read dy once: dbias and dm by name, dv [T, R], Â for dx, dB̂ [N, R]."""
+    A_hat, B_hat = saved.A_hat, saved.B_hat
+    if B_hat is None and (need.x or need.A or need.magnitude):
+        A_hat, B_hat, _, _ = folded_of(saved, o, stages)
+    term = TermGradients(saved.h, B_hat, o.scale)
+    rescaled = Rescaled(saved.c, saved.kept, o.save_output, saved.kept_divisor)
+    dv, dB_hat, dm, dy_sum = stages.expand_backward(dy, term, rescaled, bool(need.bias))
+    return {"bias": dy_sum, "magnitude": dm}, dv, A_hat, dB_hat
+
+
+def gradients_of_factors(
+    o: Options, need: Call, saved: Any, stages: Any, dA_hat: Tensor | None, dB_hat: Tensor
+) -> dict[str, Tensor | None]:
+    """dÂ, dB̂ → dA, dB, dλ by name."""
+    if saved.lam is None:
+        return {"A": dA_hat, "B": dB_hat}
+    hats = (dA_hat if need.A else None, dB_hat if saved.h is not None else None)
+    live_start = saved.frozen_B if need.lam and saved.frozen_lam is None else None
+    folded = Folded(saved.A, saved.B, saved.a, saved.b, live_start)
+    strength = Strength(saved.lam, saved.weight_norm, o.eps)
+    dA, dB, dlam = stages.fold_backward(*hats, folded, strength)
+    return {"A": dA, "B": dB, "lam": dlam.reshape(saved.lam.shape) if need.lam else None}

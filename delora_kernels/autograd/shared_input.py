@@ -1,193 +1,193 @@
-"""Several additive linears of one x as one call: x is read once for all their A, dx is one buffer.
+"""Several additive linears of one x as one call: x is read once for all their Â, dx is one buffer.
 
-    h = x [Â₁; Â₂; ...]ᵀ               y_i = c_i ⊙ (x W_iᵀ + s_i · h_i B̂_iᵀ) + bias_i
-    dv_i = s_i · dy_i (c_i ⊙ B̂_i)      dx = Σ dy_i (c_i ⊙ W_i) + dv [Â₁; Â₂; ...]      dÂ = dvᵀ x
+    h = drop(x) [Â₁; Â₂; ...]ᵀ            y_i = x W_iᵀ + s_i · h_i B̂_iᵀ + bias_i
+    dx = Σ dy_i W_i + dv [Â₁; Â₂; ...]     dÂ = dvᵀ drop(x),      dv_i = s_i · dy_i B̂_i
 
-Straight torch calls for the eager backend, as in low_rank_direct.py, which takes the members one by
-one: what each keeps is the same, but for x, which all share. An output without a gradient costs
-nothing, and the gradients of its own factors are None. Everything out of the ordinary in a backward
-pass goes to the stages, member by member.
+In stages that a backend runs, each member's as low_rank_stages.py has them, or where only the
+arithmetic of one dtype is left to do, in straight torch calls (shared_input_direct.py). DoRA's
+columns are scaled, so that its dx takes a pass of its own: where one is among the members, and not
+all are plain, they run one by one.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from delora_kernels import ops
-from delora_kernels.autograd.function import refuse_second_derivatives
-from delora_kernels.autograd.low_rank_direct import frozen_linear, is_ordinary, shaped
-from delora_kernels.autograd.low_rank_stages import Saved, gradients, rows
-from delora_kernels.backends.eager import low_rank as eager
-from delora_kernels.backends.eager.fold import fold, fold_backward, folded
+from delora_kernels.autograd import function
+from delora_kernels.autograd.function import is_batched, refuse_second_derivatives
+from delora_kernels.autograd.low_rank import AdaptedLinear, is_plain
+from delora_kernels.autograd.low_rank_stages import (
+    Saved,
+    compute,
+    folded_of,
+    gradients_of_dy,
+    gradients_of_factors,
+    rows,
+)
+from delora_kernels.autograd.shared_input_direct import shared_direct
+from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
-from delora_kernels.op_arguments import Folded, Start, Strength
+from delora_kernels.op_arguments import Branch, Frozen, Masks
 
-_NO_START = Start()
-_INPUTS = {"lora_linear": 4, "dora_linear": 5, "delora_linear": 6}
-"""Method → its tensors besides x: weight, bias, A, B, then magnitude, or λ and the weight norms."""
-_KEPT = {"lora_linear": 3, "dora_linear": 6, "delora_linear": 7}
-"""Method → how many tensors of a member are kept: weight, A, B, then c, norm and x Wᵀ, or λ, the
-weight norms and both factors' norms.
-"""
+_FIELDS = Call._fields[1:-1]
 
 
-def shared_direct(calls: Sequence[Call]) -> tuple[Tensor, ...]:
-    """Run calls of one x [..., K] that each ask for no more than the arithmetic of one dtype:
-    y_i [..., N_i] of each.
-    """
-    inputs: list[Any] = []
-    for call in calls:
-        inputs += (call.weight, call.bias, call.A, call.B)
-        if call.magnitude is not None:
-            inputs.append(call.magnitude)
-        elif call.lam is not None:
-            inputs += (call.lam, call.weight_norm)
-    options = [call.options for call in calls]
-    outputs: tuple[Tensor, ...] = _SharedInput.apply(options, torch.is_grad_enabled(), calls[0].x, *inputs)
-    return outputs
+def run_shared(calls: Sequence[Call], backend: str) -> tuple[Tensor, ...]:
+    """Run calls of one x [..., K]: y_i [..., N_i] of each, differentiable once."""
+    if all([is_plain(call, backend) for call in calls]):  # noqa: C419, for torch 2.7
+        return shared_direct(calls)
+    if not all([_shares(call, calls[0]) for call in calls]):  # noqa: C419
+        return tuple(function.run(AdaptedLinear, call, backend, call.x.shape)[0] for call in calls)
+    flat = [value for call in calls for value in call[1:-1]]
+    x = calls[0].x
+    outputs = _SharedInput.apply(backend, tuple(call.options for call in calls), x, *flat)
+    return outputs if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def _shares(call: Call, first: Call) -> bool:
+    o, o_first = call.options, first.options
+    if (o.compute_dtype, o.rank_dtype) != (o_first.compute_dtype, o_first.rank_dtype):
+        return False
+    if call.magnitude is not None or o.frozen_rank or getattr(call.weight, "requires_grad", False):
+        return False
+    return call.A.requires_grad is first.A.requires_grad
+
+
+class _Kept(NamedTuple):
+    """What the gradients of a pass are computed from."""
+
+    x: Tensor | None
+    members: list[Saved]
+    needs: list[Call]
 
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: list[Options], keep: bool, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        members = _by_member(options, _INPUTS, inputs)
-        need_x, tokens = ctx.needs_input_grad[2], rows(x)
-        pairs: list[tuple[Any, ...]] = [
-            fold(A, B, Strength(rest[0], rest[1], o.eps), _NO_START, x.dtype) if len(rest) == 2 else (A, B)
-            for o, (_, _, A, B, *rest) in zip(options, members, strict=True)
-        ]
-        h = torch.mm(tokens, torch.cat([pair[0] for pair in pairs]).t())
-        outputs: list[Tensor] = []
-        saved: list[Any] = []
-        for o, (weight, bias, A, B, *rest), pair, h_i in zip(options, members, pairs, _columns(h, pairs), strict=True):
-            kept: tuple[Any, ...] = (weight if need_x else None, A, B)
-            if len(rest) == 1:
-                y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-                base = torch.mm(tokens, weight.t(), out=None if keep else rows(y))
-                norm = eager.updated_norm(weight, A, B, o.scale)
-                c = eager.quotient(rest[0], norm)
-                eager.rescale(base, h_i, B, o.scale, c, bias, rows(y))
-                kept += (c, norm, base)
-            else:
-                y, out = frozen_linear(x, weight, bias)
-                out.addmm_(h_i, pair[1].t(), alpha=o.scale)
-                kept += (*rest, *pair[2:])
-            outputs.append(y)
-            saved += kept
-        ctx.options, ctx.trained = options, [input_ for member in members for input_ in (*member[2:4], *member[4:5])]
+    def forward(ctx: Any, backend: str, options: tuple[Options, ...], x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        calls = _members(x, flat, options)
+        ctx.needs = _members(ctx.needs_input_grad[2], ctx.needs_input_grad[3:], [False] * len(options))
+        ctx.backend, ctx.options, ctx.x = backend, options, (x.shape, x.dtype)
+        ctx.dtypes = [value.dtype if need else None for value, need in zip(flat, ctx.needs_input_grad[3:], strict=True)]
+        stages = ops.stages(backend, [each for each in (x, *flat) if each is None or isinstance(each, Tensor)])
+        wide = x if x.dtype == options[0].compute_dtype else x.to(options[0].compute_dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                outputs, saved = _computed(calls, wide, ctx.needs, stages)
+        else:
+            outputs, saved = _computed(calls, wide, ctx.needs, stages)
+        kept = wide if any(need.A for need in ctx.needs) else None
+        ctx.depends_on = [each for call in calls for each in (call.A, call.B, call.lam)]
+        ctx.stored = [None if isinstance(call.weight, Tensor) else call.weight for call in calls]
+        saved = [m if base is None else m._replace(weight=None) for m, base in zip(saved, ctx.stored, strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, *saved)
+        ctx.save_for_backward(kept, *[value for member in saved for value in member])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, h, *saved = ctx.saved_tensors
-        found = [each for each in dys if each is not None]
-        members = _by_member(ctx.options, _KEPT, saved)
+        x, *flat = ctx.saved_tensors
+        width = len(Saved._fields)
+        members = [Saved(*flat[start : start + width]) for start in range(0, len(flat), width)]
+        for i, base in enumerate(ctx.stored):
+            if base is not None:
+                members[i] = members[i]._replace(weight=base)
+        kept = _Kept(x, members, ctx.needs)
+        found = [dy for dy in dys if dy is not None]
         if not found:
-            return (None, None, None, *[None] * sum(_INPUTS[o.method] for o in ctx.options))
-        if not all(map(is_ordinary, found)):
-            return _by_stages(ctx, dys, x, h, members)
-        tokens, need_x = rows(x), ctx.needs_input_grad[2]
-        live = [(i, rows(dy)) for i, dy in enumerate(dys) if dy is not None]
-        factors = {i: _factors(ctx.options[i], members[i]) for i, _ in live}
-        parts = _columns(h, [member[1:2] for member in members])
-        dv = h.new_empty((len(h), sum(len(factors[i][0]) for i, _ in live)))
-        dv_parts = dict(zip(factors, _columns(dv, list(factors.values())), strict=True))
-        dx, dB_hats = None, {}
-        for i, dy in live:
-            (weight, *_), (_, B_hat, c), scale = members[i], factors[i], ctx.options[i].scale
-            small = B_hat if c is None else B_hat * c[:, None]
-            torch.addmm(dv_parts[i], dy, small, beta=0, alpha=scale, out=dv_parts[i])
-            dB_hats[i] = eager.token_product(dy, parts[i], scale)
-            if need_x:
-                dx = _added(dx, dy, weight, c)
-        dA_hat = torch.mm(dv.t(), tokens)
-        if dx is not None:
-            dx.addmm_(dv, torch.cat([A_hat for A_hat, _, _ in factors.values()]))
-        dA_hats = dict(zip(factors, dA_hat.split([len(A_hat) for A_hat, _, _ in factors.values()]), strict=True))
-        grads: list[Any] = [None, None, None if dx is None else shaped(dx, x)]
-        for i, (o, member) in enumerate(zip(ctx.options, members, strict=True)):
-            if i in factors:
-                grads += _gradients_of(o, member, dys[i], dA_hats[i], dB_hats[i])
-            else:
-                grads += [None] * _INPUTS[o.method]
-        return tuple(grads)
+            return (None,) * (3 + len(ctx.dtypes))
+        with torch.no_grad(), torch.autocast(found[0].device.type, enabled=False):
+            batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
+            grads = _gradients(ctx, kept, dys, batched)
+        if not torch.is_grad_enabled():
+            return grads
+        tied = (*found, *ctx.saved_tensors, *ctx.depends_on)
+        return refuse_second_derivatives(ctx.options[0].method, grads, tied)
 
 
-def _by_member(options: Sequence[Options], counts: dict[str, int], flat: Sequence[Any]) -> list[Sequence[Any]]:
-    """Return `flat` in the parts of each member."""
-    parts, start = [], 0
-    for o in options:
-        stop = start + counts[o.method]
-        parts.append(flat[start:stop])
-        start = stop
-    return parts
+def _members(x: Any, flat: Sequence[Any], options: Sequence[Any]) -> list[Call]:
+    """Return the calls whose other fields stand in `flat`, one call after the other."""
+    width = len(_FIELDS)
+    return [Call._make((x, *flat[i * width : (i + 1) * width], o)) for i, o in enumerate(options)]
 
 
-def _columns(matrix: Tensor, pairs: Sequence[Sequence[Any]]) -> tuple[Tensor, ...]:
-    """Return the columns of a [T, R] matrix that belong to each member's Â."""
-    return matrix.split([len(pair[0]) for pair in pairs], dim=1)
+def _computed(calls: list[Call], x: Tensor, needs: list[Call], stages: Any) -> tuple[list[Tensor], list[Saved]]:
+    """Return y_i [T, N_i] and what is kept of each member besides x."""
+    found = [folded_of(call, call.options, stages) for call in calls]
+    A_hat = torch.cat([each[0] for each in found])
+    widths = [len(each[0]) for each in found]
+    masks = _masks([call.options for call in calls], widths, [call.seed for call in calls])
+    parts = stages.project(rows(x), A_hat, masks).split(widths, dim=1)
+    outputs, saved = [], []
+    for call, each, h_i, need in zip(calls, found, parts, needs, strict=True):
+        (y,), kept, _ = compute(call, x, need, stages, (*each, h_i))
+        outputs.append(y)
+        saved.append(kept._replace(x=None))
+    return outputs, saved
 
 
-def _factors(o: Options, member: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Â, B̂ and c of a member, from what is kept of it."""
-    _, A, B, *rest = member
-    if o.method == "delora_linear":
-        lam, weight_norm, a, b = rest
-        return *folded(A, B, a, b, lam, weight_norm, o.eps), None
-    return A, B, (rest[0] if rest else None)
+def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Tensor | None]) -> Masks:
+    """Return the masks of members of these ranks side by side."""
+    dropping = [seed for seed in seeds if seed is not None]
+    if not dropping:
+        return Masks((), (0.0,), None)
+    ranks: list[int] = []
+    dropout_p: list[float] = []
+    one_by_one: list[Tensor] = []
+    for o, width, seed in zip(options, widths, seeds, strict=True):
+        ranks += o.ranks or (width,)
+        dropout_p += o.dropout_p if o.ranks else o.dropout_p[:1]
+        count = len(o.ranks) or 1
+        one_by_one.append(dropping[0].new_zeros(count) if seed is None else seed.reshape(-1))
+    return Masks(tuple(ranks), tuple(dropout_p), torch.cat(one_by_one))
 
 
-def _added(dx: Tensor | None, dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
-    """dx + (dy ⊙ c) W, in dx where there is one."""
-    return torch.mm(*eager.scaled_pair(dy, weight, c)) if dx is None else dx.addmm_(*eager.scaled_pair(dy, weight, c))
+def _gradients(ctx: Any, kept: _Kept, dys: Sequence[Tensor | None], batched: bool) -> tuple[Any, ...]:
+    saved = [each for m in kept.members for each in m if each is None or isinstance(each, Tensor)]
+    stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*dys, kept.x, *saved))
+    flat: list[Any] = [None] * len(ctx.dtypes)
+    live = [i for i, dy in enumerate(dys) if dy is not None]
+    o, need = [ctx.options[i] for i in live], [kept.needs[i] for i in live]
+    member, dy = [kept.members[i] for i in live], [dys[i] for i in live]
+    given: Any = zip(o, need, member, [stages] * len(live), dy, strict=True)
+    read = [gradients_of_dy(*each) for each in given]
+    dx, dA_hats = _input_gradients(o, need[0], kept.x, member, stages, dy, read, batched)
+    for place, i in enumerate(live):
+        found, _, _, dB_hat = read[place]
+        found.update(gradients_of_factors(o[place], need[place], member[place], stages, dA_hats[place], dB_hat))
+        for at, field in enumerate(_FIELDS, i * len(_FIELDS)):
+            if ctx.dtypes[at] is not None:
+                flat[at] = found[field].to(ctx.dtypes[at])  # type: ignore[union-attr]
+    shape, dtype = ctx.x
+    return None, None, None if dx is None else dx.view(*dx.shape[:-2], *shape).to(dtype), *flat
 
 
-def _gradients_of(o: Options, member: Sequence[Any], dy: Any, dA_hat: Tensor, dB_hat: Tensor) -> tuple[Any, ...]:
-    """Return the gradients of a member's inputs."""
-    _, A, B, *rest = member
-    if o.method == "delora_linear":
-        lam, weight_norm, a, b = rest
-        strength = Strength(lam, weight_norm, o.eps)
-        dA, dB, dlam = fold_backward(dA_hat, dB_hat, Folded(A, B, a, b), strength)
-        return None, None, dA, dB, dlam.view(lam.shape), None
-    if o.method == "dora_linear":
-        c, norm, base = rest
-        dm = eager.quotient(eager.token_dots(rows(dy), base).add_((dB_hat * B).sum(1)), norm)
-        return None, None, dA_hat, dB_hat.mul_(c[:, None]), dm
-    return None, None, dA_hat, dB_hat
-
-
-def _by_stages(
-    ctx: Any, dys: Sequence[Tensor | None], x: Tensor, h: Tensor, members: list[Sequence[Any]]
-) -> tuple[Any, ...]:
-    """Compute the gradients of an extraordinary backward pass, member by member, by the registered
-    ops.
-    """
-    need_x, dx, depends_on = ctx.needs_input_grad[2], None, [x, *ctx.trained]
-    grads: list[Any] = []
-    for o, member, dy, h_i in zip(ctx.options, members, dys, _columns(h, [each[1:2] for each in members]), strict=True):
-        if dy is None:
-            grads += [None] * _INPUTS[o.method]
-            continue
-        own, (weight, A, B, *rest) = o.method, member
-        kept = Saved(x=rows(x), weight=weight, h=h_i, A=A, B=B)
-        if own == "dora_linear":
-            kept = kept._replace(c=rest[0], kept_divisor=rest[1], kept=rest[2])
-        elif own == "delora_linear":
-            kept = kept._replace(lam=rest[0], weight_norm=rest[1], a=rest[2], b=rest[3])
-        wanted: Any = (need_x, False, False, True, True, own == "dora_linear", own == "delora_linear", *[False] * 6)
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            found = gradients(o, Call(*wanted), kept, ops.registered("eager"), dy.reshape(len(h), dy.shape[-1]))
-        own_dx = found["x"] if need_x else None
-        dx = own_dx if dx is None or own_dx is None else dx + own_dx
-        grads += [None, None, found["A"], found["B"]]
-        grads += {"dora_linear": [found.get("magnitude")], "delora_linear": [found.get("lam"), None]}.get(own, [])
-        depends_on += [dy, *(each for each in kept if each is not None)]
-    result = (None, None, None if dx is None else shaped(dx, x), *grads)
-    if not torch.is_grad_enabled():
-        return result
-    return refuse_second_derivatives(ctx.options[0].method, result, tuple(depends_on))
+def _input_gradients(
+    o: Sequence[Options],
+    need: Call,
+    x: Tensor | None,
+    member: Sequence[Saved],
+    stages: Any,
+    dy: Sequence[Any],
+    read: Sequence[Any],
+    batched: bool,
+) -> tuple[Any, Sequence[Tensor | None]]:
+    """dx [T, K] or None, and dÂ of each member, from one read of x."""
+    if not need.x and x is None:
+        return None, [None] * len(o)
+    same = all([each.scale == o[0].scale for each in o])  # noqa: C419
+    dvs = [dv if same else dv * each.scale for (_, dv, _, _), each in zip(read, o, strict=True)]
+    widths = [dv.shape[-1] for dv in dvs]
+    A_hat = torch.cat([found[2] for found in read]) if need.x else None
+    weights: list[Any] = [dense(each.weight, o[0].compute_dtype) if need.x else None for each in member]
+    branch = Branch(
+        torch.cat(dvs, dim=-1), A_hat, None if x is None else rows(x), sum(widths), o[0].scale if same else 1.0
+    )
+    masks = _masks(o, widths, [each.seed for each in member])
+    dx, dA_hat = stages.input_backward(dy[0], Frozen(weights[0]), branch, masks)
+    if need.x:
+        for more, weight in zip(dy[1:], weights[1:], strict=True):
+            dx = torch.addmm(dx, more, weight) if batched else dx.addmm_(more, weight)
+    return dx if need.x else None, [None] * len(o) if x is None else dA_hat.split(widths, dim=-2)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from delora_kernels.call import AnyCall, Call, MoECall, ReflectCall
+from delora_kernels.call import AnyCall, Call, GroupedCall, MoECall
 from delora_kernels.dispatch import proving
 from delora_kernels.dtypes import allow_tf32
 
@@ -70,7 +70,7 @@ def why_not(backend: str, call: AnyCall) -> str | None:
     """Why an automatic choice does not take `backend` for such calls on their device, or None if it
     is right there.
     """
-    o, drops = call.options, not isinstance(call, ReflectCall) and call.seed is not None
+    o, drops = call.options, getattr(call, "seed", None) is not None
     rank = next((limit for limit in RANKS if _rank(call) <= limit), RANKS[-1])
     dtypes, device = (o.compute_dtype, o.rank_dtype), str(call.x.device)
     return _verdict(backend, o.method, drops, call.bias is not None, *dtypes, rank, device)
@@ -79,6 +79,8 @@ def why_not(backend: str, call: AnyCall) -> str | None:
 def _rank(call: AnyCall) -> int:
     if isinstance(call, Call):
         return call.A.shape[0]
+    if isinstance(call, GroupedCall):
+        return 0 if call.A is None else call.A.shape[1]
     return call.B.shape[0] * call.B.shape[2] if isinstance(call, MoECall) else 0
 
 

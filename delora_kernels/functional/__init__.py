@@ -1,13 +1,13 @@
 """The public functions: check the arguments, choose dtypes, seed and backend, run the
 family's autograd Function.
 
-Every `_linear` takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout and small factors
-in any float dtype. Each gradient has the dtype of its tensor. Without autocast x and weight share
-one dtype; factors may be wider (PEFT's float32 adapters on a bf16 base), the low-rank branch then
-runs in the wider dtype. Under torch.autocast x and weight are cast as nn.Linear casts them and the
-branch runs in autocast's dtype. Outputs are deterministic; second derivatives and torch.func
-transforms are refused: `delora_kernels.reference` has the linear functions in plain torch for
-those.
+Every `_linear` takes x `[..., K]`, a frozen weight `[N, K]` in nn.Linear's layout (grouped ones x
+`[T, K]` and a weight for each expert) and small factors in any float dtype. Each gradient has the
+dtype of its tensor. Without autocast x and weight share one dtype; factors may be wider (PEFT's
+float32 adapters on a bf16 base), the low-rank branch then runs in the wider dtype. Under
+torch.autocast x and weight are cast as nn.Linear casts them and the branch runs in autocast's
+dtype. Outputs are deterministic; second derivatives and torch.func transforms are refused:
+`delora_kernels.reference` has the linear functions in plain torch for those.
 """
 
 import inspect
@@ -19,7 +19,8 @@ from delora_kernels.call import AnyCall
 from delora_kernels.functional.delora import delora_call, delora_factors, delora_linear
 from delora_kernels.functional.dora import dora_call, dora_linear
 from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_linear
-from delora_kernels.functional.lora import lora_call, lora_linear
+from delora_kernels.functional.grouped import grouped_lora_call, grouped_lora_linear
+from delora_kernels.functional.lora import lora_call, lora_linear, lora_linears
 from delora_kernels.functional.moe import moe_lora_linear
 from delora_kernels.functional.moe_arguments import moe_lora_call
 from delora_kernels.functional.router_stats import RouterStats
@@ -31,7 +32,9 @@ __all__ = [
     "dora_linear",
     "ether_linear",
     "ether_plus_linear",
+    "grouped_lora_linear",
     "lora_linear",
+    "lora_linears",
     "moe_lora_linear",
 ]
 
@@ -42,6 +45,7 @@ CALLS: dict[str, Callable[..., AnyCall]] = {
     "moe_lora_linear": moe_lora_call,
     "ether_linear": partial(ether_call, "ether_linear"),
     "ether_plus_linear": partial(ether_call, "ether_plus_linear"),
+    "grouped_lora_linear": grouped_lora_call,
 }
 """Public function name → what checks its arguments, by name, and makes its call: see `call_of`."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from delora_kernels import checks
 from delora_kernels.autograd import function
+from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import AnyCall, Call, Options
 from delora_kernels.dispatch import choose
 from delora_kernels.functional import plain_torch
@@ -47,6 +48,22 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
     if not isinstance(call.weight, Tensor):
         return call.weight.output(outputs[0], call.x), *outputs[1:]
     return outputs
+
+
+def run_linears(calls: Sequence[Call], shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Run calls of low-rank methods of one x as one, or in plain torch where a program is exported.
+
+    Args:
+        calls: The calls.
+        shape: Of x as it came, [..., K].
+    """
+    if exporting():
+        return tuple(plain_torch.run(call, shape)[0] for call in calls)
+    outputs = run_shared(calls, choose(calls[0]))
+    bases: list[Any] = [call.weight for call in calls]
+    x = calls[0].x
+    found = [y if isinstance(of, Tensor) else of.output(y, x) for of, y in zip(bases, outputs, strict=True)]
+    return tuple(y if len(shape) > 1 else y[0] for y in found)
 
 
 def seeds(name: str, seed: Any, x: Tensor, masks: int = 0) -> Tensor | None:

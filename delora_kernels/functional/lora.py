@@ -1,4 +1,6 @@
-"""lora_linear: LoRA and rsLoRA, one adapter or several stacked."""
+"""lora_linear: LoRA and rsLoRA, one adapter or several stacked. lora_linears: several linears of
+one x.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +10,7 @@ from torch import Tensor
 from delora_kernels import checks
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
-from delora_kernels.functional.common import low_rank_call, run
+from delora_kernels.functional.common import low_rank_call, run, run_linears
 
 
 def lora_linear(
@@ -55,6 +57,75 @@ def lora_linear(
     """
     call = lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed)
     return run(AdaptedLinear, call, x.shape)[0]
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: float | Sequence[float] = 1.0,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several frozen linears with low-rank updates to one x, such as the query, key and value
+    projections.
+
+        y_i = x W_iᵀ + scale_i · drop_i(x) A_iᵀ B_iᵀ + bias_i
+
+    What `lora_linear` gives one by one, to rounding; but x is read once for all A, and its gradient
+    is one buffer instead of one for each linear and their sums. An output without a gradient costs
+    nothing in backward, and leaves the gradients of its own factors None.
+
+    Args:
+        x: Input, `[..., K]`.
+        weights: Frozen weights W_i, `[N_i, K]` each.
+        A: `[r_i, K]` each.
+        B: `[N_i, r_i]` each.
+        scale: Factor of each update, or one for all.
+        biases: `[N_i]` or None each; None: no linear has one.
+        dropout_p: Probability of dropping an element of a branch's input, in [0, 1), each with its
+            own mask; or one for all.
+        seed: Int or 0-d int64 tensor on x's device: seed + i fixes the mask of linear i; None draws
+            from torch's generator.
+
+    Returns:
+        y_i, `[..., N_i]` each, in weight's dtype (autocast's dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it, the linear and the
+            remedy.
+        RuntimeError: the requested backend can't take the call.
+    """
+    count = _count("lora_linears", weights=weights, A=A, B=B, biases=biases, scale=scale, dropout_p=dropout_p)
+    calls = []
+    for i in range(count):
+        scale_i, p_i = (each[i] if isinstance(each, Sequence) else each for each in (scale, dropout_p))
+        bias = None if biases is None else biases[i]
+        try:
+            own = None if seed is None else seed + i
+            calls.append(lora_call(x, weights[i], A[i], B[i], scale_i, bias, dropout_p=p_i, seed=own))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"lora_linears, linear {i}: {error}") from None
+    return run_linears(calls, x.shape)
+
+
+def _count(name: str, **given: Any) -> int:
+    """Return how many linears are given, by the weights; all other sequences must be as long."""
+    for key, value in given.items():
+        one_for_all = key in ("scale", "dropout_p") and not isinstance(value, Sequence)
+        if one_for_all or (key == "biases" and value is None):
+            continue
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{name}: {key} must be a list or tuple, one for each linear, got a {type(value).__name__}")
+        if len(value) != len(given["weights"]) or not value:
+            expected = (
+                f"{len(given['weights'])} values, one for each of weights" if given["weights"] else "one linear or more"
+            )
+            raise ValueError(f"{name}: {key} must hold {expected}, got {len(value)}")
+    return len(given["weights"])
 
 
 def lora_call(

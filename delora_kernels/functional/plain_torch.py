@@ -16,7 +16,7 @@ from torch.nn.functional import dropout
 
 from delora_kernels import reference
 from delora_kernels.bases.plain import dense
-from delora_kernels.call import AnyCall, Call, MoECall, ReflectCall
+from delora_kernels.call import AnyCall, Call, GroupedCall, MoECall, ReflectCall
 from delora_kernels.dtypes import accumulate_dtype
 
 
@@ -116,6 +116,15 @@ def _reflected(call: ReflectCall, x: Tensor, weight: Tensor, bias: Tensor | None
     return y
 
 
+def _grouped(call: GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Every expert on every row: a program holds no loop over offsets that it can't see."""
+    o = call.options
+    A, B = (None if of is None else _cast(of, o.rank_dtype) for of in (call.A, call.B))
+    if A is None or B is None:
+        A, B = x.new_zeros(len(weight), 1, x.shape[1]), x.new_zeros(*weight.shape[:2], 1)
+    return reference.grouped_lora_linear_dense(x, weight, A, B, call.offsets, o.scale, bias)
+
+
 def _mask(call: Call | MoECall, x: Tensor) -> Tensor | None:
     """Draw a mask of 0 and 1 / (1 − p): [T, K], or several [masks, T, K]; None: nothing drops.
 
@@ -143,6 +152,7 @@ FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "moe_lora_linear": _mixture,
     "ether_linear": _reflected,
     "ether_plus_linear": _reflected,
+    "grouped_lora_linear": _grouped,
 }
 """Public function name → what it computes of (call, x, weight, bias), the three in the compute
 dtype.

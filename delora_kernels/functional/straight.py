@@ -16,30 +16,48 @@ from torch.autograd import forward_ad
 from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import StraightLinear
 from delora_kernels.autograd.low_rank_direct import ops_replaced
-from delora_kernels.autograd.shared_input import shared_direct
+from delora_kernels.autograd.shared_input_direct import shared_direct
 from delora_kernels.call import Call, Options
-from delora_kernels.dispatch import is_left_open
+from delora_kernels.dispatch import is_left_open, requested
 
 _EPS = 1e-4
 
 
-def unwatched(x: Any) -> bool:
-    """Whether nobody sees, changes or records what torch computes now, x is on the CPU, and no
-    backend was asked for.
-    """
+def unseen() -> bool:
+    """Whether nobody sees, changes or records what torch computes now."""
     return not (
         torch.compiler.is_compiling()
-        or not getattr(x, "is_cpu", False)
         or torch.compiler.is_exporting()
         or _C._get_tracing_state() is not None
         or _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
         or _C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
+    )
+
+
+def unwatched(x: Any) -> bool:
+    """Whether nobody sees it, x is on the CPU, no cast is asked for and no backend."""
+    return not (
+        torch.compiler.is_compiling()
+        or not getattr(x, "is_cpu", False)
+        or not unseen()
+        or torch.is_autocast_enabled("cpu")
         or not is_left_open()
         or ops_replaced()
     )
+
+
+def surroundings(x: Tensor) -> tuple[Any, ...]:
+    """Return what besides tensors decides what a call of x computes and keeps, and where."""
+    hooks = _C._autograd._top_saved_tensors_default_hooks(True)
+    found = (x._version, x.requires_grad, torch.is_grad_enabled(), hooks, requested())
+    device = x.device.type
+    if device == "cpu" and not torch.is_autocast_enabled(device):
+        return found
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    return (*found, autocast, stream, x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @lru_cache(maxsize=256)

@@ -143,7 +143,7 @@ def _yardsticks(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str,
     """For every result its limit, and the error of eager PyTorch on the same inputs."""
     in_float64 = all(value.dtype == torch.float64 for value in problem.inputs.values() if _is_float(value))
     inputs = moved(problem.inputs, torch.float32) if in_float64 else problem.inputs
-    eager_errors, eager_dtypes = _eager_errors(problem, inputs)
+    eager_errors, eager_dtypes = _eager_errors(problem, inputs, None if in_float64 else expected)
     kappa = _kappa(problem, exact, expected)
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if in_float64 else 1.0
     yardsticks = {}
@@ -155,14 +155,17 @@ def _yardsticks(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str,
     return yardsticks
 
 
-def _eager_errors(problem: Problem, inputs: Inputs) -> tuple[dict[str, list[float]], dict[str, torch.dtype]]:
-    """Return the errors of eager PyTorch on the inputs and on their neighbours, and the dtypes of
-    its results.
+def _eager_errors(
+    problem: Problem, inputs: Inputs, expected: Outputs | None
+) -> tuple[dict[str, list[float]], dict[str, torch.dtype]]:
+    """Return the errors of eager PyTorch on the inputs, of which the oracle gives `expected` if
+    that is known, and on their neighbours, and the dtypes of its results.
     """
     errors: dict[str, list[float]] = {}
     for neighbour in (inputs, *_neighbours(inputs)):
         eager = problem.eager(neighbour)
-        for what, error in _errors(problem, eager, problem.oracle(moved(neighbour, torch.float64, "cpu"))).items():
+        truth = expected if expected and neighbour is inputs else problem.oracle(moved(neighbour, torch.float64, "cpu"))
+        for what, error in _errors(problem, eager, truth).items():
             if error == torch.inf:
                 raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
             errors.setdefault(what, []).append(error)
@@ -185,14 +188,14 @@ def _neighbours(inputs: Inputs, step: float | None = None) -> Iterator[dict[str,
     (None) by ε.
     """
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_NEIGHBOURS):
-        neighbour = dict(inputs)
-        for name, value in inputs.items():
-            if _is_float(value):
-                signs = torch.randint(0, 2, value.shape, generator=generator).double() * 2 - 1
-                factor = 1 + signs * (torch.finfo(value.dtype).eps if step is None else step)
-                neighbour[name] = (value * factor.to(value.device)).to(value.dtype)
-        yield neighbour
+    near = {}
+    for name, value in inputs.items():
+        if _is_float(value):
+            signs = torch.randint(0, 2, (_NEIGHBOURS, *value.shape), generator=generator).double() * 2 - 1
+            factors = 1 + signs * (torch.finfo(value.dtype).eps if step is None else step)
+            near[name] = (value * factors.to(value.device)).to(value.dtype).unbind()
+    for index in range(_NEIGHBOURS):
+        yield dict(inputs) | {name: values[index] for name, values in near.items()}
 
 
 def _errors(problem: Problem, got: Outputs, expected: Outputs) -> dict[str, float]:

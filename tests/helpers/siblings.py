@@ -43,13 +43,20 @@ class Block(nn.Module):
         return y
 
 
-def model(method: str, seed: int, blocks: int = 1, inner: Any = None, dtype: torch.dtype = torch.float64) -> Any:
+def model(
+    method: str,
+    seed: int,
+    blocks: int = 1,
+    inner: Any = None,
+    dtype: torch.dtype = torch.float64,
+    dropout_p: float = 0.0,
+) -> Any:
     """A PEFT model in training mode, its adapters off their start, DoRA's magnitudes off the
     norms.
     """
     torch.manual_seed(seed)
     base = nn.Sequential(*(Block() for _ in range(blocks))) if inner is None else inner()
-    made = peft.get_peft_model(base, config(method, target_modules=list(ALL))).to(dtype)
+    made = peft.get_peft_model(base, config(method, dropout_p=dropout_p, target_modules=list(ALL))).to(dtype)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "magnitude" in name:

@@ -21,6 +21,7 @@ from delora_kernels.backends.cuda.build import LIBRARY, BuildError, choose_targe
 pytest.importorskip("build")
 
 FILES = sorted(file.name for file in (ROOT / "csrc").glob("*.cu"))
+OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation")
 IN_WHEEL = f"delora_kernels/{LIBRARY}"
 
 
@@ -80,7 +81,7 @@ def test_an_install_never_compiles_by_itself_and_build_cuda_does_later(tmp_path:
     """
     source, home = copy_source(tmp_path, ("delora_kernels", "csrc")), toolkit(tmp_path / "cuda")
     installed = tmp_path / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-compile", *OFFLINE]
     command += ["--target", str(installed), str(source)]
     path = f"{home / 'bin'}:{gpus(tmp_path / 'smi', '8.0', '9.0', '8.0')}:/usr/bin:/bin"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DELORA_KERNELS_")}
@@ -113,7 +114,7 @@ def test_a_demanded_library_that_can_not_be_compiled_stops_the_install(tmp_path:
     source = copy_source(tmp_path, ("delora_kernels", "csrc"))
     home = toolkit(tmp_path / "cuda", FAILS["an_error_in_a_kernel"])
     target = tmp_path / "installed"
-    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-compile", *OFFLINE]
     command += ["--target", str(target), str(source)]
     environment = os.environ | {"CUDA_HOME": str(home), "DELORA_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

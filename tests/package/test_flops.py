@@ -52,6 +52,8 @@ def test_an_op_counts_what_torch_counts_of_its_plain_form(name: str, seed: int) 
     """
     counts = []
     for values in OPS[name][0](OpDraw(T, K, N, R, torch.float64, torch.float64, "cpu", seed)):
+        if "offsets" in values:  # rows of no expert, which take no time, can't be told by sizes
+            values["offsets"][-1] = T
         given = op_arguments(name, {"kept": torch.ones(T, N, dtype=torch.float64)} | values)
         plain, registered = getattr(eager, name), getattr(ops, name)
         counts.append(counted(lambda op=plain, given=given: op(*given)))

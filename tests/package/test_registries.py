@@ -55,8 +55,8 @@ MODULES = {
 }
 
 
-OWN_FILES = {"moe_lora_linear", "ether_linear", "ether_plus_linear"}
-"""Methods whose variants are their own tests': test_moe.py, test_ether.py."""
+OWN_FILES = {"moe_lora_linear", "grouped_lora_linear", "ether_linear", "ether_plus_linear"}
+"""Methods whose variants are their own tests': test_moe.py, test_grouped.py, test_ether.py."""
 
 LISTS: dict[str, set[str]] = {
     "functional/__init__.py: __all__": set(functional.__all__),
@@ -66,8 +66,9 @@ LISTS: dict[str, set[str]] = {
     "tests/helpers/reference_calls.py: VARIANTS": set(map(function_of, VARIANTS)) | OWN_FILES,
     "testing/methods/: METHODS": {method.function for method in testing.METHODS.values()},
     "nn/: _function of a module": {kind._function.__name__ for kind in MODULES if hasattr(kind, "_function")}
-    | {"moe_lora_linear"},
-    "benchmarks/layer/methods.py: METHODS": {method.function for method in TIMED.values()},
+    | {"moe_lora_linear", "grouped_lora_linear"},
+    "benchmarks/layer/methods.py: METHODS, or benchmarks/experts.py": {method.function for method in TIMED.values()}
+    | {"grouped_lora_linear"},
 }
 """Where functions are listed → those that are."""
 

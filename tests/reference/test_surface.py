@@ -24,6 +24,9 @@ moe_lora_linear x weight A B router=None gates=None adapter_ids=None top_k=None 
 bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
 moe_lora_linear_dense x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
 bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
+grouped_lora_linear x weight A B offsets scale=1.0 bias=None
+grouped_lora_linear_dense x weight A B offsets scale=1.0 bias=None
+grouped_lora_weight weight A B scale=1.0
 RouterStats fraction probability z top_k
 """
 

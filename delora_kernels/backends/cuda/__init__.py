@@ -21,4 +21,9 @@ from delora_kernels.backends.cuda.stages import (
     wants_scaled,
 )
 from delora_kernels.backends.cuda.support import supports, why_not_here
-from delora_kernels.backends.eager import weight_grad
+from delora_kernels.backends.eager import (
+    grouped_linear,
+    grouped_linear_backward,
+    grouped_weight_grad,
+    weight_grad,
+)

@@ -187,7 +187,7 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two thin GEMMs on dy, and for DoRA its products with what was kept, summed in float32."""
     acc, (c, kept, kept_is_y, divisor) = accumulate_dtype(dy.dtype), rescaled
-    dv, dB_hat = _rank_gradients(dy, term, c)
+    dv, dB_hat = rank_gradients(dy, term, c)
     dm = dy.new_empty(0, dtype=acc)
     if kept is not None and divisor is not None:
         dm = token_dots(dy, kept)
@@ -200,7 +200,7 @@ def expand_backward(
     return dv, dB_hat, dm, dy_sum
 
 
-def _rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[Tensor, Tensor]:
+def rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[Tensor, Tensor]:
     """dy (c ⊙ B̂) [T, R] and scale · dyᵀ h [N, R] (acc), each empty without its factor."""
     acc, (h, B_hat, scale) = accumulate_dtype(dy.dtype), term
     scaled_B = B_hat if c is None or B_hat is None else B_hat * c[:, None]
@@ -243,7 +243,7 @@ def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> 
         if x is None:
             dA_hat = dv.new_empty(0, dtype=accumulate_dtype(dv.dtype))
         else:
-            dA_hat = _factor_grad(dv if r == dv.shape[1] else dv[:, :r], x, scale)
+            dA_hat = factor_grad(dv if r == dv.shape[1] else dv[:, :r], x, scale)
         if weight is None or A_hat is None:
             return dy.new_empty(0), dA_hat
         return add_rank_term(scaled_gemm(dy, weight, c), dv, A_hat, scale), dA_hat
@@ -258,7 +258,7 @@ def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> 
     return dx.addmm_(dy, weight), dA_hat
 
 
-def _factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
+def factor_grad(dv: Tensor, x: Tensor, scale: float) -> Tensor:
     """dÂ: one GEMM, or one for each chunk of rows, summed in float32."""
     acc = accumulate_dtype(dv.dtype)
     if x.dtype == dv.dtype:
@@ -286,7 +286,7 @@ def _masked_backward(dx: Tensor | None, branch: Branch, masks: Masks) -> Tensor:
         factor, mask = scale / (1 - group.dropout_p), group.mask(tokens.shape[1])
         if mask is None:
             if x is not None:
-                dA_hat[trained] = _factor_grad(dv[:, trained], x, factor)
+                dA_hat[trained] = factor_grad(dv[:, trained], x, factor)
             if dx is not None and A_hat is not None:
                 add_rank_term(dx, dv[:, columns], A_hat[columns], factor)
             continue

@@ -5,7 +5,12 @@ GPUs from sm_80.
 same kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
-from delora_kernels.backends.eager import weight_grad
+from delora_kernels.backends.eager import (
+    grouped_linear,
+    grouped_linear_backward,
+    grouped_weight_grad,
+    weight_grad,
+)
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
 from delora_kernels.backends.triton.project_route import project_route

@@ -3,7 +3,7 @@
 import torch
 
 from delora_kernels.backends.triton.launch import INTERPRETED
-from delora_kernels.call import AnyCall, Call, MoECall, ReflectCall
+from delora_kernels.call import AnyCall, Call, GroupedCall, MoECall, ReflectCall
 
 LARGEST_RANK = 512
 
@@ -15,7 +15,7 @@ def supports(call: AnyCall) -> str | None:
         return f"its tensors are on {device.type}"
     if torch.float64 in (o.compute_dtype, o.rank_dtype):
         return "float64 has no fast units"
-    rank = 0 if isinstance(call, ReflectCall) else _rank(call)
+    rank = 0 if isinstance(call, ReflectCall | GroupedCall) else _rank(call)
     if rank > LARGEST_RANK:
         return f"rank {rank} is above {LARGEST_RANK}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

@@ -40,6 +40,8 @@ def eager(function: str, **arguments: Any) -> Any:
         return getattr(reference, function)(**arguments)
     if function == "dora_linear":
         return _mixed_dora(**arguments)
+    if function.startswith("grouped"):
+        return _mixed_grouped(function, **arguments)
     if function.startswith("ether"):
         return _mixed_ether(function, **arguments)
     return _mixed_additive(function, **arguments)
@@ -63,6 +65,17 @@ def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | Non
         return (linear(x, weight, bias) + added).to(x.dtype)
     update, stats = added
     return (linear(x, weight, bias) + update).to(x.dtype), stats
+
+
+def _mixed_grouped(
+    function: str, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, **branch: Any
+) -> Tensor:
+    """Compute the same expert by expert: the frozen GEMMs in the base's dtype."""
+    wide = branch["A"].dtype
+    call = getattr(reference, function)
+    added = call(x.to(wide), torch.zeros_like(weight, dtype=wide), offsets=offsets, **branch)
+    without = {name: torch.zeros_like(branch[name], dtype=x.dtype) for name in ("A", "B")}
+    return (call(x, weight, offsets=offsets, bias=bias, **without) + added).to(x.dtype)
 
 
 def _mixed_dora(

@@ -2,9 +2,9 @@
 benchmarks run it.
 """
 
-from delora_kernels.testing.methods import delora, dora, ether, lora, moe
+from delora_kernels.testing.methods import delora, dora, ether, grouped, lora, moe
 
-_FILES = (lora, dora, delora, moe, ether)
+_FILES = (lora, dora, delora, moe, ether, grouped)
 
 METHODS = {method.name: method for file in _FILES for method in file.METHODS}
 """Name → method, in the order `check` shows them."""

@@ -10,6 +10,7 @@ from delora_kernels import ops
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.testing.draw import Draw
 from delora_kernels.testing.methods.ether import blocks_of
+from delora_kernels.testing.methods.grouped import EXPERTS, offsets_of
 from delora_kernels.testing.methods.lora import DROPOUT_P, STACKED_P, stacked_ranks
 from delora_kernels.testing.methods.moe import TOP_K, routed
 from delora_kernels.testing.ops import formulas
@@ -276,6 +277,42 @@ def _reflect_backward(d: OpDraw) -> Variants:
     yield made | {"dy": d.base(d.T, d.K), "need_dx": False}
 
 
+def _grouped(d: OpDraw) -> Arguments:
+    E = EXPERTS
+    made = {"weight": d.base(E, d.N, d.K), "A_hat": d.small(E, d.R, d.K), "B_hat": d.small(E, d.N, d.R)}
+    return made | {"scale": SCALE, "offsets": offsets_of(d.T).to(made["weight"].device)}
+
+
+def _grouped_linear(d: OpDraw) -> Variants:
+    """With and without factors and bias; weights that lie transposed; int32 offsets; factors across
+    experts.
+    """
+    made = _grouped(d) | {"x": d.base(d.T, d.K), "bias": None}
+    yield made
+    yield made | {"bias": d.base(EXPERTS, d.N), "offsets": made["offsets"].to(torch.int32)}
+    transposed = {"weight": d.base(EXPERTS, d.K, d.N).mT, "B_hat": d.small(d.N, d.R, EXPERTS).permute(2, 0, 1)}
+    yield made | transposed
+    yield made | {"A_hat": None, "B_hat": None, "bias": d.base(EXPERTS, d.N)}
+
+
+def _grouped_linear_backward(d: OpDraw) -> Variants:
+    """All that can be wanted; each gradient alone; the frozen linears; weights that lie
+    transposed.
+    """
+    made = _grouped(d) | {"dy": d.base(d.T, d.N), "x": d.base(d.T, d.K), "h": d.small(d.T, d.R), "need_bias": True}
+    yield made
+    nothing: Arguments = dict.fromkeys(("x", "h", "weight", "A_hat", "B_hat")) | {"need_bias": False}
+    for wanted in (("weight", "A_hat", "B_hat"), ("x", "B_hat"), ("h",), ("need_bias",), ("weight",)):
+        yield made | {name: value for name, value in nothing.items() if name not in wanted}
+    yield made | {"weight": d.base(EXPERTS, d.K, d.N).mT, "need_bias": False}
+
+
+def _grouped_weight_grad(d: OpDraw) -> Variants:
+    made = _grouped(d)
+    for offsets in (made["offsets"], made["offsets"].to(torch.int32)):
+        yield {"dy": d.base(d.T, d.N), "x": d.base(d.T, d.K), "offsets": offsets}
+
+
 OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] = {
     "fold": (_fold, ("A_hat", "B_hat", "a", "b")),
     "fold_backward": (_fold_backward, ("dA", "dB", "dlam")),
@@ -290,6 +327,9 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "expand_route_backward": (_expand_route_backward, ("dh", "dB_hat", "dy_sum", "dgates", "dscale")),
     "reflect": (_reflect, ("y",)),
     "reflect_backward": (_reflect_backward, ("dx", "du", "dv")),
+    "grouped_linear": (_grouped_linear, ("y", "h")),
+    "grouped_linear_backward": (_grouped_linear_backward, ("dx", "dA", "dB", "dbias")),
+    "grouped_weight_grad": (_grouped_weight_grad, ("dW",)),
 }
 """Op → what draws its variants, and its results by name; None: a tensor whose meaning is the
 backend's own affair.

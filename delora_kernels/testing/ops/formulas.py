@@ -253,3 +253,63 @@ def _reflection(u: Tensor, v: Tensor | None) -> Tensor:
 
     identity = torch.eye(u.numel(), dtype=u.dtype, device=u.device)
     return identity - 2 * outer(u) if v is None else identity - outer(u) + outer(v)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    A_hat: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+) -> Two:
+    """Every expert on every row, of which each keeps its own: y, and h = scale · x Âᵀ."""
+    member, h = _members(x, offsets), None
+    each = torch.einsum("tk,enk->ten", x, weight)
+    each = each if bias is None else each + bias
+    if A_hat is not None and B_hat is not None:
+        wide = torch.promote_types(x.dtype, A_hat.dtype)
+        h = scale * torch.einsum("te,tk,erk->tr", member.to(wide), x.to(wide), A_hat.to(wide))
+        each = each + torch.einsum("tr,enr->ten", h, B_hat.to(wide))
+    return torch.einsum("te,ten->tn", member.to(each.dtype), each), h
+
+
+def grouped_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor,
+    A_hat: Tensor | None,
+    B_hat: Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> Results:
+    """dx, dÂ, dB̂ and Σ_t dy of each expert, of the rows that are its own."""
+    member = _members(dy, offsets)
+    dx = dA = dB = dv = None
+    if B_hat is not None and (x is not None or A_hat is not None):
+        wide = torch.promote_types(dy.dtype, B_hat.dtype)
+        dv = scale * torch.einsum("te,tn,enr->tr", member.to(wide), dy.to(wide), B_hat.to(wide))
+    if weight is not None:
+        dx = torch.einsum("te,tn,enk->tk", member, dy, weight)
+        if dv is not None and A_hat is not None:
+            dx = dx + torch.einsum("te,tr,erk->tk", member.to(dv.dtype), dv, A_hat.to(dv.dtype))
+    if dv is not None and x is not None:
+        dA = torch.einsum("te,tr,tk->erk", member.to(dv.dtype), dv, x.to(dv.dtype))
+    if h is not None:
+        wide = torch.promote_types(dy.dtype, h.dtype)
+        dB = torch.einsum("te,tn,tr->enr", member.to(wide), dy.to(wide), h.to(wide))
+    return dx, dA, dB, torch.einsum("te,tn->en", member, dy) if need_bias else None
+
+
+def grouped_weight_grad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """dyᵀ x over each expert's rows."""
+    return torch.einsum("te,tn,tk->enk", _members(dy, offsets), dy, x)
+
+
+def _members(x: Tensor, offsets: Tensor) -> Tensor:
+    """[T, E]: 1 where a row is an expert's, else 0."""
+    t, ends = torch.arange(x.shape[0], device=x.device)[:, None], offsets.to(torch.int64)
+    return ((t < ends) & (t >= torch.cat([ends.new_zeros(1), ends[:-1]]))).to(x.dtype)

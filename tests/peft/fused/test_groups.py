@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import delora_kernels as dk
-from delora_kernels.functional import straight
+from delora_kernels.functional import common, straight
 
 METHODS = ("lora", "dora", "delora")
 BLOCK = "base_model.model.0"
@@ -38,6 +39,20 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run(calls)
 
     monkeypatch.setattr(straight, "shared_direct", counting)
+    return found
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of a group took whose calls plan.py made."""
+    found: list[int] = []
+    run = common.run_shared
+
+    def counting(calls: Any, backend: str) -> tuple[Tensor, ...]:
+        found.append(len(calls))
+        return run(calls, backend)
+
+    monkeypatch.setattr(common, "run_shared", counting)
     return found
 
 
@@ -340,6 +355,32 @@ def test_gradients_through_some_outputs(method: str, seed: int) -> None:
         results.append((first, {"x": x.grad} | gradients(each)))
     for ours, theirs in zip(*results, strict=True):
         check_same(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "delora"])
+@pytest.mark.parametrize("what", ["dropout", "bfloat16", "autocast", "backend"])
+def test_calls_that_are_planned(what: str, method: str, seed: int, planned: list[int], shared: list[int]) -> None:
+    """Dropout, another dtype, autocast and a backend that was asked for: as alone, with the same
+    masks.
+    """
+    dtype = {"dropout": torch.float64, "backend": torch.float64, "bfloat16": torch.bfloat16}.get(what, torch.float32)
+    tolerance = 1e-12 if dtype == torch.float64 else 16 * torch.finfo(torch.bfloat16).eps
+    options = {"dtype": dtype, "dropout_p": 0.25 if what == "dropout" else 0.0}
+    made, alone = (model(method, seed, blocks=2, **options) for _ in range(2))
+    report = dk.accelerate(made)
+    dk.accelerate(alone, group=False)
+    for forward in (None, CHECKPOINTING["not reentrant"], CHECKPOINTING["reentrant"]):
+        for _ in range(2):
+            results = []
+            for each in (made, alone):
+                torch.manual_seed(seed)
+                cast = torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast")
+                with cast, dk.use_backend("eager") if what == "backend" else nullcontext():
+                    results.append(step(each, batch(seed, dtype), forward))
+            check_same(*results, tolerance)
+    assert len(report.groups) == 4
+    assert shared == []
+    assert set(planned) == {2, 3}
 
 
 def _each(made: Any, x: Tensor, reentrant: bool, **options: Any) -> Tensor:

@@ -68,16 +68,19 @@ def test_parity(form: str, method: str, dtype: torch.dtype, x: Tensor, seed: int
     assert all(torch.equal(again[name], value) for name, value in theirs.items())
 
 
+@pytest.mark.parametrize("form", ["nf4-nested", "torchao-int8", "hqq-4"])
 @pytest.mark.parametrize("method", METHODS)
-def test_autocast(method: str, x: Tensor, seed: int) -> None:
-    """Float32 tokens, and a base and branch that multiply in bfloat16."""
-    made = adapted("nf4-nested", method, seed, dtype=torch.bfloat16)
+def test_autocast(form: str, method: str, x: Tensor, seed: int) -> None:
+    """Float32 tokens, and a base and branch that multiply in bfloat16; the output in the library's
+    dtype.
+    """
+    made = adapted(form, method, seed, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = step(made, x)
         dk.accelerate(made, strict=True)
         with dequantisations() as count:
             ours = step(made, x)
-    assert len(count) == 4
+    assert len(count) == (4 if form == "nf4-nested" else 0)
     assert_close(ours, theirs, torch.bfloat16)
 
 
@@ -106,7 +109,7 @@ def test_several_adapters_dropout_and_no_gradients(method: str, x: Tensor, seed:
 def test_one_dequantisation_each_way_and_nothing_dense_is_kept(method: str, seed: int) -> None:
     """What is kept, by shape: no [N, K]; for DoRA at most 0.35 of what PEFT keeps."""
     made = adapted("nf4", method, seed, width=96, r=4, dtype=torch.float32).base_model.model.first
-    x = torch.randn(64, 96)
+    x = torch.randn(64, 96).requires_grad_()
     theirs = kept(made, x)
     dk.accelerate(made)
     with dequantisations() as count:

@@ -10,6 +10,9 @@ LoRA, DoRA or DeLoRA linear runs PEFT's own forward.
     plan.py          what computes a layer as it stands now, or why it must be PEFT's own forward
     verdicts.py      which kinds of layers of the installed PEFT can be fused at all
     layer_check.py   finds that out for a PEFT that no test ran with
+    experts.py       adapters on the experts of expert models: the fused wrapper, and its plan
+    experts_known.py which experts modules compute what is fused
+    experts_block.py the experts on their tokens, with adapters
     report.py        what accelerate() returns
 """
 

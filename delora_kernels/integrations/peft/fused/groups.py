@@ -16,12 +16,12 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import _C, Tensor, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from delora_kernels.call import Call
-from delora_kernels.functional.straight import run_shared, run_straight
+from delora_kernels.functional.straight import run_straight, surroundings
+from delora_kernels.integrations.peft.fused.one_call import PlannedCall, PlannedRun, StraightCall, same_inputs
 from delora_kernels.integrations.peft.fused.outstanding import Outstanding, in_backward
 from delora_kernels.integrations.peft.fused.straight import is_plain
 
@@ -39,7 +39,7 @@ class Place:
     def __reduce__(self) -> Any:
         return Place, (self.family,)
 
-    def run(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+    def run(self, layer: nn.Module, x: Tensor, call: StraightCall | PlannedCall) -> Tensor:
         """Run the call of `layer`, with its siblings' where they share x."""
         family = self.family
         if self.group is not None and _held.group is self.group:
@@ -54,10 +54,15 @@ class Place:
                 calls = self.group.calls(layer, x, call)
                 if calls is not None:
                     return _together(self.group, x, calls)
-        y = run_straight(call)
+        y = call.run()
         if self.group is not None or family.watched:
             family.alone.add(layer, y)
         return y
+
+    def ran_alone(self, layer: nn.Module, y: Tensor) -> None:
+        """Take note of a call that was computed in another way than by `run`."""
+        if self.group is not None:
+            self.family.alone.add(layer, y)
 
 
 class Family:
@@ -124,15 +129,15 @@ class Group:
         """Whether `layer` is the first of them."""
         return self._layers[0]() is layer
 
-    def calls(self, leader: nn.Module, x: Tensor, call: Call) -> dict[Any, Call] | None:
+    def calls(self, leader: nn.Module, x: Tensor, call: Any) -> dict[Any, Any] | None:
         """Read the calls of all, the leader's given; None where one of them can't share."""
-        if x.is_inference() or not is_plain(leader):  # an inference tensor has no version, by which it is known
+        # an inference tensor has no version, by which the others know it
+        if x.is_inference() or not is_plain(leader) or not call.may_share(x):
             return None
-        found: dict[Any, Call] = {leader: call}
+        found: dict[Any, Any] = {leader: call}
         for ref in self._layers[1:]:
             layer: Any = ref()
-            read = getattr(type(layer), "read_call", None)
-            other = None if read is None or not is_plain(layer) else read(layer, x)
+            other = call.of(layer, x) if layer is not None and is_plain(layer) else None
             if other is None:
                 return None
             found[layer] = other
@@ -175,23 +180,21 @@ class _Held(threading.local):
 
     group: Group | None = None
     _x: Any = None
-    _surroundings: tuple[Any, ...] = ()
+    _around: tuple[Any, ...] = ()
     _outputs: dict[Any, _Output] = {}  # noqa: RUF012, only ever replaced
 
     def put(self, group: Group, x: Tensor, outputs: dict[Any, _Output]) -> None:
-        self.group, self._surroundings, self._outputs = group, _surroundings(x), outputs
+        self.group, self._around, self._outputs = group, surroundings(x), outputs
         self._x = weakref.ref(x, lambda _: _let_go(group, outputs))
 
-    def take(self, layer: nn.Module, x: Tensor, call: Call) -> Tensor | None:
+    def take(self, layer: nn.Module, x: Tensor, call: StraightCall | PlannedCall) -> Tensor | None:
         """Return the output of `layer` if it is what its call would compute now; once."""
         held = self._outputs.get(layer)
-        if held is None or self._x() is not x or self._surroundings != _surroundings(x):
+        if held is None or self._x() is not x or self._around != surroundings(x):
             return None
-        if held.inputs[-1] != call.options or held.versions != _versions(call):
+        inputs = call.inputs()
+        if not same_inputs(held.inputs, inputs) or held.versions != _versions(inputs):
             return None
-        for was, now in zip(held.inputs[:-1], call[1:-1], strict=True):
-            if was is not now:
-                return None
         del self._outputs[layer]
         if not self._outputs:
             self.drop()
@@ -213,23 +216,19 @@ def _let_go(group: Group, outputs: dict[Any, _Output]) -> None:
         outputs.clear()
 
 
-def _surroundings(x: Tensor) -> tuple[Any, ...]:
-    """Return what besides tensors decides what a call computes and keeps."""
-    return x._version, x.requires_grad, torch.is_grad_enabled(), _C._autograd._top_saved_tensors_default_hooks(True)
+def _versions(inputs: Iterable[Any]) -> list[int]:
+    return [each._version for each in inputs if isinstance(each, Tensor) and not each.is_inference()]
 
 
-def _versions(call: Call) -> list[int]:
-    return [tensor._version for tensor in call[1:-1] if tensor is not None]
-
-
-def _together(group: Group, x: Tensor, calls: Mapping[Any, Call]) -> Tensor:
+def _together(group: Group, x: Tensor, calls: Mapping[Any, Any]) -> Tensor:
     """Compute the outputs of a group; keep all but the leader's for their layers."""
     _held.drop()
-    y, *others = run_shared(list(calls.values()))
     leader, *rest = calls
+    y, *others = calls[leader].together(list(calls.values()))
     outputs = {}
     for layer, other in zip(rest, others, strict=True):
-        outputs[layer] = _Output(calls[layer][1:], _versions(calls[layer]), other)
+        inputs = calls[layer].inputs()
+        outputs[layer] = _Output(inputs, _versions(inputs), other)
     _held.put(group, x, outputs)
     group.ran(leader, y)
     return y
@@ -243,17 +242,33 @@ def form(layers: Sequence[nn.Module]) -> None:
 
 
 def run(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
-    """Run the call that was read of a layer, with its siblings' where they share x."""
+    """Run a call that was read at one look, with those of its siblings where they share x."""
     place = place_of(layer)
-    return run_straight(call) if place is None else place.run(layer, x, call)
+    return run_straight(call) if place is None else place.run(layer, x, StraightCall(call))
+
+
+def run_planned(layer: nn.Module, x: Tensor, run: Any) -> Tensor:
+    """Run what plan.py found, with the calls of the layer's siblings where they share x.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        run: x → y; a `PlannedRun` may be one of a group.
+    """
+    place = None if is_compiling() else place_of(layer)
+    if place is not None and isinstance(run, PlannedRun):
+        return place.run(layer, x, PlannedCall(run, x))
+    y: Tensor = run(x)
+    if place is not None:
+        place.ran_alone(layer, y)
+    return y
 
 
 def ran_alone(layer: nn.Module, y: Tensor) -> None:
-    """Take note of a call that was computed in another way than this file's."""
-    if not is_compiling():
-        place = place_of(layer)
-        if place is not None and place.group is not None:
-            place.family.alone.add(layer, y)
+    """Take note of a call that PEFT's own forward computed."""
+    place = None if is_compiling() else place_of(layer)
+    if place is not None:
+        place.ran_alone(layer, y)
 
 
 def place_of(layer: nn.Module) -> Place | None:

@@ -65,6 +65,7 @@ def judge_installed_peft() -> None:
     """
     verdicts.reasons.update(dict.fromkeys(verdicts.METHODS))  # the check itself runs fused layers
     verdicts.reasons.update(_checked(versions.installed("peft")))
+    verdicts.against_experts[:] = _against_experts(versions.installed("peft"))
 
 
 def _checked(version: str | None) -> Mapping[str, str | None]:
@@ -80,6 +81,18 @@ def _checked(version: str | None) -> Mapping[str, str | None]:
         method: None if reason is None else f"{peft} and its {names[method]} layer differs: {reason}"
         for method, reason in found.items()
     }
+
+
+def _against_experts(version: str | None) -> list[str]:
+    """Adapters of experts modules are fused with a tested PEFT alone: how it packs their factors is
+    no part of its interface.
+    """
+    state = versions.status("peft", version)
+    if state == versions.TESTED:
+        return []
+    return [
+        f"PEFT {version or ''} is {versions.in_words('peft', state)}: its factors of experts may be packed otherwise"
+    ]
 
 
 def _difference(method: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
@@ -21,7 +22,9 @@ from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
-from delora_kernels.integrations.peft.fused.groups import ran_alone, run
+from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
+from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
+from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
@@ -36,6 +39,9 @@ class FusedLoraLinear(LoraLinear):
         return _forward(self, LoraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
 
     read_call = staticmethod(read_lora)
+
+    def read_plan(self, x: Tensor) -> PlannedRun | None:
+        return _planned_run(self, x)
 
     def _get_name(self) -> str:
         return peft_class(type(self)).__name__  # PEFT's layer status reads the type off the repr
@@ -52,6 +58,7 @@ class FusedDeloraLinear(DeloraLinear):
         return _forward(self, DeloraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
 
     read_call = staticmethod(read_delora)
+    read_plan = FusedLoraLinear.read_plan
 
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
@@ -62,6 +69,8 @@ class FusedStoredDeloraLinear(StoredDeloraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, DeloraLinear.forward, x, args, kwargs)
 
+    read_plan = FusedLoraLinear.read_plan
+
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
 
@@ -69,6 +78,7 @@ _FUSED: dict[type, type] = {
     LoraLinear: FusedLoraLinear,
     DeloraLinear: FusedDeloraLinear,
     StoredDeloraLinear: FusedStoredDeloraLinear,
+    ParamWrapper: FusedParamWrapper,
 }
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}
@@ -97,7 +107,9 @@ def _fused_on_stored_base(kind: Any) -> type:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, kind.forward, x, args, kwargs)
 
-    own = {"forward": forward, "_get_name": FusedLoraLinear._get_name, "extra_repr": FusedLoraLinear.extra_repr}
+    own = {name: getattr(FusedLoraLinear, name) for name in ("read_plan", "_get_name", "extra_repr")} | {
+        "forward": forward
+    }
     return type(f"Fused{kind.__name__}", (kind,), own | {"__module__": __name__})
 
 
@@ -146,15 +158,22 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     if fused is not None:
         reason = _why_not_call(layer, fused, x, args, kwargs)
         if reason is None:
-            y = fused(x)
-            ran_alone(layer, y)
-            return y
+            return run_planned(layer, x, fused.run_on(x) if isinstance(fused, StoredRun) else fused)
     if isinstance(reason, Broken) and not (reason.only_training and not (torch.is_grad_enabled() and x.requires_grad)):
         raise RuntimeError(f"an accelerated layer on {layer.get_base_layer()} can't run: {reason}")
     log_once("an accelerated layer runs PEFT's own forward", str(reason))
     y = peft_forward(layer, x, *args, **kwargs)
     ran_alone(layer, y)
     return y
+
+
+def _planned_run(layer: Any, x: Tensor) -> PlannedRun | None:
+    """Read what computes `layer`, if it is one call of a public function."""
+    _, _, fused = verdict_of(layer)
+    if fused is None or _why_not_call(layer, fused, x, (), {}) is not None:
+        return None
+    run = fused.run_on(x) if isinstance(fused, StoredRun) else fused
+    return run if isinstance(run, PlannedRun) else None
 
 
 def _why_not_call(layer: Any, fused: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:

@@ -33,6 +33,7 @@ from delora_kernels.bases.read import base_in
 from delora_kernels.bases.stored import Broken, StoredBase
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun, as_they_are, beside, stack
+from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.stored_bases import (
     StoredRun,
     class_with_forward,
@@ -283,19 +284,20 @@ def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
     arguments.update(scale=adapter.scale, bias=base.bias, dropout_p=adapter.dropout_p)
     if "magnitude" in tensors:
         return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
-    return partial(functional.lora_linear, **arguments)
+    return PlannedRun(functional.lora_linear, functional.CALLS["lora_linear"], arguments)
 
 
 def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
-    def fused(x: Tensor) -> Tensor:
-        if len(adapters) > 1:
-            y = _stacked(functional.delora_factors, adapters, base, x)
-        else:
-            (A, B, lam, weight_norm), dropout_p = adapters[0].tensors.values(), adapters[0].dropout_p
-            y = functional.delora_linear(x, base.weight, A, B, lam, weight_norm, base.bias, dropout_p=dropout_p)
-        return y.to(x.dtype)  # as PEFT's DeLoRA, unlike its LoRA, does under autocast
+    if len(adapters) > 1:
+        return partial(_stacked_delora, adapters, base)
+    (A, B, lam, weight_norm), dropout_p = adapters[0].tensors.values(), adapters[0].dropout_p
+    arguments = {"weight": base.weight, "A": A, "B": B, "lam": lam, "weight_norm": weight_norm}
+    arguments |= {"bias": base.bias, "dropout_p": dropout_p}
+    return PlannedRun(functional.delora_linear, functional.CALLS["delora_linear"], arguments, keeps_dtype=True)
 
-    return fused
+
+def _stacked_delora(adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
+    return _stacked(functional.delora_factors, adapters, base, x).to(x.dtype)  # as PEFT's DeLoRA under autocast
 
 
 def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:

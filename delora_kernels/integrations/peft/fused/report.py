@@ -13,8 +13,8 @@ class LayerReport:
 
     Args:
         name: Qualified module name.
-        method: "lora", "dora", "delora", "goat", "ether", "ether+", or the layer's class where the
-            library does not know it.
+        method: "lora", "dora", "delora", "expert lora" (of a module's parameter), "goat", "ether",
+            "ether+", or the layer's class where the library does not know it.
         reason: Why not all of the layer runs fused as things stand, or None: it does.
         deferred: Whether only a call can tell; `reason` says why.
         state: "fused", "rank term fused" (beside the base layer's own forward) or "own forward".

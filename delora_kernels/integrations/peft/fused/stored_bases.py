@@ -67,12 +67,13 @@ class StoredRun:
     beside: Callable[[str], BesideRun | str]
 
     def __call__(self, x: Tensor) -> Tensor:
-        reason = self.base.why_not_input(x)
-        if reason is None:
-            return self.run(x)
-        beside: Any = self.beside(reason)
-        y: Tensor = beside(x)
+        y: Tensor = self.run_on(x)(x)
         return y
+
+    def run_on(self, x: Tensor) -> Any:
+        """Return what computes the layer of such an x."""
+        reason = self.base.why_not_input(x)
+        return self.run if reason is None else self.beside(reason)
 
     def why_not(self, x: Tensor) -> str | None:
         """Say why x is left to PEFT's own forward, or None."""

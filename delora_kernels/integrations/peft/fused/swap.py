@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
 from delora_kernels.integrations.peft.fused.grouping import Groups, check_groups, move_out, settle_in
 from delora_kernels.integrations.peft.fused.layers import (
     fused_class,
@@ -23,8 +25,8 @@ from delora_kernels.integrations.peft.verdict import State
 
 
 def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D run
-    fused, in place.
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, and
+    its LoRA adapters on the experts of expert models, run fused, in place.
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
@@ -56,7 +58,8 @@ def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence
             "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
         )
     groups = Groups({layer: name for name, layer in layers})
-    report = Report(tuple(_describe(name, layer) for name, layer in layers), groups)
+    outer = outermost(layer for _, layer in layers)
+    report = Report(tuple(_describe(name, layer, outer.get(layer)) for name, layer in layers), groups)
     if strict and report.declined:
         raise RuntimeError(f"accelerate: strict=True, but not every adapter layer can be fused: {report}")
     fused = {
@@ -93,14 +96,15 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
     return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
 
 
-def _describe(name: str, layer: Any) -> LayerReport:
+def _describe(name: str, layer: Any, outer: nn.Module | None) -> LayerReport:
+    """Describe a layer; `outer` is the outermost wrapper of the experts that it adapts."""
     kind = type(layer)
     own = getattr(kind, "fused_method", None)  # of a layer of this library, which runs fused of itself
     method: str = own or _method(layer)
     known = fused_class(kind) is not kind or peft_class(kind) is not kind
     if own is None and not known:
         return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
-    state, reason, _ = verdict_of(layer)
+    state, reason, _ = verdict_of(layer) if outer is None else verdict_of_experts(outer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
     if isinstance(reason, NotLocal) and managed:
         return LayerReport(name, method, _SHARDED, deferred=True, state=state)
@@ -113,6 +117,8 @@ _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide t
 def _method(layer: Any) -> str:
     if isinstance(layer, DeloraLinear):
         return "delora"
+    if isinstance(layer, ParamWrapper):
+        return "expert lora"
     if not lora_linear_of(layer):
         return class_name(type(layer))
     if verdicts.reasons["lora"] is not None:  # an untested PEFT, whose layer may lack what tells them apart

@@ -9,3 +9,8 @@ METHODS = ("lora", "dora", "delora")
 
 reasons: dict[str, str | None] = dict.fromkeys(METHODS)
 """Kind → why its layers must run PEFT's own forward, or None: they can be fused."""
+
+against_experts: list[str] = []
+"""Why adapters on the experts of expert models must run PEFT's own forward; empty: they can be
+fused.
+"""

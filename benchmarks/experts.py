@@ -1,0 +1,199 @@
+"""What adapters on the experts of a model cost: a block of Qwen3-MoE's experts, forward and
+backward.
+
+    python -m benchmarks.experts  # E=32, top-4, T=512 to 8192; two threads of a CPU, or a GPU
+    python -m benchmarks.experts --tokens 512 --experts 128 --top-k 8 --rank 16 --skewed --out FILE
+
+In turn, on the same tensors, both projections adapted with LoRA: `frozen` (the experts alone, by
+Transformers' grouped GEMM), `peft` (the same with PEFT's wrappers), `peft-eager` (with the eager
+loop), `dk` (accelerated). x and the routing weights need their gradients. Besides times: what is
+allocated in a pass, and kept between forward and backward, the model's own parameters left out.
+With --skewed one expert has half of the tokens and every second one has none.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import delora_kernels as dk
+from benchmarks.memory import allocations, kept_bytes
+from benchmarks.overhead import interval, write
+from benchmarks.timing import Budget, clock_of, rounds
+
+IMPLEMENTATIONS = ("frozen", "peft", "peft-eager", "dk")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """One block.
+
+    Args:
+        T: Tokens.
+        E, top_k: Experts, and experts of a token.
+        H, inner: Hidden size, and the experts' own.
+        r: Rank of both adapters.
+        dtype: Of everything.
+        skewed: Whether one expert has half of the choices and every second one none.
+    """
+
+    T: int
+    E: int = 32
+    top_k: int = 4
+    H: int = 1024
+    inner: int = 384
+    r: int = 8
+    dtype: torch.dtype = torch.float32
+    skewed: bool = False
+
+
+class _Block(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = self.experts(x, chosen, weights)
+        return y
+
+
+def routing(case: ExpertsCase, generator: torch.Generator) -> Tensor:
+    """Draw the experts [T, k] of every token, different ones."""
+    scores = torch.rand(case.T, case.E, generator=generator)
+    if case.skewed:
+        scores[:, 1::2] -= 2.0
+        scores[: (case.T * case.top_k + 1) // 2, 0] += 4.0
+    return scores.topk(case.top_k, dim=1).indices
+
+
+def blocks(case: ExpertsCase, device: str) -> dict[str, Any]:
+    """Make the block of every implementation, all with the same weights and factors."""
+    config = Qwen3MoeConfig(
+        hidden_size=case.H, moe_intermediate_size=case.inner, num_experts=case.E, num_experts_per_tok=case.top_k
+    )
+    config._experts_implementation_internal = "grouped_mm"
+    generator = torch.Generator().manual_seed(0)
+    with torch.device(device):
+        experts = Qwen3MoeExperts(config).to(case.dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    experts.requires_grad_(False)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = peft.LoraConfig(
+        r=case.r, lora_alpha=2 * case.r, target_modules=[], target_parameters=targets, init_lora_weights=False
+    )
+    made: dict[str, Any] = {"frozen": _Block(experts)}
+    shared = {id(parameter): parameter for parameter in experts.parameters()}
+    adapted = peft.get_peft_model(_Block(copy.deepcopy(experts, dict(shared))), settings, autocast_adapter_dtype=False)
+    shared |= {id(parameter): parameter for parameter in adapted.parameters()}
+    for name in IMPLEMENTATIONS[1:]:
+        made[name] = copy.deepcopy(adapted, dict(shared))
+    eager = made["peft-eager"].base_model.model.experts.get_base_layer()
+    eager.config = copy.copy(eager.config)
+    eager.config._experts_implementation_internal = "eager"
+    dk.accelerate(made["dk"], strict=True)
+    return made
+
+
+def passes(case: ExpertsCase, device: str) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor]]:
+    """Return the forward pass of every implementation, and the tensors they get gradients of."""
+    made, generator = blocks(case, device), torch.Generator().manual_seed(1)
+    chosen = routing(case, generator).to(device)
+    x = torch.randn(case.T, case.H, generator=generator).to(device, case.dtype).requires_grad_()
+    weights = torch.rand(case.T, case.top_k, generator=generator).to(device, case.dtype).requires_grad_()
+    leaves = [x, weights, *(p for p in made["dk"].parameters() if p.requires_grad)]
+    return {name: partial(model, x, chosen, weights) for name, model in made.items()}, leaves
+
+
+def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, Any]]:
+    """Return a row for each implementation."""
+    forwards, leaves = passes(case, device)
+    dy = torch.ones(case.T, case.H, device=device, dtype=case.dtype)
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        forward().backward(dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    steps = {name: partial(step, forward) for name, forward in forwards.items()}
+    times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}
+    held = [*leaves, *(p for model in blocks_of(forwards) for p in model.parameters())]
+    rows = []
+    for name, spent in times.items():
+        ratio = interval(partial(_over_frozen, name), times)
+        weighed = allocations(steps[name], device)
+        row: dict[str, Any] = {"method": "experts", "impl": name, "mode": "forward+backward", "T": case.T, "E": case.E}
+        row |= {"top_k": case.top_k, "K": case.H, "N": case.inner, "r": case.r, "skewed": case.skewed}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "median_ms": statistics.median(spent)}
+        row |= {"ratio_to_frozen": ratio[0], "interval": ratio[1:], "rounds": len(spent)}
+        row |= {"allocated_mib": weighed.total / MIB, "peak_mib": weighed.peak / MIB}
+        rows.append(row | {"saved_mib": kept_bytes(forwards[name], held) / MIB})
+    return rows
+
+
+def _over_frozen(name: str, medians: Mapping[str, Any]) -> Any:
+    return medians[name] / medians["frozen"]
+
+
+def blocks_of(forwards: Mapping[str, Any]) -> list[nn.Module]:
+    """Return the models that the passes run."""
+    return [forward.func for forward in forwards.values()]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return rows as people read them."""
+    shown = Table("T", "E", "top-k", "r", "", "ms", "over frozen", "allocated, MiB", "kept, MiB", "peak, MiB")
+    for row in rows:
+        low, high = row["interval"]
+        words = [f"{row['ratio_to_frozen']:.2f} ({low:.2f} to {high:.2f})"]
+        words += [f"{row[name]:.1f}" for name in ("allocated_mib", "saved_mib", "peak_mib")]
+        sizes = [str(row[name]) for name in ("T", "E", "top_k", "r")]
+        shown.add_row(*sizes, str(row["impl"]), f"{row['median_ms']:.1f}", *words)
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20, help="default: 20")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU; default: 2")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="default: 512 2048 8192")
+    parser.add_argument("--experts", type=int, default=32, help="default: 32")
+    parser.add_argument("--top-k", type=int, default=4, help="default: 4")
+    parser.add_argument("--hidden", type=int, default=1024, help="default: 1024")
+    parser.add_argument("--inner", type=int, default=384, help="default: 384")
+    parser.add_argument("--rank", type=int, default=8, help="default: 8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--skewed", action="store_true", help="half of the experts have no token, one has half")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    budget = Budget(seconds=0, least=options.rounds, most=options.rounds, warmup=2)
+    rows: list[dict[str, Any]] = []
+    for T in options.tokens:
+        sizes = (T, options.experts, options.top_k, options.hidden, options.inner, options.rank)
+        case = ExpertsCase(*sizes, getattr(torch, options.dtype), options.skewed)
+        rows += measure(case, options.device, budget)
+        Console(width=110).print(table(rows[-len(IMPLEMENTATIONS) :]))
+    write(rows, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

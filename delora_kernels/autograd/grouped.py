@@ -1,0 +1,66 @@
+"""The autograd Function of an expert model's linears: y_e = x_e W_eᵀ + scale · x_e A_eᵀ B_eᵀ +
+bias_e, tokens sorted by expert e.
+
+Nothing of the size of all experts' weights is written or kept (dW apart, where W trains). Kept are
+x, h [T, r] and the caller's own tensors, of these only what the wanted gradients need.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from delora_kernels.autograd.function import Computed, differentiable
+from delora_kernels.call import GroupedCall, GroupedOptions
+
+
+class _Saved(NamedTuple):
+    """The tensors kept for backward; None where no wanted gradient needs them."""
+
+    x: Tensor | None
+    h: Tensor | None
+    weight: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    offsets: Tensor
+
+
+def _compute(call: GroupedCall, x: Tensor, need: GroupedCall, stages: Any) -> Computed:
+    o = call.options
+    A_hat, B_hat = (_factor(each, o) for each in (call.A, call.B))
+    y, h = stages.grouped_linear(x, call.weight, call.bias, call.offsets, A_hat, B_hat, o.scale)
+    saved = _Saved(
+        x=x if need.A or need.weight else None,
+        h=h if need.B else None,
+        weight=call.weight if need.x else None,
+        A=call.A if need.x else None,
+        B=call.B if need.x or need.A else None,
+        offsets=call.offsets,
+    )
+    return Computed((y,), saved, (call.A, call.B))
+
+
+def _gradients(o: GroupedOptions, need: GroupedCall, saved: Any, stages: Any, dy: Tensor) -> dict[str, Any]:
+    grad: dict[str, Any] = {}
+    if need.x or need.A or need.B or need.bias:
+        A_hat, B_hat = (_factor(each, o) for each in (saved.A, saved.B))
+        x = saved.x if need.A else None
+        grad["x"], grad["A"], grad["B"], grad["bias"] = stages.grouped_linear_backward(
+            dy, x, saved.h, saved.weight, saved.offsets, A_hat, B_hat, o.scale, bool(need.bias)
+        )
+    if need.weight:
+        grad["weight"] = stages.grouped_weight_grad(dy, saved.x, saved.offsets)
+    return grad
+
+
+def _factor(factor: Tensor | None, o: GroupedOptions) -> Tensor | None:
+    """Return a factor in the rank dtype, each expert's matrix in one piece: PEFT's lies across all
+    experts.
+    """
+    if factor is None:
+        return None
+    factor = factor if factor.dtype == o.rank_dtype else factor.to(o.rank_dtype)
+    return factor if factor.stride(2) == 1 or factor.stride(1) == 1 else factor.contiguous()
+
+
+GroupedLinear = differentiable("GroupedLinear", GroupedCall, _Saved, _compute, _gradients)
+"""y of one `GroupedCall`, and every gradient of it."""

@@ -1,0 +1,123 @@
+"""A layer's call, read but not run: of such calls a group makes one (groups.py).
+
+There are two kinds, as there are two ways to judge a layer: at one look (straight.py), which knows
+that only arithmetic is left to do, and by plan.py, whose calls check, choose dtypes and a backend.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from delora_kernels.bases.stored import StoredBase
+from delora_kernels.call import Call
+from delora_kernels.functional.common import run_linears
+from delora_kernels.functional.straight import run_shared, run_straight, unseen
+
+
+@dataclass(frozen=True)
+class StraightCall:
+    """A call that was read at one look."""
+
+    call: Call
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Return all that it is made of besides x."""
+        return self.call[1:]
+
+    def run(self) -> Tensor:
+        """Return the layer's output."""
+        return run_straight(self.call)
+
+    @staticmethod
+    def of(layer: Any, x: Tensor) -> "StraightCall | None":
+        """Read the call of a sibling."""
+        read = getattr(type(layer), "read_call", None)
+        call = None if read is None else read(layer, x)
+        return None if call is None else StraightCall(call)
+
+    @staticmethod
+    def together(calls: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Run calls of one x."""
+        return run_shared([each.call for each in calls])
+
+    @staticmethod
+    def may_share(x: Tensor) -> bool:
+        """Whether nothing stands in the way of running calls of x together."""
+        return True
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """x → y of a layer that is one call of a public function.
+
+    Args:
+        function: The function.
+        make: Makes its call of the same arguments without running it.
+        arguments: All but x, by name.
+        keeps_dtype: Whether the output comes in x's dtype under autocast too, as of PEFT's DeLoRA.
+    """
+
+    function: Callable[..., Tensor]
+    make: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    keeps_dtype: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.finish(self.function(x, **self.arguments), x)
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's output of what the function gave."""
+        return y.to(x.dtype) if self.keeps_dtype else y
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """A call that was planned."""
+
+    planned: PlannedRun
+    x: Tensor
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Return all that it is made of besides x."""
+        return (*self.planned.arguments.values(), self.planned.function)
+
+    def run(self) -> Tensor:
+        """Return the layer's output."""
+        return self.planned(self.x)
+
+    @staticmethod
+    def of(layer: Any, x: Tensor) -> "PlannedCall | None":
+        """Read the call of a sibling."""
+        read = getattr(layer, "read_plan", None)
+        planned = None if read is None else read(x)
+        return None if planned is None else PlannedCall(planned, x)
+
+    @staticmethod
+    def together(calls: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Run calls of one x."""
+        x = calls[0].x
+        made = [each.planned.make(x, **each.planned.arguments) for each in calls]
+        outputs = run_linears(made, x.shape)
+        return tuple(each.planned.finish(y, x) for each, y in zip(calls, outputs, strict=True))
+
+    @staticmethod
+    def may_share(x: Tensor) -> bool:
+        """Whether nothing stands in the way of running calls of x together."""
+        return x.dim() > 1 and unseen()
+
+
+def same_inputs(was: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether two calls are made of the same: tensors by identity, bases by what they hold."""
+    if len(was) != len(now):
+        return False
+    for a, b in zip(was, now, strict=True):
+        if a is b:
+            continue
+        if isinstance(a, StoredBase):
+            if type(a) is not type(b) or not same_inputs((*vars(a), *vars(a).values()), (*vars(b), *vars(b).values())):
+                return False
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
+            return False
+    return True

@@ -1,0 +1,57 @@
+"""The benchmark of experts: its passes compute the same, its figures are what they are called."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers", "5")
+
+from benchmarks import experts
+from benchmarks.timing import Budget
+
+TINY = experts.ExpertsCase(T=9, E=6, top_k=2, H=16, inner=8, r=2)
+
+
+def test_passes_give_the_same_gradients() -> None:
+    forwards, leaves = experts.passes(TINY, "cpu")
+    found = {}
+    for name, forward in forwards.items():
+        y = forward()
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        found[name] = [y, *grads]
+    assert found["frozen"][3] is None
+    assert not torch.allclose(found["frozen"][0], found["peft"][0], rtol=1e-3)
+    for name in ("peft-eager", "dk"):
+        for ours, theirs in zip(found[name], found["peft"], strict=True):
+            assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_skewed_routing() -> None:
+    case = experts.ExpertsCase(T=64, E=16, top_k=2, skewed=True)
+    counts = torch.bincount(experts.routing(case, torch.Generator().manual_seed(0)).flatten(), minlength=16)
+    assert counts[0] >= 64
+    assert not counts[1::2].any()
+
+
+def test_command_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "experts.json"
+    sizes = ["--experts", "6", "--top-k", "2", "--hidden", "16", "--inner", "8", "--rank", "2", "--tokens", "9"]
+    assert experts.main(["--device", "cpu", "--threads", "1", "--rounds", "3", *sizes, "--out", str(out)]) == 0
+    rows = {row["impl"]: row for row in json.loads(out.read_text())["rows"]}
+    assert tuple(rows) == experts.IMPLEMENTATIONS
+    assert rows["frozen"]["ratio_to_frozen"] == 1.0
+    assert "over frozen" in capsys.readouterr().out
+
+
+def test_what_is_kept_and_allocated() -> None:
+    """PEFT keeps W' of both projections, and allocates them and their gradients; dk neither."""
+    case = experts.ExpertsCase(T=2, E=32, top_k=2, H=32, inner=16, r=2)
+    rows = {row["impl"]: row for row in experts.measure(case, "cpu", Budget(seconds=0, least=1, most=1, warmup=0))}
+    weights = 32 * 3 * 32 * 16 * 4 / experts.MIB
+    assert rows["peft"]["saved_mib"] >= weights
+    assert rows["peft"]["allocated_mib"] >= 2 * weights
+    assert rows["dk"]["saved_mib"] <= weights / 4
+    assert rows["dk"]["allocated_mib"] <= weights
