@@ -13,10 +13,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.delora.layer import DeloraLinear
 from peft.tuners.delora.model import DeloraModel
 from peft_models import assert_close, config, step
 from stored_layers import FORMS, Two, adapted
+from tiny_llama import LAYERS, base, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -386,3 +388,34 @@ def test_delora_elsewhere_is_pefts_own(x: Tensor, seed: int) -> None:
     _loses_its_state(lost.first)
     with pytest.raises(TypeError, match="DeLoRA needs the weight of its base layer, a Linear4bit, but its packed"):
         peft.get_peft_model(lost, config("delora", target_modules=["first"]))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_recipe_of_a_four_bit_model(method: str, seed: int, tmp_path: Path) -> None:
+    """Loading, preparation, checkpointing, accumulation, AdamW: PEFT's losses."""
+    base(seed).save_pretrained(tmp_path / "base")
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantised = transformers.BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32
+    )
+    loaded = peft.prepare_model_for_kbit_training(loaded, gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(seed)
+    plain = peft.get_peft_model(loaded, config(method, r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    made = copy.deepcopy(plain)
+    report = dk.accelerate(made, strict=True)
+    assert len(report.fused) == LAYERS
+    losses: list[list[float]] = []
+    for one in (plain, made):
+        optimizer, found = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2), []
+        for index in range(3):
+            optimizer.zero_grad()
+            for part in range(2):
+                batch = tokens(seed + 2 * index + part, 2, 9)
+                loss = one(input_ids=batch, labels=batch).loss
+                loss.backward()
+                found.append(float(loss.detach()))
+            optimizer.step()
+        losses.append(found)
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-4)
+    assert losses[0][0] != losses[0][-1]
