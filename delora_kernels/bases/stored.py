@@ -83,6 +83,11 @@ class StoredBase:
         """What a call takes as its weight."""
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it multiplies, as far as that is settled."""
+        return self.compute_dtype or self.compared_in
+
     def why_not_input(self, x: Tensor) -> str | None:
         """Say why a product with x is left to the module's own forward, or None."""
         if x.device != self.device:

@@ -10,6 +10,8 @@ from typing_extensions import Self, Unpack
 
 from delora_kernels import checks
 from delora_kernels.bases.plain import PlainBase, why_not_plain
+from delora_kernels.bases.read import base_in
+from delora_kernels.bases.stored import StoredBase
 from delora_kernels.dtypes import accumulate_dtype
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -30,7 +32,8 @@ class MergeableLinear(nn.Module):
     """A frozen linear with an adapter that can be merged into its weight: the base class of every
     module here.
 
-    The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient.
+    The base is `weight` `[N, K]` and `bias` `[N]`, which ask for no gradient. On a linear of a
+    quantisation library `weight` is None, and `stored` that linear.
 
     The state dict is that of the module as it stands: a merged one holds W' as `weight` and W as
     `base_weight`, a key that is there only if merged. Loading follows it: the module becomes
@@ -105,7 +108,8 @@ class MergeableLinear(nn.Module):
 
         Args:
             linear: A plain nn.Linear (no subclass, hooks or shards) or Transformers Conv1D; itself
-                left as it is.
+                left as it is. Or a linear that a library stores in few bits (docs/stored-bases.md):
+                the module then holds it, and can't be merged.
             *arguments, **options: As for the class, without in_features, out_features, bias, device
                 and dtype, which `linear` decides.
 
@@ -122,13 +126,20 @@ class MergeableLinear(nn.Module):
         for name in ("weight", "bias"):
             module.register_parameter(name, None)
         module.to_empty(device=base.device)
-        module._hold(*base)
+        module._hold(base.weight if isinstance(base, PlainBase) else None, base.bias)
+        if not isinstance(base, PlainBase):
+            module._modules["stored"] = linear
         module.reset_parameters()
         return module.train(linear.training)
 
-    def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.register_parameter("weight", _frozen(weight))
+    def _hold(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.register_parameter("weight", None if weight is None else _frozen(weight))
         self.register_parameter("bias", None if bias is None else _frozen(bias))
+
+    @property
+    def stored(self) -> nn.Module | None:
+        """The linear of a quantisation library that is the base, or None: `weight` is."""
+        return self._modules.get("stored")
 
     @property
     def merged(self) -> bool:
@@ -145,7 +156,18 @@ class MergeableLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError(f"{type(self).__name__}.reset_parameters: the adapter is merged; call unmerge() first")
-        self._reset_adapter()
+        if self.stored is None:
+            self._reset_adapter()
+            return
+        self.weight = _frozen(base_of(type(self).__name__, self.stored).dense(torch.float32))
+        try:
+            self._reset_adapter()
+        finally:
+            self.weight = None  # type: ignore[assignment]
+
+    def _call_weight(self) -> Any:
+        """Return what the functions take as the weight."""
+        return self.weight if self.stored is None else base_of(type(self).__name__, self.stored).weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the adapted output, `[..., K]` → `[..., N]`, differentiable once; when merged, x
@@ -170,12 +192,17 @@ class MergeableLinear(nn.Module):
                 is then refused.
 
         Raises:
-            ValueError: W' is not finite, or the weight has no data; nothing has changed.
+            ValueError: W' is not finite, or the weight has no data, or few bits; nothing has
+                changed.
             RuntimeError: the adapter is merged already.
         """
         name = f"{type(self).__name__}.merge"
         if self.merged:
             raise RuntimeError(f"{name}: the adapter is merged already; call unmerge() first")
+        if self.stored is not None:
+            remedy = "keep it beside the base, or make the adapter on the linear in 16 bits and merge there"
+            got = f"one stored by a {type(self.stored).__name__}, whose bits would round the adapter away"
+            raise checks.fail(ValueError, name, "the weight", "dense", got, remedy)
         checks.tensor(name, "weight", self.weight)
         # as a plain tensor in its own dtype, whatever mode the caller is in
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
@@ -302,7 +329,7 @@ class AdapterLinear(MergeableLinear):
         nn.init.zeros_(self.B)
 
     def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
-        tensors = (x, self.weight, self.A, self.B)
+        tensors = (x, self._call_weight(), self.A, self.B)
         y: Tensor = type(self)._function(*tensors, bias=self.bias, dropout_p=dropout_p, **self._arguments())
         return y
 
@@ -349,15 +376,14 @@ def _float_dtype(kind: str, argument: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def base_of(function: str, linear: Any) -> PlainBase:
+def base_of(function: str, linear: Any) -> PlainBase | StoredBase:
     """Return the weight and bias that an adapter can be put on, or the TypeError that says why
     there are none.
     """
     if type(linear) is nn.Linear and linear.weight.is_meta and why_not_plain(linear, "base layer") is None:
         return PlainBase(linear.weight, linear.bias)
-    is_module = isinstance(linear, nn.Module)
-    reason = PlainBase.why_not(linear) if is_module else f"it is a {type(linear).__name__}"
-    if reason is None:
-        return PlainBase.of(linear)
+    base = base_in(linear) if isinstance(linear, nn.Module) else f"it is a {type(linear).__name__}"
+    if not isinstance(base, str):
+        return base
     remedy = "adapt a layer whose forward pass is x Wᵀ + bias and nothing else"
-    raise checks.fail(TypeError, function, "linear", "a plain nn.Linear", f"one that can't be read: {reason}", remedy)
+    raise checks.fail(TypeError, function, "linear", "a plain nn.Linear", f"one that can't be read: {base}", remedy)

@@ -56,7 +56,7 @@ class DeLoRAMoELinear(MoELoRALinear):
 
     def _mixture(self) -> dict[str, Any]:
         experts = normalised_experts(self.A, self.B, self.lam, self.weight_norm)
-        return {"weight": self.weight, "router": self.router, **experts}
+        return {"weight": self._call_weight(), "router": self.router, **experts}
 
 
 def normalised_experts(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor) -> dict[str, Tensor]:

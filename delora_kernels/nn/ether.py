@@ -64,7 +64,7 @@ class _EtherBase(MergeableLinear):
 
     def _adapted(self, x: Tensor, dropout_p: float) -> Tensor:
         x = nn.functional.dropout(x, dropout_p) if dropout_p else x
-        y: Tensor = type(self)._function(x, self.weight, bias=self.bias, blocks=self.blocks, **self._vectors())
+        y: Tensor = type(self)._function(x, self._call_weight(), bias=self.bias, blocks=self.blocks, **self._vectors())
         return y
 
     def _merged_weight(self) -> Tensor:

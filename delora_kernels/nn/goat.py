@@ -99,7 +99,7 @@ class GoatLinear(MoELoRALinear):
             self.residual_weight.copy_(self.weight.float() - self.init_cof * start)
 
     def _mixture(self) -> dict[str, Any]:
-        weight = self.weight if self.residual_weight is None else self.residual_weight
+        weight = self._call_weight() if self.residual_weight is None else self.residual_weight
         tensors = {"weight": weight, "A": self.A, "B": self.B, "router": self.router, "scale": self.expert_scale}
         if self.frozen_A is None:
             return tensors

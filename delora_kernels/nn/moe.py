@@ -139,7 +139,7 @@ class MoELoRALinear(Routed, AdapterLinear):
             token_mask: `[...]`, bool: the tokens that the losses count; None: all.
         """
         if not self.enabled:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, self.bias) if self.stored is None else self.stored(x)
         y, stats = functional.moe_lora_linear(
             x,
             bias=self.bias,
@@ -176,7 +176,8 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     def _mixture(self) -> dict[str, Any]:
         """Return the tensors of the call."""
-        return {"weight": self.weight, "A": self.A, "B": self.B, "router": self.router, "scale": self.alpha / self.r}
+        factors = {"A": self.A, "B": self.B, "router": self.router}
+        return {"weight": self._call_weight(), **factors, "scale": self.alpha / self.r}
 
     @torch.no_grad()
     def _reset_adapter(self) -> None:

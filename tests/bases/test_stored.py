@@ -9,6 +9,7 @@ import torch
 from stored_layers import FORMS, stored
 from torch import Tensor
 
+from delora_kernels.bases import numeric_check
 from delora_kernels.bases.read import base_in
 from delora_kernels.bases.stored import StoredBase
 from delora_kernels.testing import METHODS, Problem, measure
@@ -55,3 +56,15 @@ def test_half_precision(form: str, dtype: torch.dtype, seed: int) -> None:
     for method in ("lora", "dora", "delora"):
         for m in measure(problem(method, base, dtype, torch.float32, seed, 21)):
             assert m.ok, (method, m)
+
+
+def test_torchao_weights_that_quantise_their_input(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own word, and by the numeric check without it."""
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'delora-kernels[torchao]'")
+    from delora_kernels.bases.torchao_weight import TorchaoWeight
+
+    module = stored("torchao-int8", 48, 40, seed, config="Int8DynamicActivationInt8WeightConfig")
+    assert base_in(module) == "its torchao weight quantises its input"
+    monkeypatch.setattr(TorchaoWeight, "why_not", lambda module: None)
+    monkeypatch.setattr(numeric_check, "_found", {})
+    assert "(it may quantise its input)" in str(base_in(module))

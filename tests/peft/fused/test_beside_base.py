@@ -162,6 +162,19 @@ def test_bytes_of_the_branch(method: str, seed: int) -> None:
     assert written(layer) - base <= 0.4 * theirs
 
 
+def test_autocast_gives_the_wider_dtype(seed: int) -> None:
+    """As PEFT's sum of the two does."""
+    torch.manual_seed(seed)
+    x, A, B = torch.randn(6, 5), torch.randn(2, 5), torch.randn(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            y = torch.randn(6, 4).to(dtype)
+            term = nn.functional.linear(nn.functional.linear(x, A), B)
+            got, expected = add_rank_term(y, x, A, B), y + term
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected, rtol=2**-6, atol=2**-5)
+
+
 def test_unusual_outputs(seed: int) -> None:
     """What is no plain tensor, or of another shape than the branch's, gets PEFT's sum."""
     torch.manual_seed(seed)
