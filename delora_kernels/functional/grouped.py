@@ -92,7 +92,7 @@ def grouped_lora_call(
     return GroupedCall(x, weight, bias, A, B, offsets, None, None, options)
 
 
-def routed_linear(
+def run_routed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from delora_kernels import functional as F
 from delora_kernels import ops, reference, use_backend
 from delora_kernels.backends.eager import grouped_library
-from delora_kernels.functional.grouped import routed_linear
+from delora_kernels.functional.grouped import run_routed
 from delora_kernels.testing import measure, op_problems
 
 E, K, N, R = 4, 8, 12, 3
@@ -206,7 +206,7 @@ def test_wider_factors_and_autocast(seed: int) -> None:
 def test_frozen_linears_alone(seed: int) -> None:
     made = made_of(Maker(seed), [2, 0, 3, 1])
     x = made["x"].requires_grad_()
-    y = routed_linear(x, made["weight"], made["bias"], None, made["offsets"])
+    y = run_routed(x, made["weight"], made["bias"], None, made["offsets"])
     without = made | {"A": torch.zeros_like(made["A"])}
     expected = reference.grouped_lora_linear(**without)
     assert_close({"y": y.detach()}, {"y": expected.detach()})
@@ -227,7 +227,7 @@ def test_rows_that_are_taken_from_tokens(seed: int) -> None:
 
     def routed(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor, offsets: Tensor, scale: float) -> Tensor:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            return routed_linear(x, weight, bias, (A, B, scale), offsets, rows, places)
+            return run_routed(x, weight, bias, (A, B, scale), offsets, rows, places)
 
     def plain(x: Tensor, **others: Any) -> Tensor:
         return reference.grouped_lora_linear(x[rows], **others)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.autograd.routed_rows import WeightedRows
-from delora_kernels.functional.grouped import routed_linear
+from delora_kernels.functional.grouped import run_routed
 
 
 class Projection(NamedTuple):
@@ -36,7 +36,7 @@ class Projection(NamedTuple):
 
     def __call__(self, x: Tensor, offsets: Tensor, *routing: Tensor) -> Tensor:
         factors = None if self.A is None or self.B is None else (self.A, self.B, self.scale)
-        return routed_linear(x, self.weight, self.bias, factors, offsets, *routing)
+        return run_routed(x, self.weight, self.bias, factors, offsets, *routing)
 
 
 def experts_block(
