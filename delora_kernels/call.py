@@ -205,11 +205,13 @@ class GroupedCall(NamedTuple):
     order) and its options.
 
     Args:
-        x: [T, K], sorted by expert.
+        x: [T, K], sorted by expert; or the tokens [t, K] that `rows` takes the T rows from.
         weight: [E, N, K], any strides.
         bias: [E, N] or None.
         A, B: [E, r, K], [E, N, r]; both None: the linears alone.
         offsets: int32 or int64 [E], the end of each expert's rows.
+        rows: int64 [T], the token of each row; None: x is sorted already.
+        places: int64 [t, k], where each token's rows stand: the inverse of `rows`.
     """
 
     x: Tensor
@@ -218,6 +220,8 @@ class GroupedCall(NamedTuple):
     A: Tensor | None
     B: Tensor | None
     offsets: Tensor
+    rows: Tensor | None
+    places: Tensor | None
     options: GroupedOptions
 
 

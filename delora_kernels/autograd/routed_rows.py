@@ -1,5 +1,5 @@
-"""Rows of tokens in the order of their experts, and back: a gather and a weighted sum, each with
-the other's form as its gradient.
+"""Rows of tokens in the order of their experts, back at their tokens: sums over each token's rows,
+weighted and not.
 
 T tokens that go to k experts each make S = T k rows. `order` [S] lists the places (token · k +
 choice) by expert, `places` [S] is its inverse: where the row of each place stands. No row is added
@@ -13,21 +13,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _SUMMED_IN_ONE_PASS = (torch.float32, torch.float64)
-
-
-class GatheredRows(torch.autograd.Function):
-    """x [T, H], order, places, k → rows [S, H], those of the first expert first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.k = k
-        return x.index_select(0, order // k)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return _summed(dy, places.view(-1, ctx.k)), None, None, None
 
 
 class WeightedRows(torch.autograd.Function):
@@ -60,8 +45,8 @@ class WeightedRows(torch.autograd.Function):
         return dy, dweights, None, None
 
 
-def _summed(rows: Tensor, places: Tensor) -> Tensor:
-    """Σ_j rows[places[t, j]] [T, H]."""
-    if rows.dtype in _SUMMED_IN_ONE_PASS and not torch.is_grad_enabled():
+def summed_rows(rows: Tensor, places: Tensor) -> Tensor:
+    """Σ_j rows[places[t, j]] [T, H]: the gradient of tokens that were copied to these places."""
+    if rows.dtype in _SUMMED_IN_ONE_PASS:
         return embedding_bag(places, rows, mode="sum")
     return rows.index_select(0, places.flatten()).view(*places.shape, rows.shape[1]).sum(1)

@@ -89,13 +89,28 @@ def grouped_lora_call(
         if value is not None:
             checks.same_device(_NAME, name, value, x)
     options = GroupedOptions(_NAME, checks.number(_NAME, "scale", scale), *dtypes(x, weight, A, B))
-    return GroupedCall(x, weight, bias, A, B, offsets, options)
+    return GroupedCall(x, weight, bias, A, B, offsets, None, None, options)
 
 
-def frozen_experts(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply the frozen linears alone to checked arguments as in `grouped_lora_linear`."""
-    dtype = dtypes(x, weight)[0]
-    call = GroupedCall(x, weight, bias, None, None, offsets, GroupedOptions(_NAME, 1.0, dtype, dtype))
+def run_routed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """Apply `grouped_lora_linear` to arguments that are known to fit.
+
+    Args:
+        x, weight, bias, offsets: As there.
+        factors: A, B and scale; None: the frozen linears alone.
+        rows, places: As in `GroupedCall`, of an x that holds tokens.
+    """
+    A, B, scale = factors or (None, None, 1.0)
+    options = GroupedOptions(_NAME, scale, *dtypes(x, weight, *(each for each in (A, B) if each is not None)))
+    call = GroupedCall(x, weight, bias, A, B, offsets, rows, places, options)
     return run(GroupedLinear, call, x.shape)[0]
 
 

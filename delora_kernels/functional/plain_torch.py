@@ -119,6 +119,7 @@ def _reflected(call: ReflectCall, x: Tensor, weight: Tensor, bias: Tensor | None
 def _grouped(call: GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Every expert on every row: a program holds no loop over offsets that it can't see."""
     o = call.options
+    x = x if call.rows is None else x.index_select(0, call.rows)
     A, B = (None if of is None else _cast(of, o.rank_dtype) for of in (call.A, call.B))
     if A is None or B is None:
         A, B = x.new_zeros(len(weight), 1, x.shape[1]), x.new_zeros(*weight.shape[:2], 1)

@@ -19,7 +19,7 @@ from delora_kernels.diagnostics import check
 from delora_kernels.op_arguments import Branch, Frozen, Masks
 from delora_kernels.testing import METHODS
 
-LOW_RANK = {name for name, method in METHODS.items() if not method.function.startswith("ether")}
+LOW_RANK = {name for name, method in METHODS.items() if not method.function.startswith(("ether", "grouped"))}
 """Methods whose gradients come from input_backward."""
 
 

@@ -32,11 +32,15 @@ def arguments(function: str) -> dict[str, Any]:
         made = {"x": made["x"], "weight": made["weight"], "u": t(2, K // 2)}
     if function == "ether_plus_linear":
         made["v"] = t(2, K // 2)
+    if function == "grouped_lora_linear":
+        made |= {"weight": t(2, N, K), "A": t(2, R, K), "B": t(2, N, R), "offsets": torch.tensor([1, T])}
     return made
 
 
 NAN = float("nan")
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("grouped_lora_linear", {"offsets": [1, 2]}, TypeError, "offsets must be an int32 or int64 tensor, got list"),
+    ("grouped_lora_linear", {"weight": t(N, K)}, ValueError, "weight must be 3-D [E, N, K], got shape"),
     ("lora_linear", {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
     (
         "lora_linear",
@@ -283,7 +287,7 @@ def test_explain() -> None:
 def test_explain_takes_every_function_and_draws_no_seed(function: str) -> None:
     """A call with dropout would draw one; explaining it leaves torch's generator as it was."""
     state = torch.get_rng_state()
-    dropout = {} if function.startswith("ether") else {"dropout_p": 0.5}
+    dropout = {} if function.startswith(("ether", "grouped")) else {"dropout_p": 0.5}
     found = explain(function, **arguments(function), **dropout)
     assert found.backend == "eager"
     assert ("reflections in" in str(found)) == function.startswith("ether")

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from delora_kernels import functional as F
 from delora_kernels import ops, reference, use_backend
 from delora_kernels.backends.eager import grouped_library
-from delora_kernels.functional.grouped import frozen_experts
+from delora_kernels.functional.grouped import run_routed
 from delora_kernels.testing import measure, op_problems
 
 E, K, N, R = 4, 8, 12, 3
@@ -206,11 +206,34 @@ def test_wider_factors_and_autocast(seed: int) -> None:
 def test_frozen_linears_alone(seed: int) -> None:
     made = made_of(Maker(seed), [2, 0, 3, 1])
     x = made["x"].requires_grad_()
-    y = frozen_experts(x, made["weight"], made["offsets"], made["bias"])
+    y = run_routed(x, made["weight"], made["bias"], None, made["offsets"])
     without = made | {"A": torch.zeros_like(made["A"])}
     expected = reference.grouped_lora_linear(**without)
     assert_close({"y": y.detach()}, {"y": expected.detach()})
     assert torch.equal(*(torch.autograd.grad(each.sum(), x)[0] for each in (y, expected)))
+
+
+def test_rows_that_are_taken_from_tokens(seed: int) -> None:
+    """The same as of sorted rows, which are copies of the tokens; kept are the tokens alone."""
+    maker = Maker(seed)
+    made = made_of(maker, [3, 0, 4, 3], nobody=0)
+    x, rows = maker.tensor(5, K), torch.tensor([4, 0, 2, 1, 1, 3, 2, 0, 4, 3])
+    places = torch.stack([(rows == token).nonzero().flatten() for token in range(5)])
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    def routed(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor, offsets: Tensor, scale: float) -> Tensor:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            return run_routed(x, weight, bias, (A, B, scale), offsets, rows, places)
+
+    def plain(x: Tensor, **others: Any) -> Tensor:
+        return reference.grouped_lora_linear(x[rows], **others)
+
+    assert_close(step(routed, made | {"x": x}), step(plain, made | {"x": x}))
+    assert not [t for t in kept if t.shape == (10, K)]
 
 
 def test_second_derivatives_are_refused(seed: int) -> None:

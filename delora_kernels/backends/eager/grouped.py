@@ -34,18 +34,16 @@ def grouped_linear(
     end = 0
     for e, rows in _experts(offsets, x.shape[0]):
         x_e, y_e, W_e, end = x[rows], y[rows], weight[e].to(x.dtype), rows.stop
+        h_e = None
+        if A_hat is not None:  # before W pushes x out of cache
+            h_e, A_e = h[rows], A_hat[e].t()
+            torch.addmm(h_e, x_e.to(h.dtype), A_e, beta=0, alpha=scale, out=h_e)
         if bias is None:
             torch.mm(x_e, W_e.t(), out=y_e)
         else:
             torch.addmm(bias[e].to(x.dtype), x_e, W_e.t(), out=y_e)
-        if A_hat is not None and B_hat is not None:
-            h_e = h[rows]
-            if A_hat.dtype == x.dtype:
-                torch.addmm(h_e, x_e, A_hat[e].t(), beta=0, alpha=scale, out=h_e)
-                y_e.addmm_(h_e, B_hat[e].t())
-            else:
-                h_e.copy_(product(x_e.to(A_hat.dtype), A_hat[e].t(), scale))
-                add_rank_term(y_e, h_e, B_hat[e].t(), 1.0)
+        if h_e is not None and B_hat is not None:
+            add_rank_term(y_e, h_e, B_hat[e].t(), 1.0)
     y[end:] = 0
     if A_hat is not None:
         h[end:] = 0

@@ -187,10 +187,11 @@ def test_forms_of_a_call(seed: int) -> None:
         assert_close({"y": outer(x, chosen, top_k_weights=weights)}, {"y": expected})
         assert_close({"y": outer(x, top_k_weights=weights, top_k_index=chosen)}, {"y": expected})
         assert calls == []
-        for wrong in ((x, chosen), (x, chosen, weights, 1), (x[None], chosen, weights), (x, chosen, weights[:-1])):
+        wrongs = [(x, chosen), (x, chosen, weights, 1), (x[None], chosen, weights), (x, chosen, weights[:-1])]
+        for wrong in (*wrongs, (x[:, 1:], chosen, weights)):
             with pytest.raises((TypeError, RuntimeError, IndexError)):
                 outer(*wrong)
-        assert len(calls) == 4
+        assert len(calls) == 5
 
 
 @contextmanager

@@ -255,7 +255,12 @@ def _why_not_call(plan: ExpertsPlan, x: Any, chosen: Any, weights: Any) -> str |
             return f"its {what} are {value.dim()}-dimensional"
         if value.device != plan.up.weight.device:
             return f"its {what} are on another device"
-    if chosen.shape != weights.shape or chosen.shape[0] != x.shape[0] or chosen.shape[1] == 0:
+    if (
+        chosen.shape != weights.shape
+        or chosen.shape[0] != x.shape[0]
+        or chosen.shape[1] == 0
+        or (x.shape[1] != plan.up.weight.shape[2])
+    ):
         return "its chosen experts and weights are not those of its hidden states"
     tensors = [x, weights, *(each for each in (*plan.up[:4], *plan.down[:4]) if each is not None)]
     transform = active_transform(tensors)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from delora_kernels.autograd.routed_rows import GatheredRows, WeightedRows
-from delora_kernels.functional.grouped import frozen_experts, grouped_lora_linear
+from delora_kernels.autograd.routed_rows import WeightedRows
+from delora_kernels.functional.grouped import run_routed
 
 
 class Projection(NamedTuple):
@@ -34,10 +34,9 @@ class Projection(NamedTuple):
     B: Tensor | None = None
     scale: float = 1.0
 
-    def __call__(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        if self.A is None or self.B is None:
-            return frozen_experts(rows, self.weight, offsets, self.bias)
-        return grouped_lora_linear(rows, self.weight, self.A, self.B, offsets, self.scale, self.bias)
+    def __call__(self, x: Tensor, offsets: Tensor, *routing: Tensor) -> Tensor:
+        factors = None if self.A is None or self.B is None else (self.A, self.B, self.scale)
+        return run_routed(x, self.weight, self.bias, factors, offsets, *routing)
 
 
 def experts_block(
@@ -62,9 +61,8 @@ def experts_block(
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     offsets = torch.searchsorted(ids, torch.arange(E, device=ids.device, dtype=ids.dtype), right=True)
     linear = torch.autocast(x.device.type, enabled=False) if by_weight else nullcontext()
-    rows = GatheredRows.apply(x.to(up.weight.dtype) if by_weight else x, order, places, k)
     with linear:
-        inner = up(rows, offsets)
+        inner = up(x.to(up.weight.dtype) if by_weight else x, offsets, order // k, places.view(-1, k))
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     with linear:
         z = down(inner.to(down.weight.dtype) if by_weight else inner, offsets)
