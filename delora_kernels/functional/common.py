@@ -25,6 +25,8 @@ def exporting() -> bool:
     runs in this process and keeps the ops. Everything that is to be plain torch in such a program
     asks here.
     """
+    if torch.compiler.is_dynamo_compiling():  # by itself: after a graph break, which no export has
+        return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
     # torch 2.7 does not say so while Dynamo reads a strict export, whose translator knows

@@ -6,10 +6,12 @@ may have been added late, the model made anew (model_init) or wrapped.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from delora_kernels import checks
 from delora_kernels.integrations.peft.fused import accelerate, restore
@@ -18,13 +20,14 @@ from delora_kernels.integrations.peft.fused.report import Report
 logger = logging.getLogger(__name__)
 
 
-class AccelerateCallback(TrainerCallback):
+class AccelerateCallback(TrainerCallback, ExportableState):
     """Make the PEFT adapters of a Trainer's model run fused: `Trainer(...,
     callbacks=[dk.AccelerateCallback()])`.
 
     It works in everything built on Transformers' Trainer, such as TRL's SFTTrainer with a
     `peft_config`. The main process prints the first line of the report and logs all of it: as a
-    warning if a layer was not fused, else as info.
+    warning if a layer was not fused, else as info. Checkpoints say which layers share an input, so
+    that a resumed run has its groups from its first step on, and ends at the bits of the whole run.
 
     Args:
         strict: Raise unless every adapter layer can be fused.
@@ -62,6 +65,22 @@ class AccelerateCallback(TrainerCallback):
         nothing is new.
         """
         self._apply(kwargs["model"], state.is_world_process_zero)
+        kept: Any = state.stateful_callbacks or {}
+        saved: Any = kept.get(type(self).__name__) if state.global_step > 0 else None
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        groups = saved["attributes"].get("groups", ()) if saved else ()
+        if self.report is not None and {name for group in groups for name in group} <= {
+            layer.name for layer in self.report.layers
+        }:
+            self._apply(kwargs["model"], state.is_world_process_zero, groups)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the groups of layers that share an input."""
+        groups = [] if self.report is None else [list(group) for group in self.report.groups]
+        return {
+            "args": {"strict": self.strict, "restore_at_end": self.restore_at_end},
+            "attributes": {"groups": groups},
+        }
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,9 +89,9 @@ class AccelerateCallback(TrainerCallback):
         if self.restore_at_end:
             restore(kwargs["model"])
 
-    def _apply(self, model: Any, is_main_process: bool) -> None:
+    def _apply(self, model: Any, is_main_process: bool, groups: Sequence[Sequence[str]] = ()) -> None:
         try:
-            self.report = accelerate(model, strict=self.strict)
+            self.report = accelerate(model, strict=self.strict, group=groups or True)
         except ValueError:  # no adapter layer
             self.report = None
             remedy = "give the Trainer a model of peft.get_peft_model, or TRL's trainers a peft_config"

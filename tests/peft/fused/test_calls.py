@@ -106,8 +106,10 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Results], int, tuple[str, ...]]] 
     "nothing trains": (_nothing_trains, 3, METHODS),
     "same adapter twice": (_same_adapter_twice, 3, ("lora", "delora")),
     "scales of zero, less and int": (_scales(0.0, -0.5, 3), 3, LORAS),
-    "weight norm": (_weight_norm, 2, METHODS),
-    "pruned": (_pruned, 2, METHODS),
+    "weight norm": (_weight_norm, 3, ("lora", "rslora", "delora")),  # the first layer's rank term alone
+    "weight norm, DoRA": (_weight_norm, 2, ("dora",)),
+    "pruned": (_pruned, 3, ("lora", "rslora", "delora")),
+    "pruned, DoRA": (_pruned, 2, ("dora",)),
 }
 RUNS = [(name, method) for name, (_, _, methods) in CALLS.items() for method in methods]
 
