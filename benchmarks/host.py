@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.cases import PRECISIONS, Case
-from benchmarks.launch_overhead import HostClock
 from benchmarks.layer.addmm import addmm
 from benchmarks.layer.methods import METHODS, inputs
 from benchmarks.machine import machine_info
@@ -42,8 +42,32 @@ from delora_kernels import functional, use_backend
 
 BACKENDS = ("triton", "cuda", "eager")
 SHOWN = ("lora", "dora", "delora", "moe")
-SIZES: dict[str, int] = {"T": 16, "K": 128, "N": 64, "r": 4}
-"""Small, and yet so that sums over K are split among programs, as they are in real layers."""
+SIZES: dict[str, int] = {"T": 2, "K": 128, "N": 8, "r": 4}
+"""So small that a CPU makes a product in 16 bits in the 10 µs that a GPU's library takes to launch
+it, and yet so that sums over K are split among programs, as they are in real layers.
+"""
+
+
+REPEATS = 20
+"""Passes between two looks at the clock."""
+
+
+class ProcessClock:
+    """CPU time of this process, all threads of it, for REPEATS of each pass: what a busy machine
+    does meanwhile does not count. What the passes left on a device ends outside.
+    """
+
+    def round(self, passes: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float, float | None] | Exception]:
+        """Milliseconds of one repetition."""
+        spent: dict[str, tuple[float, float | None] | Exception] = {}
+        for name, run in passes.items():
+            start = time.process_time()
+            for _ in range(REPEATS):
+                run()
+            spent[name] = 1e3 * (time.process_time() - start) / REPEATS, None
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        return spent
 
 
 class Calls(NamedTuple):
@@ -118,7 +142,7 @@ def measure(method: str, backend: str, precision: str, budget: Budget) -> list[d
             for step in steps.values():
                 step()
         calls = {name: counted(step) for name, step in steps.items()}
-        found = rounds(steps, HostClock(device), budget)
+        found = rounds(steps, ProcessClock(), budget)
     times = {name: [ms for ms, _ in spent] for name, spent in found.items()}
     rows = []
     for name, spent in times.items():

@@ -115,7 +115,7 @@ def cuda_standing_in() -> Iterator[None]:
     load = library.load
     before: Any = [(held, dict(held)) for held in (backends._unavailable, cuda_support._against)]
     stand_in: Any = StandInLibrary()
-    library.load = lambda functions: stand_in
+    library.load = lambda functions: stand_in  # type: ignore[assignment]
     cuda_launch.library.cache_clear()
     backends._unavailable["cuda"] = None
     cuda_support._against["cpu", None] = None
