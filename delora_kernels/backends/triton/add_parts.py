@@ -53,7 +53,7 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """
     count, *shape = parts.shape
     if count == 1:
-        return parts[0].to(dtype)
+        return parts.squeeze(0).to(dtype)
     out = parts.new_empty(shape, dtype=dtype)
     M = out.numel()
     if M:

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from delora_kernels.backends import tape
 from delora_kernels.dtypes import allow_tf32
 
 try:
@@ -48,9 +49,7 @@ LAUNCHERS = (
 """Parameters of the launchers that `launch` can call: of Triton 3.4 to 3.6, and of 3.7 to 3.9."""
 
 MOST = 4096
-"""Plans of one launcher, and records, that are remembered: beyond, those not used for longest are
-forgotten.
-"""
+"""Plans of one launcher, and records, that are remembered; beyond, they are forgotten."""
 MOST_VARIANTS = 64
 """Of a record: beyond, all are forgotten, and found again by Triton's path."""
 
@@ -82,6 +81,7 @@ class Record:
 
 
 _plans: list[Any] = []
+_records: dict[tuple[Any, ...], Record] = {}
 
 
 def planned(function: Callable[..., Any]) -> Any:
@@ -99,14 +99,21 @@ def planned(function: Callable[..., Any]) -> Any:
 
 def forget() -> None:
     """Forget every plan and record, because the tables that they come from have changed."""
+    tape.forget()
+    _records.clear()
     for plan in _plans:
         plan.cache_clear()
 
 
-@planned
 def record(kernel: Any, integers: tuple[int, ...] = (), **constants: Any) -> Record:
     """Return the record of a kind of launch, the same one for the same arguments."""
-    return Record(kernel, integers, constants)
+    key = (kernel.fn, integers, *constants, *constants.values())
+    found = _records.get(key)
+    if found is None:
+        if len(_records) >= MOST:
+            _records.clear()
+        found = _records[key] = Record(kernel, integers, constants)
+    return found
 
 
 def launch(
@@ -125,6 +132,8 @@ def launch(
         free: The integers that the kernel is not specialised for (`do_not_specialize`).
         floats: Triton specialises nothing for them.
     """
+    if tape.recording and tape.launched(launch, bound, record, grid, tensors, free, floats):
+        return
     kernel = record.kernel
     if INTERPRETED:
         kernel[grid](*tensors, *free, *record.integers, *floats, **record.constants)
@@ -164,16 +173,52 @@ def launch(
     )  # fmt: skip
 
 
+def begin(device: int) -> int | None:
+    """Return the current stream of a device, if launches there are as usual; None where another
+    device is current, or somebody wants to see each launch.
+    """
+    active = driver.active
+    if INTERPRETED or knobs is None or device != active.get_current_device() or _watched():
+        return None
+    stream: int = active.get_current_stream(device)
+    return stream
+
+
+def bound(
+    record: Record, grid: tuple[int, ...], tensors: tuple[Any, ...], free: tuple[int, ...], floats: tuple[float, ...]
+) -> tuple[Callable[[int, tuple[Any, ...]], None], tuple[Any, ...]]:
+    """Return this launch as a function of what `begin` returned and of tensors of the same dtypes,
+    on the same device; and its tensors. A variant that is not known yet goes by `launch`.
+    """
+    device = next(tensor for tensor in reversed(tensors) if tensor is not None).get_device()
+    x, y, z = (*grid, 1, 1)[:3]
+    kernel, variants, tail = record.kernel, record.variants, (*free, *record.integers, *floats, *record.values)
+    aligned = (device, *(integer >> 31 for integer in free), *(t if t is None else t.dtype for t in tensors))
+
+    def launch_again(stream: int, tensors: tuple[Any, ...]) -> None:
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        ready = variants.get(aligned)
+        for pointer in pointers:
+            if pointer is not None and pointer & 15:
+                ready = None
+        if ready is None or kernel.pre_run_hooks:
+            launch(record, grid, tensors, free, floats)
+            return
+        ready.run(x, y, z, stream, ready.function, ready.metadata, None, None, None, *pointers, *tail)
+
+    return launch_again, tensors
+
+
 def _watched() -> bool:
     """Whether a profiler's hooks want to see each launch, or kernels are to be compiled otherwise
     than by default.
     """
     runtime = knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a function or None; from Triton 3.5 a chain of functions
-            return True
-    return bool(
-        runtime.debug
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(  # a hook is a function or None; from Triton 3.5 a chain of functions
+        getattr(before, "calls", before)
+        or getattr(after, "calls", after)
+        or runtime.debug
         or getattr(knobs.compilation, "instrumentation_mode", None)
         or getattr(runtime, "add_stages_inspection_hook", None)
     )
