@@ -34,6 +34,8 @@ _recorder = threading.local()
 recording = 0
 """How many recorders are at work, on any thread: where there is none, a launch asks no further."""
 
+_counting = threading.Lock()
+
 _STREAM = object()
 """Stands in a launch's arguments for the stream of the day."""
 
@@ -50,6 +52,7 @@ _NO_EFFECT |= {"reshape", "expand", "detach", "unbind", "contiguous", "to", "__g
 
 
 Begin = Callable[[int], int | None]
+"""(device index) → the stream that launches there go to now; None: they are not as usual."""
 
 
 def forget() -> None:
@@ -70,8 +73,7 @@ def run(begin: Begin, key: tuple[Any, ...], inputs: tuple[Tensor | None, ...], f
     """Return what the function does: by running it, or by replaying what it did.
 
     Args:
-        begin: The backend's: (device index) → the stream that launches there go to now; None: they
-            are not as usual, and nothing is replayed.
+        begin: The backend's; where it returns None nothing is replayed or recorded.
         key: All that decides what the function does, hashable; `facts` of the inputs count besides.
         inputs: Every tensor that it works on.
         function: Returns tensors, and tuples and dicts of them.
@@ -144,14 +146,18 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> "Recorder":
         global recording
-        recording, _recorder.active = recording + 1, self
+        with _counting:
+            recording += 1
+        _recorder.active = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         global recording
         super().__exit__(*error)
-        recording, _recorder.active = recording - 1, None
+        _recorder.active = None
+        with _counting:
+            recording -= 1
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and note it."""

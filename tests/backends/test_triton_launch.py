@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks import launch_overhead
+from benchmarks import launch_overhead, tune_tiles
 from benchmarks.stand_in import Launcher, StandIn, standing_in
 from benchmarks.timing import Budget
 from delora_kernels import use_backend
@@ -521,6 +521,21 @@ def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, m
         run(inputs)
     assert all(tape._known[key] is known for key, known in recorded.items())
     assert sorted(value for value in tape._known.values() if isinstance(value, int)) == [1, 1]
+
+
+def test_tiles_that_are_tuned_are_planned_with(seen: Seen) -> None:
+    x, h = torch.zeros(400, 32, dtype=torch.bfloat16), torch.zeros(400, 16, dtype=torch.bfloat16)
+
+    def tokens() -> int:
+        seen.launches.clear()
+        token_sums(x, h)
+        (record,) = [record for record in launch._records.values() if record.variants]
+        return int(record.constants["BT"])
+
+    shipped = tokens()
+    with tune_tiles._using((9, 0), "token_sums", "16", (32, 32, 4, 2)):
+        assert tokens() == 32 != shipped
+    assert tokens() == shipped
 
 
 def test_plans_can_be_switched_off(seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
