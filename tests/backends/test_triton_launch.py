@@ -432,7 +432,7 @@ def without_temporaries(launches: list[Any], inputs: dict[str, Any]) -> list[Any
     return [(*launched[:4], [named(value) for value in launched[4]]) for launched in launches]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("grouped")])  # they read content
 def test_a_replay_launches_what_the_call_launches(method: str, seen: Seen, seed: int) -> None:
     """With the pointers of the day: of tensors that it has not seen before."""
     inputs, run = replaying(method, seed, seen)

@@ -17,6 +17,9 @@ if SANITIZED:
 SIZES = (70, 150, 40, 3)
 """T, K, N, R: sums that are split, masks and vectors with rests."""
 
+BY_CONTENT = [name for name in METHODS if name.startswith("grouped")]
+"""Methods that read how many tokens each group has: they are never replayed."""
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_calls_give_the_same_bits(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +32,10 @@ def test_replayed_calls_give_the_same_bits(name: str, seed: int, monkeypatch: py
         for draw in draws[:-1]:
             method.fused(draw)
         known = list(tape._known.values())
-        assert [type(each) for each in known] == [tuple, tuple], known  # forward and backward
+        if name in BY_CONTENT:
+            assert set(known) == {-1}
+        else:
+            assert [type(each) for each in known] == [tuple, tuple], known  # forward and backward
         found = method.fused(draws[-1])
     assert list(tape._known.values()) == known
     assert found.keys() == expected.keys()

@@ -18,6 +18,9 @@ from delora_kernels.testing import METHODS
 SIZES = (5, 70, 12, 2)
 """T, K, N, R: a sum over K that is split, masks and vectors with rests."""
 
+BY_CONTENT = [name for name in METHODS if name.startswith("grouped")]
+"""Methods that read how many tokens each group has: they are never replayed."""
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_calls_give_the_same_bits(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +34,10 @@ def test_replayed_calls_give_the_same_bits(name: str, seed: int, monkeypatch: py
         for draw in draws[:-1]:
             method.fused(draw)
         known = list(tape._known.values())
-        assert [type(each) for each in known] == [tuple, tuple], known  # forward and backward
+        if name in BY_CONTENT:
+            assert set(known) == {-1}
+        else:
+            assert [type(each) for each in known] == [tuple, tuple], known  # forward and backward
         found = method.fused(draws[-1])
     assert list(tape._known.values()) == known
     assert found.keys() == expected.keys()

@@ -177,8 +177,10 @@ def begin(device: int) -> int | None:
     """Return the current stream of a device, if launches there are as usual; None where another
     device is current, or somebody wants to see each launch.
     """
+    if INTERPRETED or knobs is None:
+        return None
     active = driver.active
-    if INTERPRETED or knobs is None or device != active.get_current_device() or _watched():
+    if device != active.get_current_device() or _watched():
         return None
     stream: int = active.get_current_stream(device)
     return stream
