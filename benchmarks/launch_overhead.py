@@ -24,6 +24,7 @@ import torch
 from benchmarks.stand_in import standing_in
 from benchmarks.timing import Budget, interleaved
 from delora_kernels import use_backend
+from delora_kernels.backends import tape
 from delora_kernels.backends.triton import launch
 from delora_kernels.testing import METHODS
 
@@ -36,7 +37,7 @@ not be launched.
 REPEATS = 20
 """Launches between two looks at the clock."""
 
-Launch = tuple[tuple[Any, ...], dict[str, Any]]
+Launch = tuple[Any, ...]
 Row = dict[str, Any]
 
 
@@ -58,9 +59,15 @@ class HostClock:
         return spent
 
 
-def by_triton(kernel: Any, grid: tuple[int, ...], *given: tuple[Any, ...], **constants: Any) -> None:
-    """Return a launch by Triton's own path."""
-    kernel[grid](*(argument for group in given for argument in group), **constants)
+def by_triton(
+    record: launch.Record,
+    grid: tuple[int, ...],
+    tensors: tuple[Any, ...],
+    free: tuple[int, ...] = (),
+    floats: tuple[float, ...] = (),
+) -> None:
+    """Make a launch by Triton's own path."""
+    record.kernel[grid](*tensors, *free, *record.integers, *floats, **record.constants)
 
 
 WAYS: dict[str, Callable[..., None]] = {"triton": by_triton, "direct": launch.launch}
@@ -75,12 +82,14 @@ def _launchers() -> list[ModuleType]:
 
 @contextmanager
 def launching(function: Callable[..., None], modules: list[ModuleType]) -> Iterator[None]:
-    """Every launch of these modules goes by `function`."""
+    """Every launch of these modules goes by `function`; nothing is replayed."""
+    enabled, tape.enabled = tape.enabled, False
     for module in modules:
         vars(module)["launch"] = function
     try:
         yield
     finally:
+        tape.enabled = enabled
         for module in modules:
             vars(module)["launch"] = launch.launch
 
@@ -98,9 +107,9 @@ def _calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
 def _recorded(run: Callable[[], Any], modules: list[ModuleType]) -> list[Launch]:
     launches: list[Launch] = []
 
-    def record(*args: Any, **constants: Any) -> None:
-        launches.append((args, constants))
-        launch.launch(*args, **constants)
+    def record(*args: Any) -> None:
+        launches.append(args)
+        launch.launch(*args)
 
     with launching(record, modules):
         run()
@@ -126,10 +135,10 @@ def measured(device: str, budget: Budget) -> list[Row]:
     kernels: dict[str, Launch] = {}
     for passes in calls.values():
         for found in _recorded(passes["both"], modules):
-            kernels.setdefault(found[0][0].__name__, found)
-    for kernel, (args, constants) in sorted(kernels.items()):
-        count = sum(len(group) for group in args[2:]) + len(constants)
-        ways = {name: partial(way, *args, **constants) for name, way in WAYS.items()}
+            kernels.setdefault(found[0].kernel.__name__, found)
+    for kernel, args in sorted(kernels.items()):
+        count = sum(len(group) for group in args[2:]) + len(args[0].integers) + len(args[0].constants)
+        ways = {name: partial(way, *args) for name, way in WAYS.items()}
         rows.append({"kernel": kernel, "arguments": count} | _compared(ways, device, budget))
     for method, passes in calls.items():
         for what, run in passes.items():

@@ -1,12 +1,16 @@
 """A stand-in for a GPU: Triton compiles for one, and every launch ends where the driver would be
 called.
 
-    with standing_in(): ...     the Triton backend takes CPU tensors; its kernels are compiled for
-                                sm_90 and never run
+    with standing_in(): ...         the Triton backend takes CPU tensors; its kernels are compiled
+                                    for sm_90 and never run
+    with cuda_standing_in(): ...    the CUDA backend takes CPU tensors; in place of its library is a
+                                    C function that does nothing
 
 What calls compute is left undefined: this is for what happens on the host.
 """
 
+import ctypes
+import ctypes.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from delora_kernels import backends
+from delora_kernels.backends.cuda import launch as cuda_launch
+from delora_kernels.backends.cuda import library
+from delora_kernels.backends.cuda import support as cuda_support
 from delora_kernels.backends.triton import forms, support
 
 
@@ -86,3 +93,38 @@ def standing_in(stand_in: StandIn | None = None) -> Iterator[StandIn]:
         backends._unavailable.update(unavailable)
         support.INTERPRETED = interpreted
         forms._capabilities.pop(cpu)
+
+
+class StandInLibrary:
+    """Has the functions of the CUDA library: launchers take any arguments and return 0.
+
+    `fegetround` stands for all of them: it looks at no argument, and rounding to nearest is 0.
+    """
+
+    def __init__(self) -> None:
+        mathematics = ctypes.CDLL(ctypes.util.find_library("m"))
+        for name in cuda_launch.FUNCTIONS:
+            setattr(self, name, mathematics["fegetround"])
+        self.dk_error_string = self.dk_on_host = mathematics["fegetround"]
+        self.dk_route_tokens, self.dk_dy_sums_columns = lambda: 32, lambda: 128  # of a block: any numbers
+
+
+@contextmanager
+def cuda_standing_in() -> Iterator[None]:
+    """Make the CUDA backend available, on CPU tensors, in front of a library that does nothing."""
+    load = library.load
+    before: Any = [(held, dict(held)) for held in (backends._unavailable, cuda_support._against)]
+    stand_in: Any = StandInLibrary()
+    library.load = lambda functions: stand_in  # type: ignore[assignment]
+    cuda_launch.library.cache_clear()
+    backends._unavailable["cuda"] = None
+    cuda_support._against["cpu", None] = None
+    backends.load("cuda")
+    try:
+        yield
+    finally:
+        library.load = load
+        cuda_launch.library.cache_clear()
+        for held, values in before:
+            held.clear()
+            held.update(values)

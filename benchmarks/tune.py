@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import tune_tiles
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
-from delora_kernels.backends.triton import forms, stages, tables, tuned
+from delora_kernels.backends.triton import forms, launch, stages, tables, tuned
 from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaling
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budg
         for kernel in [kernel for own, kernel in tables.TILES if own == device]:
             del tables.TILES[device, kernel]
         tables.TILES |= tune_tiles.tuned(device, options.device, clock, budget)
+        launch.forget()
         print(*((name, entries) for (own, name), entries in tables.TILES.items() if own == device), sep="\n")
         options.out.write_text(text(tables.TILES, forms.FORMS), encoding="utf-8")
     if options.only == "tiles":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import codegen
 from benchmarks.codegen_variants import variants
 from benchmarks.timing import Budget, Clock, interleaved
-from delora_kernels.backends.triton import tables
+from delora_kernels.backends.triton import launch, tables
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, rank_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
@@ -88,9 +88,11 @@ def _candidates(name: str) -> Iterator[Entry]:
 def _using(capability: Capability, name: str, limit: str, entry: Entry) -> Iterator[None]:
     before = tables.TILES.get((capability, name))
     tables.TILES[capability, name] = (before or {}) | {limit: entry}
+    launch.forget()
     try:
         yield
     finally:
+        launch.forget()
         if before is None:
             del tables.TILES[capability, name]
         else:

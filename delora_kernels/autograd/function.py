@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from delora_kernels import ops
+from delora_kernels.backends import tape
+from delora_kernels.dtypes import allow_tf32
 
 
 class Computed(NamedTuple):
@@ -59,15 +61,15 @@ def differentiable(
     """
 
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:
-        call, need = call_type(*inputs), call_type(*ctx.needs_input_grad[1:])
-        ctx.backend, ctx.options, ctx.shape = backend, call.options, call.x.shape
+        need = ctx.needs_input_grad[1:]
+        ctx.backend, ctx.options, ctx.shape = backend, inputs[-1], inputs[0].shape
         ctx.wanted = [
-            (field, value.dtype if wanted else None)
-            for field, value, wanted in zip(call_type._fields, inputs, need, strict=True)
+            value.dtype if wanted else None  # of the gradient
+            for value, wanted in zip(inputs, need, strict=True)
         ]
-        outputs, saved, ctx.depends_on = _computed(compute, call, need, backend)
+        outputs, saved, ctx.depends_on = _computed(compute, inputs, need, backend, call_type)
         ctx.stored = None
-        if _is_stored(call):  # a base that backward makes dense again
+        if _is_stored(inputs[1]):  # a base that backward makes dense again
             ctx.stored, saved = saved.weight, saved._replace(weight=None)
         ctx.save_for_backward(*saved)
         if constant is not None:
@@ -85,16 +87,20 @@ def differentiable(
     def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         batched = not torch.compiler.is_compiling() and any(map(is_batched, douts))
         stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
-        kept = saved_type(*saved) if ctx.stored is None else saved_type(*saved)._replace(weight=ctx.stored)
-        arguments = (ctx.options, call_type(*ctx.needs_input_grad[1:]), kept, stages, *douts)
-        if torch.is_autocast_enabled(douts[0].device.type):
-            with torch.autocast(douts[0].device.type, enabled=False):
-                grad = gradients(*arguments)
-        else:
-            grad = gradients(*arguments)
+        o, need = ctx.options, ctx.needs_input_grad[1:]
+
+        def found() -> dict[str, Any]:
+            kept = saved_type(*saved) if ctx.stored is None else saved_type(*saved)._replace(weight=ctx.stored)
+            return gradients(o, call_type(*need), kept, stages, *douts)
+
+        key = None if ctx.stored is not None else (gradients, ctx.backend, o, need)
+        grad = _done(found, key, o, (*saved, *douts), stages, douts[0].device.type)
         if ctx.needs_input_grad[1] and len(ctx.shape) > 2:
             grad["x"] = grad["x"].view(ctx.shape)
-        return None, *(None if dtype is None else _cast(grad[field], dtype) for field, dtype in ctx.wanted)
+        return None, *[
+            None if dtype is None else _cast(grad[field], dtype)
+            for field, dtype in zip(call_type._fields, ctx.wanted, strict=True)
+        ]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     methods |= {"compute": staticmethod(compute), "direct": staticmethod(direct)}
@@ -118,7 +124,7 @@ def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[T
         outputs = function.apply(backend, *call)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
-        outputs = _computed(function.compute, call, type(call)(*[False] * len(call)), backend).outputs
+        outputs = _computed(function.compute, tuple(call), (False,) * len(call), backend, type(call)).outputs
     y = outputs[0]
     return outputs if len(shape) == 2 else (y.view(*shape[:-1], y.shape[-1]), *outputs[1:])
 
@@ -131,21 +137,60 @@ def any_requires_grad(values: Iterable[Any]) -> bool:
     return False
 
 
-def _computed(compute: Callable[..., Computed], call: Any, need: Any, backend: str) -> Computed:
-    """Compute with autocast off: a call's options hold every dtype."""
-    tensors = tuple(call)[:-1]  # torch 2.7 can't trace a slice of the NamedTuple itself
-    if _is_stored(call):
+def _computed(
+    compute: Callable[..., Computed], inputs: tuple[Any, ...], need: tuple[bool, ...], backend: str, call_type: Any
+) -> Computed:
+    """Compute with autocast off: a call's options, the last of the inputs, hold every dtype."""
+    tensors, o = inputs[:-1], inputs[-1]
+    stored = _is_stored(inputs[1])
+    if stored:
         tensors = tensors[:1] + tensors[2:]
-    x, stages = _cast(call.x, call.options.compute_dtype), ops.stages(backend, tensors)
-    if not torch.is_autocast_enabled(x.device.type):
-        return compute(call, x, need, stages)
-    with torch.autocast(x.device.type, enabled=False):
-        return compute(call, x, need, stages)
+    x, stages = _cast(tensors[0], o.compute_dtype), ops.stages(backend, tensors)
+
+    def found() -> Computed:
+        return compute(call_type(*inputs), x, call_type(*need), stages)
+
+    key = None if stored else (compute, backend, o, need)
+    computed: Computed = _done(found, key, o, (x, *tensors[1:]), stages, x.device.type)
+    return computed
 
 
-def _is_stored(call: Any) -> bool:
-    """Whether a call's weight is a base that is made dense once a pass."""
-    return not isinstance(getattr(call, "weight", call.x), Tensor)
+def _done(
+    function: Callable[[], Any], key: tuple[Any, ...] | None, o: Any, inputs: tuple[Any, ...], stages: Any, device: str
+) -> Any:
+    """Return what the function does with autocast off: replayed where that is known, and the
+    backend's launches can be.
+
+    Args:
+        function: Runs a family's `compute` or `gradients`.
+        key: Which of them, the backend, the call's options, whose gradient is wanted; None: what
+            the function does is no matter of these and its tensors alone.
+        o: The options.
+        inputs: Every tensor that the function works on.
+        stages: The ops that it runs.
+        device: Type of the tensors' device.
+    """
+    begin = getattr(stages, "begin", None) if tape.enabled and key is not None else None
+    work: Callable[..., Any] = function
+    given: tuple[Any, ...] = ()
+    if begin is not None and key is not None:
+        key = (*key, o.rank_dtype == torch.float32 and allow_tf32())
+        work, given = tape.run, (begin, key, inputs, function)
+    if not torch.is_autocast_enabled(device):
+        return work(*given)
+    if torch.compiler.is_compiling():
+        with torch.autocast(device, enabled=False):
+            return work(*given)
+    torch.set_autocast_enabled(device, False)  # the context manager takes as long as two launches
+    try:
+        return work(*given)
+    finally:
+        torch.set_autocast_enabled(device, True)
+
+
+def _is_stored(weight: Any) -> bool:
+    """Whether a call's second field is a base that is made dense once a pass."""
+    return weight is not None and not isinstance(weight, Tensor)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

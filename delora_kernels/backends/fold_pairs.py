@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from delora_kernels.backends.library_gemm import nothing
 from delora_kernels.op_arguments import Start, Strength
 
 
@@ -38,6 +39,9 @@ def fold_pairs(
         lam = strength.lam if start.frozen_lam is None else start.frozen_lam
         pairs.append(Pair(start.frozen_A, start.frozen_B, lam, -1.0, A.shape[0]))
     R = sum(pair.A.shape[0] for pair in pairs)
-    a, b = (A.new_empty(0 if strength.lam is None else R, dtype=torch.float32) for _ in range(2))
+    if strength.lam is None:
+        a, b = nothing(A.device, torch.float32), nothing(A.device, torch.float32, 1)
+    else:
+        a, b = A.new_empty(R, dtype=torch.float32), A.new_empty(R, dtype=torch.float32)
     A_hat, B_hat = A.new_empty((R, A.shape[1]), dtype=dtype), B.new_empty((B.shape[0], R), dtype=dtype)
     return pairs, (A_hat, B_hat, a, b)

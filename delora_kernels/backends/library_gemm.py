@@ -9,6 +9,7 @@ its own stages.py puts around them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -73,13 +74,22 @@ class TokenSums(Protocol):
         ...
 
 
+@lru_cache(64)
+def nothing(device: torch.device, dtype: torch.dtype, place: int = 0) -> Tensor:
+    """Return the tensor of size 0 that stands for a result that nobody asked for, made once for
+    each place among an op's results.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
+
+
 def sum_of(parts: Tensor | None, like: Tensor) -> Tensor:
     """Where a kernel writes the sum of parts: a tensor of its own, or the one part itself; no
     parts: an empty one.
     """
     if parts is None:
         return like.new_empty(0)
-    return parts[0] if len(parts) == 1 else parts.new_empty(parts.shape[1:])
+    return parts.squeeze(0) if parts.shape[0] == 1 else parts.new_empty(parts.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,10 @@ class Stages:
     def project(self, x: Tensor, A_hat: Tensor, masks: Masks) -> Tensor:
         """drop(x) Âᵀ; x is read once for each mask."""
         groups = mask_groups(A_hat.shape[0], masks)
+        if len(groups) == 1:
+            return self.times_small(x, A_hat.t(), A_hat.dtype, groups[0])
         parts = [self.times_small(x, A_hat[group.columns].t(), A_hat.dtype, group) for group in groups]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1)
 
     def expand(
         self,
@@ -136,11 +148,11 @@ class Stages:
         products.
         """
         (h, B_hat, scale), (c, scaled, keep, dropout_p, seed) = term, rescaling
-        nothing, extra = x.new_empty(0), None
+        unkept, extra = nothing(x.device, x.dtype), None
         if prefill and seed is None and not keep and (c is None or scaled is not None):
             y = x.new_empty((x.shape[0], weight.shape[0]))
             self.rank_update(None, h, B_hat.t(), scale, y, column=c, bias=bias)
-            return y.addmm_(x, (weight if scaled is None else scaled).t()), nothing
+            return y.addmm_(x, (weight if scaled is None else scaled).t()), unkept
         if seed is None:
             base = linear(x, weight)
         else:
@@ -148,7 +160,7 @@ class Stages:
             base, extra = linear(dropped, weight), linear(rest, weight)
         out = torch.empty_like(base) if keep else base
         y = self.rank_update(base, h, B_hat.t(), scale, out, column=c, extra=extra, bias=bias)
-        return y, (base if keep else nothing)
+        return y, (base if keep else unkept)
 
     def expand_backward(
         self, dy: Tensor, term: TermGradients, rescaled: Rescaled, need_bias: bool
@@ -164,13 +176,16 @@ class Stages:
             small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
             dv = None if small is None else self.times_small(dy, small, dtype)
             empty = h is None and kept is None and not need_bias
-            nothing = DyParts(None, None, None, None)
-            parts = nothing if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
+            parts = DyParts(None, None, None, None) if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
         sums = self.finished(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)
         dv = sums.dv if dv is None else dv
-        wide = dy.new_empty(0, dtype=torch.float32)
-        dB_hat, dy_sum, dm = (wide.clone() if result is None else result for result in sums[1:])
-        return (dy.new_empty(0) if dv is None else dv), dB_hat, dm, dy_sum
+        (_, dB_hat, dy_sum, dm), device, wide = sums, dy.device, torch.float32
+        return (
+            nothing(device, dy.dtype) if dv is None else dv,
+            nothing(device, wide, 1) if dB_hat is None else dB_hat,
+            nothing(device, wide, 2) if dm is None else dm,
+            nothing(device, wide, 3) if dy_sum is None else dy_sum,
+        )
 
     def finished(
         self,
@@ -192,12 +207,16 @@ class Stages:
         """
         dv, product, sums, dots = parts
         if dv is None and dots is None and (column is None or product is None or product.shape[2] == 0):
-            if all(found is None or len(found) == 1 for found in (product, sums)):
-                return DyParts(None, *(None if found is None else found[0] for found in parts[1:]))
-        out = [None if found is None else found.new_empty(found.shape[1:]) for found in parts]
-        out[0] = None if dv is None else dv.new_empty(dv.shape[1:], dtype=dtype)
-        self.finish_dy(parts, DyParts(*out), column, B_hat, divisor)
-        return DyParts(*out)
+            if all(found is None or found.shape[0] == 1 for found in (product, sums)):
+                return DyParts(None, *(None if found is None else found.squeeze(0) for found in parts[1:]))
+        out = DyParts(
+            None if dv is None else dv.new_empty(dv.shape[1:], dtype=dtype),
+            None if product is None else product.new_empty(product.shape[1:]),
+            None if sums is None else sums.new_empty(sums.shape[1:]),
+            None if dots is None else dots.new_empty(dots.shape[1:]),
+        )
+        self.finish_dy(parts, out, column, B_hat, divisor)
+        return out
 
     def read_for_gating(self, dy: Tensor, v: Tensor | None, B_hat: Tensor, need_bias: bool) -> DyParts:
         """Return what a mixture's backward needs of dy, all in parts: one read of it where
@@ -216,7 +235,7 @@ class Stages:
         (weight, c, two_term), (dv, A_hat, x, _, _) = frozen, branch
         groups, term = mask_groups(dv.shape[1], masks), None
         if weight is None or A_hat is None:
-            return dy.new_empty(0), self.factor_grad(branch, groups)
+            return nothing(dy.device, dy.dtype), self.factor_grad(branch, groups)
         if two_term and c is not None and groups[0].seed is not None:
             dx = self._two_term_dx(dy, weight, c, branch, groups[0])
             return dx, self.factor_grad(branch, groups)
@@ -232,7 +251,12 @@ class Stages:
         """dÂ [r, K], float32, and from all of dv's columns the term, which asks for one group."""
         dv, _, x, r, scale = branch
         if x is None:
-            return dv.new_empty(0, dtype=torch.float32)
+            return nothing(dv.device, torch.float32, 1)
+        if len(groups) == 1 and r > 0:
+            h = dv if r == dv.shape[1] or term is not None else dv[:, :r]
+            done = self.token_sums(x, h, scale, group=groups[0], transposed=True, ranks=r, term=term)
+            assert done.product is not None
+            return self.add_parts(done.product, torch.float32)
         sums = []
         for group in groups:
             first, last = group.columns.start, min(group.columns.stop, r)

@@ -30,10 +30,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks import launch_overhead
+from benchmarks import launch_overhead, tune_tiles
 from benchmarks.stand_in import Launcher, StandIn, standing_in
 from benchmarks.timing import Budget
 from delora_kernels import use_backend
+from delora_kernels.backends import tape
 from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import forms, launch
 from delora_kernels.backends.triton.add_parts import add_parts_kernel
@@ -69,7 +70,7 @@ class Variant(CompiledKernel):
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator["Seen"]:
     """A stand-in for the driver, kernels that nothing has compiled yet, nothing remembered."""
-    monkeypatch.setattr(launch, "_ready", {})
+    launch.forget()
     monkeypatch.setattr(triton.compiler, "compile", Variant)
     for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "compile", Variant, raising=False)
@@ -77,6 +78,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator["Seen"]:
     seen = Seen()
     with standing_in(StandIn(seen=seen)) as seen.stand_in:
         yield seen
+    launch.forget()
+
+
+def ready() -> list[launch.Ready]:
+    """Every variant that is remembered."""
+    return [variant for record in launch._records.values() for variant in record.variants.values()]
 
 
 class Seen:
@@ -93,14 +100,16 @@ class Seen:
         metadata, _launch_metadata, _enter_hook, _exit_hook, *rest = args
         self.launches.append((grid, stream, function, metadata, rest))
         above = sys._getframe(2)  # what called the launcher, or one that calls it
-        self.direct += REAL.__code__ in (above.f_code, above.f_back.f_code if above.f_back else None)
+        callers = [above.f_code, above.f_back.f_code if above.f_back else None]
+        replayed = any(code is not None and code.co_name == "launch_again" for code in callers)
+        self.direct += replayed or REAL.__code__ in callers
 
-    def pair(self, *call: Any, **constants: Any) -> None:
+    def pair(self, record: launch.Record, *call: Any) -> None:
         """One launch by `launch` and once more by Triton's path: the driver must get the same."""
-        kernel, grid, *given = call
+        kernel = record.kernel
         self.launches.clear()
-        REAL(*call, **constants)
-        kernel[grid](*(argument for group in given for argument in group), **constants)
+        REAL(record, *call)
+        launch_overhead.by_triton(record, *call)
         ours, theirs = self.launches
         assert ours[:4] == theirs[:4], kernel
         for got, expected in zip(ours[4], theirs[4], strict=True):
@@ -116,7 +125,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> list[Any]:
     launched: list[Any] = []
     for module in MODULES:
         if module is not launch and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", lambda *a, **kw: (launched.append(a[0]), seen.pair(*a, **kw)))
+            monkeypatch.setattr(module, "launch", lambda *a: (launched.append(a[0].kernel), seen.pair(*a)))
+    monkeypatch.setattr(tape, "enabled", False)
     return launched
 
 
@@ -134,8 +144,8 @@ def test_the_driver_gets_what_tritons_path_gives_it(
     monkeypatch.setattr(forms, "DEFAULT", form)
     launched = checked(monkeypatch, seen)
     for name, method in METHODS.items():
-        if form != forms.UPDATE and method.function.startswith("ether"):
-            continue
+        if name.startswith("grouped") or (form != forms.UPDATE and method.function.startswith("ether")):
+            continue  # grouped ones launch nothing of Triton's
         for i, sizes in enumerate(SIZES):
             dtype, wide = DTYPES[(i + len(name)) % len(DTYPES)]
             inputs = method.draw(*sizes, dtype=dtype, adapter_dtype=wide, seed=seed)
@@ -167,11 +177,12 @@ def test_a_variant_for_each_alignment_and_each_kind_of_integer(seen: Seen) -> No
     functions = {}
     for _ in range(2):
         for at, C in ((rows[0], 16), (rows[1], 16), (rows[0], 17), (rows[0], 1), (rows[0], 2**31 + 16)):
-            seen.pair(scaled_kernel, (1,), (at, rows, rows), (3, C, 16), BY_ROW=True, BM=16, BC=512)
+            made = launch.record(scaled_kernel, (C, 16), BY_ROW=True, BM=16, BC=512)
+            seen.pair(made, (1,), (at, rows, rows), (3,))
             functions[at.data_ptr() % 16, C] = seen.launches[0][2]
     assert len(set(functions.values())) == len(functions) == 5
     assert seen.direct == 5
-    signatures = [ready.kernel.src.signature["C"] for ready in launch._ready.values()]
+    signatures = [variant.kernel.src.signature["C"] for variant in ready()]
     assert sorted(signatures) == ["constexpr", "i32", "i32", "i32", "i64"]
 
 
@@ -180,13 +191,13 @@ def test_what_changes_from_call_to_call_keeps_its_variant(seen: Seen) -> None:
     x, h = torch.zeros(400, 32, dtype=torch.bfloat16), torch.zeros(400, 16, dtype=torch.bfloat16)
     for T in (400, 64, 1, 37):
         token_sums(x[:T], h[:T])
-    assert len(launch._ready) == 1
+    assert len(ready()) == 1
     assert seen.direct == 3
     parts = torch.zeros(8)
     for count in (3, 1, 16, 2**31, 2**31 + 5):
-        seen.pair(add_parts_kernel, (1,), (parts, parts), (count, 5), BLOCK=1024)
+        seen.pair(launch.record(add_parts_kernel, BLOCK=1024), (1,), (parts, parts), (count, 5))
     assert len({launched[2] for launched in seen.launches}) == 1
-    assert {r.kernel.src.signature["parts"] for r in launch._ready.values() if "M" in r.kernel.src.signature} == {
+    assert {r.kernel.src.signature["parts"] for r in ready() if "M" in r.kernel.src.signature} == {
         "i32",
         "i64",
     }
@@ -196,8 +207,8 @@ def test_each_constant_and_option_counts(seen: Seen) -> None:
     parts = torch.zeros(8)
     for _ in range(2):
         for constants in ({"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 64, "num_warps": 8}, {"BLOCK": 64, "num_stages": 8}):
-            seen.pair(add_parts_kernel, (2, 3), (parts, parts), (3, 5), **constants)
-    assert len(launch._ready) == seen.direct == 4
+            seen.pair(launch.record(add_parts_kernel, **constants), (2, 3), (parts, parts), (3, 5))
+    assert len(ready()) == seen.direct == 4
 
 
 def test_each_block_and_dtype_of_a_descriptor_counts(seen: Seen) -> None:
@@ -206,8 +217,8 @@ def test_each_block_and_dtype_of_a_descriptor_counts(seen: Seen) -> None:
     for _ in range(2):
         for matrix, block in ((0, [16, 32]), (0, [32, 16]), (1, [16, 32]), (2, [16, 32])):
             described = launch.TensorDescriptor.from_tensor(matrices[matrix], block)
-            seen.pair(add_parts_kernel, (1,), (described, matrices[0]), (3, 5), BLOCK=64)
-    assert len(launch._ready) == 3
+            seen.pair(launch.record(add_parts_kernel, BLOCK=64), (1,), (described, matrices[0]), (3, 5))
+    assert len(ready()) == 3
     assert seen.direct == 5
 
 
@@ -241,7 +252,7 @@ def test_current_stream_and_another_device(seen: Seen, monkeypatch: pytest.Monke
         seen.stand_in.stream = stream
         for index in (1, 2):
             pointers = (Pointer(index), None if index == 3 else Pointer(index))
-            launch.launch(add_parts_kernel, (1,), pointers, (3, 5), BLOCK=64)
+            launch.launch(launch.record(add_parts_kernel, BLOCK=64), (1,), pointers, (3, 5))
             assert seen.launches[-1][1] == 100 * index + stream
             functions.append(seen.launches[-1][2])
     assert functions[:2] == functions[2:]
@@ -251,7 +262,7 @@ def test_current_stream_and_another_device(seen: Seen, monkeypatch: pytest.Monke
 
 def _direct(seen: Seen) -> bool:
     before = seen.direct
-    seen.pair(add_parts_kernel, (1,), (torch.zeros(8), torch.zeros(8)), (3, 5), BLOCK=64)
+    seen.pair(launch.record(add_parts_kernel, BLOCK=64), (1,), (torch.zeros(8), torch.zeros(8)), (3, 5))
     return seen.direct > before
 
 
@@ -294,7 +305,7 @@ def test_nothing_compiled_under_a_hook_is_remembered(seen: Seen, monkeypatch: py
 
     monkeypatch.setattr(knobs.runtime, "debug", True)
     assert not _direct(seen)
-    assert launch._ready == {}
+    assert ready() == []
 
 
 @pytest.mark.parametrize("why", ["launcher", "backend", "no kernel"])
@@ -324,8 +335,8 @@ def test_it_forgets_before_it_grows_for_ever(seen: Seen, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "MOST", 3)
     parts = torch.zeros(8)
     for BLOCK in (2, 4, 8, 16, 32, 16):
-        seen.pair(add_parts_kernel, (1,), (parts, parts), (3, 8), BLOCK=BLOCK)
-    assert len(launch._ready) == 2
+        seen.pair(launch.record(add_parts_kernel, BLOCK=BLOCK), (1,), (parts, parts), (3, 8))
+    assert len(ready()) == 2
     assert seen.direct == 1
 
 
@@ -340,8 +351,8 @@ def test_another_number_of_tokens_is_no_other_variant(tokens: tuple[int, ...], s
             with use_backend("triton"):
                 method.fused(inputs)
             if T == tokens[0]:
-                remembered = set(launch._ready)
-        assert set(launch._ready) == remembered, method.name
+                remembered = set(map(id, ready()))
+        assert set(map(id, ready())) == remembered, method.name
 
 
 def test_parameters_are_in_the_order_that_launch_wants() -> None:
@@ -392,3 +403,142 @@ def test_the_benchmark_launches_every_kernel_both_ways(
     assert kernels["add_parts_kernel"] == 5
     assert "| add_parts_kernel | 5 | 500.0 | 125.0 | 0.25 |" in capsys.readouterr().out
     assert all(module.launch is launch.launch for module in launch_overhead._launchers())
+
+
+def replaying(method: str, seed: int, seen: Seen, **options: Any) -> tuple[dict[str, Any], Any]:
+    """The inputs of a method, and its forward and backward pass, recorded by now."""
+    inputs = METHODS[method].draw(
+        *(64, 128, 256, 16), dtype=torch.bfloat16, adapter_dtype=torch.float32, seed=seed, **options
+    )
+
+    def run(inputs: dict[str, Any] = inputs) -> list[Any]:
+        seen.launches.clear()
+        with use_backend("triton"):
+            METHODS[method].fused(inputs)
+        return list(seen.launches)
+
+    for _ in range(3):
+        run()
+    return inputs, run
+
+
+def without_temporaries(launches: list[Any], inputs: dict[str, Any]) -> list[Any]:
+    """The launches, with the name of an input for its pointer, "memory" for any other pointer."""
+    names = {value.data_ptr(): name for name, value in inputs.items() if isinstance(value, Tensor) and value.numel()}
+
+    def named(value: Any) -> Any:
+        return names.get(value, "memory" if value > 1 << 32 else value) if type(value) is int else value
+
+    return [(*launched[:4], [named(value) for value in launched[4]]) for launched in launches]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("grouped")])  # they read content
+def test_a_replay_launches_what_the_call_launches(method: str, seen: Seen, seed: int) -> None:
+    """With the pointers of the day: of tensors that it has not seen before."""
+    inputs, run = replaying(method, seed, seen)
+    assert [type(known) for known in tape._known.values()] == [tuple, tuple]
+    fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    before = seen.direct
+    replayed = without_temporaries(run(fresh), fresh)
+    assert seen.direct - before == len(replayed) > 0
+    tape.enabled, enabled = False, tape.enabled
+    try:
+        assert without_temporaries(run(fresh), fresh) == replayed
+    finally:
+        tape.enabled = enabled
+
+
+def test_a_replay_heeds_the_stream_the_device_and_alignment(
+    seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, run = replaying("lora", seed, seen)
+    seen.stand_in.stream = 11
+    usual = run()
+    assert {stream for _, stream, *_ in usual} == {11}
+    seen.stand_in.device = 3  # another device is current: the tensors' own is entered for each launch
+    entered: list[int] = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, seen.stand_in.device = seen.stand_in.device, index
+        entered.append(index)
+        yield
+        seen.stand_in.device = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    assert [launched[2] for launched in run()] == [launched[2] for launched in usual]
+    assert entered == [-1] * len(usual)
+    seen.stand_in.device = -1
+    shifted = run(inputs | {"x": misaligned(inputs["x"])})
+    again = run(inputs | {"x": misaligned(inputs["x"])})
+    differ = [ours[2] is not theirs[2] for ours, theirs in zip(shifted, usual, strict=True)]
+    reads_x = [any("x" == value for value in launched[4]) for launched in without_temporaries(usual, inputs)]
+    assert differ == reads_x
+    assert any(reads_x)
+    assert [launched[2] for launched in again] == [launched[2] for launched in shifted]
+    assert [launched[2] for launched in run()] == [launched[2] for launched in usual]
+
+
+def test_a_replay_is_seen_by_whoever_hooks_launches(seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    _, run = replaying("lora", seed, seen)
+    count = len(run())
+    before = seen.direct
+    run()
+    assert seen.direct - before == count
+    chain = knobs.runtime.launch_enter_hook
+    if chain is None:  # Triton 3.4
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda *_: None)
+    else:
+        monkeypatch.setattr(chain, "calls", [lambda *_: None])
+    before = seen.direct
+    assert len(run()) == count
+    assert seen.direct == before
+    monkeypatch.undo() if chain is None else monkeypatch.setattr(chain, "calls", [])
+    called: list[Any] = []
+    monkeypatch.setattr(add_parts_kernel, "pre_run_hooks", [lambda *a, **kw: called.append(a)])
+    run()
+    assert called
+
+
+@pytest.mark.parametrize("what", ["dtype", "scale", "frozen A", "tf32", "bias"])
+def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, run = replaying("lora", seed, seen)
+    recorded = dict(tape._known)
+    if what == "dtype":
+        inputs = {n: v.half() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
+    elif what == "scale":
+        inputs = inputs | {"scale": 0.25}
+    elif what == "tf32":
+        monkeypatch.setattr("delora_kernels.autograd.function.allow_tf32", lambda: True)
+    elif what == "bias":
+        inputs = inputs | {"bias": None}
+    if what == "frozen A":
+        with use_backend("triton"):
+            (METHODS["lora"].forward(inputs | {"B": inputs["B"].requires_grad_()})).sum().backward()
+    else:
+        run(inputs)
+    assert all(tape._known[key] is known for key, known in recorded.items())
+    assert sorted(value for value in tape._known.values() if isinstance(value, int)) == [1, 1]
+
+
+def test_tiles_that_are_tuned_are_planned_with(seen: Seen) -> None:
+    x, h = torch.zeros(400, 32, dtype=torch.bfloat16), torch.zeros(400, 16, dtype=torch.bfloat16)
+
+    def tokens() -> int:
+        seen.launches.clear()
+        token_sums(x, h)
+        (record,) = [record for record in launch._records.values() if record.variants]
+        return int(record.constants["BT"])
+
+    shipped = tokens()
+    with tune_tiles._using((9, 0), "token_sums", "16", (32, 32, 4, 2)):
+        assert tokens() == 32 != shipped
+    assert tokens() == shipped
+
+
+def test_plans_can_be_switched_off(seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "enabled", False)
+    replaying("lora", seed, seen)
+    assert tape._known == {}

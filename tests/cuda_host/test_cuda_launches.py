@@ -20,7 +20,7 @@ T, K, N = 300, 200, 260
 WIDE, BF16 = torch.float32, torch.bfloat16
 FREE = {
     *("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "promote_types"),
-    *("reshape", "resolve_conj", "select", "slice", "t", "to", "transpose", "unbind", "unsqueeze", "view"),
+    *("reshape", "resolve_conj", "select", "slice", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view"),
 }
 """Torch ops that launch nothing."""
 

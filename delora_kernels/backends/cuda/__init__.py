@@ -8,6 +8,7 @@ the same kernels on CPU tensors: slow, for tests.
 
 from delora_kernels.backends.cuda.fold import fold, fold_backward
 from delora_kernels.backends.cuda.kernels import dropout_mask
+from delora_kernels.backends.cuda.launch import begin
 from delora_kernels.backends.cuda.reflect import reflect, reflect_backward
 from delora_kernels.backends.cuda.route import expand_route_backward, project_route
 from delora_kernels.backends.cuda.row_norm import row_norm

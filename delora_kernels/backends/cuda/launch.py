@@ -7,7 +7,7 @@ on CPU tensors, for tests.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from delora_kernels.backends import tape
 from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.dtypes import allow_tf32
 
@@ -107,11 +108,13 @@ def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
     Raises:
         RuntimeError: the launcher refused its arguments, or CUDA the launch.
     """
+    if tape.recording and tape.launched(launch, bound, name, *arguments):
+        return
     function, types = getattr(library(), f"dk_{name}"), LAUNCHERS[name]
     values = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in zip(types, arguments, strict=True)]
     first = next(value for value in arguments if isinstance(value, Tensor))
     if name in PRODUCTS:
-        values.append(first.dtype == torch.float32 and allow_tf32())
+        values.append(_in_tf32(first))
     device = first.device
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -119,9 +122,62 @@ def launch(name: str, *arguments: Tensor | float | bool | None) -> None:
     else:
         status = function(*values, None)
     if status:
-        words = library().dk_error_string(status).decode()
-        described = ", ".join(_describe(value) for value in arguments)
-        raise RuntimeError(f"delora_kernels: the CUDA kernel {name}({described}) failed: {words} (status {status})")
+        _failed(name, arguments, status)
+
+
+def _in_tf32(first: Tensor) -> bool:
+    return first.dtype == torch.float32 and allow_tf32()
+
+
+def _failed(name: str, arguments: Iterable[Any], status: int) -> None:
+    words = library().dk_error_string(status).decode()
+    described = ", ".join(_describe(value) for value in arguments)
+    raise RuntimeError(f"delora_kernels: the CUDA kernel {name}({described}) failed: {words} (status {status})")
+
+
+def begin(device: int) -> int | None:
+    """Return the current stream of a device; None where another one is current, or kernels run on
+    the host.
+    """
+    if on_host() or (device >= 0 and device != torch.cuda.current_device()):
+        return None
+    return torch.cuda.current_stream(device).cuda_stream if device >= 0 else 0
+
+
+def bound(
+    name: str, *arguments: Tensor | float | bool | None
+) -> tuple[Callable[[int, tuple[Tensor, ...]], None], tuple[Tensor, ...]]:
+    """Return this launch as a function of what `begin` returned and of tensors of the same dtypes
+    and strides, on the same device; and its tensors.
+    """
+    tensors = tuple(value for value in arguments if isinstance(value, Tensor))
+    kinds = list(zip(LAUNCHERS[name], arguments, strict=True))
+    usual = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in kinds]
+    usual += [_in_tf32(tensors[0])] if name in PRODUCTS else []
+    places = [(place, _around(usual[place])) for place, (_, value) in enumerate(kinds) if isinstance(value, Tensor)]
+
+    def launch_again(stream: int, tensors: tuple[Tensor, ...]) -> None:
+        values = list(usual)
+        for (place, make), tensor in zip(places, tensors, strict=True):
+            values[place] = make(tensor.data_ptr())
+        status = getattr(library(), f"dk_{name}")(*values, stream)
+        if status:
+            _failed(name, tensors, status)
+
+    for place, _ in places:
+        usual[place] = None  # no pointer is kept
+    return launch_again, tensors
+
+
+def _around(value: Any) -> Callable[[int], Any]:
+    """Return pointer → the argument that differs from `value` in the pointer alone."""
+    if isinstance(value, Matrix):
+        row, column, dtype = value.row_stride, value.column_stride, value.dtype
+        return lambda pointer: Matrix(pointer, row, column, dtype)
+    if isinstance(value, Vector):
+        stride, dtype = value.stride, value.dtype
+        return lambda pointer: Vector(pointer, stride, dtype)
+    return _as_it_is
 
 
 def _as_it_is(value: Any) -> Any:

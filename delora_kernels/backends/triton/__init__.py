@@ -13,6 +13,7 @@ from delora_kernels.backends.eager import (
 )
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
+from delora_kernels.backends.triton.launch import begin
 from delora_kernels.backends.triton.project_route import project_route
 from delora_kernels.backends.triton.reflect import reflect, reflect_backward
 from delora_kernels.backends.triton.route_backward import expand_route_backward

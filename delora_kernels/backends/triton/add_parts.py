@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.library_gemm import DyParts
-from delora_kernels.backends.triton.launch import launch
+from delora_kernels.backends.triton.launch import Record, launch, planned, record
+from delora_kernels.backends.triton.tables import cdiv, power_of_2
 
 BLOCK = 1024
 """Elements that a program adds up."""
@@ -40,16 +41,23 @@ def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
     add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
 
 
+@planned
+def _adding() -> Record:
+    made: Record = record(add_parts_kernel, BLOCK=BLOCK)
+    return made
+
+
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_p parts[p] in `dtype`; parts [P, ...] float32, contiguous. A single float32 part is
     returned as it is.
     """
-    if len(parts) == 1:
-        return parts[0].to(dtype)
-    out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    if out.numel():
-        M = out.numel()
-        launch(add_parts_kernel, (triton.cdiv(M, BLOCK),), (parts, out), (len(parts), M), BLOCK=BLOCK)
+    count, *shape = parts.shape
+    if count == 1:
+        return parts.squeeze(0).to(dtype)
+    out = parts.new_empty(shape, dtype=dtype)
+    M = out.numel()
+    if M:
+        launch(_adding(), (-(-M // BLOCK),), (parts, out), (count, M))
     return out
 
 
@@ -92,21 +100,28 @@ def finish_dy_kernel(
             add(DV_PARTS, DV, i, dv_parts, elements)
 
 
+@planned
+def _plan(N: int, integers: tuple[int, ...], *present: bool) -> tuple[Record, int]:
+    """Return the record of a launch and its programs for all but dv; `integers` as the kernel takes
+    them, from N on.
+    """
+    BR = max(16, power_of_2(max(1, integers[1])))
+    names = ("WITH_DV", "WITH_PRODUCT", "WITH_SUMS", "WITH_DOTS", "WITH_COLUMN", "WITH_B")
+    BN = BLOCK // BR
+    made = record(finish_dy_kernel, integers, **dict(zip(names, present, strict=True)), BN=BN, BR=BR, BLOCK=BLOCK)
+    return made, cdiv(N, BN)
+
+
 def finish_dy(
     parts: DyParts, out: DyParts, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
 ) -> None:
     """Write to `out` what `Stages.finished` promises, in one launch."""
-    count, N = next((found.shape[:2] for found in parts[1:] if found is not None), (0, 0))
-    R = 0 if parts.product is None else parts.product.shape[2]
-    BR = max(16, triton.next_power_of_2(R))
-    BN = BLOCK // BR
-    elements = 0 if out.dv is None else out.dv.numel()
-    dv_count, strides = 0 if parts.dv is None else len(parts.dv), (0, 0) if B_hat is None else B_hat.stride()
-    launch(
-        finish_dy_kernel, (triton.cdiv(N, BN) + triton.cdiv(elements, BLOCK),),
-        (*parts, B_hat, column, divisor, *out),
-        (dv_count, count, elements, N, R, *strides),
-        WITH_DV=out.dv is not None, WITH_PRODUCT=out.product is not None, WITH_SUMS=out.sums is not None,
-        WITH_DOTS=out.dots is not None, WITH_COLUMN=column is not None, WITH_B=B_hat is not None,
-        BN=BN, BR=BR, BLOCK=BLOCK,
-    )  # fmt: skip
+    dv, product, sums, dots = parts
+    first = next((found for found in (product, sums, dots) if found is not None), None)
+    count, N = (0, 0) if first is None else first.shape[:2]
+    elements, dv_count = (0, 0) if dv is None or out.dv is None else (out.dv.numel(), dv.shape[0])
+    integers = (N, 0 if product is None else product.shape[2], *((0, 0) if B_hat is None else B_hat.stride()))
+    present = (found is not None for found in (*out, column, B_hat))
+    made, programs = _plan(N, integers, *present)
+    tensors = (dv, product, sums, dots, B_hat, column, divisor, *out)
+    launch(made, (programs - (-elements // BLOCK),), tensors, (dv_count, count, elements))

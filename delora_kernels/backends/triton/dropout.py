@@ -9,7 +9,8 @@ from torch import Tensor
 
 from delora_kernels.backends.dropout import threshold
 from delora_kernels.backends.triton.device import keep_tile
-from delora_kernels.backends.triton.launch import launch, rows
+from delora_kernels.backends.triton.launch import launch, record, rows
+from delora_kernels.backends.triton.tables import cdiv
 
 _BT, _BC = 32, 128
 
@@ -42,7 +43,8 @@ def dropout_mask(T: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """Return the elements of a [T, K] input that are kept, bool: the bits of the eager backend."""
     mask = seed.new_empty((T, K), dtype=torch.bool)
     if T * K:
-        launch(mask_kernel, _grid(T, K), (seed, mask), (T, K, threshold(dropout_p)), BT=_BT, BC=_BC)
+        made = record(mask_kernel, (K, threshold(dropout_p)), BT=_BT, BC=_BC)
+        launch(made, _grid(T, K), (seed, mask), (T,))
     return mask
 
 
@@ -51,12 +53,10 @@ def drop(x: Tensor, dropout_p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     x, (T, K) = rows(x), x.shape
     dropped, rest = x.new_empty((T, K)), x.new_empty((T, K))
     if T * K:
-        launch(
-            drop_kernel, _grid(T, K), (x, seed, dropped, rest),
-            (T, K, x.stride(0), threshold(dropout_p)), (1 / (1 - dropout_p),), BT=_BT, BC=_BC,
-        )  # fmt: skip
+        made = record(drop_kernel, (K, x.stride(0), threshold(dropout_p)), BT=_BT, BC=_BC)
+        launch(made, _grid(T, K), (x, seed, dropped, rest), (T,), (1 / (1 - dropout_p),))
     return dropped, rest
 
 
 def _grid(T: int, K: int) -> tuple[int, int]:
-    return triton.cdiv(K, _BC), triton.cdiv(T, _BT)
+    return cdiv(K, _BC), cdiv(T, _BT)

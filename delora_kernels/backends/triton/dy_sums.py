@@ -14,8 +14,19 @@ from torch import Tensor
 from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, WIDE, dot_split, launch, precision, rows
-from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    WIDE,
+    Record,
+    dot_split,
+    in_tf32,
+    launch,
+    planned,
+    precision,
+    record,
+    rows,
+)
+from delora_kernels.backends.triton.tables import cdiv, dtypes, rank_tile, splits, tiles
 
 LARGEST_RANK = 32
 
@@ -78,6 +89,35 @@ def _dtype(small: Tensor, c: Tensor | None) -> torch.dtype:
     return small.dtype if c is None else torch.float32
 
 
+@planned
+def _plan(
+    T: int, integers: tuple[int, ...], kinds: tuple[torch.dtype, torch.dtype, torch.dtype], device: torch.device,
+    sums: bool, dots: bool, column: bool, tf32: bool,
+) -> tuple[Record, int, int, int]:  # fmt: skip
+    """Return the record of a launch, its chunks and parts, and the tokens of a part.
+
+    Args:
+        T: Tokens.
+        integers: As the kernel takes them, from N on.
+        kinds: The dtypes of dy, of c ⊙ small, of h.
+        device: Theirs.
+        sums, dots, column: Whether the launch has them.
+        tf32: Of dy's products.
+    """
+    (N, R, *_), (big, small, h) = integers, kinds
+    BR = rank_tile("dy_sums", R)
+    tile = tiles("dy_sums", BR, capability(device), dtypes(big, small, h))
+    chunks, steps = cdiv(N, tile.columns), cdiv(T, tile.tokens)
+    part = cdiv(steps, splits(chunks, steps)) * tile.tokens
+    how, how_h = dot_split(big, small), dot_split(big, h)
+    made = record(
+        dy_sums_kernel, integers, WITH_SUMS=sums, WITH_DOTS=dots, WITH_COLUMN=column,
+        HOW=how, HOW_H=how_h, PRECISION=precision(max(how, how_h), tf32), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return made, chunks, cdiv(T, part), part
+
+
 def dy_sums(
     dy: Tensor, small: Tensor, h: Tensor, factor: float, sums: bool, y: Tensor | None, c: Tensor | None = None
 ) -> DyParts:
@@ -94,20 +134,14 @@ def dy_sums(
     """
     (T, N), R = dy.shape, h.shape[1]
     dy, h, y = rows(dy), rows(h), None if y is None else rows(y)
-    BR = rank_tile("dy_sums", R)
-    tile = tiles("dy_sums", BR, capability(dy.device), dtypes(dy.dtype, _dtype(small, c), h.dtype))
-    chunks, steps = triton.cdiv(N, tile.columns), triton.cdiv(T, tile.tokens)
-    part = triton.cdiv(steps, splits(chunks, steps)) * tile.tokens
-    parts = triton.cdiv(T, part)
+    integers = (N, R, dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0))
+    kinds = (dy.dtype, _dtype(small, c), h.dtype)
+    made, chunks, parts, part = _plan(
+        T, integers, kinds, dy.device, sums, y is not None, c is not None, in_tf32(dy.dtype)
+    )
     dv = dy.new_empty((chunks, T, R), dtype=torch.float32)
-    product = dy.new_empty((parts, N, R), dtype=torch.float32)
-    summed, dots = (dv.new_empty((parts, N)) if wanted else None for wanted in (sums, y is not None))
-    how, how_h = dot_split(dy.dtype, _dtype(small, c)), dot_split(dy.dtype, h.dtype)
-    launch(
-        dy_sums_kernel, (chunks, parts), (dy, small, c, h, y, dv, product, summed, dots),
-        (T, part, N, R, dy.stride(0), *small.stride(), h.stride(0), 0 if y is None else y.stride(0)), (factor,),
-        WITH_SUMS=sums, WITH_DOTS=y is not None, WITH_COLUMN=c is not None,
-        HOW=how, HOW_H=how_h, PRECISION=precision(dy.dtype, max(how, how_h)), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    product = dv.new_empty((parts, N, R))
+    summed = dv.new_empty((parts, N)) if sums else None
+    dots = None if y is None else dv.new_empty((parts, N))
+    launch(made, (chunks, parts), (dy, small, c, h, y, dv, product, summed, dots), (T, part), (factor,))
     return DyParts(dv, product, summed, dots)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from delora_kernels.backends.eager.fold import frozen_dlam
 from delora_kernels.backends.fold_pairs import fold_pairs
-from delora_kernels.backends.triton.launch import launch
+from delora_kernels.backends.triton.launch import launch, record
 from delora_kernels.op_arguments import Folded, Start, Strength
 
 BLOCK, WARPS = 4096, 8
@@ -79,12 +79,12 @@ def fold(
     _, weight_norm, eps = strength
     for pair_A, pair_B, lam, sign, offset in pairs:
         (r, K), N, R = pair_A.shape, pair_B.shape[0], A_hat.shape[0]
-        launch(
-            fold_kernel, (2 * r,), (pair_A, pair_B, lam, weight_norm, A_hat, B_hat, a, b),
-            (K, N, r, R, offset, *pair_A.stride(), *pair_B.stride()), (sign, eps),
+        made = record(
+            fold_kernel, (K, N, r, R, offset, *pair_A.stride(), *pair_B.stride()),
             NORMALISE=lam is not None, CLAMP=eps > 0,
             WITH_VECTOR=weight_norm is not None and weight_norm.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
+        launch(made, (2 * r,), (pair_A, pair_B, lam, weight_norm, A_hat, B_hat, a, b), (), (sign, eps))
     return A_hat, B_hat, a, b
 
 
@@ -154,12 +154,12 @@ def fold_backward(
         *(dA_hat.stride() if dA_hat is not None else (0, 0)),
         *(dB_hat.stride() if dB_hat is not None else (0, 0)),
     )
-    launch(
-        fold_backward_kernel, (2 * r,), (dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along),
-        (K, N, r, *strides, *A.stride(), *B.stride()), (eps,),
+    made = record(
+        fold_backward_kernel, (K, N, r, *strides, *A.stride(), *B.stride()),
         CLAMP=eps > 0, WITH_VECTOR=weight_norm.dim() > 0, WITH_A=dA_hat is not None, WITH_B=dB_hat is not None,
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
+    launch(made, (2 * r,), (dA_hat, dB_hat, A, B, lam, weight_norm, a, b, dA, dB, along), (), (eps,))
     if dB_hat is None:
         return dA, dB, b.new_empty(0)
     dlam = along.sum(0, keepdim=True)

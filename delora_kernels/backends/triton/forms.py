@@ -51,5 +51,7 @@ def choose(op: str, left: Tensor, columns: int, inner: int) -> str:
         columns: Of the output.
         inner: What the product sums over.
     """
+    if not FORMS:
+        return DEFAULT
     forms = FORMS.get((capability(left.device), left.dtype, op))
     return DEFAULT if forms is None else forms.get(shape_class(left.shape[0], columns, inner), DEFAULT)

@@ -14,9 +14,9 @@ from torch import Tensor
 from delora_kernels.backends.dropout import mask_groups
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
+from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, in_tf32, launch, precision, record, rows
 from delora_kernels.backends.triton.route import route, route_totals, weights, write_sums
-from delora_kernels.backends.triton.tables import rank_tile, tiles
+from delora_kernels.backends.triton.tables import cdiv, rank_tile, tiles
 from delora_kernels.backends.triton.times_small import split, times_small_parts
 from delora_kernels.op_arguments import Gating, Masks
 
@@ -91,7 +91,7 @@ def project_route(
     logits = 0 if given else experts
     whole = masks.seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
     whole = whole and (x.dtype == A_hat.dtype or columns - logits <= LARGEST_MIXED_RANK)
-    if not whole or split(x, [columns - logits])[0] > 1:
+    if not whole or split(T, C, x.device, columns - logits)[0] > 1:
         parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, masks))
         return route(parts, A_hat.dtype, gates, top_k, gating)
     x, gates = rows(x), None if gates is None else gates.contiguous()
@@ -100,19 +100,20 @@ def project_route(
     h = A_hat.new_empty((T, columns))
     v = h.new_empty((T, columns - logits))
     w = scale.new_empty(0 if given else (T, experts))
-    programs = triton.cdiv(T, tile.tokens)
+    programs = cdiv(T, tile.tokens)
     sums = scale.new_empty((programs, 2 * experts + 1))
     how = dot_split(x.dtype, A_hat.dtype)
-    launch(
-        project_route_kernel, (programs, triton.cdiv(columns - logits, BR)),
-        (x, A_hat, gates, scale.contiguous(), token_share, h, v, w, sums),
+    made = record(
+        project_route_kernel,
         (
-            T, C, experts, rank, gating.passed(columns, logits),
+            C, experts, rank, gating.passed(columns, logits),
             x.stride(0), A_hat.stride(1), A_hat.stride(0), h.stride(0), v.stride(0),
         ),
         GIVEN=given, WITH_SHARE=token_share is not None, K=0 if top_k == experts else top_k,
         RENORMALIZE=renormalize and not given,
-        HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
+        HOW=how, PRECISION=precision(how, in_tf32(x.dtype)), INTERPRETED=INTERPRETED,
         BT=tile.tokens, BC=tile.columns, BR=BR, BE=LARGEST_EXPERTS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    tensors = (x, A_hat, gates, scale.contiguous(), token_share, h, v, w, sums)
+    launch(made, (programs, cdiv(columns - logits, BR)), tensors, (T,))
     return h, v, w, *route_totals(sums, experts, T if token_share is None else 1)

@@ -16,8 +16,17 @@ from torch import Tensor
 from delora_kernels.backends.dropout import MaskGroup
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, TensorDescriptor, launch, precision, rows
-from delora_kernels.backends.triton.tables import gemm_tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    PLAIN,
+    TensorDescriptor,
+    in_tf32,
+    launch,
+    precision,
+    record,
+    rows,
+)
+from delora_kernels.backends.triton.tables import cdiv, gemm_tiles
 
 RANKS = 32
 """Ranks that the term is summed by: the tile with which every variant compiles without a spill."""
@@ -146,19 +155,19 @@ def rank_gemm(
     device = capability(x.device)
     tma = device >= DESCRIPTORS_FROM and _loads_by_descriptor(x) and _loads_by_descriptor(matrix)
     tile = gemm_tiles("descriptors" if tma else "pointers", device)
-    tiles = triton.cdiv(T, tile.tokens) * triton.cdiv(C, tile.columns)
+    tiles = cdiv(T, tile.tokens) * cdiv(C, tile.columns)
     programs = min(tile.programs, tiles) or tiles
     left, right = (tile.tokens, tile.inner), (tile.columns, tile.inner) if by_rows else (tile.inner, tile.columns)
     X = TensorDescriptor.from_tensor(x, list(left)) if tma else x
     W = TensorDescriptor.from_tensor(matrix, list(right)) if tma else matrix
-    launch(
-        rank_gemm_kernel, (programs,), (X, W, h, small, column, bias, out, kept),
-        (T, programs, C, D, R, x.stride(0), matrix.stride(0), h.stride(0), *small.stride()), (scale,),
+    made = record(
+        rank_gemm_kernel, (C, D, R, x.stride(0), matrix.stride(0), h.stride(0), *small.stride()),
         TMA=tma, ROWS=by_rows, WITH_COLUMN=column is not None, WITH_BIAS=bias is not None, KEEP=keep,
-        PRECISION=precision(x.dtype, PLAIN), INTERPRETED=INTERPRETED,
+        PRECISION=precision(PLAIN, in_tf32(x.dtype)), INTERPRETED=INTERPRETED,
         BT=tile.tokens, BC=tile.columns, BD=tile.inner, BR=RANKS, GROUP=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    launch(made, (programs,), (X, W, h, small, column, bias, out, kept), (T, programs), (scale,))
     return out, kept
 
 

@@ -8,6 +8,7 @@ GEMM wrote: `out` may be `base` itself. Form (d) has no base yet: it writes what
 to (beta = 1).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,8 +16,18 @@ from torch import Tensor
 from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, dot_split_in_rank, launch, precision, rows
-from delora_kernels.backends.triton.tables import rank_tile, tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    Record,
+    dot_split_in_rank,
+    in_tf32,
+    launch,
+    planned,
+    precision,
+    record,
+    rows,
+)
+from delora_kernels.backends.triton.tables import cdiv, rank_tile, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -56,6 +67,34 @@ def rank_update_kernel(
     tl.store(OUT + t[:, None] * C + c[None, :], acc.to(OUT.dtype.element_ty), inside)
 
 
+@planned
+def _plan(
+    T: int, integers: tuple[int, ...], h: torch.dtype, small: torch.dtype, out: torch.dtype, device: torch.device,
+    tf32: bool, *present: bool,
+) -> tuple[Record, tuple[int, int]]:  # fmt: skip
+    """Return the record and the grid of a launch.
+
+    Args:
+        T: Tokens.
+        integers: As the kernel takes them, from C on.
+        h, small, out: Dtypes.
+        device: Theirs.
+        tf32: Of the product.
+        present: Whether the launch has a base, a column, extra, a bias, a mask; whether that masks
+            base too.
+    """
+    (C, R, *_), how = integers, dot_split_in_rank(h, small, out)
+    BR = rank_tile("rank_update", R)
+    tile = tiles("rank_update", BR, capability(device))
+    names = ("WITH_BASE", "WITH_COLUMN", "WITH_EXTRA", "WITH_BIAS", "MASK_TERM", "MASK_BASE")
+    made = record(
+        rank_update_kernel, integers, **dict(zip(names, present, strict=True)),
+        HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return made, (cdiv(C, tile.columns), cdiv(T, tile.tokens))
+
+
 def rank_update(
     base: Tensor | None, h: Tensor, small: Tensor, scale: float, out: Tensor, *, column: Tensor | None = None,
     extra: Tensor | None = None, bias: Tensor | None = None, group: MaskGroup | None = None, mask_base: bool = False,
@@ -78,18 +117,11 @@ def rank_update(
     if T * C == 0:
         return out
     h, extra = rows(h), None if extra is None else rows(extra)
-    BR = rank_tile("rank_update", R)
-    tile = tiles("rank_update", BR, capability(out.device))
-    how = dot_split_in_rank(h.dtype, small.dtype, out.dtype)
     seed, limit, _ = mask_arguments(group)
-    stride_base, stride_extra = (0 if t is None else t.stride(0) for t in (base, extra))
-    launch(
-        rank_update_kernel, (triton.cdiv(C, tile.columns), triton.cdiv(T, tile.tokens)),
-        (base, h, small, column, extra, bias, seed, out),
-        (T, C, R, stride_base, h.stride(0), *small.stride(), stride_extra, limit), (scale,),
-        WITH_BASE=base is not None, WITH_COLUMN=column is not None, WITH_EXTRA=extra is not None,
-        WITH_BIAS=bias is not None, MASK_TERM=seed is not None, MASK_BASE=mask_base,
-        HOW=how, PRECISION=precision(out.dtype, how), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    strides = (0 if base is None else base.stride(0), h.stride(0), *small.stride())
+    integers = (C, R, *strides, 0 if extra is None else extra.stride(0), limit)
+    kinds = (h.dtype, small.dtype, out.dtype)
+    present = (base is not None, column is not None, extra is not None, bias is not None, seed is not None, mask_base)
+    made, grid = _plan(T, integers, *kinds, out.device, in_tf32(out.dtype), *present)
+    launch(made, grid, (base, h, small, column, extra, bias, seed, out), (T,), (scale,))
     return out

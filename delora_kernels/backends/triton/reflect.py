@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import add_parts
-from delora_kernels.backends.triton.launch import launch, rows
-from delora_kernels.backends.triton.tables import REGISTERS, splits
+from delora_kernels.backends.triton.launch import launch, record, rows
+from delora_kernels.backends.triton.tables import REGISTERS, cdiv, padded, splits
 
 WHOLE = 4096
 """Features of the largest block whose sums a program holds in registers."""
@@ -41,7 +41,7 @@ def tile_of(D: int) -> Tile:
     """
     if D > WHOLE:
         return Tile(8, 256, 8)
-    features = max(16, triton.next_power_of_2(D))
+    features = padded(D)
     tokens = min(32, WHOLE // features)
     return Tile(tokens, features, 4 if tokens * features <= 1024 else 8)
 
@@ -238,10 +238,11 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
     if T * C == 0:
         return out
     tile = tile_of(D)
-    launch(
-        reflect_kernel, (n * triton.cdiv(T, tile.tokens),), (x, u, v, bias, out), (T, C, D, n, x.stride(0)),
+    made = record(
+        reflect_kernel, (C, D, n, x.stride(0)),
         WITH_V=v is not None, WITH_BIAS=bias is not None, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
     )  # fmt: skip
+    launch(made, (n * cdiv(T, tile.tokens),), (x, u, v, bias, out), (T,))
     return out
 
 
@@ -259,17 +260,18 @@ def reflect_backward(
         return dx, du.zero_(), dv.zero_()
     dy, x, u, v = rows(dy), rows(x), u.contiguous(), None if v is None else v.contiguous()
     tile = tile_of(D)
-    steps = triton.cdiv(T, tile.tokens)
-    part = triton.cdiv(steps, splits(n, steps)) * tile.tokens
-    count = triton.cdiv(T, part)
+    steps = cdiv(T, tile.tokens)
+    part = cdiv(steps, splits(n, steps)) * tile.tokens
+    count = cdiv(T, part)
     whole = D <= WHOLE
     parts = (du.new_empty if whole else du.new_zeros)((count, m, C))
     kernel = reflect_backward_kernel if whole else reflect_backward_chunked_kernel
-    launch(
-        kernel, (n * count,), (dy, x, u, v, dx, parts), (T, part, C, D, n, dy.stride(0), x.stride(0)),
-        WITH_V=v is not None, WITH_DX=need_dx, BT=tile.tokens, BD=tile.features, num_warps=tile.warps,
-        maxnreg=REGISTERS,
+    made = record(
+        kernel, (C, D, n, dy.stride(0), x.stride(0)), WITH_V=v is not None, WITH_DX=need_dx,
+        BT=tile.tokens, BD=tile.features, num_warps=tile.warps, maxnreg=REGISTERS,
     )  # fmt: skip
+    launch(made, (n * count,), (dy, x, u, v, dx, parts), (T, part))
     sums = add_parts(parts, torch.float32)
-    launch(across_kernel, (n * m,), (sums, u, v, du, dv), (C, D, n), WITH_V=v is not None, BD=min(1024, tile.features))
+    across = record(across_kernel, (C, D, n), WITH_V=v is not None, BD=min(1024, tile.features))
+    launch(across, (n * m,), (sums, u, v, du, dv))
     return dx, du, dv

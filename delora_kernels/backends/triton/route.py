@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.triton.add_parts import total
-from delora_kernels.backends.triton.launch import launch
-from delora_kernels.backends.triton.tables import REGISTERS
+from delora_kernels.backends.triton.launch import launch, record
+from delora_kernels.backends.triton.tables import REGISTERS, cdiv, power_of_2
 from delora_kernels.op_arguments import Gating
 
 NUMBERS = 1024
@@ -137,14 +137,14 @@ def route_totals_kernel(SUMS, FRACTION, PROBABILITY, Z, blocks, E, count, BP: tl
 
 def blocks(experts: int, rank: int) -> dict[str, int]:
     """Tile sizes: powers of two that hold E, and R or as much of it at a time as registers take."""
-    BE = triton.next_power_of_2(experts)
+    BE = power_of_2(experts)
     BT = max(1, min(32, NUMBERS // BE))
-    return {"BT": BT, "BE": BE, "BR": min(triton.next_power_of_2(rank), max(4, 4 * NUMBERS // (BT * BE)))}
+    return {"BT": BT, "BE": BE, "BR": min(power_of_2(rank), max(4, 4 * NUMBERS // (BT * BE)))}
 
 
 def totals_blocks(experts: int) -> dict[str, int]:
     """Tile sizes of the totals: all columns, and as many rows as registers hold."""
-    columns = triton.next_power_of_2(2 * experts + 1)
+    columns = power_of_2(2 * experts + 1)
     return {"BP": max(1, 2048 // columns), "BC": columns}
 
 
@@ -169,27 +169,25 @@ def route(
     v = h.new_empty((T, experts * rank + passed))
     w = scale.new_empty(0 if given else (T, experts))
     sizes = blocks(experts, rank)
-    programs = max(1, triton.cdiv(T, sizes["BT"]))
+    programs = max(1, cdiv(T, sizes["BT"]))
     sums = scale.new_empty((programs, 2 * experts + 1))
-    launch(
-        route_kernel, (programs,),
-        (
-            parts, None if gates is None else gates.contiguous(), scale.contiguous(), token_share,
-            h if adds else None, v, w, sums,
-        ),
-        (T, count, experts, rank, passed, columns, v.stride(0)),
+    made = record(
+        route_kernel, (experts, rank, passed, columns, v.stride(0)),
         ADDS=adds, GIVEN=given, SHARED=shared, WITH_SHARE=token_share is not None,
         K=0 if top_k == experts else top_k, RENORMALIZE=renormalize and not given,
         **sizes, num_warps=warps(experts), maxnreg=REGISTERS,
     )  # fmt: skip
+    tensors = (
+        parts, None if gates is None else gates.contiguous(), scale.contiguous(), token_share,
+        h if adds else None, v, w, sums,
+    )  # fmt: skip
+    launch(made, (programs,), tensors, (T, count))
     return h, v, w, *route_totals(sums, experts, T if token_share is None else 1)
 
 
 def route_totals(sums: Tensor, experts: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """f [E], P [E] and z [1] of the blocks' sums [blocks, 2E + 1], over the number of tokens."""
     fraction, probability, z = (sums.new_empty(size) for size in (experts, experts, 1))
-    launch(
-        route_totals_kernel, (1,), (sums, fraction, probability, z), (len(sums), experts), (float(max(1, tokens)),),
-        **totals_blocks(experts),
-    )  # fmt: skip
+    made = record(route_totals_kernel, (experts,), **totals_blocks(experts))
+    launch(made, (1,), (sums, fraction, probability, z), (sums.shape[0],), (float(max(1, tokens)),))
     return fraction, probability, z

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from delora_kernels.backends.library_gemm import sum_of
 from delora_kernels.backends.triton.add_parts import BLOCK, add, total
-from delora_kernels.backends.triton.launch import launch, rows
+from delora_kernels.backends.triton.launch import launch, record, rows
 from delora_kernels.backends.triton.route import blocks, warps, weights
 from delora_kernels.backends.triton.stages import STAGES
-from delora_kernels.backends.triton.tables import REGISTERS
+from delora_kernels.backends.triton.tables import REGISTERS, cdiv
 from delora_kernels.op_arguments import Gated, Gating
 
 
@@ -116,24 +116,24 @@ def expand_route_backward(
     dB_hat, dy_sum = (sum_of(each, w) for each in (product, sums))
     adds_product, adds_sums = (each is not None and len(each) > 1 for each in (product, sums))
     sizes = blocks(experts, rank)
-    gaters = triton.cdiv(T, sizes["BT"])
+    gaters = cdiv(T, sizes["BT"])
     dscale = scale.new_empty((gaters, experts)) if need_scale else None
-    programs = gaters + triton.cdiv(dB_hat.numel(), BLOCK) * adds_product + triton.cdiv(N, BLOCK) * adds_sums
+    programs = gaters + cdiv(dB_hat.numel(), BLOCK) * adds_product + cdiv(N, BLOCK) * adds_sums
     parts = len(product) if product is not None else 0 if sums is None else len(sums)
     if programs:
-        launch(
-            route_backward_kernel, (programs,),
+        made = record(
+            route_backward_kernel,
             (
-                dv, product, sums, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz,
-                dB_hat, dy_sum, dh, dgates, dscale,
-            ),
-            (
-                T, len(dv), parts, experts, rank, dv.shape[2] - experts * rank,
+                experts, rank, dv.shape[2] - experts * rank,
                 dB_hat.numel(), N, dv.shape[2], h.stride(0), dh.stride(0),
             ),
-            (1 / max(1, T),),
             ADDS_PRODUCT=adds_product, ADDS_SUMS=adds_sums, WITH_DS=need_scale, GIVEN=given, SHARED=shared,
             WITH_SHARE=token_share is not None, RENORMALIZE=renormalize, **sizes, BLOCK=BLOCK,
             num_warps=warps(experts), maxnreg=REGISTERS,
         )  # fmt: skip
+        tensors = (
+            dv, product, sums, h, w.contiguous(), scale.contiguous(), token_share, dP.contiguous(), dz,
+            dB_hat, dy_sum, dh, dgates, dscale,
+        )  # fmt: skip
+        launch(made, (programs,), tensors, (T, dv.shape[0], parts), (1 / max(1, T),))
     return dh, dB_hat, dy_sum, dgates, scale.new_empty(0) if dscale is None else dscale.sum(0)

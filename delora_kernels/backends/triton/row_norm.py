@@ -11,8 +11,18 @@ from torch import Tensor
 
 from delora_kernels.backends.triton.device import mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, PLAIN, WIDE, launch, precision
-from delora_kernels.backends.triton.tables import rank_tile, tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    PLAIN,
+    WIDE,
+    Record,
+    in_tf32,
+    launch,
+    planned,
+    precision,
+    record,
+)
+from delora_kernels.backends.triton.tables import cdiv, rank_tile, tiles
 
 
 @triton.jit
@@ -54,6 +64,33 @@ def row_norm_kernel(
                 tl.store(SCALED + n[:, None] * stride_sn + k[None, :] * stride_sk, out, inside)
 
 
+@planned
+def _plan(
+    integers: tuple[int, ...], mixed: bool, device: torch.device, tf32: bool, column: bool, scaled: bool
+) -> tuple[Record, tuple[int]]:
+    """Return the record and the grid of a launch.
+
+    Args:
+        integers: As the kernel takes them.
+        mixed: Whether the factors are of another dtype than W.
+        device: Of W.
+        tf32: Of the product.
+        column, scaled: Whether c, whether c ⊙ W is wanted.
+    """
+    N, _, R, *_ = integers
+    BR = rank_tile("row_norm", R)
+    tile = tiles("row_norm", BR, capability(device))
+    # c divides by the norm, which multiplies all that follows: with float32 factors it stays
+    # float32
+    how = WIDE if mixed else PLAIN
+    made = record(
+        row_norm_kernel, integers, WITH_COLUMN=column, WITH_SCALED=scaled,
+        HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
+        BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return made, (cdiv(N, tile.tokens),)
+
+
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,17 +101,8 @@ def row_norm(
     norm = weight.new_empty(N, dtype=torch.float32)
     column = norm.new_empty(0 if magnitude is None else N)
     out = weight.new_empty((N, K) if scaled else 0)
-    BR = rank_tile("row_norm", R)
-    tile = tiles("row_norm", BR, capability(weight.device))
-    # c divides by the norm, which multiplies all that follows: with float32 factors it stays
-    # float32
-    how = PLAIN if B_hat.dtype == A_hat.dtype == weight.dtype else WIDE
     strides = (*weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)))
-    launch(
-        row_norm_kernel, (triton.cdiv(N, tile.tokens),),
-        (weight, A_hat, B_hat, magnitude, norm, column, out), (N, K, R, *strides), (scale,),
-        WITH_COLUMN=magnitude is not None, WITH_SCALED=scaled,
-        HOW=how, PRECISION=precision(weight.dtype, how), INTERPRETED=INTERPRETED,
-        BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    mixed = not (B_hat.dtype == A_hat.dtype == weight.dtype)
+    made, grid = _plan((N, K, R, *strides), mixed, weight.device, in_tf32(weight.dtype), magnitude is not None, scaled)
+    launch(made, grid, (weight, A_hat, B_hat, magnitude, norm, column, out), (), (scale,))
     return norm, column, out

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.launch import launch, rows
+from delora_kernels.backends.triton.launch import launch, record, rows
+from delora_kernels.backends.triton.tables import cdiv
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 512
 
@@ -33,8 +34,6 @@ def scaled(matrix: Tensor, factor: Tensor, by_row: bool) -> Tensor:
     matrix, (M, C) = rows(matrix), matrix.shape
     out = matrix.new_empty((M, C))
     if M * C:
-        launch(
-            scaled_kernel, (triton.cdiv(M, BLOCK_ROWS), triton.cdiv(C, BLOCK_COLUMNS)),
-            (matrix, factor, out), (M, C, matrix.stride(0)), BY_ROW=by_row, BM=BLOCK_ROWS, BC=BLOCK_COLUMNS,
-        )  # fmt: skip
+        made = record(scaled_kernel, (C, matrix.stride(0)), BY_ROW=by_row, BM=BLOCK_ROWS, BC=BLOCK_COLUMNS)
+        launch(made, (cdiv(M, BLOCK_ROWS), cdiv(C, BLOCK_COLUMNS)), (matrix, factor, out), (M,))
     return out

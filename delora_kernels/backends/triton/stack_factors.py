@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from delora_kernels.backends.triton.launch import launch
+from delora_kernels.backends.triton.launch import launch, record
+from delora_kernels.backends.triton.tables import cdiv, power_of_2
 from delora_kernels.op_arguments import ExpertFactors
 
 BLOCK = 2048
@@ -73,16 +74,15 @@ def stack_factors(factors: ExpertFactors, dtype: torch.dtype) -> tuple[Tensor, T
     starts, _, rank_0 = (0, N, 1) if frozen_B is None else frozen_B.shape
     total = E * R + starts * rank_0
     columns = B.new_empty((N, total), dtype=dtype)
-    BC = min(COLUMNS, triton.next_power_of_2(total))
+    BC = min(COLUMNS, power_of_2(total))
     sizes = [0 if part is None else part.numel() for part in parts]
-    programs = sum(triton.cdiv(size, BLOCK) for size in sizes) + triton.cdiv(N, BLOCK // BC) * triton.cdiv(total, BC)
+    programs = sum(cdiv(size, BLOCK) for size in sizes) + cdiv(N, BLOCK // BC) * cdiv(total, BC)
     start = None if frozen_B is None or residual is None else (frozen_B.contiguous(), residual.contiguous())
-    launch(
-        stack_factors_kernel, (programs,),
-        (*parts, B.contiguous(), *(start or (None, None)), rows if there else None, columns),
-        (*sizes, N, E, R, starts, rank_0),
+    made = record(
+        stack_factors_kernel, (*sizes, N, E, R, starts, rank_0),
         WITH_A=parts[0] is not None, WITH_G=parts[1] is not None, WITH_A0=parts[2] is not None,
         WITH_B0=start is not None,
         BLOCK=BLOCK, BN=BLOCK // BC, BC=BC,
     )  # fmt: skip
+    launch(made, (programs,), (*parts, B.contiguous(), *(start or (None, None)), rows if there else None, columns))
     return rows, columns

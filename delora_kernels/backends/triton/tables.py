@@ -73,9 +73,19 @@ def rank_tile(kernel: str, R: int) -> int:
     return min(max(int(limit) for limit in TABLES[kernel]), padded(R))
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """`size`, 1 or more, up to the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(R: int) -> int:
     """R up to the next power of two, at least 16: the least side of a dot."""
-    return max(16, 1 << (R - 1).bit_length())
+    return max(16, power_of_2(R))
 
 
 REGISTERS = 255

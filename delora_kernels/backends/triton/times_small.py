@@ -16,8 +16,18 @@ from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
-from delora_kernels.backends.triton.tables import rank_tile, splits, tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    Record,
+    dot_split,
+    in_tf32,
+    launch,
+    planned,
+    precision,
+    record,
+    rows,
+)
+from delora_kernels.backends.triton.tables import cdiv, rank_tile, splits, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,20 +59,35 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
     return add_parts(times_small_parts(x, small, dtype, groups), dtype)
 
 
-def split(x: Tensor, ranks: Sequence[int]) -> tuple[int, int]:
-    """Into how many parts the sum over C of x times blocks of these ranks is split, and the columns
-    of each.
+@planned
+def split(T: int, C: int, device: torch.device, *ranks: int) -> tuple[int, int]:
+    """Into how many parts the sum over C of x [T, C] times blocks of these ranks is split, and the
+    columns of each.
     """
     widths = [rank_tile("times_small", R) for R in ranks]
-    used = [tiles("times_small", BR, capability(x.device)) for BR in widths]
+    used = [tiles("times_small", BR, capability(device)) for BR in widths]
     columns = max(tile.columns for tile in used)
-    programs = sum(
-        triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(R, BR)
-        for R, BR, tile in zip(ranks, widths, used, strict=True)
-    )
-    steps = triton.cdiv(x.shape[1], columns)
-    part = triton.cdiv(steps, splits(programs, steps)) * columns
-    return triton.cdiv(x.shape[1], part), part
+    programs = sum(cdiv(T, tile.tokens) * cdiv(R, BR) for R, BR, tile in zip(ranks, widths, used, strict=True))
+    steps = cdiv(C, columns)
+    part = cdiv(steps, splits(programs, steps)) * columns
+    return cdiv(C, part), part
+
+
+@planned
+def _plan(
+    T: int, integers: tuple[int, ...], parts: int, big: torch.dtype, small: torch.dtype, device: torch.device,
+    drop: bool, tf32: bool,
+) -> tuple[Record, tuple[int, int, int]]:  # fmt: skip
+    """Return the record and the grid of a launch; `integers` as the kernel takes them from C on."""
+    R, how = integers[1], dot_split(big, small)
+    BR = rank_tile("times_small", R)
+    tile = tiles("times_small", BR, capability(device))
+    made = record(
+        times_small_kernel, integers,
+        DROP=drop, HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return made, (cdiv(T, tile.tokens), cdiv(R, BR), parts)
 
 
 def times_small_parts(
@@ -74,21 +99,18 @@ def times_small_parts(
     (T, C), R = x.shape, small.shape[1]
     if T * R * C == 0:
         return x.new_zeros((1, T, R), dtype=dtype)
-    x = rows(x)
-    groups = groups or [MaskGroup(slice(0, R), 0.0, None)]
-    blocks = [small[:, group.columns] for group in groups]
-    parts, part = split(x, [block.shape[1] for block in blocks])
+    x, device, kinds = rows(x), x.device, (x.dtype, small.dtype)
+    if groups is None or len(groups) == 1:
+        parts, part = split(T, C, device, R)
+        blocks = [(small, groups[0] if groups else None, R)]
+    else:
+        blocks = [(small[:, group.columns], group, group.columns.stop - group.columns.start) for group in groups]
+        parts, part = split(T, C, device, *(width for _, _, width in blocks))
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
-    how = dot_split(x.dtype, small.dtype)
-    for block, group in zip(blocks, groups, strict=True):
+    for block, group, width in blocks:
         seed, limit, inverse = mask_arguments(group)
-        BR = rank_tile("times_small", block.shape[1])
-        tile = tiles("times_small", BR, capability(x.device))
-        launch(
-            times_small_kernel, (triton.cdiv(T, tile.tokens), triton.cdiv(block.shape[1], BR), parts),
-            (x, block, out[:, :, group.columns], seed),
-            (T, C, block.shape[1], x.stride(0), *block.stride(), R, part, limit), (inverse,),
-            DROP=seed is not None, HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
-            BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        integers = (C, width, x.stride(0), *block.stride(), R, part, limit)
+        made, grid = _plan(T, integers, parts, *kinds, device, seed is not None, in_tf32(x.dtype))
+        into = out if group is None or width == R else out[:, :, group.columns]
+        launch(made, grid, (x, block, into, seed), (T,), (inverse,))
     return out

@@ -15,8 +15,18 @@ from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
-from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, launch, precision, rows
-from delora_kernels.backends.triton.tables import dtypes, rank_tile, splits, tiles
+from delora_kernels.backends.triton.launch import (
+    INTERPRETED,
+    Record,
+    dot_split,
+    in_tf32,
+    launch,
+    planned,
+    precision,
+    record,
+    rows,
+)
+from delora_kernels.backends.triton.tables import TABLES, cdiv, dtypes, rank_tile, splits, tiles
 
 
 @triton.jit(do_not_specialize=["T", "part"])
@@ -78,7 +88,43 @@ def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
     registers do not do), and
     all of H's columns in one program."""
     plain = x.dtype == h.dtype == small.dtype and (x.dtype.itemsize == 2 or INTERPRETED) and group.seed is None
-    return plain and rank_tile("token_sums", h.shape[1]) >= h.shape[1]
+    return plain and h.shape[1] <= _most_ranks()
+
+
+@planned
+def _most_ranks() -> int:
+    return max(int(limit) for limit in TABLES["token_sums"])
+
+
+@planned
+def _plan(
+    T: int, integers: tuple[int, ...], big: torch.dtype, h: torch.dtype, device: torch.device, tf32: bool,
+    *present: bool,
+) -> tuple[Record, tuple[int, int], int, int]:  # fmt: skip
+    """Return the record of a launch, the first two sides of its grid, its parts and the tokens of
+    one.
+
+    Args:
+        T: Tokens.
+        integers: As the kernel takes them, from C on.
+        big, h: The dtypes of x and h.
+        device: Theirs.
+        tf32: Of x's products.
+        present: Whether the launch has a mask, a product, sums, dots, a term; whether the product
+            is transposed.
+    """
+    (C, R, *_), how = integers, dot_split(big, h)
+    BR = rank_tile("token_sums", R)
+    tile = tiles("token_sums", BR, capability(device), dtypes(big))
+    across, steps = (cdiv(C, tile.columns), max(1, cdiv(R, BR))), cdiv(T, tile.tokens)
+    part = cdiv(steps, splits(across[0] * across[1], steps)) * tile.tokens
+    names = ("DROP", "WITH_PRODUCT", "WITH_SUMS", "WITH_DOTS", "WITH_OUT", "TRANSPOSED")
+    made = record(
+        token_sums_kernel, integers, **dict(zip(names, present, strict=True)),
+        HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
+        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return made, across, cdiv(T, part), part
 
 
 def token_sums(
@@ -94,27 +140,16 @@ def token_sums(
         product = None if h is None else x.new_zeros((1, *shape), dtype=torch.float32)
         return DyParts(None, product, zeros if sums else None, None if y is None else zeros.clone())
     x, h, y = rows(x), None if h is None else rows(h), None if y is None else rows(y)
-    BR = rank_tile("token_sums", R)
-    tile = tiles("token_sums", BR, capability(x.device), dtypes(x.dtype))
-    grid = (triton.cdiv(C, tile.columns), max(1, triton.cdiv(R, BR)))
-    steps = triton.cdiv(T, tile.tokens)
-    part = triton.cdiv(steps, splits(grid[0] * grid[1], steps)) * tile.tokens
-    parts = triton.cdiv(T, part)
-    product = None if h is None else x.new_empty((parts, *shape), dtype=torch.float32)
-    summed, dots = (
-        x.new_empty((parts, C), dtype=torch.float32) if wanted else None for wanted in (sums, y is not None)
-    )
     seed, limit, inverse = mask_arguments(group)
-    how = dot_split(x.dtype, x.dtype if h is None else h.dtype)
     small, out = (None, None) if term is None else term
-    strides = (0 if t is None else t.stride(0) for t in (x, h, y))
-    launch(
-        token_sums_kernel, (*grid, parts), (x, h, y, small, seed, product, summed, dots, out),
-        (T, part, C, R, ranks, *strides, *((0, 0) if small is None else small.stride()), limit),
-        (factor * inverse,),
-        DROP=seed is not None, WITH_PRODUCT=h is not None, WITH_SUMS=sums, WITH_DOTS=y is not None,
-        WITH_OUT=out is not None, TRANSPOSED=transposed,
-        HOW=how, PRECISION=precision(x.dtype, how), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    strides = (x.stride(0), 0 if h is None else h.stride(0), 0 if y is None else y.stride(0))
+    integers = (C, R, ranks, *strides, *((0, 0) if small is None else small.stride()), limit)
+    present = (seed is not None, h is not None, sums, y is not None, term is not None, transposed)
+    kinds = (x.dtype, x.dtype if h is None else h.dtype)
+    made, across, parts, part = _plan(T, integers, *kinds, x.device, in_tf32(x.dtype), *present)
+    product = None if h is None else x.new_empty((parts, *shape), dtype=torch.float32)
+    summed = x.new_empty((parts, C), dtype=torch.float32) if sums else None
+    dots = None if y is None else x.new_empty((parts, C), dtype=torch.float32)
+    tensors = (x, h, y, small, seed, product, summed, dots, out)
+    launch(made, (*across, parts), tensors, (T, part), (factor * inverse,))
     return DyParts(None, product, summed, dots)
