@@ -136,6 +136,8 @@ def test_the_driver_gets_what_tritons_path_gives_it(
     for name, method in METHODS.items():
         if form != forms.UPDATE and method.function.startswith("ether"):
             continue
+        if method.function.startswith("grouped"):  # which launches no kernel of ours
+            continue
         for i, sizes in enumerate(SIZES):
             dtype, wide = DTYPES[(i + len(name)) % len(DTYPES)]
             inputs = method.draw(*sizes, dtype=dtype, adapter_dtype=wide, seed=seed)
