@@ -82,9 +82,7 @@ def _grouped_linear(x: Any, weight: Any, bias: Any, offsets: Any, A_hat: Any, B_
     return _gemm(x[0], x[1], weight[1]) + _gemm(x[0], x[1] + weight[1], R)
 
 
-def _grouped_linear_backward(
-    dy: Any, x: Any, h: Any, weight: Any, offsets: Any, A_hat: Any, B_hat: Any, *_: Any
-) -> int:
+def _grouped_backward(dy: Any, x: Any, h: Any, weight: Any, offsets: Any, A_hat: Any, B_hat: Any, *_: Any) -> int:
     total = 0 if weight is None else _gemm(dy[0], dy[1], weight[2])
     if B_hat is not None and (x is not None or A_hat is not None):
         total += _gemm(dy[0], dy[1], B_hat[2])
@@ -109,7 +107,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "reflect": _reflect,
     "reflect_backward": _reflect_backward,
     "grouped_linear": _grouped_linear,
-    "grouped_linear_backward": _grouped_linear_backward,
+    "grouped_backward": _grouped_backward,
     "grouped_weight_grad": _grouped_weight_grad,
 }
 """Op name → FLOPs from the arguments of its function, tensors given as shapes."""

@@ -223,7 +223,7 @@ def grouped_linear(
 
 
 @op
-def grouped_linear_backward(
+def grouped_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,

@@ -52,7 +52,7 @@ def _gradients(o: GroupedOptions, need: GroupedCall, saved: Any, stages: Any, dy
     x = saved.x if saved.x is None or saved.rows is None else saved.x.index_select(0, saved.rows)
     if need.x or need.A or need.B or need.bias:
         A_hat, B_hat = (_factor(each, o) for each in (saved.A, saved.B))
-        dx, grad["A"], grad["B"], grad["bias"] = stages.grouped_linear_backward(
+        dx, grad["A"], grad["B"], grad["bias"] = stages.grouped_backward(
             dy, x if need.A else None, saved.h, saved.weight, saved.offsets, A_hat, B_hat, o.scale, bool(need.bias)
         )
         grad["x"] = dx if saved.places is None else summed_rows(dx, saved.places)

@@ -39,8 +39,6 @@ def arguments(function: str) -> dict[str, Any]:
 
 NAN = float("nan")
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("grouped_lora_linear", {"offsets": [1, 2]}, TypeError, "offsets must be an int32 or int64 tensor, got list"),
-    ("grouped_lora_linear", {"weight": t(N, K)}, ValueError, "weight must be 3-D [E, N, K], got shape"),
     ("lora_linear", {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
     (
         "lora_linear",
@@ -173,6 +171,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "v_out must be a tensor, got None; pass both u_out and v_out",
     ),
+    ("grouped_lora_linear", {"offsets": [1, 2]}, TypeError, "offsets must be an int32 or int64 tensor, got list"),
+    ("grouped_lora_linear", {"weight": t(N, K)}, ValueError, "weight must be 3-D [E, N, K], got shape"),
 ]
 
 

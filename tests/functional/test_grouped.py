@@ -106,7 +106,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["grouped_linear", "grouped_linear_backward", "grouped_weight_grad"])
+@pytest.mark.parametrize("name", ["grouped_linear", "grouped_backward", "grouped_weight_grad"])
 def test_ops_by_either_way(name: str, dtype: torch.dtype, form: str, seed: int) -> None:
     """Ranks that fill no 16 bytes too, and sizes that the grouped GEMM does not take."""
     for T, k, n, r in ((21, 24, 16, 3), (18, 16, 40, 8), (5, 7, 9, 1)):
@@ -156,7 +156,7 @@ def test_opcheck(form: str, seed: int) -> None:
     dy, h = maker.tensor(8, N).float(), maker.tensor(8, R).float()
     calls = {
         "grouped_linear": [(x, W, bias, ends, A, B, 0.7), (x, W, None, ends, None, None, 1.0)],
-        "grouped_linear_backward": [
+        "grouped_backward": [
             (dy, x, h, W, ends, A, B, 0.7, True),
             (dy, None, None, W, ends, None, None, 1.0, False),
             (dy, x, None, None, ends, None, B, 0.7, False),

@@ -23,8 +23,8 @@ from delora_kernels.backends.cuda.stages import (
 )
 from delora_kernels.backends.cuda.support import supports, why_not_here
 from delora_kernels.backends.eager import (
+    grouped_backward,
     grouped_linear,
-    grouped_linear_backward,
     grouped_weight_grad,
     weight_grad,
 )

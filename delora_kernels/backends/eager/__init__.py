@@ -1,7 +1,7 @@
 """The eager backend: every op of `ops.py` in plain torch, on every device; the default on a CPU."""
 
 from delora_kernels.backends.eager.fold import fold, fold_backward
-from delora_kernels.backends.eager.grouped import grouped_linear, grouped_linear_backward, grouped_weight_grad
+from delora_kernels.backends.eager.grouped import grouped_backward, grouped_linear, grouped_weight_grad
 from delora_kernels.backends.eager.low_rank import (
     dropout_mask,
     expand,

@@ -50,7 +50,7 @@ def grouped_linear(
     return y, h
 
 
-def grouped_linear_backward(
+def grouped_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,

@@ -6,8 +6,8 @@ same kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
 from delora_kernels.backends.eager import (
+    grouped_backward,
     grouped_linear,
-    grouped_linear_backward,
     grouped_weight_grad,
     weight_grad,
 )

@@ -295,7 +295,7 @@ def _grouped_linear(d: OpDraw) -> Variants:
     yield made | {"A_hat": None, "B_hat": None, "bias": d.base(EXPERTS, d.N)}
 
 
-def _grouped_linear_backward(d: OpDraw) -> Variants:
+def _grouped_backward(d: OpDraw) -> Variants:
     """All that can be wanted; each gradient alone; the frozen linears; weights that lie
     transposed.
     """
@@ -328,7 +328,7 @@ OPS: Mapping[str, tuple[Callable[[OpDraw], Variants], tuple[str | None, ...]]] =
     "reflect": (_reflect, ("y",)),
     "reflect_backward": (_reflect_backward, ("dx", "du", "dv")),
     "grouped_linear": (_grouped_linear, ("y", "h")),
-    "grouped_linear_backward": (_grouped_linear_backward, ("dx", "dA", "dB", "dbias")),
+    "grouped_backward": (_grouped_backward, ("dx", "dA", "dB", "dbias")),
     "grouped_weight_grad": (_grouped_weight_grad, ("dW",)),
 }
 """Op → what draws its variants, and its results by name; None: a tensor whose meaning is the

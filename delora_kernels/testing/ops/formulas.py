@@ -275,7 +275,7 @@ def grouped_linear(
     return torch.einsum("te,ten->tn", member.to(each.dtype), each), h
 
 
-def grouped_linear_backward(
+def grouped_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
