@@ -11,6 +11,7 @@ from torch import Tensor
 
 from delora_kernels import checks
 from delora_kernels.autograd import function
+from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import AnyCall, Call, Options
 from delora_kernels.dispatch import choose
@@ -61,7 +62,10 @@ def run_linears(calls: Sequence[Call], shape: Sequence[int]) -> tuple[Tensor, ..
     """
     if exporting():
         return tuple(plain_torch.run(call, shape)[0] for call in calls)
-    outputs = run_shared(calls, choose(calls[0]))
+    chosen = [choose(call) for call in calls]
+    if any(name != chosen[0] for name in chosen):  # a rank that only one of them takes
+        return tuple(run(AdaptedLinear, call, shape)[0] for call in calls)
+    outputs = run_shared(calls, chosen[0])
     bases: list[Any] = [call.weight for call in calls]
     x = calls[0].x
     found = [y if isinstance(of, Tensor) else of.output(y, x) for of, y in zip(bases, outputs, strict=True)]

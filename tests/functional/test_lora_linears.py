@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from delora_kernels import functional as F
 from delora_kernels import use_backend
+from delora_kernels.autograd import function
+from delora_kernels.functional import common
 
 SIZES = ((20, 3), (8, 2), (24, 5))
 K = 12
@@ -146,6 +148,31 @@ def test_one_read_of_x(seed: int) -> None:
         problem.gradients(problem.together())
     counts = {name: sum(f".{name}." in op for op in seen.names) for name in ("project", "expand", "input_backward")}
     assert counts == {"project": 1, "expand": 3, "input_backward": 1}
+
+
+def test_backends_that_take_some(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the choice differs from linear to linear, each runs on its own."""
+    asked: list[int] = []
+
+    def choose(call: Any) -> str:
+        asked.append(call.A.shape[0])
+        return "eager" if call.A.shape[0] != 2 else "another"
+
+    ran: list[str] = []
+    run = function.run
+
+    def running(family: Any, call: Any, backend: str, shape: Any) -> Any:
+        ran.append(backend)
+        return run(family, call, "eager", shape)
+
+    monkeypatch.setattr(common, "choose", choose)
+    monkeypatch.setattr(function, "run", running)
+    problem = Problem(seed)
+    ours = problem.together()
+    assert asked[:3] == [3, 2, 5]
+    assert ran == ["eager", "another", "eager"]
+    monkeypatch.undo()
+    compare(ours, problem.alone(), 1e-12)
 
 
 def test_autocast(seed: int) -> None:
