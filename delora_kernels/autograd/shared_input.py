@@ -10,7 +10,7 @@ all are plain, they run one by one.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +56,6 @@ def _shares(call: Call, first: Call) -> bool:
     return call.A.requires_grad is first.A.requires_grad
 
 
-class _Kept(NamedTuple):
-    """What the gradients of a pass are computed from."""
-
-    x: Tensor | None
-    members: list[Saved]
-    needs: list[Call]
-
-
 class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, options: tuple[Options, ...], x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
@@ -94,13 +86,12 @@ class _SharedInput(torch.autograd.Function):
         for i, base in enumerate(ctx.stored):
             if base is not None:
                 members[i] = members[i]._replace(weight=base)
-        kept = _Kept(x, members, ctx.needs)
         found = [dy for dy in dys if dy is not None]
         if not found:
             return (None,) * (3 + len(ctx.dtypes))
         with torch.no_grad(), torch.autocast(found[0].device.type, enabled=False):
             batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
-            grads = _gradients(ctx, kept, dys, batched)
+            grads = _gradients(ctx, x, members, dys, batched)
         if not torch.is_grad_enabled():
             return grads
         tied = (*found, *ctx.saved_tensors, *ctx.depends_on)
@@ -144,16 +135,18 @@ def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Te
     return Masks(tuple(ranks), tuple(dropout_p), torch.cat(one_by_one))
 
 
-def _gradients(ctx: Any, kept: _Kept, dys: Sequence[Tensor | None], batched: bool) -> tuple[Any, ...]:
-    saved = [each for m in kept.members for each in m if each is None or isinstance(each, Tensor)]
-    stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*dys, kept.x, *saved))
+def _gradients(
+    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], batched: bool
+) -> tuple[Any, ...]:
+    saved = [each for m in members for each in m if each is None or isinstance(each, Tensor)]
+    stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*dys, x, *saved))
     flat: list[Any] = [None] * len(ctx.dtypes)
     live = [i for i, dy in enumerate(dys) if dy is not None]
-    o, need = [ctx.options[i] for i in live], [kept.needs[i] for i in live]
-    member, dy = [kept.members[i] for i in live], [dys[i] for i in live]
+    o, need = [ctx.options[i] for i in live], [ctx.needs[i] for i in live]
+    member, dy = [members[i] for i in live], [dys[i] for i in live]
     given: Any = zip(o, need, member, [stages] * len(live), dy, strict=True)
     read = [gradients_of_dy(*each) for each in given]
-    dx, dA_hats = _input_gradients(o, need[0], kept.x, member, stages, dy, read, batched)
+    dx, dA_hats = _input_gradients(o, need[0], x, member, stages, dy, read, batched)
     for place, i in enumerate(live):
         found, _, _, dB_hat = read[place]
         found.update(gradients_of_factors(o[place], need[place], member[place], stages, dA_hats[place], dB_hat))

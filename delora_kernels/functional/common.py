@@ -2,6 +2,7 @@
 call, run a call.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,12 @@ from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import AnyCall, Call, Options
 from delora_kernels.dispatch import choose
-from delora_kernels.functional import plain_torch
 from delora_kernels.op_arguments import Start, Strength
+
+plain_torch: Any = None
+"""functional/plain_torch.py, which brings the reference with it: there once a program is exported,
+for importing the package is to cost little.
+"""
 
 
 def exporting() -> bool:
@@ -26,13 +31,16 @@ def exporting() -> bool:
     runs in this process and keeps the ops. Everything that is to be plain torch in such a program
     asks here.
     """
+    global plain_torch
     if torch.compiler.is_dynamo_compiling():  # by itself: after a graph break, which no export has
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return True
     # torch 2.7 does not say so while Dynamo reads a strict export, whose translator knows
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
-    return dynamo is not None and getattr(getattr(dynamo.tls, "current_tx", None), "export", False)
+    found = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    found = found or (dynamo is not None and getattr(getattr(dynamo.tls, "current_tx", None), "export", False))
+    if found and plain_torch is None:
+        plain_torch = importlib.import_module("delora_kernels.functional.plain_torch")
+    return found
 
 
 # A constant of what torch.compile traces: traced, some of these say True of torch.compile as well.

@@ -9,7 +9,7 @@ from delora_kernels.autograd.fold import Fold
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
 from delora_kernels.dispatch import requested
-from delora_kernels.functional import plain_torch
+from delora_kernels.functional import common
 from delora_kernels.functional.common import exporting, low_rank_call, run
 from delora_kernels.op_arguments import Start, Strength
 
@@ -111,7 +111,7 @@ def delora_factors(
     """
     lam, weight_norm, eps = factors_call(A, B, lam, weight_norm, eps)
     if exporting():
-        return plain_torch.factors(A, B, lam, weight_norm, eps)
+        return common.plain_torch.factors(A, B, lam, weight_norm, eps)
     A_hat, B_hat = Fold.apply(A, B, lam, weight_norm, eps, requested() or "eager")
     return A_hat, B_hat
 

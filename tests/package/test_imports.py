@@ -151,7 +151,7 @@ def test_import_loads_the_functions_and_what_is_below_them_alone(fresh: dict[str
     parts = {name.split(".")[1] for name in fresh["loaded"]}
     assert parts == {
         *("autograd", "backends", "bases", "call", "checks", "diagnostics", "dispatch", "dtypes", "op_arguments"),
-        *("functional", "op_registry", "ops", "reference", "renamed", "version"),
+        *("functional", "op_registry", "ops", "renamed", "version"),
     }
     of_diagnostics = {name for name in fresh["loaded"] if name.startswith("delora_kernels.diagnostics.")}
     assert of_diagnostics == {"delora_kernels.diagnostics.proof"}

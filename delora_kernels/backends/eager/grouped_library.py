@@ -4,8 +4,8 @@
     grouped(dyᵀ [N, T], x [T, K]) = dy_eᵀ x_e [E, N, K]
 
 It may leave rows behind the last offset and experts without rows unwritten, so they are set to 0
-here, and it wants rows that
-16 bytes divide: small ranks are padded with columns of 0, of which one of 1 sums dy for the bias.
+here, and it wants rows that 16 bytes divide: small ranks are padded with columns of 0, of which one
+of 1 sums dy for the bias.
 """
 
 from collections.abc import Sequence

@@ -28,9 +28,10 @@ PEFT_NEWEST = versions.TABLE["peft"].newest
 @pytest.fixture
 def kept() -> Iterator[None]:
     """What this process knows of the installed PEFT is put back."""
-    known = dict(verdicts.reasons)
+    known, against = dict(verdicts.reasons), list(verdicts.against_experts)
     yield
     verdicts.reasons.update(known)
+    verdicts.against_experts[:] = against
 
 
 def found() -> dict[str, str | None]:
