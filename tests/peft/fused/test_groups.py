@@ -175,6 +175,10 @@ def _hook(made: Any) -> None:
     made.base_model.model.k.register_forward_hook(lambda *_: None)
 
 
+def _hook_leader(made: Any) -> None:
+    made.base_model.model.q.register_forward_hook(lambda *_: None)
+
+
 def _skip(made: Any) -> None:
     made.base_model.model.order = "qv"
 
@@ -222,6 +226,7 @@ def _edit(made: Any) -> None:
 CHANGES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
     "another order": (_swap_order, []),
     "a hook": (_hook, []),
+    "a hook on the first": (_hook_leader, []),
     "one skipped": (_skip, [3]),
     "each called twice": (_twice, [3, 3]),
     "one disabled": (_disable, []),
