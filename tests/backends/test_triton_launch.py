@@ -5,37 +5,28 @@ Nothing is compiled or run: benchmarks/stand_in.py takes the driver's place, and
 compiled kernel's.
 """
 
-import importlib
 import json
 import os
-import pkgutil
-import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
-import triton.compiler
+from launches_seen import KERNELS, Seen, Variant, checked, misaligned, ready
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 
-from benchmarks import launch_overhead, tune_tiles
-from benchmarks.stand_in import Launcher, StandIn, standing_in
+from benchmarks import launch_overhead
+from benchmarks.stand_in import Launcher, StandIn
 from benchmarks.timing import Budget
 from delora_kernels import use_backend
-from delora_kernels.backends import tape
-from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import forms, launch
 from delora_kernels.backends.triton.add_parts import add_parts_kernel
 from delora_kernels.backends.triton.scaled import scaled_kernel
@@ -44,91 +35,6 @@ from delora_kernels.testing import METHODS
 
 if launch.knobs is None:
     pytest.skip("Triton 3.3 has its own path alone", allow_module_level=True)
-
-MODULES = [importlib.import_module(f"{backend.__name__}.{m.name}") for m in pkgutil.iter_modules(backend.__path__)]
-KERNELS = {
-    name: value
-    for module in MODULES
-    for name, value in vars(module).items()
-    if isinstance(value, JITFunction) and name.endswith("_kernel")
-}
-
-
-class Variant(CompiledKernel):
-    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton
-    wanted compiled.
-    """
-
-    run: Any = Launcher()
-
-    def __init__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> None:
-        self.src, self.name, self.module, self._run = src, src.fn.__name__, 1, self.run
-        self.metadata = SimpleNamespace(target=target)
-        self.function, self.packed_metadata = object(), (options["num_warps"], options["num_stages"])
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator["Seen"]:
-    """A stand-in for the driver, kernels that nothing has compiled yet, nothing remembered."""
-    launch.forget()
-    monkeypatch.setattr(triton.compiler, "compile", Variant)
-    for kernel in KERNELS.values():
-        monkeypatch.setattr(kernel, "compile", Variant, raising=False)
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    seen = Seen()
-    with standing_in(StandIn(seen=seen)) as seen.stand_in:
-        yield seen
-    launch.forget()
-
-
-def ready() -> list[launch.Ready]:
-    """Every variant that is remembered."""
-    return [variant for record in launch._records.values() for variant in record.variants.values()]
-
-
-class Seen:
-    """Every launch as the driver got it; `direct` counts those that did not come by Triton's
-    path.
-    """
-
-    def __init__(self) -> None:
-        self.launches: list[Any] = []
-        self.direct = 0
-        self.stand_in = StandIn()
-
-    def __call__(self, grid: Any, stream: int, function: Any, args: tuple[Any, ...]) -> None:
-        metadata, _launch_metadata, _enter_hook, _exit_hook, *rest = args
-        self.launches.append((grid, stream, function, metadata, rest))
-        above = sys._getframe(2)  # what called the launcher, or one that calls it
-        callers = [above.f_code, above.f_back.f_code if above.f_back else None]
-        replayed = any(code is not None and code.co_name == "launch_again" for code in callers)
-        self.direct += replayed or REAL.__code__ in callers
-
-    def pair(self, record: launch.Record, *call: Any) -> None:
-        """One launch by `launch` and once more by Triton's path: the driver must get the same."""
-        kernel = record.kernel
-        self.launches.clear()
-        REAL(record, *call)
-        launch_overhead.by_triton(record, *call)
-        ours, theirs = self.launches
-        assert ours[:4] == theirs[:4], kernel
-        for got, expected in zip(ours[4], theirs[4], strict=True):
-            expected = expected.data_ptr() if isinstance(expected, Tensor) and type(got) is int else expected
-            assert got is expected or (type(got) is type(expected) and got == expected), kernel
-
-
-REAL = launch.launch
-
-
-def checked(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> list[Any]:
-    """Every launch of the backend goes through `pair`; the list of kernels that were launched."""
-    launched: list[Any] = []
-    for module in MODULES:
-        if module is not launch and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", lambda *a: (launched.append(a[0].kernel), seen.pair(*a)))
-    monkeypatch.setattr(tape, "enabled", False)
-    return launched
-
 
 SIZES = ((64, 128, 256, 16), (7, 19, 13, 3), (1, 1, 1, 1), (130, 48, 33, 36), (2100, 16, 32, 40))
 DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32))
@@ -161,14 +67,6 @@ def test_the_driver_gets_what_tritons_path_gives_it(
     if form == forms.UPDATE:
         assert set(KERNELS) - ran == {"mask_kernel", "rank_gemm_kernel", "reflect_backward_chunked_kernel"}
     assert ("rank_gemm_kernel" in ran) == (form == forms.OWN)
-
-
-def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers, not at a multiple of 16 bytes."""
-    flat = tensor.new_empty(tensor.numel() + 1)
-    flat[1:] = tensor.flatten()
-    assert flat[1:].data_ptr() % 16 != 0
-    return flat[1:].view(tensor.shape)
 
 
 def test_a_variant_for_each_alignment_and_each_kind_of_integer(seen: Seen) -> None:
@@ -403,142 +301,3 @@ def test_the_benchmark_launches_every_kernel_both_ways(
     assert kernels["add_parts_kernel"] == 5
     assert "| add_parts_kernel | 5 | 500.0 | 125.0 | 0.25 |" in capsys.readouterr().out
     assert all(module.launch is launch.launch for module in launch_overhead._launchers())
-
-
-def replaying(method: str, seed: int, seen: Seen, **options: Any) -> tuple[dict[str, Any], Any]:
-    """The inputs of a method, and its forward and backward pass, recorded by now."""
-    inputs = METHODS[method].draw(
-        *(64, 128, 256, 16), dtype=torch.bfloat16, adapter_dtype=torch.float32, seed=seed, **options
-    )
-
-    def run(inputs: dict[str, Any] = inputs) -> list[Any]:
-        seen.launches.clear()
-        with use_backend("triton"):
-            METHODS[method].fused(inputs)
-        return list(seen.launches)
-
-    for _ in range(3):
-        run()
-    return inputs, run
-
-
-def without_temporaries(launches: list[Any], inputs: dict[str, Any]) -> list[Any]:
-    """The launches, with the name of an input for its pointer, "memory" for any other pointer."""
-    names = {value.data_ptr(): name for name, value in inputs.items() if isinstance(value, Tensor) and value.numel()}
-
-    def named(value: Any) -> Any:
-        return names.get(value, "memory" if value > 1 << 32 else value) if type(value) is int else value
-
-    return [(*launched[:4], [named(value) for value in launched[4]]) for launched in launches]
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("grouped")])  # they read content
-def test_a_replay_launches_what_the_call_launches(method: str, seen: Seen, seed: int) -> None:
-    """With the pointers of the day: of tensors that it has not seen before."""
-    inputs, run = replaying(method, seed, seen)
-    assert [type(known) for known in tape._known.values()] == [tuple, tuple]
-    fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    before = seen.direct
-    replayed = without_temporaries(run(fresh), fresh)
-    assert seen.direct - before == len(replayed) > 0
-    tape.enabled, enabled = False, tape.enabled
-    try:
-        assert without_temporaries(run(fresh), fresh) == replayed
-    finally:
-        tape.enabled = enabled
-
-
-def test_a_replay_heeds_the_stream_the_device_and_alignment(
-    seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs, run = replaying("lora", seed, seen)
-    seen.stand_in.stream = 11
-    usual = run()
-    assert {stream for _, stream, *_ in usual} == {11}
-    seen.stand_in.device = 3  # another device is current: the tensors' own is entered for each launch
-    entered: list[int] = []
-
-    @contextmanager
-    def device(index: int) -> Iterator[None]:
-        before, seen.stand_in.device = seen.stand_in.device, index
-        entered.append(index)
-        yield
-        seen.stand_in.device = before
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    assert [launched[2] for launched in run()] == [launched[2] for launched in usual]
-    assert entered == [-1] * len(usual)
-    seen.stand_in.device = -1
-    shifted = run(inputs | {"x": misaligned(inputs["x"])})
-    again = run(inputs | {"x": misaligned(inputs["x"])})
-    differ = [ours[2] is not theirs[2] for ours, theirs in zip(shifted, usual, strict=True)]
-    reads_x = [any("x" == value for value in launched[4]) for launched in without_temporaries(usual, inputs)]
-    assert differ == reads_x
-    assert any(reads_x)
-    assert [launched[2] for launched in again] == [launched[2] for launched in shifted]
-    assert [launched[2] for launched in run()] == [launched[2] for launched in usual]
-
-
-def test_a_replay_is_seen_by_whoever_hooks_launches(seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton import knobs
-
-    _, run = replaying("lora", seed, seen)
-    count = len(run())
-    before = seen.direct
-    run()
-    assert seen.direct - before == count
-    chain = knobs.runtime.launch_enter_hook
-    if chain is None:  # Triton 3.4
-        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda *_: None)
-    else:
-        monkeypatch.setattr(chain, "calls", [lambda *_: None])
-    before = seen.direct
-    assert len(run()) == count
-    assert seen.direct == before
-    monkeypatch.undo() if chain is None else monkeypatch.setattr(chain, "calls", [])
-    called: list[Any] = []
-    monkeypatch.setattr(add_parts_kernel, "pre_run_hooks", [lambda *a, **kw: called.append(a)])
-    run()
-    assert called
-
-
-@pytest.mark.parametrize("what", ["dtype", "scale", "frozen A", "tf32", "bias"])
-def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, run = replaying("lora", seed, seen)
-    recorded = dict(tape._known)
-    if what == "dtype":
-        inputs = {n: v.half() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v for n, v in inputs.items()}
-    elif what == "scale":
-        inputs = inputs | {"scale": 0.25}
-    elif what == "tf32":
-        monkeypatch.setattr("delora_kernels.autograd.function.allow_tf32", lambda: True)
-    elif what == "bias":
-        inputs = inputs | {"bias": None}
-    if what == "frozen A":
-        with use_backend("triton"):
-            (METHODS["lora"].forward(inputs | {"B": inputs["B"].requires_grad_()})).sum().backward()
-    else:
-        run(inputs)
-    assert all(tape._known[key] is known for key, known in recorded.items())
-    assert sorted(value for value in tape._known.values() if isinstance(value, int)) == [1, 1]
-
-
-def test_tiles_that_are_tuned_are_planned_with(seen: Seen) -> None:
-    x, h = torch.zeros(400, 32, dtype=torch.bfloat16), torch.zeros(400, 16, dtype=torch.bfloat16)
-
-    def tokens() -> int:
-        seen.launches.clear()
-        token_sums(x, h)
-        (record,) = [record for record in launch._records.values() if record.variants]
-        return int(record.constants["BT"])
-
-    shipped = tokens()
-    with tune_tiles._using((9, 0), "token_sums", "16", (32, 32, 4, 2)):
-        assert tokens() == 32 != shipped
-    assert tokens() == shipped
-
-
-def test_plans_can_be_switched_off(seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "enabled", False)
-    replaying("lora", seed, seen)
-    assert tape._known == {}

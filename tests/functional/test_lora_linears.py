@@ -63,7 +63,7 @@ class Problem:
         return list(torch.autograd.grad(ys, leaves, dys, allow_unused=True, retain_graph=True))
 
 
-def compare(ours: Any, theirs: Any, tolerance: float) -> None:
+def assert_alike(ours: Any, theirs: Any, tolerance: float) -> None:
     assert len(ours) == len(theirs)
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert (a is None) is (b is None), number
@@ -98,12 +98,14 @@ def test_as_one_by_one(case: str, seed: int) -> None:
     eps = torch.finfo(problem.x.dtype).eps
     # dx is a sum of six products, rounded to x's dtype after each in one of the two orders
     tolerance = 1e-12 if problem.x.dtype == torch.float64 else 8 * eps
-    compare(ours, theirs, tolerance)
-    compare(problem.gradients(ours), problem.gradients(theirs), tolerance)
+    assert_alike(ours, theirs, tolerance)
+    assert_alike(problem.gradients(ours), problem.gradients(theirs), tolerance)
     for chosen in ((1,), (0, 2)):
-        compare(problem.gradients(ours, chosen), problem.gradients(theirs, chosen), tolerance)
+        assert_alike(problem.gradients(ours, chosen), problem.gradients(theirs, chosen), tolerance)
     with torch.no_grad():
-        compare(problem.together(draw), [y.detach() for y in ours], 0.0 if problem.x.dtype != torch.float32 else eps)
+        assert_alike(
+            problem.together(draw), [y.detach() for y in ours], 0.0 if problem.x.dtype != torch.float32 else eps
+        )
 
 
 @pytest.mark.parametrize("what", ["x frozen", "A frozen", "one A frozen", "W trained", "bias trained", "B frozen"])
@@ -115,8 +117,8 @@ def test_what_is_trained(what: str, seed: int) -> None:
     more = {"W trained": problem.weights[1:2], "bias trained": problem.biases[2:]}.get(what, [])
     problem.leaves += [each.requires_grad_() for each in more]
     ours, theirs = problem.together(), problem.alone()
-    compare(ours, theirs, 1e-12)
-    compare(problem.gradients(ours), problem.gradients(theirs), 1e-12)
+    assert_alike(ours, theirs, 1e-12)
+    assert_alike(problem.gradients(ours), problem.gradients(theirs), 1e-12)
 
 
 def test_formula(seed: int) -> None:
@@ -125,7 +127,7 @@ def test_formula(seed: int) -> None:
     for i, y in enumerate(problem.together()):
         whole = problem.weights[i] + problem.scale[i] * problem.B[i] @ problem.A[i]
         expected = problem.x @ whole.T + (0 if problem.biases[i] is None else problem.biases[i])
-        compare([y], [expected], 1e-12)
+        assert_alike([y], [expected], 1e-12)
     for p in (0.0, 0.5):
         small = Problem(seed, lead=(3,), dropout_p=p)
         assert torch.autograd.gradcheck(lambda *_, it=small: it.together(5), (*small.leaves,))
@@ -172,7 +174,7 @@ def test_backends_that_take_some(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked[:3] == [3, 2, 5]
     assert ran == ["eager", "another", "eager"]
     monkeypatch.undo()
-    compare(ours, problem.alone(), 1e-12)
+    assert_alike(ours, problem.alone(), 1e-12)
 
 
 def test_autocast(seed: int) -> None:
@@ -180,8 +182,8 @@ def test_autocast(seed: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = problem.together(), problem.alone()
     eps = torch.finfo(torch.bfloat16).eps
-    compare(ours, theirs, 2 * eps)
-    compare(problem.gradients(ours), problem.gradients(theirs), 8 * eps)
+    assert_alike(ours, theirs, 2 * eps)
+    assert_alike(problem.gradients(ours), problem.gradients(theirs), 8 * eps)
 
 
 def test_extraordinary_passes(seed: int) -> None:
@@ -191,17 +193,17 @@ def test_extraordinary_passes(seed: int) -> None:
         ours, theirs = problem.together(3), problem.alone(3)
         dys = [torch.stack([dy, 2 * dy]) for dy in problem.dys]
         batched = [torch.autograd.grad(ys, problem.leaves, dys, is_grads_batched=True) for ys in (ours, theirs)]
-        compare(*batched, 1e-12)
+        assert_alike(*batched, 1e-12)
         again = checkpoint(problem.together, 3, use_reentrant=False)
-        compare(problem.gradients(again), problem.gradients(problem.alone(3)), 1e-12)
+        assert_alike(problem.gradients(again), problem.gradients(problem.alone(3)), 1e-12)
         dx = torch.autograd.grad(problem.together(3)[0].square().sum(), problem.x, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="no second derivative"):
             dx.sum().backward()
     problem = Problem(seed)
     compiled = torch.compile(problem.together, fullgraph=True, backend="aot_eager")
-    compare(problem.gradients(compiled()), problem.gradients(problem.alone()), 1e-12)
+    assert_alike(problem.gradients(compiled()), problem.gradients(problem.alone()), 1e-12)
     with use_backend("eager"):
-        compare(problem.together(), problem.alone(), 1e-12)
+        assert_alike(problem.together(), problem.alone(), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 none.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
 from peft_models import config
+from peft_pairs import gradients
 from torch import Tensor, nn
+
+import delora_kernels as dk
 
 K = 12
 TOKENS = (2, 5)
@@ -74,3 +78,32 @@ def warm_up(made: nn.Module, seed: int = 0) -> None:
     for _ in range(2):
         made(batch(seed)).sum().backward()
     made.zero_grad(set_to_none=True)
+
+
+class Siblings(nn.Module):
+    """q, k and v of one x, nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(K, 16), nn.Linear(K, 20), nn.Linear(K, 24)
+        self.order: str = "qkv"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([getattr(self, name)(x) for name in self.order], dim=-1)
+
+
+def step(made: nn.Module, x: Tensor, forward: Callable[[Any, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """The output and every gradient of one pass over x."""
+    made.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    y = made(x) if forward is None else forward(made, x)
+    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
+    return {"y": y.detach(), "x": x.grad} | gradients(made)  # type: ignore[dict-item]
+
+
+def pair(method: str, seed: int, **options: Any) -> tuple[Any, Any, Any]:
+    """A model whose groups run, the same one of PEFT, and the report."""
+    made, plain = model(method, seed, **options), model(method, seed, **options)
+    report = dk.accelerate(made, strict=True)
+    warm_up(made)
+    return made, plain, report

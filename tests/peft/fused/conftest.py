@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 from delora_kernels.autograd.low_rank import StraightLinear
+from delora_kernels.functional import common, straight
 
 
 @pytest.fixture
@@ -19,4 +20,32 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(call, backend)
 
     monkeypatch.setattr(StraightLinear, "direct", staticmethod(seen))
+    return found
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of a group took."""
+    found: list[int] = []
+    run = straight.shared_direct
+
+    def counting(calls: Any) -> tuple[Tensor, ...]:
+        found.append(len(calls))
+        return run(calls)
+
+    monkeypatch.setattr(straight, "shared_direct", counting)
+    return found
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of a group took whose calls plan.py made."""
+    found: list[int] = []
+    run = common.run_shared
+
+    def counting(calls: Any, backend: str) -> tuple[Tensor, ...]:
+        found.append(len(calls))
+        return run(calls, backend)
+
+    monkeypatch.setattr(common, "run_shared", counting)
     return found

@@ -67,6 +67,7 @@ def beside(adapters: list[Any], base_layer: nn.Module, is_delora: bool, reason: 
 
 
 def as_they_are(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return LoRA's factors A [r, K] and B [N, r], which need no folding."""
     return A, B
 
 

@@ -49,6 +49,8 @@ class Place:
         if family.watched:
             family.note(layer, x)
         if self.group is not None and self.group.led_by(layer):
+            if _held.group is self.group:  # what is left of its last call, nobody will call for
+                _held.drop()
             self.group.leave_out_the_missed()
             if self.group is not None and family.alone.is_over():
                 calls = self.group.calls(layer, x, call)
@@ -102,7 +104,7 @@ class Family:
                 self._runs.append([weakref.ref(layer)])
 
     def _settle(self) -> None:
-        runs = [[layer for ref in run if (layer := ref()) is not None] for run in self._runs]
+        runs = [[layer for ref in run if (layer := ref()) is not None and self._holds(layer)] for run in self._runs]
         self.watched, self._runs, self._x = False, [], None
         for run in runs:
             if len(run) > 1:
@@ -111,6 +113,11 @@ class Family:
                 self.alone.forget(run)
                 for layer in run:
                     layer.__dict__.pop(PLACE, None)
+
+    def _holds(self, layer: nn.Module) -> bool:
+        """Whether a layer still has its place here: restore() takes it away."""
+        place = place_of(layer)
+        return place is not None and place.family is self
 
 
 class Group:
@@ -158,9 +165,11 @@ class Group:
     def leave_out_the_missed(self) -> None:
         """Go on without them, as soon as no forward pass that ran with them can be run again."""
         if self._missed and not in_backward() and self._ran.is_over():
-            left = [layer for layer in self.layers() if layer not in self._missed]
-            for layer in self.layers():
-                layer.__dict__[PLACE].group = None
+            places = [(layer, place_of(layer)) for layer in self.layers()]
+            here = [(layer, place) for layer, place in places if place is not None and place.group is self]
+            for _, place in here:
+                place.group = None
+            left = [layer for layer, _ in here if layer not in self._missed]
             if len(left) > 1:
                 form(left)
 
