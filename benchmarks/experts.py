@@ -31,8 +31,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import delora_kernels as dk
 from benchmarks.memory import allocations, kept_bytes
-from benchmarks.overhead import interval, write
+from benchmarks.overhead import write
 from benchmarks.timing import Budget, clock_of, rounds
+from delora_kernels.diagnostics.overhead import interval
 
 IMPLEMENTATIONS = ("frozen", "peft", "peft-eager", "dk")
 MIB = 2**20

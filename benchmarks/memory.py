@@ -1,22 +1,18 @@
-"""What a pass keeps, allocates and holds at its peak, in bytes above what was there before.
-
-On a CPU from the profiler's record of every allocation, inside custom ops too; on a GPU from its
-allocator.
+"""What a pass keeps for backward, in bytes; what it allocates is weighed by the package itself
+(delora_kernels/diagnostics/allocations.py).
 """
 
 import gc
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-MIB = 2**20
+from delora_kernels.diagnostics.allocations import MIB, Allocations, allocations
+
+__all__ = ["MIB", "Allocations", "allocations", "kept_bytes", "only_new_garbage"]
 
 
 class _Kept:
@@ -65,58 +61,3 @@ def only_new_garbage() -> Iterator[None]:
     finally:
         if not frozen:
             gc.unfreeze()
-
-
-@dataclass(frozen=True)
-class Allocations:
-    """Bytes allocated in all, and the most that were alive at once beyond what was alive before."""
-
-    total: int
-    peak: int
-
-
-def allocations(run: Callable[[], Any], device: str = "cpu") -> Allocations:
-    """Weigh one pass on `device`; it runs once before, for what is allocated once and kept (library
-    workspaces).
-    """
-    run()
-    gc.collect()
-    return _on_gpu(run) if device.startswith("cuda") else _on_cpu(run)
-
-
-def _on_cpu(run: Callable[[], Any]) -> Allocations:
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    total = alive = peak = 0
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += max(0, event.nbytes())
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return Allocations(total, peak)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Shut standard error, below Python: some builds of torch's profiler write a line there
-    whenever it starts.
-    """
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _on_gpu(run: Callable[[], Any], cuda: Any = torch.cuda) -> Allocations:
-    cuda.synchronize()
-    cuda.reset_peak_memory_stats()
-    before = cuda.memory_stats()
-    run()
-    cuda.synchronize()
-    after = cuda.memory_stats()
-    total = after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"]
-    return Allocations(total, after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"])

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,9 +36,9 @@ from benchmarks.machine import machine_info
 from benchmarks.model_cases import SMALL, ModelCase
 from benchmarks.timing import Budget, clock_of, rounds
 from benchmarks.whole_model import adapted, twin
+from delora_kernels.diagnostics.overhead import gone, interval
 
 IMPLEMENTATIONS = ("frozen", "peft", "addmm", "dk")
-RESAMPLES = 2000
 
 
 class Step:
@@ -105,30 +104,6 @@ def random_tokens(case: ModelCase, device: str) -> Tensor:
     """Return the tokens of a step, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(case.vocabulary, (case.batch, case.sequence), generator=generator).to(device)
-
-
-def gone(spent: Mapping[str, Any], name: str, peft: str = "peft") -> Any:
-    """Return the part of PEFT's overhead that `name` does not have."""
-    return 1 - (spent[name] - spent["frozen"]) / (spent[peft] - spent["frozen"])
-
-
-def interval(
-    figure: Callable[[dict[str, Any]], Any], times: Mapping[str, Sequence[float]], seed: int = 0
-) -> tuple[float, float, float]:
-    """Return a figure of the medians, and the interval that holds 95 % of it over rounds drawn
-    anew.
-
-    Args:
-        figure: Of name → milliseconds: a number, or an array of them.
-        times: Name → milliseconds of every round; the rounds are drawn together.
-        seed: Of the draws.
-    """
-    count = min(map(len, times.values()))
-    chosen = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        whole = figure({name: np.median(each) for name, each in times.items()})
-        found = np.sort(figure({name: np.median(np.asarray(each)[chosen], axis=1) for name, each in times.items()}))
-    return float(whole), float(found[int(0.025 * RESAMPLES)]), float(found[int(0.975 * RESAMPLES) - 1])
 
 
 def compared(times: Mapping[str, Sequence[float]], name: str, peft: str | None = None) -> dict[str, Any]:

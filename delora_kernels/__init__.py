@@ -21,6 +21,7 @@ from delora_kernels.version import __version__
 if TYPE_CHECKING:
     from delora_kernels import bases, flops, nn, reference
     from delora_kernels.diagnostics.explain import explain
+    from delora_kernels.integrations.peft.compare import compare
     from delora_kernels.integrations.peft.delora_on_stored_bases import allow_delora_on_stored_bases
     from delora_kernels.integrations.peft.export.export_lora import export_lora
     from delora_kernels.integrations.peft.fused import accelerate, restore
@@ -44,6 +45,7 @@ __all__ = [
     "accelerate",
     "allow_delora_on_stored_bases",
     "bases",
+    "compare",
     "expert_report",
     "explain",
     "export_lora",
@@ -75,6 +77,7 @@ _OURS = {
 _NEED_PEFT = {
     "accelerate": "peft.fused",
     "allow_delora_on_stored_bases": "peft.delora_on_stored_bases",
+    "compare": "peft.compare",
     "restore": "peft.fused",
     "export_lora": "peft.export.export_lora",
     "AccelerateCallback": "transformers",

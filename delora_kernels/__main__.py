@@ -1,6 +1,7 @@
 """The command line: `python -m delora_kernels` describes the environment.
 
-`check` tests every op and method there, `build-cuda` compiles the CUDA kernels for its GPUs.
+`check` tests every op and method there, `compare` measures a model with PEFT's and with fused
+adapters, `build-cuda` compiles the CUDA kernels for its GPUs.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         print(as_text(environment()))
         return 0
-    return _build_cuda(options) if options.command == "build-cuda" else _check(options)
+    run = {"build-cuda": _build_cuda, "compare": _compare, "check": _check}[options.command]
+    return run(options)
 
 
 def _build_cuda(options: argparse.Namespace) -> int:
@@ -64,6 +66,25 @@ def _build_cuda(options: argparse.Namespace) -> int:
         print(f"python -m delora_kernels build-cuda: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Measure a model; the exit status."""
+    reason = _why_no_device(options.device)
+    if reason is not None:
+        return _refuse(reason, "compare")
+    try:
+        from delora_kernels.integrations.peft.compare import command  # it imports PEFT and Transformers
+    except ImportError as error:
+        return _refuse(f"needs PEFT and Transformers: pip install 'delora-kernels[peft]' ({error})", "compare")
+    fields = {name: value for name, value in vars(options).items() if name in command.Wanted._fields}
+    try:
+        comparison = command.run(command.Wanted(**fields))
+    except (OSError, ValueError) as error:
+        return _refuse(str(error), "compare")
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(comparison.to_dict(), indent=1) if options.json else comparison)
+    return 130 if comparison.interrupted else 0  # 128 + SIGINT, as a shell reports it
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -92,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the environment report: versions, devices, backends and why each can or can't run.",
     )
     parser.add_argument("--version", action="version", version=f"delora-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="check | build-cuda")
+    commands = parser.add_subparsers(dest="command", metavar="check | compare | build-cuda")
     build = commands.add_parser(
         "build-cuda",
         help="compile the CUDA kernels (needs nvcc)",
@@ -116,7 +137,35 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=_seed, default=0, help="of every input; default: 0")
     check.add_argument("--json", action="store_true", help="print JSON in place of the table")
     check.add_argument("--verbose", action="store_true", help="print every result, not the tightest one of each kind")
+    _add_compare(commands)
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="measure a model without adapters, with PEFT's and with fused ones",
+        description="Time forward and backward of a causal language model on random tokens: without adapters, with "
+        "PEFT's layers, and accelerated. Nothing is trained or written.",
+    )
+    compare.add_argument("--model", required=True, help="a hub's name or a folder; one with config.json alone will do")
+    compare.add_argument("--adapter", help="a saved adapter, in place of a new one")
+    compare.add_argument("--method", choices=("lora", "rslora", "dora", "delora"), default="lora", help="default: lora")
+    compare.add_argument("--rank", type=_positive, default=16, help="default: 16")
+    compare.add_argument("--batch", dest="sequences", type=_positive, default=2, help="sequences; default: 2")
+    compare.add_argument("--seq-len", dest="tokens", type=_positive, default=512, help="default: 512")
+    compare.add_argument("--steps", type=_positive, default=5, help="timed passes of each form; default: 5")
+    compare.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    compare.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    compare.add_argument("--autocast", action="store_true", help="run under bfloat16 autocast")
+    compare.add_argument("--checkpointing", action="store_true", help="checkpoint the model's blocks")
+    compare.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -127,11 +176,9 @@ def _seed(text: str) -> int:
 
 def _why_not(device: str, backend: str | None) -> str | None:
     """Why nothing can be checked on this device with this backend, or None."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        return f"--device must be cpu, cuda or cuda:<index>, got {device!r}"
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        return f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
+    reason = _why_no_device(device)
+    if reason is not None:
+        return reason
     try:
         backend = backend or dispatch.requested()
     except ValueError as error:
@@ -140,8 +187,18 @@ def _why_not(device: str, backend: str | None) -> str | None:
     return None if reason is None else f"the backend {backend!r} can't run: {reason}"
 
 
-def _refuse(reason: str) -> int:
-    print(f"python -m delora_kernels check: {reason}", file=sys.stderr)
+def _why_no_device(device: str) -> str | None:
+    """Why this device can't be used, or None."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        return f"--device must be cpu, cuda or cuda:<index>, got {device!r}"
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        return f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
+    return None
+
+
+def _refuse(reason: str, command: str = "check") -> int:
+    print(f"python -m delora_kernels {command}: {reason}", file=sys.stderr)
     return 2
 
 

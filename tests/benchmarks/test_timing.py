@@ -133,7 +133,7 @@ def test_cuda_clock_reports_a_failing_pass() -> None:
 
 
 def test_gpu_memory_is_the_allocators_above_what_was_there() -> None:
-    from benchmarks.memory import Allocations, _on_gpu
+    from delora_kernels.diagnostics.allocations import Allocations, _on_gpu
 
     class Allocator(FakeCuda):
         stats: ClassVar[dict[str, int]] = {

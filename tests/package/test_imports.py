@@ -27,6 +27,7 @@ PUBLIC = {
         "accelerate",
         "allow_delora_on_stored_bases",
         "bases",
+        "compare",
         "expert_report",
         "explain",
         "export_lora",

@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "diagnostics": {"testing", "functional", "dispatch", "backends", "ops", "call", "dtypes", "version"},
     "integrations": {
         "diagnostics",
+        "testing",
         "routing",
         "nn",
         "functional",
@@ -54,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
         "version",
     },
     "__init__": {"diagnostics", "routing", "nn", "functional", "reference", "dispatch", "renamed", "version", "flops"},
-    "__main__": {"diagnostics", "dispatch", "backends", "version"},
+    "__main__": {"integrations", "diagnostics", "dispatch", "backends", "version"},
 }
 """Layer → the layers that it may import, besides itself; each stands above all that it imports."""
 
