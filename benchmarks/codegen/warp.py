@@ -2,8 +2,8 @@
 
 All warps of a program are taken to be alike, and all branches to be taken as on the way to the main
 loop: a model, not an emulator. It knows the stalls and scoreboards that the assembler wrote into
-the instructions, and from device.py how long loads take; arithmetic has its issue slots, barriers wait
-for the slots of all warps, matrix instructions share the tensor cores.
+the instructions, and from device.py how long loads take; arithmetic has its issue slots, barriers
+wait for the slots of all warps, matrix instructions share the tensor cores.
 """
 
 from dataclasses import dataclass, field
