@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import codegen
-from benchmarks.codegen_variants import variants
+from benchmarks.codegen import configurations
+from benchmarks.codegen.variants import variants
 from benchmarks.timing import Budget, Clock, interleaved
 from delora_kernels.backends.triton import launch, tables
 from delora_kernels.backends.triton.dy_sums import dy_sums
@@ -143,4 +143,4 @@ def _compiles(capability: Capability, name: str, limit: str, entry: Entry) -> bo
     arch, wanted = "sm_{}{}".format(*capability), limit if name == tables.GEMM else f"R={limit}"
     with _using(capability, name, limit, entry):
         chosen = [v for v in variants(capability) if v.kernel == name.split()[0] and wanted in v.config.split()]
-        return all(codegen.why_not(codegen.compile_variant(variant, arch)) is None for variant in chosen)
+        return all(configurations.why_not(configurations.compile_variant(variant, arch)) is None for variant in chosen)

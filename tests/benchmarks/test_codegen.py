@@ -1,5 +1,5 @@
-"""benchmarks.codegen: what is compiled without a GPU, and that a spill or too much shared memory
-fails it.
+"""benchmarks.codegen.configurations: what is compiled without a GPU, and that a spill or too much
+shared memory fails it.
 """
 
 import json
@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from benchmarks import codegen, codegen_variants, tune_tiles
+from benchmarks import tune_tiles
+from benchmarks.codegen import configurations as codegen
+from benchmarks.codegen import variants as codegen_variants
 from delora_kernels.backends.triton import tables
 
 KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}

@@ -1,5 +1,5 @@
-"""A stand-in for the driver that sees every launch, and `Variant` in the place of compiled kernels:
-nothing is compiled or run.
+"""A stand-in for the driver that sees every launch, and `Uncompiled` in the place of compiled
+kernels: nothing is compiled or run.
 
 For tests that have Triton and are not in its interpreter.
 """
@@ -10,17 +10,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import triton.compiler
 from torch import Tensor
-from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
-from benchmarks.stand_in import Launcher, StandIn, standing_in
+from benchmarks.stand_in import StandIn, standing_in
+from benchmarks.stand_in import Uncompiled as Variant
 from delora_kernels.backends import tape
 from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import launch
@@ -32,19 +31,6 @@ KERNELS = {
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
-
-
-class Variant(CompiledKernel):
-    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton
-    wanted compiled.
-    """
-
-    run: Any = Launcher()
-
-    def __init__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> None:
-        self.src, self.name, self.module, self._run = src, src.fn.__name__, 1, self.run
-        self.metadata = SimpleNamespace(target=target)
-        self.function, self.packed_metadata = object(), (options["num_warps"], options["num_stages"])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.codegen_variants import GEMM_KERNELS, Variant, variants
+from benchmarks.codegen.variants import GEMM_KERNELS, Variant, variants
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that one block may have."""

@@ -1,0 +1,115 @@
+"""The calls whose binaries are looked at: layers of real models, forward and backward, as a
+training step under autocast makes them.
+
+    steps_of(Layer("lora", 4096, 4096, r=16))     what it launches, in order
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import PRECISIONS, Case
+from benchmarks.codegen.recording import Gemm, Launch, Other, recording
+from benchmarks.layer import methods
+from delora_kernels import functional, use_backend
+
+TOKENS = 8192
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
+"""(in-features, out-features) of the layers that are estimated."""
+
+
+class Layer(NamedTuple):
+    """One adapted linear: method (a key of METHODS), sizes, rank (of each expert), experts and how
+    many of them a token takes.
+    """
+
+    method: str
+    K: int
+    N: int
+    r: int
+    E: int | None = None
+    k: int | None = None
+    precision: str = "bf16-autocast"
+    dropout_p: float = 0.0
+    T: int = TOKENS
+
+    @property
+    def title(self) -> str:
+        """Its method, ranks and what is not usual."""
+        words = [self.method, f"E={self.E} r={self.r}" if self.E else f"r={self.r}" if self.r else ""]
+        words += [self.precision if self.precision != "bf16-autocast" else "", "dropout" if self.dropout_p else ""]
+        return " ".join(word for word in words if word)
+
+
+def estimated() -> Iterator[Layer]:
+    """Yield the layers of the table of estimates."""
+    for K, N in SHAPES:
+        for r in (16, 32, 64):
+            for method in ("lora", "delora", "dora"):
+                yield Layer(method, K, N, r)
+        yield Layer("goat", K, N, 2, E=8, k=2)
+        yield Layer("ether-plus", K, N, 0)
+        yield Layer("ether-plus-both", K, N, 0)
+
+
+def looked_at() -> Iterator[Layer]:
+    """Yield layers whose launches together have every binary that is looked at: ranks 4 to 256,
+    each dtype, dropout.
+    """
+    for r in (16, 32, 64, 4, 8, 24, 128, 256):
+        for method in ("lora", "dora"):
+            yield Layer(method, 4096, 4096, r)
+    yield Layer("delora", 4096, 4096, 16)
+    yield Layer("goat", 4096, 4096, 2, E=8, k=2)
+    yield Layer("moe", 4096, 4096, 4, E=8, k=2)
+    yield Layer("ether", 4096, 4096, 0)
+    yield Layer("ether-plus-both", 4096, 4096, 0)
+    yield Layer("ether-plus-both", 4096, 14336, 0)
+    for r in (16, 64):
+        yield Layer("lora", 4096, 4096, r, dropout_p=0.1)
+        yield Layer("lora", 4096, 4096, r, precision="bf16-fp32")
+        yield Layer("dora", 4096, 4096, r, precision="bf16-fp32")
+
+
+def steps_of(layer: Layer) -> list[Launch | Gemm | Other]:
+    """Return what one forward and backward pass launches."""
+    case = Case(layer.method, "", layer.T, layer.K, layer.N, layer.r, layer.precision, E=layer.E, k=layer.k)
+    made = _blank(case)
+    dy, spec = made.pop("grad_out"), methods.METHODS[layer.method]
+    if layer.dropout_p:
+        made |= {"dropout_p": layer.dropout_p, "seed": 1}
+    for name in ("x", *spec.trained):
+        made[name].requires_grad_()
+    dtype, _, autocast, _ = PRECISIONS[layer.precision]
+    with recording() as seen, use_backend("triton"):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y: Any = getattr(functional, spec.function)(**made)
+        (y if isinstance(y, Tensor) else y[0]).backward(dy)
+    return seen.steps
+
+
+class _Shapes(methods.Draw):
+    """Draws nothing: tensors without memory."""
+
+    def __init__(self, case: Case, device: str, seed: int) -> None:
+        self.case, self.device = case, "meta"
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _blank(case: Case) -> dict[str, Any]:
+    """Return the inputs of a case in memory that nobody wrote: the numbers do not matter, and take
+    long.
+    """
+    with patch.object(methods, "Draw", _Shapes):
+        made = methods.inputs(case, "meta", seed=0)
+    return {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in made.items()
+    }

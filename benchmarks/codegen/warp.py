@@ -1,0 +1,204 @@
+"""One warp walks a kernel: when each instruction issues, what it waits for, what is in flight then.
+
+All warps of a program are taken to be alike, and all branches to be taken as on the way to the main
+loop: a model, not an emulator. It knows the stalls and scoreboards that the assembler wrote into
+the instructions, and from device.py how long loads take; arithmetic has its issue slots, barriers
+wait for the slots of all warps, matrix instructions share the tensor cores.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from benchmarks.codegen import device
+from benchmarks.codegen.sass import FREE, Instruction
+
+TAKES = {"LDS": 30, "LDSM": 33, "SHFL": 24, "MUFU": 24, "S2R": 30, "S2UR": 30, "LDC": 40, "MEMBAR": 30}
+"""Cycles of what is neither arithmetic nor a load from device memory (arXiv 2402.13499)."""
+OTHERS, BARRIER, MATRIX_DRAIN = 24, 24, 16
+"""Cycles: of an unknown result; of a barrier that nobody is late for; from the last multiplication
+of a matrix instruction to its result."""
+LATE = 100
+"""Cycles of waiting from which a load counts as waited for."""
+
+
+class Load(NamedTuple):
+    """A load on its way.
+
+    Args:
+        at: Index of the instruction.
+        arrives: When, in cycles.
+        step: Of the main loop, when it was issued.
+        bytes: For the whole program, of a large tensor; 0 of others.
+    """
+
+    at: int
+    arrives: float
+    step: int
+    bytes: int
+
+
+@dataclass
+class Walk:
+    """What a walk found.
+
+    Args:
+        before, step, after: Cycles until the main loop begins, of one turn of it, after it.
+        in_flight: The most bytes from device memory that were on their way when the warp waited.
+        same_step: Loads (indices) that are waited for in the turn that issued them.
+    """
+
+    before: float = 0.0
+    step: float = 0.0
+    after: float = 0.0
+    in_flight: int = 0
+    same_step: set[int] = field(default_factory=set)
+
+
+class Warp:
+    """A walk through `code`.
+
+    Args:
+        code: The kernel.
+        main: (first, last) of the main loop, or None.
+        large: Index of each load from device memory → its bytes for the whole program.
+        warps: Of a program.
+        programs: Of the grid.
+    """
+
+    def __init__(
+        self, code: list[Instruction], main: tuple[int, int] | None, large: dict[int, int], warps: int, programs: int
+    ) -> None:
+        self.code, self.main, self.large = code, main, large
+        self.each_issue, self.groups = max(1.0, warps / 4), max(1, warps // 4)
+        share = device.BANDWIDTH / device.CLOCK / min(programs, device.SMS)
+        self.rate = min(64.0, share)  # bytes a cycle that a multiprocessor gets
+        self.time = self.memory = self.matrix = self.since = 0.0
+        self.issued = self.step = 0
+        self.boards: list[list[tuple[float, tuple[Load, ...]]]] = [[] for _ in range(6)]
+        self.copies: list[Load] = []
+        self.products: list[float] = []
+        self.coming: list[Load] = []
+        self.walk = Walk()
+
+    def run(self, turns: int = 8) -> Walk:
+        """Walk from the entry through `turns` turns of the main loop to the end."""
+        at, walk, starts = 0, self.walk, list[float]()
+        for _ in range(len(self.code) * (turns + 1)):
+            if at >= len(self.code):
+                break
+            if self.main and at == self.main[0]:
+                starts.append(self.time)
+                self.step += 1
+            instruction = self.code[at]
+            self._issue(at, instruction)
+            if self.main and at == self.main[1]:
+                if self.step < turns:
+                    at = self.main[0]
+                    continue
+                starts.append(self.time)
+                self.step += 1
+            if instruction.base == "EXIT" and not instruction.predicate:
+                break
+            at = self._next(at, instruction)
+        end = max([self.time, *(load.arrives for load in self.coming if load.bytes)])
+        if len(starts) > 1:
+            half = len(starts) // 2
+            walk.before, walk.step = starts[0], (starts[-1] - starts[half]) / (len(starts) - 1 - half)
+            walk.after = end - starts[-1]
+        else:
+            walk.before = end
+        return walk
+
+    def _next(self, at: int, instruction: Instruction) -> int:
+        target = next((i for i, other in enumerate(self.code) if other.address == instruction.target), None)
+        if instruction.target is None or target is None or target <= at:
+            return at + 1
+        if not instruction.predicate:
+            return target
+        if self.main and at < self.main[0] and not self._leads(at + 1) and self._leads(target):
+            return target
+        return at + 1
+
+    def _leads(self, at: int) -> bool:
+        """Whether the main loop is reached from here, where no condition holds."""
+        assert self.main is not None
+        seen = set[int]()
+        while at < len(self.code) and at not in seen:
+            if at == self.main[0]:
+                return True
+            seen.add(at)
+            instruction = self.code[at]
+            if instruction.base == "EXIT" and not instruction.predicate:
+                return False
+            jumps = instruction.target is not None and not instruction.predicate
+            at = next(i for i, o in enumerate(self.code) if o.address == instruction.target) if jumps else at + 1
+        return False
+
+    def _issue(self, at: int, instruction: Instruction) -> None:
+        for board in range(6):
+            if instruction.waits >> board & 1:
+                self._wait(self.boards[board])
+                self.boards[board] = []
+        base, name = instruction.base, instruction.name
+        if base == "DEPBAR":
+            board, keep = _numbers(instruction, "SB")
+            held = self.boards[board]
+            self._wait(held[: len(held) - keep])
+            self.boards[board] = held[len(held) - keep :] if keep else []
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            keep = _numbers(instruction, "gsb")[1]
+            done = self.products[: len(self.products) - keep]
+            self.time = max([self.time, *done])
+            self.products = self.products[len(self.products) - keep :] if keep else []
+        elif base == "BAR":
+            # the last warp comes when all of them have had their slots
+            self.time = max(self.time, self.since + self.issued * self.each_issue) + BARRIER
+            self.since, self.issued = self.time, 0
+        result, loads = self._result(at, instruction)
+        if instruction.sets != FREE:
+            self.boards[instruction.sets].append((result, loads))
+        if instruction.reads != FREE:
+            self.boards[instruction.reads].append((self.time + OTHERS, ()))
+        self.time += max(1, instruction.stall)
+        self.issued += 1
+
+    def _result(self, at: int, instruction: Instruction) -> tuple[float, tuple[Load, ...]]:
+        base = instruction.base
+        if instruction.loads:
+            size = self.large.get(at, 0)
+            self.memory = max(self.memory, self.time) + size / self.rate if size else self.memory
+            arrives = self.memory + device.LATENCY * device.CLOCK if size else self.time + device.CACHED
+            load = Load(at, arrives, self.step, size)
+            self.coming.append(load)
+            if base == "LDGSTS":
+                self.copies.append(load)
+            return arrives, (load,)
+        if base == "LDGDEPBAR":
+            loads, self.copies = tuple(self.copies), []
+            return max([self.time, *(load.arrives for load in loads)]), loads
+        if base == "HGMMA":
+            columns = int(instruction.name.split(".")[1].split("x")[1])
+            self.matrix = max(self.matrix, self.time) + columns / 2 * self.groups
+            if any(word.startswith("gsb") for word in instruction.operands):
+                self.products.append(self.matrix + MATRIX_DRAIN)
+        return self.time + TAKES.get(base, OTHERS), ()
+
+    def _wait(self, held: list[tuple[float, tuple[Load, ...]]]) -> None:
+        until = max((done for done, _ in held), default=0.0)
+        loads = [load for _, group in held for load in group]
+        if self.step or self.main is None:
+            self.walk.same_step |= {load.at for load in loads if load.step == self.step}
+        if until > self.time:
+            if until > self.time + LATE:
+                on_the_way = sum(load.bytes for load in self.coming if load.arrives > self.time)
+                if self.main is None or 0 < self.step:
+                    self.walk.in_flight = max(self.walk.in_flight, on_the_way)
+            self.time = until
+        self.coming = [load for load in self.coming if load.arrives > self.time]
+
+
+def _numbers(instruction: Instruction, prefix: str) -> tuple[int, int]:
+    """Return the scoreboard and how many may be left, of a wait written as `SB0, 0x2`."""
+    words = instruction.operands
+    board = next((int(word.removeprefix(prefix)) for word in words if word.startswith(prefix)), 0)
+    return board, int(words[-1], 16) if words[-1].startswith("0x") else 0
