@@ -30,7 +30,7 @@ from delora_kernels.testing import METHODS
 
 T, N, R = 16, 64, 4
 CALLS = {"lora": 128, "dora": 64, "delora": 64, "moe": 64, "goat": 128, "ether-plus": 64}
-CALLS |= {"lora-dropout": 64, "dora-dropout": 64}
+CALLS |= {"lora-dropout": 64, "dora-dropout": 64, "grouped-lora": 64}
 """Methods whose whole calls are timed → K: at 128 its sum is split. With fewer, some kernel would
 not be launched.
 """

@@ -11,6 +11,9 @@ from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
+from delora_kernels.backends.triton.grouped import grouped_times_small_kernel, grouped_update_kernel
+from delora_kernels.backends.triton.grouped_sums import BLOCK as GROUPED_BLOCK
+from delora_kernels.backends.triton.grouped_sums import grouped_sums_kernel, grouped_total_kernel
 from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, LARGEST_MIXED_RANK, project_route_kernel
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import rank_update_kernel
@@ -61,7 +64,10 @@ class Variant(NamedTuple):
     options: dict[str, int]
 
 
-GEMM_KERNELS = ("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "rank_gemm")
+GEMM_KERNELS = (
+    *("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "rank_gemm"),
+    *("grouped_times_small", "grouped_update", "grouped_sums"),
+)
 """Kernels whose 16-bit products must run on the matrix units of the newest instruction."""
 
 
@@ -98,6 +104,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "dy_sums": ("", "dots"),
     "rank_update": ("", "prefill", "dropout"),
     "row_norm": ("", "scaled"),
+    "grouped_times_small": ("", "dropout"),
+    "grouped_update": ("dropout",),
+    "grouped_sums": ("vectors", "dropout"),
 }
 """Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what
 is not there.
@@ -112,6 +121,8 @@ def _tabled(
     drop = features == "dropout"
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
+    if kernel.startswith("grouped_"):
+        return _grouped(kernel, name, big, small, features, constants | {"HOW": how, "PRECISION": precision}, tile)
     if kernel == "times_small":
         function, pointers = times_small_kernel, {"X": big, "S": small, "OUT": small}
         constants |= {"DROP": drop}
@@ -156,6 +167,31 @@ def _tabled(
     return Variant(kernel, f"{name} R={BR} {features}".strip(), function, pointers, constants, options)
 
 
+BE = 256
+"""What 128 experts take: a power of two above."""
+
+
+def _grouped(
+    kernel: str, name: str, big: str, small: str, features: str, constants: dict[str, Any], tile: tables.Tiles
+) -> Variant:
+    """Return a configuration of a kernel for rows sorted by expert."""
+    drop, pointers = features == "dropout", {"OFFSETS": "i64"}
+    constants |= {"BE": BE, "DROP": drop}
+    if kernel == "grouped_times_small":
+        function, pointers = grouped_times_small_kernel, pointers | {"X": big, "S": small, "OUT": small}
+    elif kernel == "grouped_update":
+        function, pointers = grouped_update_kernel, pointers | {"BASE": big, "H": small, "S": small, "BIAS": big}
+        constants |= {"WITH_BIAS": True, "HOW": 2 if constants["HOW"] == 1 else constants["HOW"]}
+    else:
+        function, pointers = grouped_sums_kernel, pointers | {"X": big, "H": small, "PRODUCT": "fp32", "PARTS": "fp32"}
+        constants |= {"WITH_PRODUCT": True, "WITH_SUMS": features == "vectors", "SPLIT": True}
+        pointers |= {"SUMS": "fp32"} if features == "vectors" else {}
+    pointers |= {"SEED": "i64"} if drop else {}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    config = f"{name} R={constants['BR']} {features}".strip()
+    return Variant(kernel, config, function, pointers, constants, options)
+
+
 def _gemm(name: str, way: str, layout: str, keep: bool, capability: tuple[int, int]) -> Variant:
     tile = tables.gemm_tiles(way, capability)
     rows, tma = layout == "NT", way == "descriptors"
@@ -189,6 +225,9 @@ def _passes() -> Iterator[Variant]:
     pointers = {"DV_PARTS": "fp32", "PRODUCT_PARTS": "fp32", "SUM_PARTS": "fp32", "DOT_PARTS": "fp32", "B": "bf16"}
     pointers |= {"COLUMN": "fp32", "DIVISOR": "fp32", "DV": "bf16", "DB": "fp32", "SUMS": "fp32", "DM": "fp32"}
     constants: dict[str, Any] = {f"WITH_{part}": True for part in ("DV", "PRODUCT", "SUMS", "DOTS", "COLUMN", "B")}
+    pointers_of_total = {"OFFSETS": "i64", "PARTS": "fp32", "PRODUCT": "fp32", "SUMS": "fp32"}
+    size = {"WITH_PRODUCT": True, "WITH_SUMS": True, "BLOCK": GROUPED_BLOCK, "BE": BE}
+    yield Variant("grouped_total", "", grouped_total_kernel, pointers_of_total, size, {})
     for BR in (16, 32, 512):
         size = {"BN": PARTS_BLOCK // BR, "BR": BR, "BLOCK": PARTS_BLOCK}
         yield Variant("finish_dy", f"R={BR}", finish_dy_kernel, pointers, constants | size, {})

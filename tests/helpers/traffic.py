@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from triton.runtime import interpreter
 
 from delora_kernels.autograd import reflection
-from delora_kernels.backends import library_gemm
+from delora_kernels.backends import grouped_stages, library_gemm
 
 
 class Traffic:
@@ -64,6 +64,15 @@ class Traffic:
         self._patch.setattr(grid, "__call__", counted_launch)
         for module in (library_gemm, reflection):
             self._patch.setattr(module, "linear", self._gemm(linear, 2))
+        grouped = grouped_stages.grouped_gemm
+        mm = torch.mm
+
+        def experts(*args: Any) -> Tensor:  # which runs on a CPU as a GEMM for each expert
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "mm", mm)
+                return grouped(*args)
+
+        self._patch.setattr(grouped_stages, "grouped_gemm", self._gemm(experts, 2))
         self._patch.setattr(torch, "mm", self._gemm(torch.mm, 2))
         self._patch.setattr(Tensor, "addmm_", self._gemm(Tensor.addmm_, 3), raising=False)
         return self

@@ -56,7 +56,8 @@ REFLECTING = [name for name, method in METHODS.items() if method.function.starts
 def test_op(name: str, dtype: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     wanted = len(SIZES) if dtype in ("float32", "bfloat16+float32") else 1
-    for T, K, N, R in SIZES[: min(wanted, 2) if name.startswith("reflect") else wanted]:  # test_reflect.py has the rest
+    wanted = min(wanted, 2) if name.startswith(("reflect", "grouped")) else wanted  # files of their own have the rest
+    for T, K, N, R in SIZES[:wanted]:
         for problem in op_problems(name, T, K, N, R, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
             assert [m for m in measure(problem) if not m.ok] == []
 

@@ -119,6 +119,16 @@ def grouped_weight_grad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return dW
 
 
+def grouped_gemm(x: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """x_e right_e, [T, C] [E, C, D] → [T, D]; rows behind the last offset stay unwritten."""
+    if library.takes(x, (right,), right.shape[1:]):
+        return library.gemm(x, right, offsets)
+    y = x.new_empty((x.shape[0], right.shape[2]))
+    for e, rows in _experts(offsets, len(x)):
+        torch.mm(x[rows], right[e].to(x.dtype), out=y[rows])
+    return y
+
+
 def _experts(offsets: Tensor, T: int) -> Iterator[tuple[int, slice]]:
     """Every expert that has rows, and which."""
     begin = 0

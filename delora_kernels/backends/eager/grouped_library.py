@@ -43,6 +43,12 @@ def fits(x: Tensor, others: tuple[Tensor | None, ...], widths: Sequence[int]) ->
     return all([width * x.itemsize % 16 == 0 for width in widths])  # noqa: C419
 
 
+def gemm(x: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """x_e right_e, [T, C] [E, C, D] → [T, D]; rows behind the last offset may stay unwritten."""
+    y: Tensor = _gemm(_aligned(x), _aligned(right), offs=offsets.to(torch.int32))
+    return y
+
+
 def forward(
     x: Tensor,
     weight: Tensor,

@@ -5,12 +5,7 @@ GPUs from sm_80.
 same kernels run on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
-from delora_kernels.backends.eager import (
-    grouped_backward,
-    grouped_linear,
-    grouped_weight_grad,
-    weight_grad,
-)
+from delora_kernels.backends.eager import grouped_weight_grad, weight_grad
 from delora_kernels.backends.triton.dropout import dropout_mask
 from delora_kernels.backends.triton.fold import fold, fold_backward
 from delora_kernels.backends.triton.launch import begin
@@ -22,6 +17,8 @@ from delora_kernels.backends.triton.stack_factors import stack_factors
 from delora_kernels.backends.triton.stages import (
     expand,
     expand_backward,
+    grouped_backward,
+    grouped_linear,
     input_backward,
     keeps_folded,
     project,

@@ -7,12 +7,15 @@ has: (c), one GEMM of our own that does it all.
 from torch import Tensor
 
 from delora_kernels.backends.dropout import mask_groups
+from delora_kernels.backends.grouped_stages import GroupedStages
 from delora_kernels.backends.library_gemm import Stages
 from delora_kernels.backends.triton import forms
 from delora_kernels.backends.triton.add_parts import add_parts, finish_dy
 from delora_kernels.backends.triton.dropout import drop
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.dy_sums import takes as takes_dy_sums
+from delora_kernels.backends.triton.grouped import grouped_times_small, grouped_update
+from delora_kernels.backends.triton.grouped_sums import grouped_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.rank_gemm import takes as takes_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
@@ -25,6 +28,11 @@ STAGES = Stages(
     times_small, times_small_parts, token_sums, takes_term, takes_dy_sums, dy_sums,
     finish_dy, add_parts, rank_update, scale_matrix, drop,
 )  # fmt: skip
+
+GROUPED = GroupedStages(grouped_times_small, grouped_update, grouped_sums)
+
+grouped_linear = GROUPED.grouped_linear
+grouped_backward = GROUPED.grouped_backward
 
 project = STAGES.project
 expand_backward = STAGES.expand_backward

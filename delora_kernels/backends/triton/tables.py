@@ -35,6 +35,10 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "dy_sums mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "row_norm": {"16": Tiles(64, 64, 8, 2)},
+    "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
+    "grouped_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
 }
 """Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take
 several passes.
