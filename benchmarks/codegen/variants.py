@@ -33,7 +33,7 @@ from delora_kernels.backends.triton.route import (
     warps,
 )
 from delora_kernels.backends.triton.route_backward import route_backward_kernel
-from delora_kernels.backends.triton.row_norm import row_norm_kernel
+from delora_kernels.backends.triton.row_norm import row_norm_kernel, shape
 from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, scaled_kernel
 from delora_kernels.backends.triton.stack_factors import BLOCK as STACK_BLOCK
 from delora_kernels.backends.triton.stack_factors import COLUMNS as STACK_COLUMNS
@@ -103,26 +103,43 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "token_sums": ("", "vectors", "term", "dropout"),
     "dy_sums": ("", "dots"),
     "rank_update": ("", "prefill", "dropout"),
+<<<<<<< HEAD:benchmarks/codegen/variants.py
     "row_norm": ("", "scaled"),
     "grouped_times_small": ("", "dropout"),
     "grouped_update": ("dropout",),
     "grouped_sums": ("vectors", "dropout"),
+=======
+    "row_norm": ("", "scaled", "low", "turns"),
+>>>>>>> kernels:benchmarks/codegen_variants.py
 }
 """Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what
-is not there.
+is not there, the tile of few rows, more ranks than one turn takes.
 """
+
+
+UNIT_STRIDES = {
+    "times_small": ("stride_sc",),
+    "token_sums": ("stride_sc",),
+    "dy_sums": ("stride_sr",),
+    "rank_update": ("stride_sr",),
+    "row_norm": ("stride_wk", "stride_ak", "stride_br", "stride_sk"),
+}
+"""Kernel → the strides that are 1 where it is launched for contiguous W, Â and B̂."""
 
 
 def _tabled(
     kernel: str, BR: int, name: str, big: str, small: str, features: str, capability: tuple[int, int]
 ) -> Variant | None:
     """Return a configuration of tables.TABLES, or None where no launch asks for it."""
-    tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small else "")
     drop = features == "dropout"
+    tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small or drop else "")
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
+<<<<<<< HEAD:benchmarks/codegen/variants.py
     if kernel.startswith("grouped_"):
         return _grouped(kernel, name, big, small, features, constants | {"HOW": how, "PRECISION": precision}, tile)
+    constants |= dict.fromkeys(UNIT_STRIDES[kernel], 1)
+>>>>>>> kernels:benchmarks/codegen_variants.py
     if kernel == "times_small":
         function, pointers = times_small_kernel, {"X": big, "S": small, "OUT": small}
         constants |= {"DROP": drop}
@@ -156,14 +173,16 @@ def _tabled(
         how = 2 if how == 1 else how
     else:
         function, pointers = row_norm_kernel, {"W": big, "A": small, "B": small, "NORM": "fp32"}
-        constants = {"INTERPRETED": False, "BN": tile.tokens, "BK": tile.columns, "BR": BR}
-        constants |= {"WITH_COLUMN": bool(features), "WITH_SCALED": bool(features)}
-        pointers |= {"MAGNITUDE": small, "COLUMN": "fp32", "SCALED": big} if features else {}
+        BN, BK = shape(tile, BR, 1, 2 if features == "low" else 1)
+        constants = dict.fromkeys(UNIT_STRIDES[kernel], 1) | {"INTERPRETED": False, "STAGES": tile.stages}
+        constants |= {"BN": BN, "BK": BK, "BR": BR}
+        constants |= {"WITH_COLUMN": True, "WITH_SCALED": features == "scaled", "ONE_TURN": features != "turns"}
+        pointers |= {"MAGNITUDE": small, "COLUMN": "fp32"} | ({"SCALED": big} if features == "scaled" else {})
         how, precision = (0, "ieee") if big == small else (3, "tf32x3")
     if drop:
         pointers["SEED"] = "i64"
     constants |= {"HOW": how, "PRECISION": precision}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps} | ({"num_stages": tile.stages} if kernel != "row_norm" else {})
     return Variant(kernel, f"{name} R={BR} {features}".strip(), function, pointers, constants, options)
 
 

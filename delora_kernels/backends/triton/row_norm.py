@@ -22,41 +22,59 @@ from delora_kernels.backends.triton.launch import (
     precision,
     record,
 )
-from delora_kernels.backends.triton.tables import cdiv, rank_tile, tiles
+from delora_kernels.backends.triton.tables import Tiles, cdiv, dtypes, multiprocessors, rank_tile, tiles
+
+
+@triton.jit
+def _add_term(
+    acc, A, B, r, n, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+    HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + B A of the ranks r."""
+    b = tl.load(B + n[:, None] * stride_bn + r[None, :] * stride_br, (n[:, None] < N) & (r[None, :] < R), 0.0)
+    a = tl.load(A + r[:, None] * stride_ar + k[None, :] * stride_ak, (r[:, None] < R) & (k[None, :] < K), 0.0)
+    return mixed_dot(b, a, acc, HOW, PRECISION, INTERPRETED)
 
 
 @triton.jit
 def row_norm_kernel(
     W, A, B, MAGNITUDE, NORM, COLUMN, SCALED, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sn, stride_sk, scale,
-    WITH_COLUMN: tl.constexpr, WITH_SCALED: tl.constexpr,
+    WITH_COLUMN: tl.constexpr, WITH_SCALED: tl.constexpr, ONE_TURN: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BN rows of ‖W + scale · BA‖; strides are free, so that a transposed W (Conv1D) is read as it
-    lies.
+    lies. A loop over ranks within the loop over K keeps W from being loaded ahead: ONE_TURN has
+    none.
     """
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    squares = tl.zeros((BN,), tl.float32)
-    for k0 in range(0, K, BK):
+    r = tl.arange(0, BR)
+    squares = tl.zeros((BN, BK), tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK).to(tl.int64)
         acc = tl.zeros((BN, BK), tl.float32)
-        for r0 in range(0, R, BR):
-            r = r0 + tl.arange(0, BR)
-            b = tl.load(B + n[:, None] * stride_bn + r[None, :] * stride_br, (n[:, None] < N) & (r[None, :] < R), 0.0)
-            a = tl.load(A + r[:, None] * stride_ar + k[None, :] * stride_ak, (r[:, None] < R) & (k[None, :] < K), 0.0)
-            acc = mixed_dot(b, a, acc, HOW, PRECISION, INTERPRETED)
+        if ONE_TURN:
+            acc = _add_term(
+                acc, A, B, r, n, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br, HOW, PRECISION, INTERPRETED
+            )
+        else:
+            for r0 in range(0, R, BR):
+                acc = _add_term(
+                    acc, A, B, r0 + r, n, k, N, K, R, stride_ar, stride_ak, stride_bn, stride_br,
+                    HOW, PRECISION, INTERPRETED,
+                )  # fmt: skip
         at = W + n[:, None] * stride_wn + k[None, :] * stride_wk
         updated = tl.load(at, (n[:, None] < N) & (k[None, :] < K), 0.0).to(tl.float32) + scale * acc
-        squares += tl.sum(updated * updated, 1)
-    norm = tl.sqrt(squares)
+        squares += updated * updated
+    norm = tl.sqrt(tl.sum(squares, 1))
     tl.store(NORM + n, norm, n < N)
     if WITH_COLUMN:
         m = tl.load(MAGNITUDE + n, n < N, 0.0).to(tl.float32)
         column = tl.where(norm == 0.0, 0.0, m / tl.where(norm == 0.0, 1.0, norm))
         tl.store(COLUMN + n, column, n < N)
         if WITH_SCALED:
-            for k0 in range(0, K, BK):
+            for k0 in tl.range(0, K, BK, num_stages=STAGES):
                 k = k0 + tl.arange(0, BK).to(tl.int64)
                 inside = (n[:, None] < N) & (k[None, :] < K)
                 w = tl.load(W + n[:, None] * stride_wn + k[None, :] * stride_wk, inside, 0.0).to(tl.float32)
@@ -64,31 +82,42 @@ def row_norm_kernel(
                 tl.store(SCALED + n[:, None] * stride_sn + k[None, :] * stride_sk, out, inside)
 
 
+def shape(tile: Tiles, BR: int, N: int, programs: int) -> tuple[int, int]:
+    """Return rows and columns of a program's tile: lower and wider ones where N rows make fewer
+    than `programs` of them, but none with fewer rows of W than of Â, which each program reads too.
+    """
+    BN, BK = tile.tokens, tile.columns
+    while cdiv(N, BN) < programs and BN // 2 >= BR:
+        BN, BK = BN // 2, BK * 2
+    return BN, BK
+
+
 @planned
 def _plan(
-    integers: tuple[int, ...], mixed: bool, device: torch.device, tf32: bool, column: bool, scaled: bool
+    integers: tuple[int, ...], kinds: str, device: torch.device, tf32: bool, column: bool, scaled: bool
 ) -> tuple[Record, tuple[int]]:
     """Return the record and the grid of a launch.
 
     Args:
         integers: As the kernel takes them.
-        mixed: Whether the factors are of another dtype than W.
+        kinds: What `dtypes` says of W and the factors.
         device: Of W.
         tf32: Of the product.
         column, scaled: Whether c, whether c ⊙ W is wanted.
     """
     N, _, R, *_ = integers
     BR = rank_tile("row_norm", R)
-    tile = tiles("row_norm", BR, capability(device))
+    tile = tiles("row_norm", BR, capability(device), kinds)
+    BN, BK = shape(tile, BR, N, multiprocessors(device))
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays
     # float32
-    how = WIDE if mixed else PLAIN
+    how = WIDE if kinds == "mixed" else PLAIN
     made = record(
-        row_norm_kernel, integers, WITH_COLUMN=column, WITH_SCALED=scaled,
+        row_norm_kernel, integers, WITH_COLUMN=column, WITH_SCALED=scaled, ONE_TURN=R <= BR,
         HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
-        BN=tile.tokens, BK=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        BN=BN, BK=BK, BR=BR, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    return made, (cdiv(N, tile.tokens),)
+    return made, (cdiv(N, BN),)
 
 
 def row_norm(
@@ -102,7 +131,7 @@ def row_norm(
     column = norm.new_empty(0 if magnitude is None else N)
     out = weight.new_empty((N, K) if scaled else 0)
     strides = (*weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)))
-    mixed = not (B_hat.dtype == A_hat.dtype == weight.dtype)
-    made, grid = _plan((N, K, R, *strides), mixed, weight.device, in_tf32(weight.dtype), magnitude is not None, scaled)
+    kinds = "mixed" if not (B_hat.dtype == A_hat.dtype == weight.dtype) else dtypes(weight.dtype)
+    made, grid = _plan((N, K, R, *strides), kinds, weight.device, in_tf32(weight.dtype), magnitude is not None, scaled)
     launch(made, grid, (weight, A_hat, B_hat, magnitude, norm, column, out), (), (scale,))
     return norm, column, out

@@ -5,6 +5,7 @@ shared memory (`python -m benchmarks.codegen`); no device has timed them yet. Wh
 benchmarks.tune` finds faster on a device stands in `tuned.py` and takes their place there.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,17 +35,19 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 128, 8, 2)},
     "dy_sums mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
-    "row_norm": {"16": Tiles(64, 64, 8, 2)},
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "grouped_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
+    "row_norm": {"32": Tiles(32, 128, 8, 4), "64": Tiles(32, 64, 4, 4)},
+    "row_norm mixed": {"32": Tiles(32, 64, 4, 4), "64": Tiles(32, 64, 8, 3)},
 }
 """Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take
 several passes.
 
-"fp32" and "mixed" behind a kernel's name stand for launches whose wider operands need smaller
-tiles.
+"mixed" and "fp32" behind a kernel's name stand for launches that need more registers for the same
+tile: factors wider than the 16 bits of the token-sized operand, or a mask; all in float32. Without
+an entry of its own "fp32" takes "mixed"'s, and that the plain one.
 """
 
 
@@ -97,6 +100,18 @@ REGISTERS = 255
 time, and spills.
 """
 
+MULTIPROCESSORS = 132
+"""Of a device that can't be asked: an H200's."""
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side, at the least."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return MULTIPROCESSORS
+
+
 SPLIT_TARGET = 264
 """Programs that a reduction is split into: two for each of an H200's 132 multiprocessors."""
 
@@ -114,7 +129,8 @@ def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str 
     """Return the configuration of a kernel for a tile of ranks on a device of this compute
     capability.
     """
-    name = f"{kernel} {dtypes}" if f"{kernel} {dtypes}" in TABLES else kernel
+    own = ([f"{kernel} fp32"] if dtypes == "fp32" else []) + ([f"{kernel} mixed"] if dtypes else [])
+    name = next((name for name in own if name in TABLES), kernel)
     limit, shipped = next(entry for entry in TABLES[name].items() if rank_tile <= int(entry[0]))
     tuned = TILES.get((capability, name), {}).get(limit)
     return shipped if tuned is None else Tiles(*tuned)
