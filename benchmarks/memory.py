@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from delora_kernels.diagnostics.allocations import MIB, Allocations, allocations
 
@@ -37,11 +38,21 @@ def kept_bytes(forward: Callable[[], Tensor], but: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         y = forward()
-    known = {tensor.untyped_storage().data_ptr() for tensor in but}
-    storages = (kept.tensor.untyped_storage() for kept in everything)
+    known = {storage.data_ptr() for tensor in but for storage in _storages(tensor)}
+    storages = (storage for kept in everything for storage in _storages(kept.tensor))
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
     del y
     return sum(sizes.values())
+
+
+def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storage of a tensor, or those of the tensors that one of a subclass is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for name in names:
+        yield from _storages(getattr(tensor, name))
 
 
 @contextmanager

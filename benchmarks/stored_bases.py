@@ -2,9 +2,11 @@
 
     python -m benchmarks.stored_bases  # LoRA, DoRA, DeLoRA on bitsandbytes' nf4, HQQ, torchao int8
     python -m benchmarks.stored_bases --form nf4 --method dora --out runs/stored.json
+    python -m benchmarks.stored_bases --form nf4 --dtype bf16  # the base's compute dtype, and x's
 
-A pass is forward and backward of one layer in fp32, x needing its gradient; the three take turns.
-Beside its time stand the bytes that it keeps for backward and its peak beyond what was there. PEFT
+A pass is forward and backward of one layer with float32 adapters, x needing its gradient; the three
+take turns. Beside its time stand the bytes that it keeps for backward, x and parameters left out,
+and its peak beyond what was there. PEFT
 has no DeLoRA on stored bases: its own forward runs there after `allow_delora_on_stored_bases()`. A
 form whose library is not installed is left out, with a line that says so.
 """
@@ -35,7 +37,7 @@ def nf4(linear: nn.Linear) -> nn.Module:
     """Return a linear in bitsandbytes' nf4, its block scales quantised again."""
     import bitsandbytes as bnb
 
-    made: Any = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, torch.float32, quant_type="nf4")
+    made: Any = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, linear.weight.dtype, quant_type="nf4")
     made.weight.data = linear.weight.data.cpu()
     stored: nn.Module = made.to(linear.weight.device)
     return stored
@@ -46,7 +48,8 @@ def hqq4(linear: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     options = BaseQuantizeConfig(nbits=4, group_size=64)
-    made: nn.Module = HQQLinear(linear, options, compute_dtype=torch.float32, device=str(linear.weight.device))
+    dtype, device = linear.weight.dtype, str(linear.weight.device)
+    made: nn.Module = HQQLinear(linear.float(), options, compute_dtype=dtype, device=device)
     return made
 
 
@@ -60,13 +63,14 @@ def int8(linear: nn.Linear) -> nn.Module:
 
 
 FORMS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"nf4": nf4, "hqq-4": hqq4, "torchao-int8": int8}
-"""Name → nn.Linear → the same, stored."""
+"""Name → nn.Linear → the same, stored, with its dtype to multiply in."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def layer(form: str, method: str, K: int, N: int, r: int, device: str) -> Any:
-    """Return PEFT's layer of random weights and factors."""
+def layer(form: str, method: str, K: int, N: int, r: int, device: str, dtype: str) -> Any:
+    """Return PEFT's layer of random weights and float32 factors."""
     torch.manual_seed(0)
-    base = FORMS[form](nn.Linear(K, N, bias=False, device=device).requires_grad_(False))
+    base = FORMS[form](nn.Linear(K, N, bias=False, device=device, dtype=DTYPES[dtype]).requires_grad_(False))
     model = nn.Sequential(base)
     model.is_loaded_in_4bit = form == "nf4"  # type: ignore[assignment]
     config: Any
@@ -78,12 +82,13 @@ def layer(form: str, method: str, K: int, N: int, r: int, device: str) -> Any:
     return peft.get_peft_model(model, config).base_model.model[0]
 
 
-def passes(form: str, method: str, shape: Sequence[int], r: int, device: str) -> dict[str, Any]:
+def passes(form: str, method: str, shape: Sequence[int], r: int, device: str, dtype: str = "fp32") -> dict[str, Any]:
     """Return the modules of a case, x and the gradient that enters."""
     T, K, N = shape
-    plain, fused = layer(form, method, K, N, r, device), layer(form, method, K, N, r, device)
+    plain, fused = (layer(form, method, K, N, r, device, dtype) for _ in range(2))
     dk.accelerate(fused, strict=True)
-    x, dy = torch.randn(T, K, device=device, requires_grad=True), torch.randn(T, N, device=device)
+    x, dy = (torch.randn(T, features, device=device, dtype=DTYPES[dtype]) for features in (K, N))
+    x.requires_grad_()
     return {"modules": {"frozen": plain.base_layer, "peft": plain, "dk": fused}, "x": x, "dy": dy}
 
 
@@ -95,15 +100,17 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> None:
         parameter.grad = None
 
 
-def measure(form: str, method: str, shape: Sequence[int], r: int, device: str, budget: Budget) -> list[dict[str, Any]]:
+def measure(
+    form: str, method: str, shape: Sequence[int], r: int, device: str, dtype: str, budget: Budget
+) -> list[dict[str, Any]]:
     """Return a row for each implementation: ms, over the frozen base, over PEFT, MiB."""
-    made = passes(form, method, shape, r, device)
+    made = passes(form, method, shape, r, device, dtype)
     steps = {name: partial(step, module, made["x"], made["dy"]) for name, module in made["modules"].items()}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}
     rows = []
     for name, module in made["modules"].items():
         row: dict[str, Any] = {"form": form, "method": method, "impl": name}
-        row |= dict(zip("TKN", shape, strict=True)) | {"r": r, "dtype": "fp32"}
+        row |= dict(zip("TKN", shape, strict=True)) | {"r": r, "dtype": dtype}
         row |= {"median_ms": statistics.median(times[name]), "rounds": len(times[name])}
         over_peft = interval(lambda medians, name=name: medians[name] / medians["peft"], times)  # type: ignore[misc]
         row |= {"ratio_to_frozen": row["median_ms"] / statistics.median(times["frozen"])}
@@ -113,19 +120,31 @@ def measure(form: str, method: str, shape: Sequence[int], r: int, device: str, b
         kept = kept_bytes(lambda module=module: module(made["x"]), [made["x"], *module.parameters()])  # type: ignore[misc]
         row |= {"saved_mib": kept / MIB, "peak_mib": allocations(steps[name], device).peak / MIB}
         rows.append(row)
-    return rows
+    of_peft = next(row["saved_mib"] for row in rows if row["impl"] == "peft")
+    return [row | {"saved_to_peft": row["saved_mib"] / of_peft} for row in rows]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the rows as people read them."""
-    shown = Table("form", "method", "T, K, N", "impl", "ms", "over frozen", "over PEFT", "kept, MiB", "peak, MiB")
+    shown = Table(
+        "form",
+        "method",
+        "dtype, T, K, N",
+        "impl",
+        "ms",
+        "over frozen",
+        "over PEFT",
+        "kept, MiB",
+        "of PEFT's",
+        "peak, MiB",
+    )
     for row in rows:
         low, high = row["peft_interval"]
         ratio = f"{row['ratio_to_peft']:.2f} ({low:.2f} to {high:.2f})"
         shape, name = f"{row['T']}, {row['K']}, {row['N']}", row["impl"]
         spent = (f"{row['median_ms']:.2f}", f"{row['ratio_to_frozen']:.2f}", ratio)
-        memory = (f"{row['saved_mib']:.2f}", f"{row['peak_mib']:.2f}")
-        shown.add_row(row["form"], row["method"], shape, name, *spent, *memory)
+        memory = (f"{row['saved_mib']:.2f}", f"{row['saved_to_peft']:.2f}", f"{row['peak_mib']:.2f}")
+        shown.add_row(row["form"], row["method"], f"{row['dtype']}, {shape}", name, *spent, *memory)
     return shown
 
 
@@ -134,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__, rounds=30)
     parser.add_argument("--form", choices=FORMS, action="append", help="default: all that are installed")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "K", "N"), action="append", help="in place of all")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of x and of the base's GEMM; default: fp32")
     parser.add_argument("--rank", type=int, default=16, help="default: 16")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -147,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for method in options.method or ("lora", "dora", "delora"):
             for shape in options.shape or SHAPES:
-                rows += measure(form, method, shape, options.rank, options.device, budget)
+                rows += measure(form, method, shape, options.rank, options.device, options.dtype, budget)
     if not rows:
         return 1
     Console().print(table(rows))

@@ -103,14 +103,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "token_sums": ("", "vectors", "term", "dropout"),
     "dy_sums": ("", "dots"),
     "rank_update": ("", "prefill", "dropout"),
-<<<<<<< HEAD:benchmarks/codegen/variants.py
-    "row_norm": ("", "scaled"),
+    "row_norm": ("", "scaled", "low", "turns"),
     "grouped_times_small": ("", "dropout"),
     "grouped_update": ("dropout",),
     "grouped_sums": ("vectors", "dropout"),
-=======
-    "row_norm": ("", "scaled", "low", "turns"),
->>>>>>> kernels:benchmarks/codegen_variants.py
 }
 """Kernel → what its launches differ in: the vectors beside the product, the rank-R term of dx, what
 is not there, the tile of few rows, more ranks than one turn takes.
@@ -135,11 +131,9 @@ def _tabled(
     tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small or drop else "")
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
-<<<<<<< HEAD:benchmarks/codegen/variants.py
     if kernel.startswith("grouped_"):
         return _grouped(kernel, name, big, small, features, constants | {"HOW": how, "PRECISION": precision}, tile)
     constants |= dict.fromkeys(UNIT_STRIDES[kernel], 1)
->>>>>>> kernels:benchmarks/codegen_variants.py
     if kernel == "times_small":
         function, pointers = times_small_kernel, {"X": big, "S": small, "OUT": small}
         constants |= {"DROP": drop}

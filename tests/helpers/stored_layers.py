@@ -2,7 +2,8 @@
 a form whose library is not installed skips.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -94,16 +95,38 @@ class Two(nn.Module):
         return y
 
 
+def bare(form: str, seed: int, width: int = 32, **options: Any) -> Any:
+    """Two stored linears in a row, the same for a seed."""
+    torch.manual_seed(seed)
+    make, own = FORMS[form]
+    return Two(lambda: make(width, width, **own | options))
+
+
 def adapted(form: str, method: str, seed: int, width: int = 32, **options: Any) -> Any:
     """A PEFT model of two stored linears, its adapters and magnitudes away from their start."""
     lora = {name: options.pop(name) for name in ("dropout_p", "r") if name in options}
-    torch.manual_seed(seed)
     made = peft.get_peft_model(
-        Two(lambda: FORMS[form][0](width, width, **FORMS[form][1] | options)),
-        config(method, target_modules=["first", "second"], **lora),
+        bare(form, seed, width, **options), config(method, target_modules=["first", "second"], **lora)
     )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "magnitude" in name:
                 parameter *= 0.5 + torch.rand_like(parameter)
     return made
+
+
+@contextmanager
+def dequantisations() -> Iterator[list[int]]:
+    """A list that grows by one for each dequantisation of ours."""
+    made: list[int] = []
+    from delora_kernels.bases import bitsandbytes_4bit
+
+    own = bitsandbytes_4bit.dequantize_4bit
+
+    def counting(*arguments: Any) -> Tensor:
+        made.append(1)
+        return own(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitsandbytes_4bit, "dequantize_4bit", counting)
+        yield made
