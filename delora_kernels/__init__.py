@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft.methods.register import register_peft_methods
     from delora_kernels.integrations.peft.training import training_report, watch_training
-    from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback
+    from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback, TrainingReportCallback
     from delora_kernels.routing import expert_report, watch_experts
 
 dispatch.unproved = proof.why_not
@@ -41,6 +41,7 @@ __all__ = [
     "EtherPlusConfig",
     "ExpertCallback",
     "GoatConfig",
+    "TrainingReportCallback",
     "__version__",
     "accelerate",
     "allow_delora_on_stored_bases",
@@ -82,6 +83,7 @@ _NEED_PEFT = {
     "export_lora": "peft.export.export_lora",
     "AccelerateCallback": "transformers",
     "ExpertCallback": "transformers",
+    "TrainingReportCallback": "transformers",
     "EtherConfig": "peft.methods.ether",
     "EtherPlusConfig": "peft.methods.ether",
     "GoatConfig": "peft.methods.goat",

@@ -23,6 +23,7 @@ PUBLIC = {
         "EtherPlusConfig",
         "ExpertCallback",
         "GoatConfig",
+        "TrainingReportCallback",
         "__version__",
         "accelerate",
         "allow_delora_on_stored_bases",

@@ -1,8 +1,9 @@
-"""Transformers' Trainer: callbacks that accelerate its model, and that report how a mixture uses
-its experts.
+"""Transformers' Trainer: callbacks that accelerate its model, that say whether its adapters train,
+and that report how a mixture uses its experts.
 """
 
 from delora_kernels.integrations.transformers.accelerate_callback import AccelerateCallback
 from delora_kernels.integrations.transformers.expert_callback import ExpertCallback
+from delora_kernels.integrations.transformers.training_report_callback import TrainingReportCallback
 
-__all__ = ["AccelerateCallback", "ExpertCallback"]
+__all__ = ["AccelerateCallback", "ExpertCallback", "TrainingReportCallback"]

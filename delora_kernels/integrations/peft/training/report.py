@@ -6,6 +6,7 @@ of 0 in warm-up, accumulation, steps that a GradScaler leaves out, frozen factor
 token has chosen yet, tokens that no loss counts.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _rows(tensor: Watched) -> Iterator[TensorReport]:
     gradient = None if tensor.gradient is None else tensor.gradient.tolist()
     stepped, tokens = tensor.stepped.tolist(), layer.tokens.tolist()
     partner = layer.with_partner[tensor.role].tolist() if tensor.role in layer.with_partner else None
+    alone = tensor.without_partner().tolist()
     for e in range(E):
         came = tokens[e] if E > 1 else sum(tokens)
         alarm = None
@@ -118,6 +120,10 @@ def _rows(tensor: Watched) -> Iterator[TensorReport]:
             alarm = "it got no gradient, although tokens came"
         elif tensor.in_optimizer is False:
             alarm = "it is in no parameter group of the optimizer"
+        elif alone[e]:
+            alarm = "its partner factor is 0 and does not train: the adapter has no effect"
+        elif not math.isfinite(change[e]):
+            alarm = "it holds NaN or Inf"
         elif gradient is not None and partner is not None and gradient[e] == 0:
             meant = partner[e] if E > 1 else sum(partner)
             alarm = "its gradient is 0, although tokens came" if meant > 0 and layer.routed else None

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from delora_kernels.bases.plain import why_not_local
 from delora_kernels.integrations.peft.fused.experts import outermost, routing_of, wrappers_of
 
 _watches: "weakref.WeakKeyDictionary[nn.Module, TrainingWatch]" = weakref.WeakKeyDictionary()
@@ -27,10 +28,13 @@ class Watched:
         parameter: The tensor.
         role: "A", "B", or the name of where PEFT keeps it.
         layer: What is counted of its layer.
+        partner: The other factor of its pair, where it is one of a pair.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, role: str, layer: "WatchedLayer") -> None:
-        self.name, self.parameter, self.role, self.layer = name, parameter, role, layer
+    def __init__(
+        self, name: str, parameter: nn.Parameter, role: str, layer: "WatchedLayer", partner: nn.Parameter | None
+    ) -> None:
+        self.name, self.parameter, self.role, self.layer, self.partner = name, parameter, role, layer, partner
         self.start = parameter.detach().clone()
         self.gradient: Tensor | None = None  # the largest norm so far, by expert; None: none came
         self.stepped = self.by_expert(torch.zeros_like(parameter))
@@ -47,9 +51,26 @@ class Watched:
             norms = self.by_expert(parameter.grad)
             self.gradient = norms if self.gradient is None else torch.maximum(self.gradient, norms)
 
+    def took_step(self, rate: float, is_sgd: bool) -> None:
+        """Take note of a step at a learning rate above 0. SGD's may be below what the parameter's
+        dtype can tell apart; such a step moves nothing, and rightly.
+        """
+        self.steps += 1
+        if self.parameter.grad is not None:
+            seen, value = self.parameter.grad, self.parameter.detach()
+            if is_sgd:
+                seen = seen * (rate * seen.abs() > torch.finfo(value.dtype).eps * value.abs())
+            self.stepped = torch.maximum(self.stepped, self.by_expert(seen))
+
     def change(self) -> Tensor:
         """How far it has moved, [E]."""
         return self.by_expert(self.parameter.detach() - self.start.to(self.parameter.device))
+
+    def without_partner(self) -> Tensor:
+        """Whether each expert's partner factor is 0 and stays so, [E]."""
+        if self.partner is None or self.partner.requires_grad:
+            return torch.zeros(self.layer.experts, dtype=torch.bool)
+        return _by_expert(self.partner, "A" if self.role == "B" else "B", self.layer.experts) == 0
 
 
 class WatchedLayer:
@@ -88,7 +109,7 @@ class TrainingWatch:
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.layers: list[WatchedLayer] = []
         self.steps = 0
-        self.optimizer = optimizer
+        self.optimizer = optimizer = _stepping(optimizer)
         self._hooks = ExitStack()
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         outer_of = outermost(layers)
@@ -97,8 +118,8 @@ class TrainingWatch:
         for layer in layers:
             watched[layer] = WatchedLayer(layer, getattr(layer, "num_experts", 1) or 1)
             self.layers.append(watched[layer])
-            for role, parameter in trained(layer):
-                tensor = Watched(names.get(id(parameter), role), parameter, role, watched[layer])
+            for role, parameter, partner in trained(layer):
+                tensor = Watched(names.get(id(parameter), role), parameter, role, watched[layer], partner)
                 watched[layer].tensors.append(tensor)
                 self._on(parameter.register_post_accumulate_grad_hook(tensor.note))
         for layer in layers:
@@ -123,10 +144,9 @@ class TrainingWatch:
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         self.steps += any(rate > 0 for rate in rates.values())
         for tensor in self.tensors():
-            if rates.get(id(tensor.parameter), 0.0) > 0:
-                tensor.steps += 1
-                if tensor.parameter.grad is not None:
-                    tensor.stepped = torch.maximum(tensor.stepped, tensor.by_expert(tensor.parameter.grad))
+            rate = rates.get(id(tensor.parameter), 0.0)
+            if rate > 0:
+                tensor.took_step(rate, isinstance(optimizer, torch.optim.SGD))
 
     def close(self) -> None:
         """Stop counting; what was counted stays."""
@@ -144,7 +164,8 @@ def watch_training(model: nn.Module, optimizer: Any = None) -> TrainingWatch:
 
     Args:
         model: Any module with PEFT adapter layers.
-        optimizer: What trains them; None: their changes are shown, and not judged.
+        optimizer: What trains them, or Hugging Face accelerate's wrapper of it; None: their changes
+            are shown, and not judged.
 
     Returns:
         The watch: a context manager that stops counting at its end, or call `close()`.
@@ -171,15 +192,29 @@ def watch_of(model: nn.Module) -> TrainingWatch | None:
     return _watches.get(model)
 
 
-def trained(layer: Any) -> Iterable[tuple[str, nn.Parameter]]:
-    """Return the tensors of a layer's adapters that require a gradient, with their roles."""
+def trained(layer: Any) -> Iterable[tuple[str, nn.Parameter, nn.Parameter | None]]:
+    """Return the tensors of a layer's adapters that require a gradient, with their roles and the
+    other factors of their pairs. Shards are left out: what came to the whole, nobody here sees.
+    """
     for container in layer.adapter_layer_names:
         held = getattr(layer, container, None)
         if isinstance(held, nn.Module):
             role = container.removeprefix("lora_") if isinstance(layer, LoraLayer) else container
-            for _, parameter in held.named_parameters():
-                if parameter.requires_grad:
-                    yield role, parameter
+            others = getattr(layer, {"A": "lora_B", "B": "lora_A"}.get(role, ""), {})
+            for name, parameter in held.named_parameters():
+                if parameter.requires_grad and why_not_local(parameter, role) is None:
+                    adapter = name.partition(".")[0]
+                    partner = getattr(others[adapter], "weight", None) if adapter in others else None
+                    yield role, parameter, partner
+
+
+def _stepping(optimizer: Any) -> Any:
+    """Return the optimizer of torch's that really steps inside Hugging Face accelerate's wrapper;
+    None where another engine does.
+    """
+    if type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer
+    return optimizer if hasattr(optimizer, "register_step_post_hook") else None
 
 
 def _by_expert(tensor: Tensor, role: str, E: int) -> Tensor:
@@ -215,4 +250,4 @@ def _counter(group: list[WatchedLayer]) -> Any:
 
         y.register_hook(came_back)
 
-    return count
+    return torch.compiler.disable(count)
