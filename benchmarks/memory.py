@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor.untyped_storage()
         return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from _storages(getattr(tensor, name))
 
