@@ -161,7 +161,7 @@ def prove(case: Case) -> str | None:
     Raises:
         Unproved: there was no memory for it.
     """
-    from delora_kernels.testing import METHODS, measure  # most processes prove nothing: theirs is not to be imported
+    from delora_kernels.testing import METHODS, failures  # most processes prove nothing: theirs is not to be imported
 
     chosen = [m for m in METHODS.values() if m.function == case.function and bool(m.dropout_p) == case.drops]
     rank = case.rank // EXPERTS if case.function == "moe_lora_linear" else case.rank
@@ -171,10 +171,9 @@ def prove(case: Case) -> str | None:
             for method in chosen:
                 for sizes in SIZES:
                     problem = method.problem(*sizes, rank, device=case.device, bias=case.bias, **options)
-                    for m in measure(problem, poison=False):
-                        if not m.ok:
-                            wrong = m.note or f"error {m.error:.1e}, limit {m.limit:.1e}"
-                            return f"{m.what} of {method.name}: {wrong}"
+                    for m in failures(problem, poison=False):
+                        wrong = m.note or f"error {m.error:.1e}, limit {m.limit:.1e}"
+                        return f"{m.what} of {method.name}: {wrong}"
     except torch.OutOfMemoryError as error:
         raise Unproved(f"OutOfMemoryError: {error}") from None
     except Exception as error:

@@ -7,9 +7,9 @@
         assert m.ok, m
 
 A `Problem` is one computation with its inputs and three ways to do it: the code under test, eager
-PyTorch in the same dtypes, and the oracle in float64. `measure` runs all three and compares. The
-rest of the package imports it where kernels are checked or prove themselves (diagnostics/proof.py),
-and not before.
+PyTorch in the same dtypes, and the oracle in float64. `measure` runs all three and compares,
+`failures` as much of them as a verdict takes. The rest of the package imports it where kernels are
+checked or prove themselves (diagnostics/proof.py), and not before.
 """
 
 from delora_kernels.testing.dropout import measure_dropout_mask
@@ -20,7 +20,7 @@ from delora_kernels.testing.methods.table import METHODS
 from delora_kernels.testing.ops.cases import OPS
 from delora_kernels.testing.ops.problems import op_problems
 from delora_kernels.testing.poison import uninitialised_is_nan
-from delora_kernels.testing.problem import Measurement, Problem, measure
+from delora_kernels.testing.problem import Measurement, Problem, failures, measure
 
 __all__ = [
     "METHODS",
@@ -28,6 +28,7 @@ __all__ = [
     "Measurement",
     "Method",
     "Problem",
+    "failures",
     "gradcheck",
     "measure",
     "measure_dropout_mask",

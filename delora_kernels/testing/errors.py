@@ -1,5 +1,7 @@
 """One number for how far a tensor is from what it should be."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,14 +34,16 @@ def relative_error(got: Tensor, expected: Tensor, dim: int | None = None) -> flo
         return 0.0
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
     difference, size = (got - expected).abs(), expected.abs()
-    if not (difference.max().isfinite() and size.max().isfinite()):
+    worst, largest = float(difference.max()), float(size.max())
+    if not (math.isfinite(worst) and math.isfinite(largest)):
         finite = expected.isfinite()
         if not torch.equal(finite, got.isfinite()):
             return torch.inf
         if not torch.equal(got[~finite].nan_to_num(nan=0.0), expected[~finite].nan_to_num(nan=0.0)):
             return torch.inf
         difference, size = torch.where(finite, difference, 0.0), torch.where(finite, size, 0.0)
+        worst, largest = float(difference.max()), float(size.max())
     if dim is None:
-        return float(difference.max()) / (float(size.max()) or 1.0)
-    worst, size = difference.amax(dim), size.amax(dim)
-    return float((worst / torch.where(size == 0, 1.0, size)).max())
+        return worst / (largest or 1.0)
+    vectors, size = difference.amax(dim), size.amax(dim)
+    return float((vectors / torch.where(size == 0, 1.0, size)).max())

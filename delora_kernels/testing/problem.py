@@ -111,22 +111,49 @@ def measure(problem: Problem, poison: bool = True) -> list[Measurement]:
         ValueError: eager PyTorch itself overflows on these inputs, so there is nothing to compare
             with.
     """
-    exact = moved(problem.inputs, torch.float64, "cpu")
+    *_, measurements = _measured(problem, poison)
+    return measurements
+
+
+def failures(problem: Problem, poison: bool = True) -> list[Measurement]:
+    """Return those of `measure` that are not ok, in a part of its time where there is none.
+
+    What a limit is made of adds to it, one run of eager PyTorch or of the oracle after the other:
+    as soon as every result is within the limit so far, the rest can't change the verdict.
+
+    Args:
+        problem: What to run.
+        poison: As in `measure`.
+    """
+    for measurements in _measured(problem, poison):
+        if all(m.ok for m in measurements):
+            return []
+    return [m for m in measurements if not m.ok]
+
+
+def _measured(problem: Problem, poison: bool) -> Iterator[list[Measurement]]:
+    """Run a problem once, and yield its measurements by limits that grow; the last are right."""
+    before = {n: value.clone() if isinstance(value, Tensor) else value for n, value in problem.inputs.items()}
+    exact = moved(before, torch.float64, "cpu")
     expected = problem.oracle(exact)
-    yardsticks = _yardsticks(problem, exact, expected)
-    before = {name: value.clone() for name, value in problem.inputs.items() if isinstance(value, Tensor)}
     with uninitialised_is_nan() if poison else nullcontext():
         got = problem.run(problem.inputs)
-    written = [name for name, value in before.items() if not torch.equal(value, problem.inputs[name])]
-    measurements = [Measurement(name, torch.inf, 0.0, note="an input, and it was written to") for name in written]
-    for what in expected | got:
-        note = _what_is_wrong(got.get(what), expected.get(what), problem.dtypes.get(what))
-        error = torch.inf if note else relative_error(got[what], expected[what], problem.vector_dims.get(what))
-        if not note and error == torch.inf:
-            note = "NaN or Inf in places where the oracle has none, or the reverse"
-        limit, eager = yardsticks.get(what, (0.0, 0.0))
-        measurements.append(Measurement(what, error, limit, eager, note))
-    return measurements
+    tensors = [name for name, value in before.items() if isinstance(value, Tensor)]
+    written = [name for name in tensors if not torch.equal(before[name], problem.inputs[name])]
+    wrong = [Measurement(name, torch.inf, 0.0, note="an input, and it was written to") for name in written]
+    found = {what: _error(problem, what, got.get(what), expected.get(what)) for what in expected | got}
+    for yardsticks in _yardsticks(problem, before, exact, expected):
+        limits = {what: yardsticks.get(what, (0.0, 0.0)) for what in found}
+        yield wrong + [Measurement(what, error, *limits[what], note) for what, (error, note) in found.items()]
+
+
+def _error(problem: Problem, what: str, got: Tensor | None, expected: Tensor | None) -> tuple[float, str]:
+    """Return how far a result is off, and where that is no number what is wrong."""
+    note = _what_is_wrong(got, expected, problem.dtypes.get(what))
+    if note or got is None or expected is None:
+        return torch.inf, note
+    error = relative_error(got, expected, problem.vector_dims.get(what))
+    return error, "NaN or Inf in places where the oracle has none, or the reverse" if error == torch.inf else ""
 
 
 def _what_is_wrong(got: Tensor | None, expected: Tensor | None, dtype: torch.dtype | None) -> str:
@@ -139,48 +166,51 @@ def _what_is_wrong(got: Tensor | None, expected: Tensor | None, dtype: torch.dty
     return "" if got.dtype == dtype else f"{got.dtype} instead of {dtype}"
 
 
-def _yardsticks(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, tuple[float, float]]:
-    """For every result its limit, and the error of eager PyTorch on the same inputs."""
-    in_float64 = all(value.dtype == torch.float64 for value in problem.inputs.values() if _is_float(value))
-    inputs = moved(problem.inputs, torch.float32) if in_float64 else problem.inputs
-    eager_errors, eager_dtypes = _eager_errors(problem, inputs, None if in_float64 else expected)
-    kappa = _kappa(problem, exact, expected)
+def _yardsticks(
+    problem: Problem, inputs: Inputs, exact: Inputs, expected: Outputs
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Yield for every result its limit, and the error of eager PyTorch on the same inputs: first
+    the limit of one run of eager PyTorch, then of one neighbour more each time.
+    """
+    in_float64 = all(value.dtype == torch.float64 for value in inputs.values() if _is_float(value))
+    inputs = moved(inputs, torch.float32) if in_float64 else inputs
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if in_float64 else 1.0
-    yardsticks = {}
-    for what, errors in eager_errors.items():
-        passed = (eager_dtypes[what], problem.dtypes[what], problem.through.get(what, problem.dtypes[what]))
-        rounding = max(torch.finfo(dtype).eps for dtype in passed) / 2
-        limit = 2 * max(errors) + ROUNDINGS * rounding * (1 + kappa[what])
-        yardsticks[what] = (scale * limit * (1.5 if in_float64 else 1.0), scale * errors[0])
-    return yardsticks
+    first, dtypes = _eager_errors(problem, inputs, None if in_float64 else expected)
+    largest, kappa = dict(first), dict.fromkeys(expected, 0.0)
+
+    def so_far() -> dict[str, tuple[float, float]]:
+        yardsticks = {}
+        for what, error in first.items():
+            passed = (dtypes[what], problem.dtypes[what], problem.through.get(what, problem.dtypes[what]))
+            rounding = max(torch.finfo(dtype).eps for dtype in passed) / 2
+            limit = 2 * largest[what] + ROUNDINGS * rounding * (1 + kappa[what])
+            yardsticks[what] = (scale * limit * (1.5 if in_float64 else 1.0), scale * error)
+        return yardsticks
+
+    yield so_far()
+    for neighbour in _neighbours(exact, _STEP):  # κ: the largest relative change over that of the inputs
+        for what, change in _errors(problem, problem.oracle(neighbour), expected).items():
+            kappa[what] = max(kappa[what], change / _STEP)
+        yield so_far()
+    for neighbour in _neighbours(inputs):
+        for what, error in _eager_errors(problem, neighbour)[0].items():
+            largest[what] = max(largest[what], error)
+        yield so_far()
 
 
 def _eager_errors(
-    problem: Problem, inputs: Inputs, expected: Outputs | None
-) -> tuple[dict[str, list[float]], dict[str, torch.dtype]]:
+    problem: Problem, inputs: Inputs, expected: Outputs | None = None
+) -> tuple[dict[str, float], dict[str, torch.dtype]]:
     """Return the errors of eager PyTorch on the inputs, of which the oracle gives `expected` if
-    that is known, and on their neighbours, and the dtypes of its results.
+    that is known, and the dtypes of its results.
     """
-    errors: dict[str, list[float]] = {}
-    for neighbour in (inputs, *_neighbours(inputs)):
-        eager = problem.eager(neighbour)
-        truth = expected if expected and neighbour is inputs else problem.oracle(moved(neighbour, torch.float64, "cpu"))
-        for what, error in _errors(problem, eager, truth).items():
-            if error == torch.inf:
-                raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
-            errors.setdefault(what, []).append(error)
+    eager = problem.eager(inputs)
+    truth = expected if expected else problem.oracle(moved(inputs, torch.float64, "cpu"))
+    errors = _errors(problem, eager, truth)
+    for what, error in errors.items():
+        if error == torch.inf:
+            raise ValueError(f"{problem.name}: eager PyTorch gives NaN or Inf in {what}; take smaller inputs")
     return errors, {what: result.dtype for what, result in eager.items()}
-
-
-def _kappa(problem: Problem, exact: Inputs, expected: Outputs) -> dict[str, float]:
-    """Return the largest relative change of every result over the relative change of the inputs, to
-    first order.
-    """
-    kappa = dict.fromkeys(expected, 0.0)
-    for neighbour in _neighbours(exact, _STEP):
-        for what, change in _errors(problem, problem.oracle(neighbour), expected).items():
-            kappa[what] = max(kappa[what], change / _STEP)
-    return kappa
 
 
 def _neighbours(inputs: Inputs, step: float | None = None) -> Iterator[dict[str, Any]]:

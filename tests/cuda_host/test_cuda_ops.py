@@ -15,7 +15,7 @@ from delora_kernels import ops, use_backend
 from delora_kernels.backends import eager
 from delora_kernels.backends.cuda import kernels, launch
 from delora_kernels.backends.cuda.stages import STAGES
-from delora_kernels.testing import METHODS, OPS, measure
+from delora_kernels.testing import METHODS, OPS, failures
 from delora_kernels.testing.ops.problems import op_problems
 
 SIZES = ((7, 19, 13, 3), (1, 8, 5, 1), (70, 150, 137, 20), (130, 72, 200, 70))
@@ -39,7 +39,7 @@ def test_op(name: str, dtype: str, seed: int, monkeypatch: pytest.MonkeyPatch) -
     for T, K, N, R in SIZES if dtype in ("float32", "bfloat16+float32") else SIZES[::2]:
         monkeypatch.setattr(launch, "SPLIT_TARGET", 1 if T > 100 else 528)  # sums in one piece, and split
         for problem in op_problems(name, T, K, N, R, backend="cuda", dtype=narrow, rank_dtype=wide, seed=seed):
-            assert [m for m in measure(problem) if not m.ok] == []
+            assert failures(problem) == []
 
 
 @pytest.mark.skipif(SANITIZED, reason="the ops are enough for addresses")
@@ -50,7 +50,7 @@ def test_method(method: str, dtype: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     with use_backend("cuda"):
         problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
-        assert [m for m in measure(problem) if not m.ok] == []
+        assert failures(problem) == []
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "fold" not in name])
@@ -67,7 +67,7 @@ def test_random_sizes(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
             error = (got.double() - expected[what]).abs().max() / expected[what].abs().max().clamp(min=1e-30)
-            assert error <= 1e-5 or all(m.ok for m in measure(problem)), (what, (T, K, N, R), error)
+            assert error <= 1e-5 or not failures(problem), (what, (T, K, N, R), error)
 
 
 def _side(name: str, drawn: int) -> int:
@@ -94,7 +94,7 @@ def test_random_sizes_in_16_bits(name: str, dtype: str, seed: int, monkeypatch: 
             name, T, K, N, min(R, 40), backend="cuda", dtype=narrow, rank_dtype=wide, seed=seed
         )  # fmt: skip
         variants = list(problems)
-        bad = [m for m in measure(variants[(T + K) % len(variants)]) if not m.ok]
+        bad = failures(variants[(T + K) % len(variants)])
         assert bad == [], (T, K, N, R)
 
 
@@ -106,7 +106,7 @@ def test_random_sizes_of_folds(name: str, seed: int) -> None:
     sizes = torch.randint(1, 90, (RANDOM_SIZES, 3), generator=torch.Generator().manual_seed(seed)).tolist()
     for K, N, R in sizes:
         variants = list(op_problems(name, 1, K + 1, N + 1, min(R, 40), backend="cuda", seed=seed))
-        assert [m for m in measure(variants[(K + N) % len(variants)]) if not m.ok] == []
+        assert failures(variants[(K + N) % len(variants)]) == []
 
 
 def _is_float(value: object) -> bool:

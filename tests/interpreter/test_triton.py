@@ -24,7 +24,7 @@ from delora_kernels.backends.triton.rank_gemm import rank_gemm
 from delora_kernels.backends.triton.support import LARGEST_RANK
 from delora_kernels.backends.triton.times_small import times_small
 from delora_kernels.backends.triton.token_sums import token_sums
-from delora_kernels.testing import METHODS, OPS, measure
+from delora_kernels.testing import METHODS, OPS, failures
 from delora_kernels.testing.errors import relative_error
 from delora_kernels.testing.ops.problems import op_problems
 
@@ -59,7 +59,7 @@ def test_op(name: str, dtype: str, seed: int) -> None:
     wanted = min(wanted, 2) if name.startswith(("reflect", "grouped")) else wanted  # files of their own have the rest
     for T, K, N, R in SIZES[:wanted]:
         for problem in op_problems(name, T, K, N, R, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
-            assert [m for m in measure(problem) if not m.ok] == []
+            assert failures(problem) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
@@ -69,7 +69,7 @@ def test_method(method: str, dtype: str, form: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
         problem = METHODS[method].problem(66, 70, 75, 18, dtype=narrow, adapter_dtype=wide, seed=seed)
-        assert [m for m in measure(problem) if not m.ok] == []
+        assert failures(problem) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16+float32"])
@@ -79,7 +79,7 @@ def test_most_ranks(method: str, dtype: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
         problem = METHODS[method].problem(3, 21, 18, LARGEST_RANK, dtype=narrow, adapter_dtype=wide, seed=seed)
-        assert [m for m in measure(problem) if not m.ok] == []
+        assert failures(problem) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
@@ -88,7 +88,7 @@ def test_reflecting_method(method: str, dtype: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     with use_backend("triton"):
         problem = METHODS[method].problem(34, 24, 36, 4, dtype=narrow, adapter_dtype=wide, seed=seed)
-        assert [m for m in measure(problem) if not m.ok] == []
+        assert failures(problem) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +96,7 @@ def test_reflecting_method(method: str, dtype: str, seed: int) -> None:
 def test_forms(name: str, dtype: str, form: str, seed: int) -> None:
     narrow, wide = DTYPES[dtype]
     for problem in op_problems(name, 37, 40, 72, 18, backend="triton", dtype=narrow, rank_dtype=wide, seed=seed):
-        assert [m for m in measure(problem) if not m.ok] == []
+        assert failures(problem) == []
 
 
 @pytest.mark.parametrize("name", FORMED)
@@ -111,7 +111,7 @@ def test_random_sizes_of_folds(name: str, seed: int) -> None:
     """
     for T, K, N, R in torch.randint(1, 90, (10, 4), generator=torch.Generator().manual_seed(seed)).tolist():
         for problem in op_problems(name, T, K + 1, N + 1, min(R, 40), backend="triton", seed=seed):
-            assert [m for m in measure(problem) if not m.ok] == []
+            assert failures(problem) == []
 
 
 @pytest.mark.parametrize("name", ["project", "expand_backward", "row_norm", "project_route", "expand_route_backward"])
@@ -130,7 +130,7 @@ def _check_random_sizes(name: str, seed: int, count: int = RANDOM_SIZES) -> None
         expected = problem.oracle({k: v.double() if _is_float(v) else v for k, v in problem.inputs.items()})
         for what, got in problem.run(problem.inputs).items():
             error = relative_error(got, expected[what])
-            assert error <= 1e-5 or all(m.ok for m in measure(problem)), (what, (T, K, N, R), error)
+            assert error <= 1e-5 or not failures(problem), (what, (T, K, N, R), error)
 
 
 def _is_float(value: object) -> bool:

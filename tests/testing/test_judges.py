@@ -19,6 +19,7 @@ from delora_kernels.testing import (
     METHODS,
     OPS,
     Problem,
+    failures,
     gradcheck,
     measure,
     measure_dropout_mask,
@@ -156,6 +157,30 @@ def test_measure_fails_what_is_wrong(dtype: torch.dtype, wrong: Any, note: str) 
     assert len(failed) == 1
     assert failed[0].note.startswith(note)
     assert bool(failed[0].note) == bool(note)
+    assert failures(product(dtype, wrong)) == failed
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_failures_are_measures_verdict(dtype: torch.dtype, seed: int) -> None:
+    """On either side of the limit; what is right by far takes a run or two of the oracle."""
+    runs: list[int] = []
+
+    def oracle(t: Any) -> dict[str, Tensor]:
+        runs.append(1)
+        return {"y": t["x"] @ t["W"]}
+
+    def off(t: Any, by: float) -> dict[str, Tensor]:
+        y = t["x"].double() @ t["W"].double()
+        y.view(-1)[y.abs().argmin()] += by * y.abs().max()
+        return {"y": y.to(dtype)}
+
+    (m,) = measure(product(dtype, oracle=oracle, seed=seed))
+    most = len(runs)
+    for share, fails, least in ((0.0, False, 1), (0.999, False, 3), (1.001, True, most)):
+        runs.clear()
+        found = failures(product(dtype, lambda t, by=share * m.limit: off(t, by), oracle=oracle, seed=seed))
+        assert bool(found) == fails, share
+        assert least <= len(runs) <= (most if share else 2), share
 
 
 def test_limit_knows_cancellation() -> None:
@@ -242,9 +267,9 @@ def test_oracle_uses_the_mask_of_the_fused_call(seed: int) -> None:
     for name in ("lora-dropout", "dora-dropout", "dora-branch-dropout", "delora-dropout"):
         method = METHODS[name]
         problem = method.problem(16, 16, 8, 2, dtype=F64, seed=seed)
-        assert all(m.ok for m in measure(problem))
+        assert failures(problem) == []
         problem.inputs["dropout_mask"][3, 5] ^= True
-        assert {"y", "dx", "dA"} <= {m.what for m in measure(problem) if not m.ok}
+        assert {"y", "dx", "dA"} <= {m.what for m in failures(problem)}
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "delora"])

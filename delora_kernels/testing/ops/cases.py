@@ -1,6 +1,7 @@
 """Random arguments for every op of ops.py, each variant that autograd/ asks for."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def arguments(name: str, values: Mapping[str, Any]) -> list[Any]:
     return ops.packed(name, [values[field] for field in fields(name)])
 
 
+@cache
 def fields(name: str) -> list[str]:
     """Return the names in an op's schema, but for the backend."""
     schema = getattr(getattr(torch.ops, ops.NAMESPACE), name).default._schema
