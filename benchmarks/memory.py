@@ -54,7 +54,7 @@ def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor.untyped_storage()
         return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from _storages(getattr(tensor, name))
 
