@@ -5,6 +5,8 @@ between.
     v = [w_te · s_e · u_te | u⁰],   w = top-k of softmax(logits)
     y = x Wᵀ + v [B | −γ B⁰]ᵀ + bias
 
+A weight [N, 0] stands for a base that has run already: y is the experts' term alone.
+
 The experts stand side by side in the rank-R factors, so no token is sorted, gathered or scattered.
 Kept: x (the caller's own tensor; under autocast its cast copy), [u | logits | u⁰], v, w; the
 stacked factors are put together again in backward. Derivations: docs/math.md.
@@ -87,7 +89,7 @@ def _compute(call: MoECall, x: Tensor, need: MoECall, stages: Any) -> Computed:
     masks = Masks(o.ranks, o.dropout_p, call.seed)
     found = stages.project_route(x, factors.rows, masks, call.gates, o.top_k, factors.gating)
     h, v, w, fraction, probability, z = found
-    y, _ = stages.expand(x, weight, call.bias, RankTerm(v, factors.columns, 1.0), _PLAIN)
+    y, _ = stages.expand(x[:, : weight.shape[1]], weight, call.bias, RankTerm(v, factors.columns, 1.0), _PLAIN)
     saved = _Saved(
         x=x if need.A or need.router or need.weight else None,
         weight=call.weight if need.x else None,
@@ -133,6 +135,8 @@ def _gradients(
     trains = need.A or need.router
     if need.x or trains:
         weight = dense(saved.weight, o.compute_dtype) if need.x else None
+        if weight is not None and weight.shape[1] == 0:  # of a term alone: the frozen part of dx is no product
+            dy, weight = dy[:, :0], weight.new_empty((0, f.rows.shape[1]))
         branch = Branch(dh, f.rows, saved.x if trains else None, f.trained_rows, 1.0)
         masks = Masks(o.ranks, o.dropout_p, saved.seed)
         grad["x"], trained = stages.input_backward(dy, Frozen(weight), branch, masks)

@@ -124,6 +124,21 @@ class Broken(str):
         return made
 
 
+def refuses(reason: str, x: Tensor) -> bool:
+    """Whether a layer must not run on x for `reason`."""
+    return isinstance(reason, Broken) and not (
+        reason.only_training and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def why_not_merged(base: nn.Module) -> str:
+    """Say why an adapter can't be merged into a stored base, and what to do."""
+    return (
+        f"can't be merged into a {type(base).__name__}: quantising W + ΔW would round the adapter away; keep it beside "
+        "the base, or load the model in 16 bits, load the adapter there, and merge"
+    )
+
+
 def register(name: str, form: type[StoredBase]) -> None:
     """Make `form` what reads the bases of one class.
 

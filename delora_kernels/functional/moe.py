@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.mixture import MoELinear, ZeroGradient
 from delora_kernels.call import Call, MoECall
@@ -121,6 +122,23 @@ def moe_lora_linear(
         return y, RouterStats(counted, counted.clone(), call.scale.new_zeros(()), 1)
     y, fraction, probability, z = run(MoELinear, call, x.shape)
     return y, RouterStats(fraction, probability, z.reshape(()), k)
+
+
+def moe_rank_term(x: Tensor, N: int, **mixture: Any) -> tuple[Tensor, RouterStats]:
+    """Compute what a mixture adds to the output of a base that has run already, `[..., N]`, and its
+    `RouterStats`: `moe_lora_linear` on a weight of zeros, without its GEMM.
+
+    Args:
+        x: The base's input, `[..., K]`.
+        N: The base's out-features.
+        **mixture: As for `moe_lora_linear`.
+    """
+    zeros = x.new_zeros(1, 1).expand(N, x.shape[-1])
+    if exporting() or mixture["B"].shape[0] == 1:
+        return moe_lora_linear(x, zeros, **mixture)
+    call = moe_lora_call(x, zeros, **mixture)
+    y, fraction, probability, z = function.run(MoELinear, call._replace(weight=zeros[:, :0]), "eager", x.shape)
+    return y, RouterStats(fraction, probability, z.reshape(()), call.options.top_k)
 
 
 def _of_one_expert(call: MoECall, scale: float) -> Call:

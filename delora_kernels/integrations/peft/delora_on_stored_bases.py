@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import float32, nn
 
 from delora_kernels.bases.read import base_in, stored_form
-from delora_kernels.bases.stored import StoredBase
+from delora_kernels.bases.stored import StoredBase, why_not_merged
 
 
 def allow_delora_on_stored_bases() -> None:
@@ -64,11 +64,8 @@ class StoredDeloraLinear(DeloraLinear):
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            f"DeLoRA can't be merged into a {type(super().get_base_layer()).__name__}: quantising W + ΔW would round "
-            "the adapter away; keep it beside the base, export it with delora_kernels.export_lora, or load the model "
-            "in 16 bits, load the adapter there, and merge"
-        )
+        export = "; delora_kernels.export_lora makes a LoRA adapter of it"
+        raise ValueError(f"DeLoRA {why_not_merged(super().get_base_layer())}{export}")
 
 
 def _dense(layer: nn.Module) -> nn.Linear:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.read import base_in
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ def verdict_of_own(layer: Any, names: list[str], otherwise: State) -> Verdict:
         return Verdict(State.OWN_FORWARD, MERGED)
     if not names:
         return Verdict(State.OWN_FORWARD, INACTIVE)
-    reason = PlainBase.why_not(layer.base_layer)
-    if reason is not None:
-        return Verdict(otherwise, reason)
+    base = base_in(layer.base_layer)
+    if isinstance(base, str):
+        return Verdict(otherwise, base)
     if len(names) > 1:
         return Verdict(otherwise, f"it has {len(names)} active adapters, of which one runs with the base weight")
     return Verdict(State.FUSED)

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
-from delora_kernels.bases.stored import CASTABLE, Broken
+from delora_kernels.bases.stored import CASTABLE, refuses
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
@@ -159,7 +159,7 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
         reason = _why_not_call(layer, fused, x, args, kwargs)
         if reason is None:
             return run_planned(layer, x, fused.run_on(x) if isinstance(fused, StoredRun) else fused)
-    if isinstance(reason, Broken) and not (reason.only_training and not (torch.is_grad_enabled() and x.requires_grad)):
+    if reason is not None and refuses(reason, x):
         raise RuntimeError(f"an accelerated layer on {layer.get_base_layer()} can't run: {reason}")
     log_once("an accelerated layer runs PEFT's own forward", str(reason))
     y = peft_forward(layer, x, *args, **kwargs)

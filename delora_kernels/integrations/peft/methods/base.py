@@ -12,9 +12,12 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from delora_kernels import checks
+from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.read import base_in, stored_form
+from delora_kernels.bases.stored import Broken, StoredBase, refuses
+from delora_kernels.integrations.peft.methods.adapted_base import can_be_adapted
 from delora_kernels.integrations.peft.methods.merging import MergesAndKeeps
 from delora_kernels.integrations.peft.verdict import ON_PURPOSE, State, Verdict, log_once, verdict_of_own
 
@@ -107,15 +110,33 @@ class OwnLayer(MergesAndKeeps):
             self.unmerge()
         _, reason, _ = self.verdict()
         names = [] if reason in ON_PURPOSE else self._active()
+        if isinstance(reason, Broken) and refuses(reason, x):
+            raise RuntimeError(f"a {type(self).__name__} on {self.get_base_layer()} can't run: {reason}")
         if reason is None and (args or kwargs):
             reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+        if reason is None:
+            reason = self._why_not_input(x)
         if reason is not None and not (names and x.is_meta):
             log_once(self.own_forward, reason)
         return names, reason
 
+    def _base(self, x: Tensor) -> PlainBase | StoredBase | None:
+        """Return the base, read for x; None: it runs its own forward."""
+        base = base_in(self.base_layer)
+        return None if isinstance(base, str) or self._why_not_input(x) is not None else base
+
+    def _why_not_input(self, x: Tensor) -> str | None:
+        """Say why a stored base multiplies x itself, or None."""
+        if stored_form(self.base_layer) is None:
+            return None
+        base = base_in(self.base_layer)
+        return base.why_not_input(x) if isinstance(base, StoredBase) else None
+
 
 class LinearTuner(BaseTuner):
-    """A tuner whose layers stand around nn.Linear and Transformers' Conv1D, and take `_options`."""
+    """A tuner whose layers stand around nn.Linear, Transformers' Conv1D and stored linears, and
+    take `_options`.
+    """
 
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -143,7 +164,7 @@ class LinearTuner(BaseTuner):
             with _naming(current_key):
                 target.update_layer(adapter_name, *options)
             return
-        if not isinstance(base, (nn.Linear, Conv1D)) or not _is_float(base.weight):
+        if not can_be_adapted(base):
             got = f"{type(base).__name__} ({_described(getattr(base, 'weight', None))})"
             expected = "nn.Linear or Transformers' Conv1D with a float weight"
             remedy = "leave it out of target_modules, or name it in exclude_modules"
@@ -190,14 +211,6 @@ def _naming(key: str) -> Iterator[None]:
         last = key.rpartition(".")[2]
         remedy = f"to leave it as it is, take it out of target_modules or pass exclude_modules=[{last!r}]"
         raise type(error)(f"target module {key!r}: {error}; {remedy}") from error
-
-
-def _is_float(weight: Any) -> bool:
-    """Whether a weight is of floats: a quantised tensor's class may call itself float32; torch's
-    own shards are.
-    """
-    plain = type(weight) in checks.PLAIN or type(weight).__module__.startswith("torch.")
-    return plain and weight.dtype in checks.FLOATS
 
 
 def _described(weight: Any) -> str:

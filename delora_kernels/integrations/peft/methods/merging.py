@@ -14,7 +14,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from delora_kernels.bases.stored import why_not_merged
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.integrations.peft.methods.adapted_base import is_stored, weight_of
 
 Sums = tuple[Tensor, Tensor]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,6 +71,8 @@ class MergesAndKeeps:
         if not adapter_names:
             return
         base, inner = self.get_base_layer(), self.base_layer
+        if is_stored(base):
+            raise ValueError(f"merge: {adapter_names} {why_not_merged(base)}")
         if isinstance(inner, BaseTunerLayer) and not (self.additive and getattr(inner, "additive", True)):
             waiting = [] if inner.merged or inner.disable_adapters else inner.active_adapters
             if waiting:
@@ -122,8 +126,7 @@ class MergesAndKeeps:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         """Take what is kept along to other devices and dtypes."""
-        weight = self.get_base_layer().weight
-        intact = self._unmerged is not None and self._is_written(weight.data)
+        intact = self._unmerged is not None and self._is_written(self.get_base_layer().weight.data)
         result = super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
         if self._unmerged is not None:
             with torch.no_grad():
@@ -141,9 +144,8 @@ class MergesAndKeeps:
         return weight.t() if type(self.get_base_layer()).__name__ == "Conv1D" else weight
 
     def _base_weight(self) -> Tensor:
-        """W, [N, K]."""
-        weight: Tensor = self._seen(self.get_base_layer().weight.detach())
-        return weight
+        """W, [N, K]; of a base in few bits what it is dequantised to."""
+        return weight_of(self.get_base_layer())
 
 
 def sums_of_bits(weight: Tensor) -> Sums:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from delora_kernels import functional, reference
 from delora_kernels.autograd.reflection import reflected_weight
-from delora_kernels.bases.plain import PlainBase
+from delora_kernels.bases.read import base_in
+from delora_kernels.bases.stored import StoredBase
+from delora_kernels.integrations.peft.methods.adapted_base import device_of, dtype_of, shape_of
 from delora_kernels.integrations.peft.methods.base import OwnLayer, move_parameters
 from delora_kernels.integrations.peft.methods.ether.config import EtherConfig, EtherPlusConfig
 from delora_kernels.integrations.peft.verdict import State
@@ -29,7 +31,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
     """A linear layer of the base model with adapters of reflections.
 
     Args:
-        base_layer: nn.Linear or Transformers' Conv1D.
+        base_layer: nn.Linear, Transformers' Conv1D, or a linear stored in few bits.
         adapter_name: Of the first adapter.
         config: Its config.
     """
@@ -46,7 +48,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Config) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = self._base_weight().shape
+        self.out_features, self.in_features = shape_of(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         self.options: dict[str, Config] = {}
@@ -57,7 +59,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Config) -> None:
         """Add an adapter; PEFT calls it where the layer has one already."""
-        weight, n = self._base_weight(), config.n_blocks
+        base, n = self.get_base_layer(), config.n_blocks
         sides = [("", self.in_features, "output"), ("_out", self.out_features, "input")]
         sides = [(suffix, features, without) for suffix, features, without in sides if config.side != without]
         for suffix, features, _ in sides:
@@ -65,7 +67,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
         self.options[adapter_name] = config
         for suffix, features, _ in sides:
             for direction in self._directions:
-                vectors = torch.empty(n, features // n, device=weight.device, dtype=weight.dtype)
+                vectors = torch.empty(n, features // n, device=device_of(base), dtype=dtype_of(base))
                 getattr(self, self._prefix + direction + suffix)[adapter_name] = nn.Parameter(vectors)
         self.reset_adapter(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -94,12 +96,15 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
         names, reason = self._to_run(x, args, kwargs)
         if names and x.is_meta:
             return self._shaped(names, x)
-        if reason is not None and (len(names) < 2 or args or kwargs or PlainBase.why_not(self.base_layer) is not None):
+        base = self._base(x) if reason is None or (len(names) > 1 and not (args or kwargs)) else None
+        if base is None:
             return self._around_forward(names, x, *args, **kwargs)
-        base = PlainBase.of(self.base_layer)
         for name in names:
             x = nn.functional.dropout(x, self.options[name].dropout, self.training)
+        official = any(self.options[name].blocks == "official" for name in names)
         weight = base.weight
+        if isinstance(base, StoredBase) and (len(names) > 1 or official):
+            weight = base.dense(base.computes_in(x))
         for name in names[:-1]:  # W' of an adapter, differentiable: what the layer makes of the identity
             identity = torch.eye(self.in_features, device=x.device, dtype=weight.dtype)
             weight = self._reflected(name, identity, weight, None).to(weight.dtype).t()
@@ -136,7 +141,8 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
         """Return the same around whatever the base layer's own forward does; slow, with GEMMs of
         the identity.
         """
-        reason = PlainBase.why_not(self.base_layer) or "the call has more arguments than x"
+        base = base_in(self.base_layer)
+        reason = base if isinstance(base, str) else self._why_not_input(x) or "the call has more arguments than x"
         for name in names:
             if self.options[name].blocks == "official" and self.options[name].n_blocks > 1:
                 raise RuntimeError(
@@ -177,7 +183,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
         if any(value.is_meta for value in self._vectors(adapter_name).values()):
             return
         for part in self.adapter_layer_names:
-            move_parameters(getattr(self, part), adapter_name, device or self._base_weight().device)
+            move_parameters(getattr(self, part), adapter_name, device or device_of(self.get_base_layer()))
 
     def __repr__(self) -> str:
         return "ether." + super().__repr__()

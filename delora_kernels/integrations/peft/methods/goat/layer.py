@@ -16,10 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from delora_kernels import functional, reference
-from delora_kernels.bases.plain import PlainBase
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.common import exporting
+from delora_kernels.functional.moe import moe_rank_term
 from delora_kernels.functional.router_stats import RouterStats
+from delora_kernels.integrations.peft.methods.adapted_base import device_of, dtype_of, shape_of
 from delora_kernels.integrations.peft.methods.base import OwnLayer
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
 from delora_kernels.integrations.peft.methods.goat.padding import Padding
@@ -33,7 +34,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
     """A linear layer of the base model with GOAT adapters.
 
     Args:
-        base_layer: nn.Linear or Transformers' Conv1D.
+        base_layer: nn.Linear, Transformers' Conv1D, or a linear stored in few bits.
         adapter_name: Of the first adapter.
         config: Its config.
         r: Rank of each of its experts in this layer.
@@ -62,7 +63,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GoatConfig, r: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = self._base_weight().shape
+        self.out_features, self.in_features = shape_of(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         self.goat_scale = BufferDict({}, persistent=True)
@@ -81,10 +82,10 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
 
     def update_layer(self, adapter_name: str, config: GoatConfig, r: int) -> None:
         """Add an adapter; PEFT calls it where the layer has one already."""
-        weight, E, K, N = self._base_weight(), config.num_experts, self.in_features, self.out_features
+        base, E, K, N = self.get_base_layer(), config.num_experts, self.in_features, self.out_features
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=weight.device, dtype=weight.dtype))
+            return nn.Parameter(torch.empty(shape, device=device_of(base), dtype=dtype_of(base)))
 
         self.r[adapter_name], self.options[adapter_name] = r, config
         self.goat_A[adapter_name] = parameter(r, K) if config.shared_A else parameter(E, r, K)
@@ -101,10 +102,13 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         are made.
         """
         c, A, B = self.options[adapter_name], self.goat_A[adapter_name], self.goat_B[adapter_name]
-        weight = self._base_weight()
         if A.is_meta:
             self._reserve(adapter_name)
             return
+        if c.start in ("zero", "random") and not c.normalize:  # a base that can't be read will do
+            weight = A.new_zeros(1, 1).expand(self.out_features, self.in_features)
+        else:
+            weight = self._base_weight()
         start = make_start(c, self.r[adapter_name], weight)
         A.copy_(start.A[0] if c.shared_A else start.A)
         B.copy_(torch.randn_like(start.B) / math.sqrt(B.shape[2]) if c.start == "random" else start.B)
@@ -125,13 +129,13 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         names, reason = self._to_run(x, args, kwargs)
         if names and x.is_meta:
             return self._shaped(names, x)
-        if reason is None or (len(names) > 1 and not (args or kwargs) and PlainBase.why_not(self.base_layer) is None):
-            base = PlainBase.of(self.base_layer)
+        base = self._base(x) if reason is None or (len(names) > 1 and not (args or kwargs)) else None
+        if base is not None:
             y = self._mixed(names.pop(0), x, base.weight, base.bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        for name in names:  # what acts beside the first: its mixture on a weight of zeros
-            y = y + self._mixed(name, x, x.new_zeros(self.out_features, self.in_features), None).to(y.dtype)
+        for name in names:  # what acts beside the first, or beside a base that runs its own forward
+            y = y + self._mixed(name, x, None, None).to(y.dtype)
         return y
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
@@ -189,21 +193,16 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
             update -= torch.einsum("e,enr,erk->nk", m["residual"].to(A.dtype), m["frozen_B"], m["frozen_A"])
         return update
 
-    def _mixed(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the output of one adapter on `weight`."""
+    def _mixed(self, name: str, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """Return the output of one adapter on `weight`; None: its term alone."""
         c = self.options[name]
-        y, stats = functional.moe_lora_linear(
-            x,
-            weight,
-            bias=bias,
-            token_mask=self.counted_tokens(x),
-            top_k=c.top_k,
-            renormalize=c.renormalize,
-            dropout_p=c.dropout if self.training else 0.0,
-            dropout=c.dropout_kind,
-            **self._losses(c.balance_coef, c.z_coef, c.balance, c.chosen),
-            **self._mixture(name),
-        )
+        options: dict[str, Any] = {"token_mask": self.counted_tokens(x), "top_k": c.top_k, "renormalize": c.renormalize}
+        options |= {"dropout_p": c.dropout if self.training else 0.0, "dropout": c.dropout_kind}
+        options |= self._losses(c.balance_coef, c.z_coef, c.balance, c.chosen) | self._mixture(name)
+        if weight is None:
+            y, stats = moe_rank_term(x, self.out_features, **options)
+        else:
+            y, stats = functional.moe_lora_linear(x, weight, bias=bias, **options)
         if not exporting():
             self.router_stats[name] = stats.detach()
         return y

@@ -14,6 +14,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from delora_kernels.integrations.peft.methods.adapted_base import device_of, dtype_of
 from delora_kernels.integrations.peft.methods.base import move_parameters
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
 from delora_kernels.nn.goat_start import Start, moe_start
@@ -75,6 +76,7 @@ class StartedLayer(nn.Module):
     goat_start_B: Starts
     goat_probe: BufferDict
     _missing: set[str]
+    get_base_layer: Any
 
     def _base_weight(self) -> Tensor:
         raise NotImplementedError
@@ -90,7 +92,7 @@ class StartedLayer(nn.Module):
     def _reserve(self, name: str) -> None:
         """Constants for loading to fill; a start that the file leaves out waits in `_missing`."""
         c, A, B = self.options[name], self.goat_A[name], self.goat_B[name]
-        device = self._base_weight().device  # PEFT moves constants, which it can't from the meta device
+        device = device_of(self.get_base_layer())  # PEFT moves constants, which it can't from the meta device
         if c.normalize:
             self.goat_w_norm[name] = A.new_zeros(A.shape[-1], device=device)
             return
@@ -105,8 +107,9 @@ class StartedLayer(nn.Module):
         """Return the start that a file leaves out, from the base weight; refused if it is not the
         saved adapter's.
         """
+        dtype = dtype_of(self.get_base_layer())  # rounded as it was when it was made
         A, B = (
-            value.to(self._base_weight().dtype).to(self.goat_A[name].dtype)  # rounded as it was when it was made
+            value.to(dtype).to(self.goat_A[name].dtype)
             for value in make_start(self.options[name], self.r[name], self._base_weight())[:2]
         )
         self._check_start(name, self.goat_probe[name], self.goat_scale[name], A, B)
@@ -143,7 +146,7 @@ class StartedLayer(nn.Module):
         """PEFT's hook after it has filled an adapter that it made on the meta device."""
         if adapter_name not in self.goat_A or self.goat_A[adapter_name].is_meta:
             return
-        device = self._base_weight().device if device is None else device
+        device = device_of(self.get_base_layer()) if device is None else device
         for parts in (self.goat_A, self.goat_B, self.goat_router, self.goat_lambda):
             move_parameters(parts, adapter_name, device)
         for constants in (self.goat_scale, self.goat_w_norm, self.goat_probe, self.goat_start_A, self.goat_start_B):
