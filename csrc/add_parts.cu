@@ -1,6 +1,6 @@
 // Partial sums added in their order, so that results repeat bit for bit: what follows a split reduction.
 
-#include "device.cuh"
+#include "groups.cuh"
 
 namespace dk {
 
@@ -41,6 +41,17 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
 }
 
+// A thread has one element of the sums of one expert, of which there are parts where it has many rows.
+__global__ void __launch_bounds__(THREADS, 1)
+    grouped_total(Groups groups, const float *parts, float *product, float *sums, int64_t C, int64_t R, int64_t part) {
+  const int64_t expert = blockIdx.y, of_product = product ? R * C : 0, size = of_product + (sums ? C : 0);
+  const Tile several = groups.several(expert, part);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (several.end == 0 || i >= size) return;
+  float *to = i < of_product ? product + expert * R * C + i : sums + expert * C + (i - of_product);
+  *to = total(parts + several.place * size, i, several.end, size);
+}
+
 }  // namespace dk
 
 int dk_add_parts(const float *in, int64_t parts, int64_t size, void *out, int32_t dtype, void *stream) {
@@ -60,4 +71,13 @@ int dk_finish_dy(const float *dv_in, int64_t dv_parts, int64_t dv_size, void *dv
   const int64_t elements = dv_in ? dv_size : 0;
   return launch<Empty>(finish_dy, dim3(tiles(N, WARPS) + tiles(elements, THREADS)), stream, dv_in, dv_parts, elements,
                        dv, dv_dtype, product, sums, dots, parts, B_hat, c, divisor, dB, dm, dy_sum, N, R);
+}
+
+int dk_grouped_total(const void *offsets, int32_t in_64_bits, const float *parts, float *product, float *sums,
+                     int64_t T, int64_t C, int64_t R, int64_t E, int64_t part, void *stream) {
+  using namespace dk;
+  if (part < 1 || E > 65535) return DK_BAD_SIZE;
+  const int64_t size = (product ? R * C : 0) + (sums ? C : 0);
+  return launch<Empty>(grouped_total, dim3(tiles(size, THREADS), E), stream, Groups{offsets, in_64_bits != 0, E, T},
+                       parts, product, sums, C, R, part);
 }

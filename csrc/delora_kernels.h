@@ -122,6 +122,32 @@ DK_API int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const fl
                           dk_matrix out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed,
                           int32_t threshold, int32_t mask_base, int32_t in_tf32, void *stream);
 
+/* The three that follow work on rows sorted by expert: those of expert e < E end before row offsets[e] (int32, or
+   in_64_bits int64), rows behind the last are nobody's, are not read, and become 0. A matrix of each expert is given as
+   that of expert 0 and the elements from one to the next.
+
+   out [T, R] = factor * drop(x_e) small_e, small_e [C, R]: h, or dv. x, out: rows; small: x's dtype or float32. */
+DK_API int dk_grouped_times_small(dk_matrix x, dk_matrix small, int64_t by_expert, const void *offsets,
+                                  int32_t in_64_bits, dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t E,
+                                  const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream);
+
+/* out_e [T, C] += scale * drop(h_e small_e) + bias_e, small_e [R, C], bias [E, C] or not there. out, h, bias: rows; h,
+   small: out's dtype, or both float32. */
+DK_API int dk_grouped_update(dk_matrix out, dk_matrix h, dk_matrix small, int64_t by_expert, dk_matrix bias,
+                             const void *offsets, int32_t in_64_bits, int64_t T, int64_t C, int64_t R, int64_t E,
+                             float scale, const int64_t *seed, int32_t threshold, int32_t in_tf32, void *stream);
+
+/* product [E, R, C] = factor * h_e^T drop(x_e) and sums [E, C] = sum_t x_e, float32, each optional; 0 for an expert
+   without rows. Of an expert with more than `part` rows they are left in parts [2 T / part, R C + C], which
+   dk_grouped_total adds; where `part` is T or more none is needed. x, h: rows; h: x's dtype or float32. */
+DK_API int dk_grouped_sums(dk_matrix x, dk_matrix h, const void *offsets, int32_t in_64_bits, float *product,
+                           float *sums, float *parts, int64_t T, int64_t C, int64_t R, int64_t E, int64_t part,
+                           const int64_t *seed, int32_t threshold, float factor, int32_t in_tf32, void *stream);
+
+/* product and sums of the experts that dk_grouped_sums left in parts, which it was given for the same arguments. */
+DK_API int dk_grouped_total(const void *offsets, int32_t in_64_bits, const float *parts, float *product, float *sums,
+                            int64_t T, int64_t C, int64_t R, int64_t E, int64_t part, void *stream);
+
 /* out [M, C] = x * factor, a vector of rows [M] or of columns [C], rounded once. x, out: rows, one dtype. */
 DK_API int dk_scaled(dk_matrix x, const float *factor, dk_matrix out, int64_t M, int64_t C, int32_t by_row,
                      void *stream);

@@ -4,8 +4,9 @@
 //
 // Form (b) updates what the GEMM wrote (out is base); form (d) has no base yet and writes what the GEMM then adds to.
 // A block has a tile of 64 tokens and 64 columns, whose base is on its way while h and small are multiplied; a thread
-// finishes eight neighbours at a time, in 16-byte accesses.
+// finishes eight neighbours at a time, in 16-byte accesses. Of rows sorted by expert, a block has 64 of one expert's.
 
+#include "groups.cuh"
 #include "product.cuh"
 
 namespace dk {
@@ -30,16 +31,17 @@ template <class X, class S> struct Tiles {
   alignas(16) X base[ASYNC ? BT : 1][BC + PAD<X>];  // where copies are not asynchronous, base is read at the end
 };
 
+// The tile of rows t0 ... T - 1, 64 at most.
 template <class X, class S>
-__global__ void __launch_bounds__(THREADS, 4)
-    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, Rows<float> c, Rows<X> extra, dk_vector bias,
-                Rows<X> out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int threshold,
-                bool mask_base) {
+__device__ __forceinline__ void update(const Rows<X> &base, const Strided<S> &h, const Strided<S> &small,
+                                       const Rows<float> &c, const Rows<X> &extra, const dk_vector &bias,
+                                       const Rows<X> &out, int64_t t0, int64_t T, int64_t C, int64_t R, float scale,
+                                       const int64_t *seed, int threshold, bool mask_base) {
   using P = Pair<X, S>;
   constexpr int LDH = BK + PAD<typename P::Small>, LDS = BC + PAD<typename P::Small>;
   auto &tiles = shared_memory<Tiles<X, S>>();
   auto &in = tiles.of.in;
-  const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BT, c0 = static_cast<int64_t>(blockIdx.y) * BC;
+  const int64_t c0 = static_cast<int64_t>(blockIdx.y) * BC;
   if constexpr (ASYNC)
     if (base.data) start_tile<BT, BC>(tiles.base, base, t0, c0, T, C);
   typename P::template Product<BT / 16, BC / 16> product;
@@ -103,6 +105,33 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
+template <class X, class S>
+__global__ void __launch_bounds__(THREADS, 4)
+    rank_update(Rows<X> base, Strided<S> h, Strided<S> small, Rows<float> c, Rows<X> extra, dk_vector bias,
+                Rows<X> out, int64_t T, int64_t C, int64_t R, float scale, const int64_t *seed, int threshold,
+                bool mask_base) {
+  update<X, S>(base, h, small, c, extra, bias, out, static_cast<int64_t>(blockIdx.x) * BT, T, C, R, scale, seed,
+               threshold, mask_base);
+}
+
+// Rows that are nobody's have no base, no term, no bias: they become 0.
+template <class X, class S>
+__global__ void __launch_bounds__(THREADS, 4)
+    grouped_update(Rows<X> out, Strided<S> h, Strided<S> small, int64_t by_expert, dk_matrix bias, Groups groups,
+                   int64_t C, int64_t R, float scale, const int64_t *seed, int threshold) {
+  const Tile tile = groups.find(blockIdx.x, BT, 0);
+  if (tile.first >= tile.end) return;
+  const bool somebodys = tile.expert < groups.E;
+  Rows<X> base = out;
+  dk_vector own{nullptr, 1, bias.dtype};
+  if (!somebodys) base.data = nullptr;
+  if (somebodys && bias.data)
+    own.data = static_cast<char *>(bias.data) + tile.expert * bias.row_stride * (bias.dtype == DK_FLOAT32 ? 4 : 2);
+  update<X, S>(base, h, of_expert(small, by_expert, somebodys ? tile.expert : 0), every_row(nullptr),
+               Rows<X>(dk_matrix{}), own, out, tile.first, tile.end, C, somebodys ? R : 0, scale, seed, threshold,
+               false);
+}
+
 }  // namespace dk
 
 int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c, dk_matrix extra, dk_vector bias,
@@ -119,5 +148,22 @@ int dk_rank_update(dk_matrix base, dk_matrix h, dk_matrix small, const float *c,
     return launch<Tiles<XT, ST>>(rank_update<XT, ST>, dim3(tiles(T, BT), tiles(C, BC)), stream, Rows<XT>(base),
                                  Strided<ST>(h), Strided<ST>(small), every_row(c), Rows<XT>(extra), bias, Rows<XT>(out),
                                  T, C, R, scale, seed, threshold, mask_base);
+  });
+}
+
+int dk_grouped_update(dk_matrix out, dk_matrix h, dk_matrix small, int64_t by_expert, dk_matrix bias,
+                      const void *offsets, int32_t in_64_bits, int64_t T, int64_t C, int64_t R, int64_t E, float scale,
+                      const int64_t *seed, int32_t threshold, int32_t in_tf32, void *stream) {
+  using namespace dk;
+  if (!is_rows(out) || !is_rows(h) || !is_rows(bias)) return DK_BAD_STRIDE;
+  if (h.dtype != small.dtype || (bias.data && !known(bias.dtype))) return DK_BAD_DTYPE;
+  if (T == 0) return DK_OK;
+  return by_dtypes(out.dtype, h.dtype, in_tf32, [&](auto X, auto S) {
+    using XT = decltype(X);
+    using ST = decltype(S);
+    const int64_t most = (T + (E + 1) * (BT - 1)) / BT;
+    return launch<Tiles<XT, ST>>(grouped_update<XT, ST>, dim3(most, tiles(C, BC)), stream, Rows<XT>(out),
+                                 Strided<ST>(h), Strided<ST>(small), by_expert, bias,
+                                 Groups{offsets, in_64_bits != 0, E, T}, C, R, scale, seed, threshold);
   });
 }

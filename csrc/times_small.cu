@@ -2,9 +2,11 @@
 //
 // A block has 64 tokens and BR ranks and walks along C: the next tiles of x are on their way while one is multiplied.
 // Where there are few tokens the sum over C is split among blocks, and the caller adds the parts. Where it is not, and
-// one block has all columns of a mixture's h, it gates its tokens itself.
+// one block has all columns of a mixture's h, it gates its tokens itself. Of rows sorted by expert, a block has 64 of one
+// expert's, and multiplies them by its matrix.
 
 #include "gating.cuh"
+#include "groups.cuh"
 #include "product.cuh"
 
 namespace dk {
@@ -95,6 +97,31 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <class X, class S, int BR>
+__global__ void __launch_bounds__(THREADS, 1)
+    grouped_times_small(Rows<X> x, Strided<S> small, int64_t by_expert, Groups groups, dk_matrix out, int64_t C,
+                        int64_t R, const int64_t *seed, int threshold, float factor) {
+  auto &tiles = shared_memory<Shared<X, S, BR>>();
+  const Tile tile = groups.find(blockIdx.x, BT, 0);
+  const bool somebodys = tile.expert < groups.E;
+  if (tile.first >= tile.end) return;
+  const int64_t t0 = tile.first, r0 = static_cast<int64_t>(blockIdx.y) * BR;
+  multiply<X, S, BR>(tiles, x, of_expert(small, by_expert, somebodys ? tile.expert : 0), Mask(seed, threshold, C), t0,
+                     r0, 0, somebodys ? C : 0, tile.end, R);
+  for (int i = threadIdx.x; i < BT * BR; i += THREADS)
+    if (t0 + i / BR < tile.end && r0 + i % BR < R)
+      store(out, t0 + i / BR, r0 + i % BR, factor * tiles.out[i / BR][i % BR]);
+}
+
+template <class X, class S, int BR>
+int launch_grouped_times_small(const dk_matrix &x, const dk_matrix &small, int64_t by_expert, const Groups &groups,
+                               const dk_matrix &out, int64_t C, int64_t R, const int64_t *seed, int threshold,
+                               float factor, void *stream) {
+  const int64_t most = (groups.T + (groups.E + 1) * (BT - 1)) / BT;
+  return launch<Shared<X, S, BR>>(grouped_times_small<X, S, BR>, dim3(most, tiles(R, BR)), stream, Rows<X>(x),
+                                  Strided<S>(small), by_expert, groups, out, C, R, seed, threshold, factor);
+}
+
+template <class X, class S, int BR>
 int launch_times_small(const dk_matrix &x, const dk_matrix &small, const dk_matrix &out, int64_t T, int64_t C, int64_t R,
                        int64_t parts, const int64_t *seed, int threshold, float factor, void *stream) {
   constexpr int BK = STEP<X, S, BR>;
@@ -143,5 +170,20 @@ int dk_project_route(dk_matrix x, dk_matrix small, int64_t C, dk_matrix h, const
                : g.columns() <= 32 ? launch_project_route<decltype(X), decltype(S), 32>
                                    : launch_project_route<decltype(X), decltype(S), 64>;
     return run(x, small, g, C, seed, threshold, factor, stream);
+  });
+}
+
+int dk_grouped_times_small(dk_matrix x, dk_matrix small, int64_t by_expert, const void *offsets, int32_t in_64_bits,
+                           dk_matrix out, int64_t T, int64_t C, int64_t R, int64_t E, const int64_t *seed,
+                           int32_t threshold, float factor, int32_t in_tf32, void *stream) {
+  using namespace dk;
+  if (!is_rows(x) || !is_rows(out)) return DK_BAD_STRIDE;
+  if (!known(out.dtype)) return DK_BAD_DTYPE;
+  if (T == 0) return DK_OK;
+  return by_dtypes(x.dtype, small.dtype, in_tf32, [&](auto X, auto S) {
+    auto run = R <= 16   ? launch_grouped_times_small<decltype(X), decltype(S), 16>
+               : R <= 32 ? launch_grouped_times_small<decltype(X), decltype(S), 32>
+                         : launch_grouped_times_small<decltype(X), decltype(S), 64>;
+    return run(x, small, by_expert, Groups{offsets, in_64_bits != 0, E, T}, out, C, R, seed, threshold, factor, stream);
   });
 }

@@ -2,11 +2,13 @@
 //
 // A block has 64 columns and BR ranks and walks along its part of the tokens, the next tiles on their way while one
 // is multiplied; blocks with the first ranks sum the vectors too. The caller adds the parts. WITH_TERM: while a block
-// holds all ranks of h it also writes h small, the rank-R term of dx, to which a library GEMM then adds.
+// holds all ranks of h it also writes h small, the rank-R term of dx, to which a library GEMM then adds. Of rows sorted by
+// expert, a block walks along part of one expert's: what it sums up goes to the expert's place, or to its parts'.
 
 #include <type_traits>
 
 #include "column_sums.cuh"
+#include "groups.cuh"
 
 namespace dk {
 
@@ -42,11 +44,12 @@ constexpr int STAGES = sizeof(Tiles<X, S, BR, WITH_TERM, BT, 3>) <= 48 << 10 ? 3
 template <class X, class S, int BR, bool WITH_TERM>
 using Shared = Tiles<X, S, BR, WITH_TERM, STEP<X, S, BR, WITH_TERM>, STAGES<X, S, BR, WITH_TERM>>;
 
+// The sums over rows first ... last - 1, to where product, sums and dots say.
 template <class X, class S, int BR, bool WITH_TERM>
-__global__ void __launch_bounds__(THREADS, 1)
-    token_sums(Rows<X> x, Strided<S> h, Rows<X> y, Strided<S> small, Rows<X> out, float *product, float *sums,
-               float *dots, int64_t T, int64_t C, int64_t R, int64_t ranks, int64_t part, bool transposed,
-               const int64_t *seed, int threshold, float factor) {
+__device__ __forceinline__ void sum_up(const Rows<X> &x, const Strided<S> &h, const Rows<X> &y, const Strided<S> &small,
+                                       const Rows<X> &out, float *product, float *sums, float *dots, int64_t first,
+                                       int64_t last, int64_t C, int64_t R, int64_t ranks, bool transposed,
+                                       const int64_t *seed, int threshold, float factor) {
   using M = Meeting<X, S>;
   using Small = typename M::Small;
   constexpr int BT = STEP<X, S, BR, WITH_TERM>, AHEAD = STAGES<X, S, BR, WITH_TERM> - 1, PLANES = M::PLANES;
@@ -55,7 +58,6 @@ __global__ void __launch_bounds__(THREADS, 1)
   auto &in = tiles.in;
   using In = typename Shared<X, S, BR, WITH_TERM>::In;
   const int64_t c0 = static_cast<int64_t>(blockIdx.x) * BC, r0 = static_cast<int64_t>(blockIdx.y) * BR;
-  const int64_t first = blockIdx.z * part, last = first + part < T ? first + part : T;
   const Mask mask(seed, threshold, C);
   const bool sums_here = !WITH_TERM && sums && blockIdx.y == 0, dots_here = !WITH_TERM && dots && blockIdx.y == 0;
   float sum[2] = {}, dot[2] = {};
@@ -128,9 +130,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     for (int i = threadIdx.x; i < BC * BR; i += THREADS) {
       const int c = transposed ? i % BC : i / BR, r = transposed ? i / BC : i % BR;
-      const int64_t row = transposed ? blockIdx.z * ranks + r0 + r : blockIdx.z * C + c0 + c;
       if (c0 + c < C && r0 + r < ranks)
-        product[transposed ? row * C + c0 + c : row * ranks + r0 + r] = factor * tiles.out[c][r];
+        product[transposed ? (r0 + r) * C + c0 + c : (c0 + c) * ranks + r0 + r] = factor * tiles.out[c][r];
     }
     __syncthreads();
   }
@@ -140,8 +141,43 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     const int c = threadIdx.x % BC;
     float *to = threadIdx.x < BC ? sums : dots;
-    if (to && c0 + c < C) to[blockIdx.z * C + c0 + c] = vectors.total(tiles.vectors[threadIdx.x / BC], c);
+    if (to && c0 + c < C) to[c0 + c] = vectors.total(tiles.vectors[threadIdx.x / BC], c);
   }
+}
+
+template <class X, class S, int BR, bool WITH_TERM>
+__global__ void __launch_bounds__(THREADS, 1)
+    token_sums(Rows<X> x, Strided<S> h, Rows<X> y, Strided<S> small, Rows<X> out, float *product, float *sums,
+               float *dots, int64_t T, int64_t C, int64_t R, int64_t ranks, int64_t part, bool transposed,
+               const int64_t *seed, int threshold, float factor) {
+  const int64_t which = blockIdx.z, first = which * part, last = first + part < T ? first + part : T;
+  sum_up<X, S, BR, WITH_TERM>(x, h, y, small, out, product ? product + which * ranks * C : nullptr,
+                              sums ? sums + which * C : nullptr, dots ? dots + which * C : nullptr, first, last, C, R,
+                              ranks, transposed, seed, threshold, factor);
+}
+
+template <class X, class S, int BR>
+__global__ void __launch_bounds__(THREADS, 1)
+    grouped_sums(Rows<X> x, Strided<S> h, Groups groups, float *product, float *sums, float *parts, int64_t C,
+                 int64_t R, int64_t part, const int64_t *seed, int threshold, float factor) {
+  const Tile tile = groups.find(blockIdx.z, part, 1);
+  if (tile.expert >= groups.E) return;
+  const int64_t last = tile.first + part < tile.end ? tile.first + part : tile.end;
+  const int64_t of_product = product ? R * C : 0, place = tile.place * (of_product + (sums ? C : 0));
+  if (product) product = tile.alone ? product + tile.expert * R * C : parts + place;
+  if (sums) sums = tile.alone ? sums + tile.expert * C : parts + place + of_product;
+  const Rows<X> no_rows(dk_matrix{});
+  sum_up<X, S, BR, false>(x, h, no_rows, Strided<S>(dk_matrix{}), no_rows, product, sums, nullptr, tile.first, last, C,
+                          R, R, true, seed, threshold, factor);
+}
+
+template <class X, class S, int BR>
+int launch_grouped_sums(const dk_matrix &x, const dk_matrix &h, const Groups &groups, float *product, float *sums,
+                        float *parts, int64_t C, int64_t R, int64_t part, const int64_t *seed, int threshold,
+                        float factor, void *stream) {
+  const dim3 grid(tiles(C, BC), product ? tiles(R, BR) : 1, groups.T / part + groups.E);
+  return launch<Shared<X, S, BR, false>>(grouped_sums<X, S, BR>, grid, stream, Rows<X>(x), Strided<S>(h), groups,
+                                         product, sums, parts, C, R, part, seed, threshold, factor);
 }
 
 template <class X, class S, int BR, bool WITH_TERM>
@@ -180,6 +216,24 @@ int dk_token_sums(dk_matrix x, dk_matrix h, dk_matrix y, dk_matrix small, dk_mat
     };
     auto run = term ? by_rank(std::true_type{}) : by_rank(std::false_type{});
     return run(x, h, y, small, out, product, sums, dots, T, C, R, ranks, parts, transposed, seed, threshold, factor,
+               stream);
+  });
+}
+
+int dk_grouped_sums(dk_matrix x, dk_matrix h, const void *offsets, int32_t in_64_bits, float *product, float *sums,
+                    float *parts, int64_t T, int64_t C, int64_t R, int64_t E, int64_t part, const int64_t *seed,
+                    int32_t threshold, float factor, int32_t in_tf32, void *stream) {
+  using namespace dk;
+  if (!is_rows(x) || !is_rows(h)) return DK_BAD_STRIDE;
+  if (part < 1 || T / part + E > 65535) return DK_BAD_SIZE;
+  if ((product && !h.data) || (part < T && !parts)) return DK_MISSING;
+  return by_dtypes(x.dtype, h.data ? h.dtype : x.dtype, in_tf32, [&](auto X, auto S) {
+    using XT = decltype(X);
+    using ST = decltype(S);
+    auto run = R <= 16   ? launch_grouped_sums<XT, ST, 16>
+               : R <= 32 ? launch_grouped_sums<XT, ST, 32>
+                         : launch_grouped_sums<XT, ST, MOST_RANKS>;
+    return run(x, h, Groups{offsets, in_64_bits != 0, E, T}, product, sums, parts, C, R, part, seed, threshold, factor,
                stream);
   });
 }

@@ -16,15 +16,12 @@ from delora_kernels.backends.cuda.stack_factors import stack_factors
 from delora_kernels.backends.cuda.stages import (
     expand,
     expand_backward,
+    grouped_backward,
+    grouped_linear,
     input_backward,
     keeps_folded,
     project,
     wants_scaled,
 )
 from delora_kernels.backends.cuda.support import supports, why_not_here
-from delora_kernels.backends.eager import (
-    grouped_backward,
-    grouped_linear,
-    grouped_weight_grad,
-    weight_grad,
-)
+from delora_kernels.backends.eager import grouped_weight_grad, weight_grad

@@ -49,6 +49,10 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
     "dy_sums": (_M, _M, _P, _M, _M, _P, _P, _P, _P, _L, _L, _L, _L, _F),
     "finish_dy": (_P, _L, _L, _P, _I, _P, _P, _P, _L, _M, _P, _V, _P, _P, _P, _L, _L),
     "rank_update": (_M, _M, _M, _P, _M, _V, _M, _L, _L, _L, _F, _P, _I, _I),
+    "grouped_times_small": (_M, _M, _L, _P, _I, _M, _L, _L, _L, _L, _P, _I, _F),
+    "grouped_update": (_M, _M, _M, _L, _M, _P, _I, _L, _L, _L, _L, _F, _P, _I),
+    "grouped_sums": (_M, _M, _P, _I, _P, _P, _P, _L, _L, _L, _L, _L, _P, _I, _F),
+    "grouped_total": (_P, _I, _P, _P, _P, _L, _L, _L, _L, _L),
     "scaled": (_M, _P, _M, _L, _L, _I),
     "dropout_mask": (_P, _I, _P, _L, _L),
     "drop": (_M, _P, _I, _F, _M, _M, _L, _L),
@@ -69,7 +73,10 @@ LAUNCHERS: dict[str, tuple[Any, ...]] = {
 adds.
 """
 
-PRODUCTS = ("row_norm", "times_small", "project_route", "token_sums", "dy_sums", "rank_update")
+PRODUCTS = (
+    *("row_norm", "times_small", "project_route", "token_sums", "dy_sums", "rank_update"),
+    *("grouped_times_small", "grouped_update", "grouped_sums"),
+)
 """Those whose last argument but one is `in_tf32`: whether float32 operands may be multiplied as
 tf32.
 """

@@ -5,6 +5,7 @@ takes alike.
 from torch import Tensor
 
 from delora_kernels.backends.cuda.dy_sums import dy_sums, finish_dy, takes
+from delora_kernels.backends.cuda.grouped import grouped_sums, grouped_times_small, grouped_update
 from delora_kernels.backends.cuda.kernels import (
     add_parts,
     drop,
@@ -15,12 +16,18 @@ from delora_kernels.backends.cuda.kernels import (
     times_small_parts,
     token_sums,
 )
+from delora_kernels.backends.grouped_stages import GroupedStages
 from delora_kernels.backends.library_gemm import Stages
 
 STAGES = Stages(
     times_small, times_small_parts, token_sums, takes_term, takes, dy_sums,
     finish_dy, add_parts, rank_update, scale_matrix, drop,
 )  # fmt: skip
+
+GROUPED = GroupedStages(grouped_times_small, grouped_update, grouped_sums)
+
+grouped_linear = GROUPED.grouped_linear
+grouped_backward = GROUPED.grouped_backward
 
 project = STAGES.project
 expand = STAGES.expand

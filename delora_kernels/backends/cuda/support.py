@@ -4,10 +4,12 @@ import torch
 
 from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.backends.cuda.launch import FUNCTIONS, on_host
-from delora_kernels.call import AnyCall, MoECall
+from delora_kernels.call import AnyCall, GroupedCall, MoECall
 
 MOST_EXPERTS = 512
 """What `dk_route` holds of one token in shared memory."""
+MOST_GROUPS = 4096
+"""Experts of a grouped call, whose offsets every block looks through."""
 
 _against: dict[tuple[str, int | None], str | None] = {}
 """Type and index of a device → why they can't run on it; filled by `why_not_here`."""
@@ -36,6 +38,8 @@ def supports(call: AnyCall) -> str | None:
         return "float64 has no fast units"
     if isinstance(call, MoECall) and len(call.B) > MOST_EXPERTS:
         return f"{len(call.B)} experts are more than {MOST_EXPERTS}"
+    if isinstance(call, GroupedCall) and len(call.weight) > MOST_GROUPS:
+        return f"{len(call.weight)} experts are more than {MOST_GROUPS}"
     return None
 
 
