@@ -2,5 +2,7 @@
 
 export_lora.py      export_lora()
 low_rank_terms.py   what of a model is a low-rank term
+expert_terms.py     the experts of expert models, and their layouts in a file
+expert_check.py     whether a file says of every expert what the model computes
 lora_folder.py      the folder that PEFT loads
 """

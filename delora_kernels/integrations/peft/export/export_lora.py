@@ -2,7 +2,8 @@
 and LoRA servers load.
 
 Folded, a DeLoRA adapter is a LoRA adapter: Δ = B̂ Â. Everything is computed and checked in memory
-(`low_rank_terms.py` folds the layers), then written (`lora_folder.py`).
+(`low_rank_terms.py` folds the layers, `expert_terms.py` those of expert models), then written
+(`lora_folder.py`).
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +19,16 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from delora_kernels import checks
+from delora_kernels.integrations.peft.export.expert_check import check_file
+from delora_kernels.integrations.peft.export.expert_terms import (
+    LAYOUTS,
+    ExpertNames,
+    are_experts,
+    expert_names,
+    expert_pairs,
+    fused_tensors,
+    per_expert_tensors,
+)
 from delora_kernels.integrations.peft.export.lora_folder import PREFIX, lora_config, write
 from delora_kernels.integrations.peft.export.low_rank_terms import (
     FUNCTION,
@@ -63,6 +74,8 @@ def export_lora(
     directory: str | os.PathLike[str],
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    experts: str = "fused",
 ) -> LoraExport:
     """Write the DeLoRA and LoRA adapters of `model` as one standard LoRA adapter folder.
 
@@ -85,6 +98,10 @@ def export_lora(
             are always exported.
         dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16
             ones float32 is exact.
+        experts: Layout of adapters on the experts of expert models (`target_parameters`): "fused",
+            PEFT's own keys, or "per_expert", one pair of matrices for each linear of each expert
+            (docs/experts.md says which server reads which). Every expert's ΔW is read back from the
+            file and compared with the model's.
 
     Returns:
         The folder, the rank of each layer and the size of the file.
@@ -96,16 +113,19 @@ def export_lora(
             that changed the base weight, trainable tokens, a module held under two names, sharded
             or meta tensors, values beyond `dtype`), there is nothing to export, or the folder can't
             be used; the text names the layer and the remedy. Nothing is written then.
+        RuntimeError: the file holds another update of an expert than the model.
 
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
     eq. 9; a folded DeLoRA update is a LoRA update (docs/math.md).
     """
-    path = _check_arguments(model, directory, adapter, dtype)
+    path = _check_arguments(model, directory, adapter, dtype, experts)
     found = survey(model)
-    pairs = {name: pair_of(name, layers, adapter) for name, layers in found.layers.items()}
+    linears = {name: layers for name, layers in found.layers.items() if not are_experts(layers)}
+    pairs = {name: pair_of(name, layers, adapter) for name, layers in linears.items()}
     configs = _used_configs(found, adapter)
     factors = {name: _cast(name, pair, dtype) for name, pair in pairs.items() if pair is not None}
-    if not factors:
+    of_experts = _experts(found, adapter, dtype, experts)
+    if not factors and not of_experts.ranks:
         got = f"a {type(model).__name__} without any"
         remedy = "wrap it with peft.get_peft_model or use delora_kernels.nn, and activate the adapter"
         raise checks.fail(ValueError, FUNCTION, "model", "one with DeLoRA or LoRA layers", got, remedy)
@@ -115,13 +135,49 @@ def export_lora(
     bias, biases = _biases(found, factors.keys(), configs)
 
     tensors = {f"{PREFIX}{name}.lora_{role}.weight": t for name, AB in factors.items() for role, t in AB.items()}
-    tensors |= saved_tensors | biases
+    tensors |= {PREFIX + key: tensor for key, tensor in of_experts.tensors.items()} | saved_tensors | biases
     ranks = {name: AB["A"].shape[0] for name, AB in factors.items()}
-    write(path, tensors, lora_config(found.base, ranks, configs, saved, bias), found.base[""])
-    return LoraExport(path, ranks, (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
+    config = lora_config(found.base, ranks, configs, saved, bias, of_experts.ranks, of_experts.parts)
+    write(path, tensors, config, found.base[""])
+    file = path / SAFETENSORS_WEIGHTS_NAME
+    for name, wrappers in found.layers.items():
+        if name in of_experts.names:
+            check_file(file, PREFIX, name, wrappers, adapter, of_experts.names[name])
+    return LoraExport(path, ranks | of_experts.ranks, file.stat().st_size)
 
 
-def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any) -> Path:
+class _Experts(NamedTuple):
+    """What is written of experts: tensors by key, the rank of each parameter by its name, names of
+    single experts' linears for target_modules, and for each module how its checkpoints name them.
+    """
+
+    tensors: dict[str, Tensor]
+    ranks: dict[str, int]
+    parts: list[str]
+    names: dict[str, dict[str, ExpertNames]]
+
+
+def _experts(found: Survey, adapter: str | None, dtype: torch.dtype | None, layout: str) -> _Experts:
+    """Fold the adapters of every experts module into the layout's tensors."""
+    made = _Experts({}, {}, [], {})
+    model_type = getattr(getattr(found.base[""], "config", None), "model_type", None)
+    for name, wrappers in found.layers.items():
+        pairs = expert_pairs(name, wrappers, adapter) if are_experts(wrappers) else {}
+        for parameter, pair in pairs.items():
+            made.names.setdefault(name, {})
+            if layout == "per_expert":
+                names = made.names[name][parameter] = expert_names(model_type, name, parameter)
+                tensors = per_expert_tensors(name, pair, names)
+                made.parts.extend(part for part in names.parts if part not in made.parts)
+            else:
+                tensors = fused_tensors(name, pair)
+            for key, tensor in tensors.items():
+                made.tensors[key] = _written(f"{name}.{parameter}", key.split(".")[-2][-1], tensor, dtype or pair.dtype)
+            made.ranks[f"{name}.{parameter}"] = pair.A.shape[1]
+    return made
+
+
+def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, experts: Any) -> Path:
     if not isinstance(model, nn.Module):
         raise checks.fail(TypeError, FUNCTION, "model", "a torch.nn.Module", type(model).__name__, "pass the model")
     if not isinstance(directory, str | os.PathLike):
@@ -131,6 +187,8 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any) -> Pa
         raise checks.fail(TypeError, FUNCTION, "adapter", "a name or None", type(adapter).__name__, remedy)
     if dtype is not None and dtype not in checks.FLOATS:
         raise checks.fail(TypeError, FUNCTION, "dtype", f"None or one of {checks.FLOATS}", dtype, "pass a float dtype")
+    if experts not in LAYOUTS:
+        raise checks.fail(ValueError, FUNCTION, "experts", f"one of {LAYOUTS}", repr(experts), "pass one of these")
     if not os.fspath(directory):
         raise checks.fail(
             ValueError, FUNCTION, "directory", "a path", "an empty one", "pass '.' for the current folder"
@@ -181,15 +239,18 @@ def _why_not_config(config: Any) -> str | None:
 
 def _cast(name: str, pair: Pair, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return A' and B' as they are written."""
-    written = {}
-    for role, factor in (("A", pair.A), ("B", pair.B)):
-        if not factor.isfinite().all():
-            refuse(name, f"NaN or Inf in its {role}'", "look for NaN, Inf or huge values in the adapter")
-        written[role] = _copied(factor, dtype or pair.dtype)
-        if not written[role].isfinite().all():
-            got = f"values up to {factor.abs().max().item():.3g} in its {role}'"
-            expected = f"within the range of {written[role].dtype}"
-            raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", expected, got, "pass dtype=torch.float32")
+    return {role: _written(name, role, factor, dtype or pair.dtype) for role, factor in (("A", pair.A), ("B", pair.B))}
+
+
+def _written(name: str, role: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return one factor as it is written."""
+    if not factor.isfinite().all():
+        refuse(name, f"NaN or Inf in its {role}'", "look for NaN, Inf or huge values in the adapter")
+    written = _copied(factor, dtype)
+    if not written.isfinite().all():
+        got = f"values up to {factor.abs().max().item():.3g} in its {role}'"
+        expected = f"within the range of {written.dtype}"
+        raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", expected, got, "pass dtype=torch.float32")
     return written
 
 

@@ -30,7 +30,13 @@ the rank. Load it with `peft.PeftModel.from_pretrained(base_model, folder)` or a
 
 
 def lora_config(
-    base: dict[str, nn.Module], ranks: dict[str, int], configs: list[Any], saved: list[str], bias: str
+    base: dict[str, nn.Module],
+    ranks: dict[str, int],
+    configs: list[Any],
+    saved: list[str],
+    bias: str,
+    parameters: dict[str, int],
+    parts: list[str],
 ) -> peft.LoraConfig:
     """Return the config of an adapter whose layers have `ranks` and scale 1, in the model whose
     modules are `base`.
@@ -41,10 +47,13 @@ def lora_config(
         configs: The PEFT configs that it comes from: base model, revision and task are theirs.
         saved: Names for modules_to_save.
         bias: "none", "lora_only" or "all".
+        parameters: Rank of each adapted parameter of experts by name.
+        parts: Names of the linears that single experts are written as; []: they are one parameter.
     """
-    r = max(ranks.values())
+    r = max([*ranks.values(), *parameters.values()])
     # PEFT looks for a pattern at the end of a layer's name; ^ ties it to the whole of it
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    named = ranks if parts else ranks | parameters
+    pattern = {f"^{re.escape(name)}": rank for name, rank in named.items() if rank != r}
 
     def first(field: str) -> Any:
         return next((value for config in configs if (value := getattr(config, field, None)) is not None), None)
@@ -65,6 +74,12 @@ def lora_config(
         inference_mode=True,
     )
     config.target_modules = _targets(ranks.keys(), base)  # in this order, which LoraConfig's set would lose
+    if parts and isinstance(config.target_modules, str):
+        config.target_modules += rf"|.*\.({'|'.join(parts)})"
+    elif parts:
+        config.target_modules = [*(config.target_modules or ()), *parts]
+    elif parameters:
+        config.target_parameters = list(parameters)
     return config
 
 
