@@ -9,7 +9,7 @@ from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.add_parts import BLOCK as PARTS_BLOCK
 from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy_kernel
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
-from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
+from delora_kernels.backends.triton.dy_sums import dy_sums_kernel, lanes
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.grouped import grouped_times_small_kernel, grouped_update_kernel
 from delora_kernels.backends.triton.grouped_sums import BLOCK as GROUPED_BLOCK
@@ -155,10 +155,11 @@ def _tabled(
         function, pointers = dy_sums_kernel, {"DY": big, "S": small, "H": small, "DV": "fp32", "PRODUCT": "fp32"}
         pointers |= {"SUMS": "fp32", "Y": big, "DOTS": "fp32"} if dots else {}
         constants |= {"WITH_SUMS": dots, "WITH_DOTS": dots, "WITH_COLUMN": column, "HOW_H": how}
+        constants["LANES"], constants["STAGES"] = lanes(tile), tile.stages
         if column:
-            how, tile = 1, tables.tiles(kernel, BR, capability, "mixed")
+            how, tile = 1, tables.tiles(kernel, BR, capability, "scaled" if big == small else "mixed")
             pointers["COLUMN"] = "fp32"
-            constants |= {"BT": tile.tokens, "BC": tile.columns}
+            constants |= {"BT": tile.tokens, "BC": tile.columns, "LANES": lanes(tile), "STAGES": tile.stages}
     elif kernel == "rank_update":
         function, pointers = rank_update_kernel, {"H": small, "S": small, "OUT": big, "COLUMN": "fp32", "BIAS": big}
         pointers |= {} if features == "prefill" else {"BASE": big} | ({"EXTRA": big} if drop else {})
@@ -176,7 +177,7 @@ def _tabled(
     if drop:
         pointers["SEED"] = "i64"
     constants |= {"HOW": how, "PRECISION": precision}
-    options = {"num_warps": tile.warps} | ({"num_stages": tile.stages} if kernel != "row_norm" else {})
+    options = {"num_warps": tile.warps} | ({} if "STAGES" in constants else {"num_stages": tile.stages})
     return Variant(kernel, f"{name} R={BR} {features}".strip(), function, pointers, constants, options)
 
 

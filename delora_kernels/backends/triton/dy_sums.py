@@ -26,9 +26,15 @@ from delora_kernels.backends.triton.launch import (
     record,
     rows,
 )
-from delora_kernels.backends.triton.tables import cdiv, dtypes, rank_tile, splits, tiles
+from delora_kernels.backends.triton.tables import Tiles, cdiv, dtypes, rank_tile, splits, tiles
 
 LARGEST_RANK = 32
+
+
+@triton.jit
+def _by_lane(tile, LANES: tl.constexpr):
+    """Add up the rows of a tile [BT, BC] that are LANES apart, which one thread holds: [LANES, BC]."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // LANES, LANES, tile.shape[1])), 0)
 
 
 @triton.jit(do_not_specialize=["T", "part"])
@@ -37,7 +43,7 @@ def dy_sums_kernel(
     T, part, N, R, stride_dy, stride_sn, stride_sr, stride_h, stride_y, factor,
     WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr, WITH_COLUMN: tl.constexpr,
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk's part of dv, a tile [BT, BR] for each step, and its [BC, BR] of factor · dyᵀ h
     over `part` tokens.
@@ -50,30 +56,45 @@ def dy_sums_kernel(
     if WITH_COLUMN:
         s = s.to(tl.float32) * tl.load(COLUMN + n, n < N, 0.0)[:, None]
     acc = tl.zeros((BC, BR), tl.float32)
-    sums = tl.zeros((BC,), tl.float32)
-    dots = tl.zeros((BC,), tl.float32)
+    sums = tl.zeros((LANES, BC), tl.float32)
+    dots = tl.zeros((LANES, BC), tl.float32)
     start = tl.program_id(1).to(tl.int64) * part
-    for t0 in range(start, tl.minimum(start + part, T), BT):
+    for t0 in tl.range(start, tl.minimum(start + part, T), BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         inside = (t[:, None] < T) & (n[None, :] < N)
         dy = tl.load(DY + t[:, None].to(tl.int64) * stride_dy + n[None, :], inside, 0.0)
         h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
         ranked = (t[:, None] < T) & (r[None, :] < R)
         h = tl.load(h_at, ranked, 0.0)
-        dv = mixed_dot(dy, s, tl.zeros((BT, BR), tl.float32), HOW, PRECISION, INTERPRETED)
-        tl.store(DV + (chunk * T + t[:, None]) * R + r[None, :], dv, ranked)
-        acc = mixed_dot(tl.trans(dy), h, acc, HOW_H, PRECISION, INTERPRETED)
-        if WITH_SUMS:
-            sums += tl.sum(dy.to(tl.float32), 0)
         if WITH_DOTS:
             y = tl.load(Y + t[:, None].to(tl.int64) * stride_y + n[None, :], inside, 0.0)
-            dots += tl.sum(dy.to(tl.float32) * y.to(tl.float32), 0)
+            dots += _by_lane(dy.to(tl.float32) * y.to(tl.float32), LANES)
+        if WITH_SUMS:
+            sums += _by_lane(dy.to(tl.float32), LANES)
+        # in this order: the other way round each matrix instruction waits for the one before
+        acc = mixed_dot(tl.trans(dy), h, acc, HOW_H, PRECISION, INTERPRETED)
+        dv = mixed_dot(dy, s, tl.zeros((BT, BR), tl.float32), HOW, PRECISION, INTERPRETED)
+        tl.store(DV + (chunk * T + t[:, None]) * R + r[None, :], dv, ranked)
     column = tl.program_id(1).to(tl.int64) * N + n
     tl.store(PRODUCT + column[:, None] * R + r[None, :], acc * factor, (n[:, None] < N) & (r[None, :] < R))
     if WITH_SUMS:
-        tl.store(SUMS + column, sums, n < N)
+        tl.store(SUMS + column, tl.sum(sums, 0), n < N)
     if WITH_DOTS:
-        tl.store(DOTS + column, dots, n < N)
+        tl.store(DOTS + column, tl.sum(dots, 0), n < N)
+
+
+def lanes(tile: Tiles) -> int:
+    """Return how many rows apart those are that one thread reads, 8 elements of each: the warps'
+    threads stand side by side along a row.
+    """
+    return min(tile.tokens, max(1, tile.warps * 256 // tile.columns))
+
+
+def wider(big: torch.dtype, small: torch.dtype, h: torch.dtype) -> str:
+    """Return which tiles these dtypes take: h wider than dy needs more registers than c ⊙ S
+    alone.
+    """
+    return dtypes(big, h) or ("scaled" if small != big else "")
 
 
 def takes(dy: Tensor, small: Tensor, h: Tensor, c: Tensor | None = None) -> bool:
@@ -106,14 +127,15 @@ def _plan(
     """
     (N, R, *_), (big, small, h) = integers, kinds
     BR = rank_tile("dy_sums", R)
-    tile = tiles("dy_sums", BR, capability(device), dtypes(big, small, h))
+    tile = tiles("dy_sums", BR, capability(device), wider(big, small, h))
     chunks, steps = cdiv(N, tile.columns), cdiv(T, tile.tokens)
     part = cdiv(steps, splits(chunks, steps)) * tile.tokens
     how, how_h = dot_split(big, small), dot_split(big, h)
     made = record(
         dy_sums_kernel, integers, WITH_SUMS=sums, WITH_DOTS=dots, WITH_COLUMN=column,
         HOW=how, HOW_H=how_h, PRECISION=precision(max(how, how_h), tf32), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        BT=tile.tokens, BC=tile.columns, BR=BR, LANES=lanes(tile),
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return made, chunks, cdiv(T, part), part
 

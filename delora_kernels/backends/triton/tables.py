@@ -33,7 +33,8 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "token_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "token_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
     "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 128, 8, 2)},
-    "dy_sums mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "dy_sums scaled": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "dy_sums mixed": {"16": Tiles(64, 64, 8, 2), "32": Tiles(32, 64, 4, 2)},
     "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
@@ -48,6 +49,15 @@ several passes.
 "mixed" and "fp32" behind a kernel's name stand for launches that need more registers for the same
 tile: factors wider than the 16 bits of the token-sized operand, or a mask; all in float32. Without
 an entry of its own "fp32" takes "mixed"'s, and that the plain one.
+"""
+
+HOPPER: dict[str, dict[str, Tiles]] = {
+    "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 256, 8, 2)},
+    "dy_sums scaled": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 128, 4, 2)},
+    "dy_sums mixed": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 64, 4, 3)},
+}
+"""The same for compute capability 9.0, whose wgmma reads both operands where they were loaded to:
+elsewhere tiles of that size would not fit the registers.
 """
 
 
@@ -129,9 +139,10 @@ def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str 
     """Return the configuration of a kernel for a tile of ranks on a device of this compute
     capability.
     """
-    own = ([f"{kernel} fp32"] if dtypes == "fp32" else []) + ([f"{kernel} mixed"] if dtypes else [])
-    name = next((name for name in own if name in TABLES), kernel)
-    limit, shipped = next(entry for entry in TABLES[name].items() if rank_tile <= int(entry[0]))
+    own = {"": (), "fp32": ("fp32", "mixed")}.get(dtypes, (dtypes,))
+    name = next((f"{kernel} {each}" for each in own if f"{kernel} {each}" in TABLES), kernel)
+    table = HOPPER.get(name, TABLES[name]) if capability == (9, 0) else TABLES[name]
+    limit, shipped = next(entry for entry in table.items() if rank_tile <= int(entry[0]))
     tuned = TILES.get((capability, name), {}).get(limit)
     return shipped if tuned is None else Tiles(*tuned)
 
