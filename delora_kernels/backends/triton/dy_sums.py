@@ -33,7 +33,7 @@ LARGEST_RANK = 32
 
 @triton.jit
 def _by_lane(tile, LANES: tl.constexpr):
-    """Add up the rows of a tile [BT, BC] that are LANES apart, which one thread holds: [LANES, BC]."""
+    """Add up the rows of a tile [BT, BC] that lie LANES apart, and in one thread: [LANES, BC]."""
     return tl.sum(tl.reshape(tile, (tile.shape[0] // LANES, LANES, tile.shape[1])), 0)
 
 

@@ -160,7 +160,7 @@ def test_beside_a_base_that_rounds_its_tokens(x: Tensor, seed: int) -> None:
     # reflections that round otherwise may tip a token's int8 rounding: 1/127 of the largest
     torch.testing.assert_close(made.first(x).double(), exact, rtol=0, atol=2 / 127 * float(exact.abs().max()))
 
-    with pytest.raises(TypeError, match='a Linear8bitLt is needed, and can\'t be read.*init_weights=False'):
+    with pytest.raises(TypeError, match="a Linear8bitLt is needed, and can't be read.*init_weights=False"):
         peft.inject_adapter_in_model(CONFIGS["goat"](target_modules=["first"]), eight_bit(seed))
 
 
