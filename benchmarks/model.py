@@ -1,6 +1,7 @@
 """What a layer should cost: time and bytes from the traffic contract and a device's two ceilings.
 
     python -m benchmarks.model --record FILE  # measured / predicted of every row of ours
+    python -m benchmarks.model --from-binaries  # estimates from disassembled kernels: no GPU
     python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --K 4096 --N 4096 --T 8192 --r 16
 
 A layer is a list of steps; each takes max(bytes / copy, FLOPs / GEMM), they follow each other,
@@ -155,6 +156,11 @@ def _steps(row: dict[str, Any], form: str) -> list[Step]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a prediction, or measured / predicted of records; 2: bad input."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "--from-binaries" in arguments:
+        from benchmarks.codegen import estimates  # Triton is not there everywhere
+
+        return estimates.main([word for word in arguments if word != "--from-binaries"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--record", type=Path, nargs="*", help="records to compare with; without files: all under benchmarks/results")
@@ -166,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):
         add(f"--{letter}", type=int, default=default, help="[%(default)s]")
     add("--element", type=int, default=2, help="bytes of an element of x and W [%(default)s]")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.record is not None:
         for path in args.record or sorted(RESULTS.rglob("*.json")):
             _compare(path, args.form)

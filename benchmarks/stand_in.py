@@ -13,12 +13,10 @@ import ctypes
 import ctypes.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from delora_kernels import backends
@@ -39,19 +37,6 @@ class Launcher:
         seen = driver.active.seen
         if seen is not None:
             seen((gridX, gridY, gridZ), stream, function, args)
-
-
-class Uncompiled(CompiledKernel):
-    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton
-    wanted compiled.
-    """
-
-    run: Any = Launcher()
-
-    def __init__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> None:
-        self.src, self.name, self.module, self._run = src, src.fn.__name__, 1, self.run
-        self.metadata, self.options = SimpleNamespace(target=target), options
-        self.function, self.packed_metadata = object(), (options["num_warps"], options["num_stages"])
 
 
 class StandIn:

@@ -5,6 +5,7 @@ training step under autocast makes them.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 
 class Layer(NamedTuple):
     """One adapted linear: method (a key of METHODS), sizes, rank (of each expert), experts and how
-    many of them a token takes.
+    many of them a token takes; out-features of siblings that share its input.
     """
 
     method: str
@@ -34,12 +35,21 @@ class Layer(NamedTuple):
     k: int | None = None
     precision: str = "bf16-autocast"
     dropout_p: float = 0.0
+    siblings: tuple[int, ...] = ()
     T: int = TOKENS
+
+    @property
+    def outputs(self) -> int:
+        """Out-features of it and its siblings."""
+        return self.N + sum(self.siblings)
 
     @property
     def title(self) -> str:
         """Its method, ranks and what is not usual."""
-        words = [self.method, f"E={self.E} r={self.r}" if self.E else f"r={self.r}" if self.r else ""]
+        words = [
+            self.method + (" q, k, v" if self.siblings else ""),
+            f"E={self.E} r={self.r}" if self.E else f"r={self.r}" if self.r else "",
+        ]
         words += [self.precision if self.precision != "bf16-autocast" else "", "dropout" if self.dropout_p else ""]
         return " ".join(word for word in words if word)
 
@@ -48,11 +58,11 @@ def estimated() -> Iterator[Layer]:
     """Yield the layers of the table of estimates."""
     for K, N in SHAPES:
         for r in (16, 32, 64):
-            for method in ("lora", "delora", "dora"):
-                yield Layer(method, K, N, r)
+            yield from (Layer(method, K, N, r) for method in ("lora", "delora", "dora"))
         yield Layer("goat", K, N, 2, E=8, k=2)
-        yield Layer("ether-plus", K, N, 0)
-        yield Layer("ether-plus-both", K, N, 0)
+        yield from (Layer(method, K, N, 0) for method in ("ether-plus", "ether-plus-both"))
+    yield Layer("lora", 4096, 4096, 16, siblings=(1024, 1024))
+    yield Layer("lora", 4096, 4096, 16, siblings=(4096, 4096))
 
 
 def looked_at() -> Iterator[Layer]:
@@ -81,13 +91,21 @@ def steps_of(layer: Layer) -> list[Launch | Gemm | Other]:
     dy, spec = made.pop("grad_out"), methods.METHODS[layer.method]
     if layer.dropout_p:
         made |= {"dropout_p": layer.dropout_p, "seed": 1}
+    function, gradients = getattr(functional, spec.function), [dy]
     for name in ("x", *spec.trained):
         made[name].requires_grad_()
+    if layer.siblings:
+        given = [made] + [_blank(replace(case, N=N)) for N in layer.siblings]
+        gradients += [other["grad_out"] for other in given[1:]]
+        factors = {name: [each[name].requires_grad_() for each in given] for name in "AB"}
+        weights = [each["weight"] for each in given]
+        function, made = functional.lora_linears, {"x": made["x"], "weights": weights, **factors}
     dtype, _, autocast, _ = PRECISIONS[layer.precision]
     with recording() as seen, use_backend("triton"):
         with torch.autocast("cpu", dtype, enabled=autocast):
-            y: Any = getattr(functional, spec.function)(**made)
-        (y if isinstance(y, Tensor) else y[0]).backward(dy)
+            y: Any = function(**made)
+        outputs = [y] if isinstance(y, Tensor) else y[: len(gradients)]
+        torch.autograd.backward(outputs, gradients)
     return seen.steps
 
 

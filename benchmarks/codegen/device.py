@@ -25,8 +25,9 @@ LAUNCH = 1.5e-6
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32
 """What one multiprocessor has: registers, bytes of shared memory (of which each program takes 1 KB
 more than it asks for), threads, programs. CUDA C++ Programming Guide, compute capability 9.0."""
-LARGE = 4 << 20
-"""Bytes from which a tensor is taken to come from device memory, not from the cache."""
+LARGE = 24 << 20
+"""Bytes from which a tensor is taken to come from device memory: half of the L2 cache. What is
+smaller is small (a factor) or was written by the launch before (parts)."""
 MATRIX = 64 << 10
 """Bytes from which a tensor counts as a matrix: its loads should be wide and issued ahead."""
 

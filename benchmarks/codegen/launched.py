@@ -8,6 +8,9 @@ from typing import Any
 
 from benchmarks.codegen.calls import Layer, looked_at, steps_of
 from benchmarks.codegen.compiling import compiled_all
+from benchmarks.codegen.estimate import kernel_of
+from benchmarks.codegen.exceptions import EXCEPTIONS
+from benchmarks.codegen.limits import beyond, judged
 from benchmarks.codegen.measures import measured
 from benchmarks.codegen.recording import Launch
 
@@ -26,14 +29,19 @@ def rows_of(
                 if step.binary.key not in largest:
                     largest[step.binary.key] = step, title
     made = compiled_all((launch.binary for launch, _ in largest.values()), workers)
-    return [measured(launch, made[key]) | {"of": title} for key, (launch, title) in largest.items()]
+    rows = []
+    for key, (launch, title) in largest.items():
+        time = kernel_of(launch, made[key])
+        times = {"estimate_us": time.total, "bytes_us": time.bytes, "matrix_us": time.matrix, "limit": time.limit}
+        rows.append(measured(launch, made[key]) | {"of": title} | times)
+    return rows
 
 
 def lines(rows: list[Row]) -> list[str]:
     """Return the table as people read it."""
     shown = [
         "kernel           of                             regs  shared thr  CTA(run)  inflight bar shf  sc  ser"
-        " instr  /KB   cyc not ahead; products; config"
+        " instr  /KB   cyc  µs(bytes) not ahead; products; config"
     ]
     for row in rows:
         by = "/".join(str(row["ctas_by"][name]) for name in ("registers", "shared", "threads"))
@@ -44,7 +52,8 @@ def lines(rows: list[Row]) -> list[str]:
             f"{row['shared_bytes']:>7} {row['threads']:>3} {by:>8}({row['ctas_running']})"
             f" {row['in_flight_bytes'] / 1024:>6.1f}K {row['barriers_per_step']:>3} {row['shuffles_per_step']:>3}"
             f" {row['scalar_loads']:>3} {row['serialized_mma']:>3} {row['instructions_per_step']:>6} {dense:>5}"
-            f" {row['cycles_per_step']:>5} {','.join(row['not_ahead']) or '-'}; {products}; {row['config']}"
+            f" {row['cycles_per_step']:>5} {row['estimate_us']:>5.1f}({row['bytes_us']:.0f})"
+            f" {','.join(row['not_ahead']) or '-'}; {products}; {row['config']}"
         )
     return shown
 
@@ -62,4 +71,13 @@ def main(argv: list[str]) -> int:
     print(*lines(rows), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return 0
+    new, idle = judged(rows, EXCEPTIONS)
+    for each in idle:
+        print(f"no longer needed: {each.kernel} of {each.of} ({each.measures})")
+    reasons = {(row["kernel"], row["of"]): beyond(row) for row in rows}
+    for each in new:
+        found = reasons[each.kernel, each.of]
+        print(f"FAILED: {each.kernel} of {each.of}: " + "; ".join(f"{name}: {text}" for name, text in found.items()))
+    if new:
+        print("As exceptions:", *(f"    {tuple(each)!r}," for each in new), sep="\n")
+    return 1 if new else 0

@@ -36,11 +36,13 @@ def body_of(launch: Launch, compiled: Compiled) -> Body:
     origins = {i: sass.origin(code, i, names) for i in at}
     sized = {i: sizes.get(origins[i] or "", 0) for i in at}
     least = device.LARGE if max(sized.values(), default=0) >= device.LARGE else max(sized.values(), default=0)
-    main, most = None, 0
-    for loop in sass.loops(code):  # of two with the same accesses, the inner one
+    main, most = None, (0, 0)
+    for loop in sorted(sass.loops(code), key=lambda loop: (loop[1] - loop[0], loop)):
         inside = [i for i, size in sized.items() if loop[0] <= i <= loop[1] and size >= max(1, least)]
-        moved = sum(code[i].width for i in inside)
-        if moved > most:
+        reads = sum(code[i].width for i in inside if code[i].loads)
+        moved = (reads, 0) if reads else (0, sum(code[i].width for i in inside))
+        first = main is not None and moved == most and loop[1] < main[0]  # the second reads the cache
+        if moved > most or first:
             main, most = loop, moved
     return Body(code, main, origins)
 
@@ -50,19 +52,29 @@ def _sizes(launch: Launch) -> dict[str, int]:
 
 
 def walk_of(launch: Launch, compiled: Compiled, body: Body) -> Walk:
-    """Let a warp walk it."""
-    return Warp(
-        body.code, body.main, large_loads(launch, compiled, body), compiled.threads // 32, launch.programs
-    ).run()
+    """Let a warp walk it, while as many programs as fit share the device."""
+    sharing = running(launch, compiled) * min(launch.programs, device.SMS)
+    return Warp(body.code, body.main, large(launch, compiled, body), compiled.threads // 32, sharing).run()
 
 
-def large_loads(launch: Launch, compiled: Compiled, body: Body) -> dict[int, int]:
-    """Return the index of every load from device memory → its bytes for the whole program."""
-    sizes = _sizes(launch)
+def running(launch: Launch, compiled: Compiled) -> int:
+    """Return how many programs a multiprocessor runs at a time: what fits, if there are as many."""
+    fit = device.blocks_by(compiled.registers, compiled.shared_bytes, compiled.threads)
+    return min(*fit.values(), -(-launch.programs // device.SMS))
+
+
+def large(launch: Launch, compiled: Compiled, body: Body) -> dict[int, int]:
+    """Return the index of every load from and store to device memory → its bytes for the whole
+    program.
+    """
+    sizes, code = _sizes(launch), body.code
+    here = {body.origins[i] for i in body.origins if code[i].loads and i in body.step}
     return {
-        i: body.code[i].width * compiled.threads
+        i: code[i].width * compiled.threads
         for i, name in body.origins.items()
-        if body.code[i].loads and sizes.get(name or "", 0) >= device.LARGE
+        if sizes.get(name or "", 0) >= device.LARGE
+        # what the main loop has read is in the cache for those after it
+        and not (code[i].loads and body.main is not None and i > body.main[1] and name in here)
     }
 
 
@@ -71,15 +83,9 @@ def measured(launch: Launch, compiled: Compiled) -> dict[str, Any]:
     body = body_of(launch, compiled)
     walk, sizes, code = walk_of(launch, compiled, body), _sizes(launch), body.code
     by = device.blocks_by(compiled.registers, compiled.shared_bytes, compiled.threads)
-    blocks = min(by.values())
-    running = min(blocks, -(-launch.programs // device.SMS))
     step = [code[i] for i in body.step]
-    large = large_loads(launch, compiled, body)
-    moved = sum(size for i, size in large.items() if i in body.step) + sum(
-        code[i].width * compiled.threads
-        for i in body.step
-        if code[i].base == "STG" and sizes.get(body.origins[i] or "", 0) >= device.LARGE
-    )
+    moving = large(launch, compiled, body)
+    moved = sum(size for i, size in moving.items() if i in body.step)
     widths = {operand.name: _WIDTHS.get(operand.dtype, 4) for operand in launch.operands}
     matrices = [i for i in body.step if code[i].loads and sizes.get(body.origins[i] or "", 0) >= device.MATRIX]
     return {
@@ -87,16 +93,21 @@ def measured(launch: Launch, compiled: Compiled) -> dict[str, Any]:
         "key": launch.binary.key,
         "config": launch.binary.says,
         "grid": launch.grid,
+        "programs": launch.programs,
+        "R": launch.integers.get("R", 0),
+        "narrow": all(operand.dtype != "float32" for operand in launch.operands if operand.name in _FACTORS),
+        "large_reads": any(code[i].loads for i in moving),
+        "large_writes": any(code[i].base == "STG" for i in moving),
         "registers": compiled.registers,
         "spill_bytes": compiled.stack_bytes,
         "shared_bytes": compiled.shared_bytes,
         "threads": compiled.threads,
         "ctas_by": by,
-        "ctas_per_sm": blocks,
-        "ctas_running": running,
+        "ctas_per_sm": min(by.values()),
+        "ctas_running": running(launch, compiled),
         "serialized_mma": compiled.serialized,
         "mma": _products(step) or _products(code),
-        "in_flight_bytes": walk.in_flight * running,
+        "in_flight_bytes": walk.in_flight * running(launch, compiled),
         "barriers_per_step": _count(step, "BAR"),
         "shuffles_per_step": _count(step, "SHFL"),
         "scalar_loads": sum(code[i].width <= widths.get(body.origins[i] or "", 0) for i in matrices),
@@ -108,6 +119,8 @@ def measured(launch: Launch, compiled: Compiled) -> dict[str, Any]:
     }
 
 
+_FACTORS = ("X", "DY", "W", "S", "A", "B", "H")
+"""Operands of products: where none is float32, products are on 16-bit units."""
 _WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "bool": 1, "int64": 8}
 
 

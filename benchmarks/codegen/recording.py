@@ -16,16 +16,30 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton.compiler
 from torch import Tensor
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.stand_in import StandIn, Uncompiled, standing_in
+from benchmarks.stand_in import Launcher, StandIn, standing_in
 from delora_kernels.backends.triton import launch
+
+
+class Uncompiled(CompiledKernel):
+    """What stands for a compiled kernel: the signature, constants and alignment facts that Triton
+    wanted compiled.
+    """
+
+    run: Any = Launcher()
+
+    def __init__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> None:
+        self.src, self.name, self.module, self._run = src, src.fn.__name__, 1, self.run
+        self.metadata, self.options = SimpleNamespace(target=target), options
+        self.function, self.packed_metadata = object(), (options["num_warps"], options["num_stages"])
 
 
 class Binary(NamedTuple):
@@ -115,6 +129,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
     """See what runs inside on CPU tensors, on the Triton backend in front of a stand-in."""
     seen, run, held = Seen(), JITFunction.run, dict[Any, Any]()
     real = triton.compiler.compile
+    forget = getattr(launch, "forget", lambda: None)  # commits that remember no plans have none
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if kernel not in held:
@@ -135,7 +150,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
         return None  # so that nobody keeps it and launches it directly
 
     JITFunction.run, triton.compiler.compile = record, Uncompiled
-    launch.forget()
+    forget()
     try:
         with standing_in(StandIn(capability)), _untouched(seen):
             yield seen
@@ -143,7 +158,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
         JITFunction.run, triton.compiler.compile = run, real
         for kernel, caches in held.items():
             kernel.device_caches, kernel.compile = caches, real
-        launch.forget()
+        forget()
 
 
 def _operand(name: str, value: Any) -> Operand | None:

@@ -43,6 +43,7 @@ class Walk:
 
     Args:
         before, step, after: Cycles until the main loop begins, of one turn of it, after it.
+        issued: Instructions before, in a turn, after.
         in_flight: The most bytes from device memory that were on their way when the warp waited.
         same_step: Loads (indices) that are waited for in the turn that issued them.
     """
@@ -50,6 +51,7 @@ class Walk:
     before: float = 0.0
     step: float = 0.0
     after: float = 0.0
+    issued: tuple[float, float, float] = (0.0, 0.0, 0.0)
     in_flight: int = 0
     same_step: set[int] = field(default_factory=set)
 
@@ -60,18 +62,19 @@ class Warp:
     Args:
         code: The kernel.
         main: (first, last) of the main loop, or None.
-        large: Index of each load from device memory → its bytes for the whole program.
+        large: Index of each load from, and store to, device memory → its bytes for the program.
         warps: Of a program.
-        programs: Of the grid.
+        sharing: Programs that share the bandwidth of the device at a time: on all multiprocessors.
     """
 
     def __init__(
-        self, code: list[Instruction], main: tuple[int, int] | None, large: dict[int, int], warps: int, programs: int
+        self, code: list[Instruction], main: tuple[int, int] | None, large: dict[int, int], warps: int, sharing: int
     ) -> None:
         self.code, self.main, self.large = code, main, large
+        at = {instruction.address: i for i, instruction in enumerate(code)}
+        self.targets = [None if each.target is None else at.get(each.target) for each in code]
         self.each_issue, self.groups = max(1.0, warps / 4), max(1, warps // 4)
-        share = device.BANDWIDTH / device.CLOCK / min(programs, device.SMS)
-        self.rate = min(64.0, share)  # bytes a cycle that a multiprocessor gets
+        self.rate = min(64.0, device.BANDWIDTH / device.CLOCK / sharing)  # bytes a cycle
         self.time = self.memory = self.matrix = self.since = 0.0
         self.issued = self.step = 0
         self.boards: list[list[tuple[float, tuple[Load, ...]]]] = [[] for _ in range(6)]
@@ -80,22 +83,25 @@ class Warp:
         self.coming: list[Load] = []
         self.walk = Walk()
 
-    def run(self, turns: int = 8) -> Walk:
+    def run(self, turns: int = 24) -> Walk:
         """Walk from the entry through `turns` turns of the main loop to the end."""
-        at, walk, starts = 0, self.walk, list[float]()
+        at, walk, starts, count, counts = 0, self.walk, list[float](), 0, list[int]()
         for _ in range(len(self.code) * (turns + 1)):
             if at >= len(self.code):
                 break
             if self.main and at == self.main[0]:
                 starts.append(self.time)
+                counts.append(count)
                 self.step += 1
             instruction = self.code[at]
             self._issue(at, instruction)
+            count += 1
             if self.main and at == self.main[1]:
                 if self.step < turns:
                     at = self.main[0]
                     continue
                 starts.append(self.time)
+                counts.append(count)
                 self.step += 1
             if instruction.base == "EXIT" and not instruction.predicate:
                 break
@@ -105,13 +111,14 @@ class Warp:
             half = len(starts) // 2
             walk.before, walk.step = starts[0], (starts[-1] - starts[half]) / (len(starts) - 1 - half)
             walk.after = end - starts[-1]
+            walk.issued = counts[0], (counts[-1] - counts[0]) / (len(counts) - 1), count - counts[-1]
         else:
-            walk.before = end
+            walk.before, walk.issued = end, (count, 0, 0)
         return walk
 
     def _next(self, at: int, instruction: Instruction) -> int:
-        target = next((i for i, other in enumerate(self.code) if other.address == instruction.target), None)
-        if instruction.target is None or target is None or target <= at:
+        target = self.targets[at]
+        if target is None or target <= at:
             return at + 1
         if not instruction.predicate:
             return target
@@ -130,8 +137,8 @@ class Warp:
             instruction = self.code[at]
             if instruction.base == "EXIT" and not instruction.predicate:
                 return False
-            jumps = instruction.target is not None and not instruction.predicate
-            at = next(i for i, o in enumerate(self.code) if o.address == instruction.target) if jumps else at + 1
+            target = self.targets[at]
+            at = at + 1 if target is None or instruction.predicate else target
         return False
 
     def _issue(self, at: int, instruction: Instruction) -> None:
@@ -173,12 +180,13 @@ class Warp:
             if base == "LDGSTS":
                 self.copies.append(load)
             return arrives, (load,)
+        if base == "STG":
+            self.memory = max(self.memory, self.time) + self.large.get(at, 0) / self.rate
         if base == "LDGDEPBAR":
             loads, self.copies = tuple(self.copies), []
             return max([self.time, *(load.arrives for load in loads)]), loads
         if base == "HGMMA":
-            columns = int(instruction.name.split(".")[1].split("x")[1])
-            self.matrix = max(self.matrix, self.time) + columns / 2 * self.groups
+            self.matrix = max(self.matrix, self.time) + matrix_cycles(instruction) * self.groups
             if any(word.startswith("gsb") for word in instruction.operands):
                 self.products.append(self.matrix + MATRIX_DRAIN)
         return self.time + TAKES.get(base, OTHERS), ()
@@ -195,6 +203,17 @@ class Warp:
                     self.walk.in_flight = max(self.walk.in_flight, on_the_way)
             self.time = until
         self.coming = [load for load in self.coming if load.arrives > self.time]
+
+
+def matrix_cycles(instruction: Instruction) -> float:
+    """Return the cycles that an instruction of one warp or warpgroup keeps the tensor cores busy:
+    its multiplications at their rate, or its operands out of shared memory at 128 bytes a cycle.
+    """
+    if instruction.base == "HGMMA":  # 64 x N x 16, N / 2 cycles; A is 2 KB, unless it lies in registers
+        N = int(instruction.name.split(".")[1].split("x")[1])
+        left = 0 if instruction.operands[1].startswith("R") else 16
+        return max(N / 2, left + N / 4)
+    return 8.0 if instruction.base == "HMMA" else 0.0  # mma.sync has half of wgmma's rate
 
 
 def _numbers(instruction: Instruction, prefix: str) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks import launch_overhead
+from benchmarks.codegen.recording import Uncompiled as Variant
 from benchmarks.stand_in import StandIn, standing_in
-from benchmarks.stand_in import Uncompiled as Variant
 from delora_kernels.backends import tape
 from delora_kernels.backends import triton as backend
 from delora_kernels.backends.triton import launch
