@@ -3,6 +3,7 @@ the tables.
 
     python -m benchmarks.tune      rewrites this device's entries of
                                    delora_kernels/backends/triton/tuned.py
+    python -m benchmarks.tune --state FILE --seconds 300      goes on where it stopped
 
 Tiles come first (benchmarks.tune_tiles): the forms are timed with them. For every class of shapes a
 few products of real layers are timed in each form, in turn, caches cold; the form with the least
@@ -23,7 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import tune_tiles
+from benchmarks.machine import machine_info
 from benchmarks.timing import Budget, Clock, clock_of, interleaved
+from benchmarks.tune_state import State
 from delora_kernels.backends.triton import forms, launch, stages, tables, tuned
 from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaling
 
@@ -107,28 +110,36 @@ def main(argv: list[str] | None = None, clock: Clock | None = None, budget: Budg
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--only", choices=("tiles", "forms"), help="default: both")
     parser.add_argument("--out", type=Path, default=Path(tuned.__file__), help="default: the library's own tuned.py")
+    parser.add_argument("--state", type=Path, help="what was found so far: the same command goes on from it")
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so long; exit status 3")
     options = parser.parse_args(argv)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("benchmarks.tune needs a CUDA device, and there is none", file=sys.stderr)
         return 2
     clock, budget = clock or clock_of(options.device), budget or Budget(1.0, 7, 50)
     device = forms.capability(torch.device(options.device))
+    state = State(options.state, dict(machine_info(options.device)) if options.state else None, options.seconds)
     if options.only != "forms":
         for kernel in [kernel for own, kernel in tables.TILES if own == device]:
             del tables.TILES[device, kernel]
-        tables.TILES |= tune_tiles.tuned(device, options.device, clock, budget)
+        tables.TILES |= tune_tiles.tuned(device, options.device, clock, budget, state)
         launch.forget()
         print(*((name, entries) for (own, name), entries in tables.TILES.items() if own == device), sep="\n")
         options.out.write_text(text(tables.TILES, forms.FORMS), encoding="utf-8")
-    if options.only == "tiles":
-        return 0
+    if options.only == "tiles" or state.stopped:
+        return 3 if state.stopped else 0
     table = dict(forms.FORMS)
     for op, dtype in itertools.product(("expand", "dx"), DTYPES):
         key = device, dtype, op
-        table[key] = fastest(op, dtype, options.device, clock, budget)
+        name = f"{op} {dtype}"
+        if name not in state.done:
+            if state.late():
+                continue
+            state.keep(name, fastest(op, dtype, options.device, clock, budget))
+        table[key] = state.done[name]
         print(*key, table[key])
     options.out.write_text(text(tables.TILES, table), encoding="utf-8")
-    return 0
+    return 3 if state.stopped else 0
 
 
 if __name__ == "__main__":

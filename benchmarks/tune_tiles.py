@@ -16,8 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.codegen import configurations
+from benchmarks.codegen.recording import Binary, recording
 from benchmarks.codegen.variants import variants
+from benchmarks.gpu.ready import compile_ahead
 from benchmarks.timing import Budget, Clock, interleaved
+from benchmarks.tune_state import State
 from delora_kernels.backends.triton import launch, tables
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, rank_gemm
@@ -39,18 +42,45 @@ Entry = tuple[int, ...]
 Table = dict[tuple[Capability, str], dict[str, Entry]]
 
 
-def tuned(capability: Capability, device: str, clock: Clock, budget: Budget) -> Table:
-    """(capability, kernel) → rank class, or for our GEMM the way it loads → the tiles that beat the
-    shipped ones.
-    """
+def jobs(capability: Capability) -> list[tuple[str, str]]:
+    """Return every name in the tables with each of its classes of ranks, our GEMM's way to load."""
     way = "descriptors" if capability >= DESCRIPTORS_FROM else "pointers"
-    jobs = [(name, limit) for name, table in tables.TABLES.items() for limit in table] + [(tables.GEMM, way)]
+    return [(name, limit) for name, table in tables.TABLES.items() for limit in table] + [(tables.GEMM, way)]
+
+
+def tuned(capability: Capability, device: str, clock: Clock, budget: Budget, state: State | None = None) -> Table:
+    """(capability, kernel) → rank class, or for our GEMM the way it loads → the tiles that beat the
+    shipped ones; of what was done before, and until the time is over, as the state says.
+    """
     found: Table = {}
-    for name, limit in tqdm(jobs, desc="tiles"):
-        entry = _fastest(capability, name, limit, device, clock, budget)
+    state = State() if state is None else state
+    for name, limit in tqdm(jobs(capability), desc="tiles"):
+        key = f"{name} {limit}"
+        if key not in state.done:
+            if state.late():
+                continue
+            if device.startswith("cuda"):
+                compile_ahead(candidates_of(capability, name, limit), capability)
+            state.keep(key, _fastest(capability, name, limit, device, clock, budget))
+        entry = state.done[key]
         if entry is not None:
-            found.setdefault((capability, name), {})[limit] = entry
+            found.setdefault((capability, name), {})[limit] = tuple(entry)
     return found
+
+
+def candidates_of(capability: Capability, name: str, limit: str) -> list[Binary]:
+    """Return what Triton would be asked to compile for every candidate, each once."""
+    rank, (rows, columns) = int(limit) if name != tables.GEMM else GEMM_RANK, SIZES[0]
+    found: dict[str, Binary] = {}
+    shipped = tuple(tables.GEMMS[limit] if name == tables.GEMM else tables.TABLES[name][limit])
+    with recording(capability) as seen:
+        run = _launch(name, rank, rows, columns, "cpu")
+        for entry in (shipped, *_candidates(name)):
+            with _using(capability, name, limit, entry):
+                run()
+    for launched in seen.launches:
+        found[launched.binary.key] = launched.binary
+    return list(found.values())
 
 
 def _fastest(capability: Capability, name: str, limit: str, device: str, clock: Clock, budget: Budget) -> Entry | None:

@@ -84,8 +84,8 @@ def looked_at() -> Iterator[Layer]:
         yield Layer("dora", 4096, 4096, r, precision="bf16-fp32")
 
 
-def steps_of(layer: Layer) -> list[Launch | Gemm | Other]:
-    """Return what one forward and backward pass launches."""
+def steps_of(layer: Layer, capability: tuple[int, int] = (9, 0)) -> list[Launch | Gemm | Other]:
+    """Return what one forward and backward pass launches on a device of this compute capability."""
     case = Case(layer.method, "", layer.T, layer.K, layer.N, layer.r, layer.precision, E=layer.E, k=layer.k)
     made = _blank(case)
     dy, spec = made.pop("grad_out"), methods.METHODS[layer.method]
@@ -101,7 +101,7 @@ def steps_of(layer: Layer) -> list[Launch | Gemm | Other]:
         weights = [each["weight"] for each in given]
         function, made = functional.lora_linears, {"x": made["x"], "weights": weights, **factors}
     dtype, _, autocast, _ = PRECISIONS[layer.precision]
-    with recording() as seen, use_backend("triton"):
+    with recording(capability) as seen, use_backend("triton"):
         with torch.autocast("cpu", dtype, enabled=autocast):
             y: Any = function(**made)
         outputs = [y] if isinstance(y, Tensor) else y[: len(gradients)]

@@ -121,9 +121,6 @@ class Seen:
         return [step for step in self.steps if isinstance(step, Launch)]
 
 
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-
 @contextmanager
 def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
     """See what runs inside on CPU tensors, on the Triton backend in front of a stand-in."""
@@ -139,7 +136,7 @@ def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
         source, wanted = variant.src, variant.options
         binary = Binary(
             kernel.fn.__module__, kernel.fn.__name__, source.signature, source.constants, source.attrs,
-            {name: wanted[name] for name in _OPTIONS if wanted.get(name) is not None},
+            dict(wanted),
         )  # fmt: skip
         named = dict(zip(kernel.arg_names, args, strict=False))
         operands = [_operand(name, value) for name, value in named.items() if not isinstance(value, (int, float))]
@@ -197,8 +194,9 @@ def _untouched(seen: Seen) -> Iterator[None]:
     def addmm_in_place(base: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         return addmm_out(base, left, right, out=base)
 
-    def copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        seen.steps.append(Other("copy", into.numel() * into.itemsize + source.numel() * source.itemsize))
+    def copy(into: Tensor, source: Tensor | float, non_blocking: bool = False) -> Tensor:
+        read = source.numel() * source.itemsize if isinstance(source, Tensor) else 0
+        seen.steps.append(Other("copy", into.numel() * into.itemsize + read))
         return into
 
     def zero(tensor: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""benchmarks.gpu: what a few minutes of a GPU decide, as far as a CPU can tell: what is written
+when, what is said of what was not done, which kernels are compiled ahead.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles and launches nothing", allow_module_level=True)
+
+from benchmarks import tune, tune_tiles
+from benchmarks.codegen.calls import Layer, steps_of
+from benchmarks.codegen.recording import Gemm, Launch, recording
+from benchmarks.gpu import figures, layers, ready, right
+from benchmarks.gpu.rows import Rows
+from benchmarks.timing import CpuClock
+from benchmarks.tune_state import State
+
+LAYER = Layer("dora", 64, 48, 16, T=32)
+
+
+def test_a_row_is_on_the_disk_before_the_next_one(tmp_path: Path) -> None:
+    table = Rows(tmp_path / "new", "figures", {"device": "NVIDIA H200"}, show=False)
+    for count in range(3):
+        on_disk = json.loads((tmp_path / "new/figures.json").read_text())
+        assert on_disk == {"machine": {"device": "NVIDIA H200"}, "rows": [{"us": float(i)} for i in range(count)]}
+        table.add({"us": float(count)})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figures.json"]
+
+
+def test_checks_in_processes_of_their_own(tmp_path: Path) -> None:
+    """One that passes, a command that fails with its last lines, and what there was no time for."""
+    setting = right.Setting("cpu", 3, ("float32",))
+    checks = [job for job in right.jobs(["eager"], setting) if not job.command]
+    assert {"eager: op fold float32", "eager: dora float32"} <= {job.name for job in checks}
+    passing = next(job for job in checks if job.name == "eager: op fold float32")
+    failing = right.Job("a command", command=(sys.executable, "-c", "print('broken'); raise SystemExit(1)"))
+    table = Rows(tmp_path, "right", {}, show=False)
+    assert right.run([passing, failing], setting, table, 120, workers=1) == 1
+    rows = {row["job"]: row for row in table.rows}
+    assert rows[passing.name]["status"] == "ok"
+    assert "of its limit" in rows[passing.name]["says"]
+    assert (rows["a command"]["status"], rows["a command"]["says"]) == ("FAILED", "broken")
+
+    late = Rows(tmp_path, "late", {}, show=False)
+    slow = right.Job("slow", command=(sys.executable, "-c", "import time; time.sleep(60)"))
+    began = time.monotonic()
+    assert right.run([slow, slow._replace(name="behind it")], setting, late, 3, workers=1) == 3
+    assert time.monotonic() - began < 30
+    assert {row["job"]: row["status"] for row in late.rows} == dict.fromkeys(("slow", "behind it"), "not done in time")
+
+
+def test_each_launch_is_timed_where_it_is_made() -> None:
+    """In the order, with the grids and bytes of what was recorded; in front of the stand-in."""
+    expected = [step for step in steps_of(LAYER) if isinstance(step, Launch)]
+    with recording() as seen:
+        rows = figures.launches(LAYER, "cpu", CpuClock())
+    assert [row["kernel"] for row in rows] == [step.binary.kernel.removesuffix("_kernel") for step in expected]
+    for row, step in zip(rows, expected, strict=True):
+        assert tuple(row["grid"]) == step.grid[: len(row["grid"])]
+        assert row["bytes"] == sum(operand.bytes for operand in step.operands)
+    assert len(seen.launches) == len(rows) * (figures.TIMED.warmup + figures.TIMED.least)
+
+
+def test_what_is_compiled_ahead_is_what_is_launched() -> None:
+    """With the options that Triton asks for, which its cache goes by; each once."""
+    several = [LAYER, LAYER._replace(K=128), LAYER._replace(method="lora")]
+    binaries = ready.binaries_of(several)
+    launched = {step.binary.key for layer in several for step in steps_of(layer) if isinstance(step, Launch)}
+    assert sorted(binary.key for binary in binaries) == sorted(launched)
+    assert all({"num_warps", "num_stages", "num_ctas", "arch"} <= set(binary.options) for binary in binaries)
+
+
+def test_the_layers_are_compiled_as_they_are_measured() -> None:
+    cases = list(layers.cases())
+    assert {case.method for case in cases} == {"lora", "dora", "delora", "goat", "ether-plus-both"}
+    assert {(case.K, case.N) for case in cases} == set(figures.SHAPES)
+    assert {case.r for case in cases if case.method == "dora"} == {16, 64}
+    assert [(layer.method, layer.K, layer.N) for layer in layers.layers()] == [(c.method, c.K, c.N) for c in cases]
+
+
+def test_losses_are_sorted() -> None:
+    rows: list[dict[str, Any]] = [{"figure": "beta=1 / beta=0", "us": 1.0}]
+    for name, lost in (("a", 3.0), ("b", 9.0), ("c", -1.0)):
+        facts = {"layer": "lora", "K": 1, "N": 1, "us": 10.0, "estimate_us": None, "bytes_us": 10 - lost}
+        rows.append({"kernel": name, "lost_us": lost} | facts)
+    assert [line.split()[1] for line in figures.by_loss(rows)[2:]] == ["b", "a", "c"]
+
+
+def test_tuning_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    machine = {"device": "NVIDIA H200", "driver": "1", "triton": "3", "commit": "a"}
+    state = State(tmp_path / "tune.json", machine, seconds=3600)
+    state.keep("row_norm 16", [64, 64, 8, 2])
+    state.keep("dy_sums 16", None)
+    again = State(tmp_path / "tune.json", dict(machine), seconds=-1)
+    assert again.done == {"row_norm 16": [64, 64, 8, 2], "dy_sums 16": None}
+    assert (again.late(), again.stopped, state.late()) == (True, True, False)
+    with pytest.raises(ValueError, match="begun with device 'NVIDIA H200'"):
+        State(tmp_path / "tune.json", machine | {"device": "NVIDIA H100"})
+
+
+def test_tuning_times_nothing_twice_and_nothing_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(tune_tiles, "_fastest", lambda own, name, limit, *_: timed.append((name, limit)))
+    state = State(seconds=3600)
+    state.done = {"row_norm 16": [64, 128, 8, 3]}
+    found = tune_tiles.tuned((9, 0), "cpu", CpuClock(), tune.Budget(), state)
+    assert found == {((9, 0), "row_norm"): {"16": (64, 128, 8, 3)}}
+    assert sorted(timed) == sorted(set(tune_tiles.jobs((9, 0))) - {("row_norm", "16")})
+    timed.clear()
+    assert tune_tiles.tuned((9, 0), "cpu", CpuClock(), tune.Budget(), State(seconds=-1)) == {}
+    assert timed == []
+
+
+def test_every_candidate_is_compiled_ahead() -> None:
+    binaries = tune_tiles.candidates_of((9, 0), "row_norm", "16")
+    assert len(binaries) == len({binary.key for binary in binaries}) == len(set(tune_tiles._candidates("row_norm")))
+
+
+def test_the_librarys_gemms_are_recorded() -> None:
+    """Form (d): the GEMM adds to what the prefill wrote, forward and backward."""
+    gemms = [step for step in steps_of(LAYER._replace(method="lora")) if isinstance(step, Gemm)]
+    assert gemms == [Gemm(32, 64, 48, True), Gemm(32, 48, 64, True)]
