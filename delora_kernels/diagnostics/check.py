@@ -23,11 +23,11 @@ from delora_kernels.testing import (
     Measurement,
     Method,
     gradcheck,
-    measure,
     measure_dropout_mask,
     op_problems,
 )
 from delora_kernels.testing.finite_differences import RTOL
+from delora_kernels.testing.problem import judged
 
 DTYPES = {
     "float64": ((torch.float64, torch.float64),),
@@ -84,6 +84,9 @@ class Row:
         return self.error / self.limit
 
 
+Judged = Iterable[list[Measurement]]
+
+
 class Job(NamedTuple):
     """The rows that come together: one method, one pair of dtypes.
 
@@ -92,13 +95,14 @@ class Job(NamedTuple):
         dtype: As in `Row`.
         backend: Finds the backend that such calls take and, if it was requested but can't take
             them, why not.
-        run: Measures, given that backend's name.
+        run: Measures one problem after the other, given that backend's name; each by limits that
+            grow, the last of which are right (`judged`).
     """
 
     method: str
     dtype: str
     backend: Callable[[], tuple[str, str | None]]
-    run: Callable[[str], Iterable[Measurement]]
+    run: Callable[[str], Iterable[Judged]]
 
 
 def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
@@ -139,15 +143,33 @@ def run_job(job: Job) -> list[Row]:
         if why_not is not None:
             return [Row(job.method, "", job.dtype, backend, None, None, None, "skipped", why_not)]
         with dispatch.use_backend(backend) if backend else nullcontext():
-            for m in job.run(backend):
-                status = "ok" if m.ok else "FAIL"
-                row = Row(job.method, m.what, job.dtype, backend, m.error, m.limit, m.eager, status, m.note)
-                if m.what not in worst or row.share > worst[m.what].share:
-                    worst[m.what] = row
+            for problem in job.run(backend):
+                for row in _worse(job, backend, problem, worst):
+                    if _is_worse(row, worst):
+                        worst[row.what] = row
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
         worst["raised"] = Row(job.method, "raised", job.dtype, backend, None, None, None, "FAIL", note)
     return list(worst.values())
+
+
+def _worse(job: Job, backend: str, problem: Judged, worst: dict[str, Row]) -> list[Row]:
+    """Return a problem's rows that are nearer to their limits than those there are.
+
+    With a larger limit a row is further from it: once none is nearer, none will be.
+    """
+    worse: list[Row] = []
+    for measurements in problem:
+        states = ((m, "ok" if m.ok else "FAIL") for m in measurements)
+        rows = [Row(job.method, m.what, job.dtype, backend, m.error, m.limit, m.eager, s, m.note) for m, s in states]
+        worse = [row for row in rows if _is_worse(row, worst)]
+        if not worse:
+            break
+    return worse
+
+
+def _is_worse(row: Row, worst: dict[str, Row]) -> bool:
+    return row.what not in worst or row.share > worst[row.what].share
 
 
 def _check_op(
@@ -158,9 +180,9 @@ def _check_op(
     device: str,
     seed: int,
     backend: str,
-) -> Iterator[Measurement]:
+) -> Iterator[Judged]:
     if name == "dropout_mask":
-        yield from measure_dropout_mask(61, 103, backend=backend, device=device, seed=seed)
+        yield [measure_dropout_mask(61, 103, backend=backend, device=device, seed=seed)]
     elif name not in OPS:
         raise NotImplementedError(f"{name} has no entry in delora_kernels.testing.OPS")
     else:
@@ -168,7 +190,7 @@ def _check_op(
             for problem in op_problems(
                 name, *size, backend=backend, dtype=dtype, rank_dtype=rank_dtype, device=device, seed=seed
             ):
-                yield from measure(problem)
+                yield judged(problem)
 
 
 def _check_method(
@@ -179,21 +201,22 @@ def _check_method(
     device: str,
     seed: int,
     backend: str,
-) -> Iterator[Measurement]:
+) -> Iterator[Judged]:
     for size in sizes:
         bias = size[0] > 1
         problem = method.problem(*size, dtype=dtype, adapter_dtype=adapter_dtype, device=device, seed=seed, bias=bias)
-        yield from measure(problem)
+        yield judged(problem)
 
 
-def _check_gradients(method: Method, device: str, seed: int, backend: str) -> Iterator[Measurement]:
+def _check_gradients(method: Method, device: str, seed: int, backend: str) -> Iterator[Judged]:
     try:
-        yield Measurement("gradcheck", gradcheck(method, *GRADCHECK_SIZES, device=device, seed=seed), RTOL)
+        measured = Measurement("gradcheck", gradcheck(method, *GRADCHECK_SIZES, device=device, seed=seed), RTOL)
     except GradcheckError as error:
-        yield Measurement("gradcheck", math.inf, RTOL, note=str(error).splitlines()[0])
+        measured = Measurement("gradcheck", math.inf, RTOL, note=str(error).splitlines()[0])
+    yield [[measured]]
 
 
-def _no_check(function: str, backend: str) -> Iterator[Measurement]:
+def _no_check(function: str, backend: str) -> Iterator[Judged]:
     raise NotImplementedError(f"{function} has no entry in delora_kernels.testing.METHODS")
 
 

@@ -111,7 +111,7 @@ def measure(problem: Problem, poison: bool = True) -> list[Measurement]:
         ValueError: eager PyTorch itself overflows on these inputs, so there is nothing to compare
             with.
     """
-    *_, measurements = _measured(problem, poison)
+    *_, measurements = judged(problem, poison)
     return measurements
 
 
@@ -125,14 +125,16 @@ def failures(problem: Problem, poison: bool = True) -> list[Measurement]:
         problem: What to run.
         poison: As in `measure`.
     """
-    for measurements in _measured(problem, poison):
+    for measurements in judged(problem, poison):
         if all(m.ok for m in measurements):
             return []
     return [m for m in measurements if not m.ok]
 
 
-def _measured(problem: Problem, poison: bool) -> Iterator[list[Measurement]]:
-    """Run a problem once, and yield its measurements by limits that grow; the last are right."""
+def judged(problem: Problem, poison: bool = True) -> Iterator[list[Measurement]]:
+    """Run a problem once, and yield its measurements by limits that grow, the last by the right
+    ones; arguments as in `measure`.
+    """
     before = {n: value.clone() if isinstance(value, Tensor) else value for n, value in problem.inputs.items()}
     exact = moved(before, torch.float64, "cpu")
     expected = problem.oracle(exact)

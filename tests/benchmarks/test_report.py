@@ -197,16 +197,22 @@ def test_mixtures_and_reflections_have_plots_of_their_own(tmp_path: Path) -> Non
 
 
 RECORDS = sorted((ROOT / "benchmarks/results").rglob("????-??-??-????????????.json"))
-LEAST = min(RECORDS, key=lambda path: path.stat().st_size)
+LEAST, *_, LARGEST = sorted(RECORDS, key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
 def test_every_committed_record_can_be_shown(
     path: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if path != LEAST:  # savefig draws a figure twice more, to lay it out: one record shows that it can be
+    """Of all but one record the plots are drawn without savefig, which draws a figure twice more,
+    to lay it out; of all but two only those of times, the others are made and left.
+    """
+    if path != LEAST:
 
         def save(figure: Figure, name: Path, dpi: int) -> None:
+            assert figure.axes
+            if path != LARGEST and not name.stem.startswith("time"):
+                return
             figure.set_layout_engine("none")
             figure.set_dpi(dpi)
             FigureCanvasAgg(figure).print_png(name)
