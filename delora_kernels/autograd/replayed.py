@@ -7,6 +7,7 @@ call one way forward and the other again. A backward pass that asks for more tha
 (other strides of dy, second derivatives, batched gradients) goes the way of `differentiable`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -87,7 +88,8 @@ class Plan:
     def gradients(self, saved: Sequence[Any], douts: tuple[Tensor, ...], depends_on: Any) -> Sequence[Any]:
         """Return the gradient of each field of the call, by replay where that is known."""
         if self.leading is not None:
-            douts = (douts[0].flatten(0, -2), *douts[1:])
+            dy = douts[0]  # reshape: of a batch of gradients, nothing else works
+            douts = (dy.reshape(math.prod(self.leading), dy.shape[-1]), *douts[1:])
         if torch.is_grad_enabled() or not function.unseen() or any(map(function.is_batched, douts)):
             return self._gradients_by_stages(saved, douts, depends_on)
         tensors = (*saved, *douts)
