@@ -60,6 +60,11 @@ def is_left_open() -> bool:
     return _requested is None and not _proving_in
 
 
+def is_proving() -> bool:
+    """Whether a backend is being proved, on any thread."""
+    return bool(_proving_in)
+
+
 def choose(call: AnyCall) -> str:
     """Return the name of the backend that takes `call`.
 

@@ -35,7 +35,8 @@ _IN_SCHEMA: dict[Any, str] = {
     str: "str",
 }
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
+"""What kernels may be given straight: a tensor subclass must see the calls."""
 
 
 class _Op(NamedTuple):
@@ -64,7 +65,7 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     ):
         return _registered[backend]
     for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             return _registered[backend]
     return backends.loaded[backend]  # the call's choice has loaded it
 

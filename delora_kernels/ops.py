@@ -30,9 +30,9 @@ from delora_kernels.op_arguments import (
     Strength,
     TermGradients,
 )
-from delora_kernels.op_registry import NAMESPACE, OPS, flat, op, packed, registered, stages
+from delora_kernels.op_registry import NAMESPACE, OPS, PLAIN, flat, op, packed, registered, stages
 
-__all__ = ["NAMESPACE", "flat", "packed", "registered", "stages"]
+__all__ = ["NAMESPACE", "PLAIN", "flat", "packed", "registered", "stages"]
 
 
 def _acc(like: Tensor, *shape: Any) -> Tensor:

@@ -7,10 +7,12 @@ autograd, autocast or a dtype that it has not chosen itself.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from delora_kernels import ops
 from delora_kernels.backends import tape
@@ -36,6 +38,40 @@ def _by_stages(call: Any, backend: str) -> None:
     return None
 
 
+class Family(NamedTuple):
+    """What `differentiable` was given."""
+
+    call_type: Any
+    saved_type: Any
+    compute: Callable[[Any, Tensor, Any, Any], Computed]
+    gradients: Callable[..., dict[str, Any]]
+    constant: int | None
+
+
+class Kind(NamedTuple):
+    """What a call's backward pass knows of it besides tensors.
+
+    Args:
+        backend: Name of the backend that ran it.
+        options: The call's.
+        shape: Of its x.
+        need: For each field of the call, whether its gradient is wanted.
+        wanted: For each field the dtype of its gradient, None where none is wanted.
+    """
+
+    backend: str
+    options: Any
+    shape: torch.Size
+    need: tuple[bool, ...]
+    wanted: tuple[torch.dtype | None, ...]
+
+
+def kind_of(backend: str, inputs: Sequence[Any], need: tuple[bool, ...]) -> Kind:
+    """Return the kind of a call of these fields."""
+    wanted = tuple([value.dtype if wanted else None for value, wanted in zip(inputs, need, strict=True)])
+    return Kind(backend, inputs[-1], inputs[0].shape, need, wanted)
+
+
 def differentiable(
     name: str,
     call_type: Any,
@@ -59,15 +95,14 @@ def differentiable(
         constant: Place of the output that has no gradient, if there is one.
         direct: (call, backend) → the one output of a call that needs no stages; None of any other.
     """
+    family = Family(call_type, saved_type, compute, gradients, constant)
+
+    def computed(backend: str, inputs: tuple[Any, ...], need: tuple[bool, ...]) -> Computed:
+        return _computed(family, inputs, need, backend)
 
     def forward(ctx: Any, backend: str, *inputs: Any) -> Any:
-        need = ctx.needs_input_grad[1:]
-        ctx.backend, ctx.options, ctx.shape = backend, inputs[-1], inputs[0].shape
-        ctx.wanted = [
-            value.dtype if wanted else None  # of the gradient
-            for value, wanted in zip(inputs, need, strict=True)
-        ]
-        outputs, saved, ctx.depends_on = _computed(compute, inputs, need, backend, call_type)
+        ctx.kind = kind_of(backend, inputs, ctx.needs_input_grad[1:])
+        outputs, saved, ctx.depends_on = _computed(family, inputs, ctx.kind.need, backend)
         ctx.stored = None
         if _is_stored(inputs[1]):  # a base that backward makes dense again
             ctx.stored, saved = saved.weight, saved._replace(weight=None)
@@ -77,34 +112,51 @@ def differentiable(
         return outputs if len(outputs) > 1 else outputs[0]
 
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return _in_their_dtypes(ctx, saved, douts)
-        with torch.no_grad():
-            grads = _in_their_dtypes(ctx, saved, douts)
-        return refuse_second_derivatives(ctx.options.method, grads, (*douts, *saved, *ctx.depends_on))
-
-    def _in_their_dtypes(ctx: Any, saved: Any, douts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        batched = not torch.compiler.is_compiling() and any(map(is_batched, douts))
-        stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*douts, *saved))
-        o, need = ctx.options, ctx.needs_input_grad[1:]
-
-        def found() -> dict[str, Any]:
-            kept = saved_type(*saved) if ctx.stored is None else saved_type(*saved)._replace(weight=ctx.stored)
-            return gradients(o, call_type(*need), kept, stages, *douts)
-
-        key = None if ctx.stored is not None else (gradients, ctx.backend, o, need)
-        grad = _done(found, key, o, (*saved, *douts), stages, douts[0].device.type)
-        if ctx.needs_input_grad[1] and len(ctx.shape) > 2:
-            grad["x"] = grad["x"].view(ctx.shape)
-        return None, *[
-            None if dtype is None else _cast(grad[field], dtype)
-            for field, dtype in zip(call_type._fields, ctx.wanted, strict=True)
-        ]
+        return None, *input_gradients(family, ctx.kind, ctx.stored, ctx.saved_tensors, douts, ctx.depends_on)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    methods |= {"compute": staticmethod(compute), "direct": staticmethod(direct)}
+    methods |= {"family": family, "computed": staticmethod(computed), "direct": staticmethod(direct)}
     return type(name, (torch.autograd.Function,), methods)
+
+
+def input_gradients(
+    family: Family, kind: Kind, stored: Any, saved: Any, douts: Any, depends_on: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each field of a call, None where none is wanted; differentiated again
+    they raise.
+
+    Args:
+        family, kind: The call's.
+        stored: The stored base that stands for its weight, or None.
+        saved: What was kept.
+        douts: The outputs' gradients.
+        depends_on: As `Computed` says.
+    """
+    if not torch.is_grad_enabled():
+        return _in_their_dtypes(family, kind, stored, saved, douts)
+    with torch.no_grad():
+        grads = _in_their_dtypes(family, kind, stored, saved, douts)
+    return refuse_second_derivatives(kind.options.method, grads, (*douts, *saved, *depends_on))
+
+
+def _in_their_dtypes(
+    family: Family, kind: Kind, stored: Any, saved: Any, douts: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    batched = not torch.compiler.is_compiling() and any(map(is_batched, douts))
+    stages = ops.registered(kind.backend) if batched else ops.stages(kind.backend, (*douts, *saved))
+    call_type, saved_type, o, shape = family.call_type, family.saved_type, kind.options, kind.shape
+
+    def found() -> tuple[Tensor | None, ...]:
+        kept = saved_type(*saved) if stored is None else saved_type(*saved)._replace(weight=stored)
+        grad = family.gradients(o, call_type(*kind.need), kept, stages, *douts)
+        if kind.need[0] and len(shape) > 2:
+            grad["x"] = grad["x"].view(shape)
+        fields = zip(call_type._fields, kind.wanted, strict=True)
+        return tuple([None if dtype is None else _cast(grad[field], dtype) for field, dtype in fields])
+
+    key = None if stored is not None else partial(backward_key, family, kind)
+    grads: tuple[Tensor | None, ...] = done(found, key, (*saved, *douts), stages, douts[0].device.type)
+    return grads
 
 
 def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -124,9 +176,22 @@ def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[T
         outputs = function.apply(backend, *call)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
-        outputs = _computed(function.compute, tuple(call), (False,) * len(call), backend, type(call)).outputs
+        outputs = function.computed(backend, tuple(call), (False,) * len(call)).outputs
     y = outputs[0]
     return outputs if len(shape) == 2 else (y.view(*shape[:-1], y.shape[-1]), *outputs[1:])
+
+
+def unseen() -> bool:
+    """Whether nobody sees, changes or records what torch computes now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or _C._get_tracing_state() is not None
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._len_torch_function_stack() > 0
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def any_requires_grad(values: Iterable[Any]) -> bool:
@@ -137,45 +202,64 @@ def any_requires_grad(values: Iterable[Any]) -> bool:
     return False
 
 
-def _computed(
-    compute: Callable[..., Computed], inputs: tuple[Any, ...], need: tuple[bool, ...], backend: str, call_type: Any
-) -> Computed:
+def _computed(family: Family, inputs: tuple[Any, ...], need: tuple[bool, ...], backend: str) -> Computed:
     """Compute with autocast off: a call's options, the last of the inputs, hold every dtype."""
     tensors, o = inputs[:-1], inputs[-1]
     stored = _is_stored(inputs[1])
     if stored:
         tensors = tensors[:1] + tensors[2:]
-    x, stages = _cast(tensors[0], o.compute_dtype), ops.stages(backend, tensors)
+    stages = ops.stages(backend, tensors)
 
     def found() -> Computed:
-        return compute(call_type(*inputs), x, call_type(*need), stages)
+        call_type = family.call_type
+        return family.compute(call_type(*inputs), _cast(inputs[0], o.compute_dtype), call_type(*need), stages)
 
-    key = None if stored else (compute, backend, o, need)
-    computed: Computed = _done(found, key, o, (x, *tensors[1:]), stages, x.device.type)
+    key = None if stored else partial(forward_key, family, backend, o, need)
+    computed: Computed = done(found, key, tensors, stages, inputs[0].device.type)
     return computed
 
 
-def _done(
-    function: Callable[[], Any], key: tuple[Any, ...] | None, o: Any, inputs: tuple[Any, ...], stages: Any, device: str
+def forward_key(family: Family, backend: str, o: Any, need: tuple[bool, ...]) -> tuple[Any, ...]:
+    """Return all that decides what a forward pass does, besides its tensors."""
+    return family.compute, backend, o, need, products_in_tf32(o)
+
+
+def backward_key(family: Family, kind: Kind) -> tuple[Any, ...]:
+    """Return all that decides what a backward pass does, besides its tensors."""
+    return family.gradients, kind, products_in_tf32(kind.options)
+
+
+def products_in_tf32(o: Any) -> bool:
+    """Whether a call's rank-space products may be made as tf32 now."""
+    return o.rank_dtype == torch.float32 and allow_tf32()
+
+
+def done(
+    function: Callable[[], Any],
+    key: Callable[[], tuple[Any, ...]] | None,
+    inputs: tuple[Any, ...],
+    stages: Any,
+    device: str,
 ) -> Any:
     """Return what the function does with autocast off: replayed where that is known, and the
     backend's launches can be.
 
     Args:
         function: Runs a family's `compute` or `gradients`.
-        key: Which of them, the backend, the call's options, whose gradient is wanted; None: what
-            the function does is no matter of these and its tensors alone.
-        o: The options.
+        key: Says which of them, the backend, the call's options, whose gradient is wanted; None:
+            what the function does is no matter of these and its tensors alone.
         inputs: Every tensor that the function works on.
         stages: The ops that it runs.
         device: Type of the tensors' device.
     """
     begin = getattr(stages, "begin", None) if tape.enabled and key is not None else None
-    work: Callable[..., Any] = function
-    given: tuple[Any, ...] = ()
-    if begin is not None and key is not None:
-        key = (*key, o.rank_dtype == torch.float32 and allow_tf32())
-        work, given = tape.run, (begin, key, inputs, function)
+    if begin is None or key is None:
+        return without_autocast(device, function)
+    return without_autocast(device, tape.run, begin, key(), inputs, function)
+
+
+def without_autocast(device: str, work: Callable[..., Any], *given: Any) -> Any:
+    """Return work(*given), with autocast off."""
     if not torch.is_autocast_enabled(device):
         return work(*given)
     if torch.compiler.is_compiling():

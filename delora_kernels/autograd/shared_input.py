@@ -10,6 +10,7 @@ all are plain, they run one by one.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,13 +64,15 @@ class _SharedInput(torch.autograd.Function):
         ctx.needs = _members(ctx.needs_input_grad[2], ctx.needs_input_grad[3:], [False] * len(options))
         ctx.backend, ctx.options, ctx.x = backend, options, (x.shape, x.dtype)
         ctx.dtypes = [value.dtype if need else None for value, need in zip(flat, ctx.needs_input_grad[3:], strict=True)]
-        stages = ops.stages(backend, [each for each in (x, *flat) if each is None or isinstance(each, Tensor)])
-        wide = x if x.dtype == options[0].compute_dtype else x.to(options[0].compute_dtype)
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                outputs, saved = _computed(calls, wide, ctx.needs, stages)
-        else:
-            outputs, saved = _computed(calls, wide, ctx.needs, stages)
+        tensors = [each for each in (x, *flat) if each is None or isinstance(each, Tensor)]
+        stages = ops.stages(backend, tensors)
+
+        def found() -> tuple[list[Tensor], list[Saved], Tensor]:
+            wide = x if x.dtype == options[0].compute_dtype else x.to(options[0].compute_dtype)
+            return *_computed(calls, wide, ctx.needs, stages), wide
+
+        key = partial(_key, _computed, ctx) if len(tensors) == 1 + len(flat) else None
+        outputs, saved, wide = function.done(found, key, tuple(tensors), stages, x.device.type)
         kept = wide if any(need.A for need in ctx.needs) else None
         ctx.depends_on = [each for call in calls for each in (call.A, call.B, call.lam)]
         ctx.stored = [None if isinstance(call.weight, Tensor) else call.weight for call in calls]
@@ -80,7 +83,7 @@ class _SharedInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, *flat = ctx.saved_tensors
+        x, *flat = saved = ctx.saved_tensors  # asked for once: checkpointing gives them out once
         width = len(Saved._fields)
         members = [Saved(*flat[start : start + width]) for start in range(0, len(flat), width)]
         for i, base in enumerate(ctx.stored):
@@ -89,13 +92,26 @@ class _SharedInput(torch.autograd.Function):
         found = [dy for dy in dys if dy is not None]
         if not found:
             return (None,) * (3 + len(ctx.dtypes))
-        with torch.no_grad(), torch.autocast(found[0].device.type, enabled=False):
-            batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
-            grads = _gradients(ctx, x, members, dys, batched)
+        batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
+        inputs = (*dys, *saved)
+        stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, inputs)
+        key = None if any(base is not None for base in ctx.stored) else partial(_key, _gradients, ctx)
+
+        def computed() -> tuple[Any, ...]:
+            return _gradients(ctx, x, members, dys, stages, batched)
+
+        with torch.no_grad():
+            grads: tuple[Any, ...] = function.done(computed, key, inputs, stages, found[0].device.type)
         if not torch.is_grad_enabled():
             return grads
-        tied = (*found, *ctx.saved_tensors, *ctx.depends_on)
+        tied = (*found, *saved, *ctx.depends_on)
         return refuse_second_derivatives(ctx.options[0].method, grads, tied)
+
+
+def _key(what: Any, ctx: Any) -> tuple[Any, ...]:
+    """Return all that decides what a pass does, besides its tensors."""
+    needs = tuple(ctx.needs), tuple(ctx.dtypes), ctx.x
+    return what, ctx.backend, ctx.options, needs, function.products_in_tf32(ctx.options[0])
 
 
 def _members(x: Any, flat: Sequence[Any], options: Sequence[Any]) -> list[Call]:
@@ -136,10 +152,8 @@ def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Te
 
 
 def _gradients(
-    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], batched: bool
+    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], stages: Any, batched: bool
 ) -> tuple[Any, ...]:
-    saved = [each for m in members for each in m if each is None or isinstance(each, Tensor)]
-    stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, (*dys, x, *saved))
     flat: list[Any] = [None] * len(ctx.dtypes)
     live = [i for i, dy in enumerate(dys) if dy is not None]
     o, need = [ctx.options[i] for i in live], [ctx.needs[i] for i in live]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.overrides import TorchFunctionMode
 
 ENVIRONMENT_VARIABLE = "DELORA_KERNELS_PLANS"
@@ -30,6 +30,9 @@ again is not.
 """
 
 _known: dict[Any, Any] = {}
+calls: dict[Any, Any] = {}
+"""Whole calls that are known to be replayed: what decides one → its plan (autograd/replayed.py)."""
+
 _recorder = threading.local()
 recording = 0
 """How many recorders are at work, on any thread: where there is none, a launch asks no further."""
@@ -43,10 +46,15 @@ _METADATA = {"__get__", "__len__", "stride", "size", "dim", "numel", "get_device
 _METADATA |= {"is_floating_point", "storage_offset", "ndimension", "nelement", "is_complex", "__hash__"}
 """Torch functions whose result is no tensor, and depends on no content."""
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__", "__ipow__"}
-_EMPTY = {"new_empty", "empty", "empty_like"}
-"""Torch functions that return memory: `empty_strided` takes least time to do so."""
+_EMPTY = {"new_empty", "empty", "empty_like", "empty_strided"}
+"""Torch functions that return memory."""
+_MEMORY = {kind: getattr(_C._dynamo.guards, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
+"""Type of a device → (shape, strides, dtype) → memory on the current one, in half the time of
+`empty_strided`: what compiled graphs call.
+"""
 _VIEWS = {"t", "squeeze", "unsqueeze", "view", "flatten", "__getitem__"}
-_NO_EFFECT = _VIEWS | {"empty_strided", "new_zeros", "zeros", "zeros_like", "full", "new_full"}
+_NO_EFFECT = _VIEWS | {"empty_strided", "_empty_strided_cpu", "_empty_strided_cuda"}
+_NO_EFFECT |= {"new_zeros", "zeros", "zeros_like", "full", "new_full"}
 _NO_EFFECT |= {"reshape", "expand", "detach", "unbind", "contiguous", "to", "__get__"}
 """Torch functions that are left out where nobody uses what they make."""
 
@@ -58,6 +66,7 @@ Begin = Callable[[int], int | None]
 def forget() -> None:
     """Forget every kind of call, because what it was decided from has changed."""
     _known.clear()
+    calls.clear()
 
 
 def facts(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
@@ -67,6 +76,26 @@ def facts(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     return tuple(
         [None if tensor is None else (tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
     )
+
+
+def looks(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """Return `facts` of tensors whose class has not been looked at, and that class."""
+    return tuple([None if t is None else (t.__class__, t.dtype, t.device, t.shape, t.stride()) for t in tensors])
+
+
+def replay_of(key: tuple[Any, ...], inputs: tuple[Tensor | None, ...]) -> tuple[int, Callable[..., Any]] | None:
+    """Return the index of the device and the straight code of a function that `run` would replay;
+    None where it would not, or not yet.
+    """
+    found = _known.get((key, facts(inputs)), 0)
+    return found if type(found) is tuple else None
+
+
+def keep(key: Any, call: Any) -> None:
+    """Keep the plan of a whole call."""
+    if len(calls) >= MOST:
+        calls.clear()
+    calls[key] = call
 
 
 def run(begin: Begin, key: tuple[Any, ...], inputs: tuple[Tensor | None, ...], function: Callable[[], Any]) -> Any:
@@ -105,7 +134,8 @@ def launched(launch: Callable[..., None], bound: Callable[..., Any], *arguments:
 
     Args:
         launch: Makes it.
-        bound: Returns it as a function of a stream and the tuple of its tensors; and that tuple.
+        bound: Returns it as a function of a stream and its tensors, and the tuple of these; or
+            None: it can't be made again.
         arguments: Of both.
     """
     recorder = getattr(_recorder, "active", None)
@@ -114,10 +144,13 @@ def launched(launch: Callable[..., None], bound: Callable[..., Any], *arguments:
     recorder.noting = False
     try:
         launch(*arguments)
-        again, tensors = bound(*arguments)
+        found = bound(*arguments)
     finally:
         recorder.noting = True
-    recorder.note(again, (_STREAM, tuple(map(recorder.base_of, tensors))), {}, None)
+    if found is None:
+        recorder.unknown = "a launch that can't be made again"
+    else:
+        recorder.note(found[0], (_STREAM, *map(recorder.base_of, found[1])), {}, None)
     return True
 
 
@@ -183,7 +216,9 @@ class Recorder(TorchFunctionMode):
                 return  # such as .to(dtype) of a tensor that is of that dtype
             if name in _EMPTY and len(made) == 1:
                 function, args = torch.empty_strided, (tuple(result.shape), result.stride())
-                kwargs = {"dtype": result.dtype, "device": result.device}
+                kwargs, made_fast = {"dtype": result.dtype, "device": result.device}, _MEMORY.get(result.device.type)
+                if made_fast is not None:
+                    function, args, kwargs = made_fast, (*args, result.dtype), {}
             given = [self._written(each) for each in args]
             given += [f"{key}={self._written(value)}" for key, value in kwargs.items()]
             self.alive.append((args, kwargs, result))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels import checks
-from delora_kernels.autograd import function
+from delora_kernels import checks, dispatch
+from delora_kernels.autograd import function, replayed
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import AnyCall, Call, Options
 from delora_kernels.dispatch import choose
+from delora_kernels.functional import planned
 from delora_kernels.op_arguments import Start, Strength
 
 plain_torch: Any = None
@@ -55,7 +56,18 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
         call: The call.
         shape: Of x as it came, [..., K].
     """
-    outputs = plain_torch.run(call, shape) if exporting() else function.run(family, call, choose(call), shape)
+    on_a_cpu = dispatch._requested is None and call.x.is_cpu  # where nothing is replayed
+    key = None if on_a_cpu else planned.key_of(family, call[:-1], call.options)
+    outputs = None if key is None else replayed.run(key, call[:-1])
+    if outputs is not None:
+        return outputs
+    if exporting():
+        outputs = plain_torch.run(call, shape)
+    else:
+        backend = choose(call)
+        outputs = function.run(family, call, backend, shape)
+        if key is not None:
+            replayed.learn(key, family, call, backend)
     if not isinstance(call.weight, Tensor):
         return call.weight.output(outputs[0], call.x), *outputs[1:]
     return outputs

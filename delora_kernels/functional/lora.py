@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels import checks
+from delora_kernels import checks, dispatch
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
 from delora_kernels.functional.common import low_rank_call, run, run_linears
+from delora_kernels.functional.planned import at_a_glance, learn_glance
 
 
 def lora_linear(
@@ -55,8 +56,16 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
     3.
     """
+    key, drops = None, dropout_p.__class__ is not float or dropout_p != 0.0
+    if not (drops or ranks is not None or (dispatch._requested is None and getattr(x, "is_cpu", True))):
+        key, y = at_a_glance("lora_linear", (x, weight, bias, A, B), scale)
+        if y is not None:
+            return y
     call = lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed)
-    return run(AdaptedLinear, call, x.shape)[0]
+    y = run(AdaptedLinear, call, x.shape)[0]
+    if key is not None:
+        learn_glance(key, call)
+    return y
 
 
 def lora_linears(

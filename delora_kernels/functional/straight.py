@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
-from torch.autograd import forward_ad
 
 from delora_kernels.autograd import function
+from delora_kernels.autograd.function import unseen
 from delora_kernels.autograd.low_rank import StraightLinear
 from delora_kernels.autograd.low_rank_direct import ops_replaced
 from delora_kernels.autograd.shared_input_direct import shared_direct
@@ -21,19 +21,6 @@ from delora_kernels.call import Call, Options
 from delora_kernels.dispatch import is_left_open, requested
 
 _EPS = 1e-4
-
-
-def unseen() -> bool:
-    """Whether nobody sees, changes or records what torch computes now."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or _C._get_tracing_state() is not None
-        or _C._len_torch_dispatch_stack() > 0
-        or _C._len_torch_function_stack() > 0
-        or _C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def unwatched(x: Any) -> bool:

@@ -31,7 +31,7 @@ def add_launch(tensors: tuple[Any, ...], factor: float) -> None:
 
 
 def bound(tensors: tuple[Any, ...], factor: float) -> Any:
-    def again(stream: int, tensors: tuple[Any, ...]) -> None:
+    def again(stream: int, *tensors: Any) -> None:
         STREAMS.append(stream)
         torch.add(tensors[0], factor, out=tensors[1])
 

@@ -5,6 +5,7 @@ not be replayed. Nothing is compiled or run (launches_seen.py).
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from delora_kernels.backends.eager import grouped_library
 from delora_kernels.backends.triton import launch
 from delora_kernels.backends.triton.add_parts import add_parts_kernel
 from delora_kernels.backends.triton.token_sums import token_sums
+from delora_kernels.dtypes import allow_tf32
 from delora_kernels.testing import METHODS
 
 if launch.knobs is None:
@@ -134,7 +136,7 @@ def test_a_replay_is_seen_by_whoever_hooks_launches(seen: Seen, seed: int, monke
 
 
 @pytest.mark.parametrize("what", ["dtype", "scale", "frozen A", "tf32", "bias"])
-def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, request: pytest.FixtureRequest) -> None:
     inputs, run = replaying("lora", seed, seen)
     recorded = dict(tape._known)
     if what == "dtype":
@@ -142,7 +144,8 @@ def test_what_decides_a_call_is_another_kind(what: str, seen: Seen, seed: int, m
     elif what == "scale":
         inputs = inputs | {"scale": 0.25}
     elif what == "tf32":
-        monkeypatch.setattr("delora_kernels.autograd.function.allow_tf32", lambda: True)
+        request.addfinalizer(partial(setattr, torch.backends.cuda.matmul, "allow_tf32", allow_tf32()))
+        torch.backends.cuda.matmul.allow_tf32 = True
     elif what == "bias":
         inputs = inputs | {"bias": None}
     if what == "frozen A":

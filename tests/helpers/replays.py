@@ -32,6 +32,7 @@ def check_replay(
         expected = method.fused(draws[-1])
         monkeypatch.setattr(backend, "begin", lambda device: 0)  # None without a GPU: nothing is replayed
         monkeypatch.setattr(tape, "_known", {})
+        monkeypatch.setattr(tape, "calls", {})
         for draw in draws[:-1]:
             method.fused(draw)
         known = list(tape._known.values())

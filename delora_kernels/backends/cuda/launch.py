@@ -151,9 +151,7 @@ def begin(device: int) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream if device >= 0 else 0
 
 
-def bound(
-    name: str, *arguments: Tensor | float | bool | None
-) -> tuple[Callable[[int, tuple[Tensor, ...]], None], tuple[Tensor, ...]]:
+def bound(name: str, *arguments: Tensor | float | bool | None) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
     """Return this launch as a function of what `begin` returned and of tensors of the same dtypes
     and strides, on the same device; and its tensors.
     """
@@ -163,7 +161,7 @@ def bound(
     usual += [_in_tf32(tensors[0])] if name in PRODUCTS else []
     places = [(place, _around(usual[place])) for place, (_, value) in enumerate(kinds) if isinstance(value, Tensor)]
 
-    def launch_again(stream: int, tensors: tuple[Tensor, ...]) -> None:
+    def launch_again(stream: int, *tensors: Tensor) -> None:
         values = list(usual)
         for (place, make), tensor in zip(places, tensors, strict=True):
             values[place] = make(tensor.data_ptr())

@@ -188,27 +188,40 @@ def begin(device: int) -> int | None:
 
 def bound(
     record: Record, grid: tuple[int, ...], tensors: tuple[Any, ...], free: tuple[int, ...], floats: tuple[float, ...]
-) -> tuple[Callable[[int, tuple[Any, ...]], None], tuple[Any, ...]]:
+) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
     """Return this launch as a function of what `begin` returned and of tensors of the same dtypes,
-    on the same device; and its tensors. A variant that is not known yet goes by `launch`.
+    on the same device; and its tensors. None: it is of tensor descriptors, which are made anew.
+
+    The function is written out, as one call of the driver's launcher. A variant that is not known
+    yet goes by `launch`.
     """
+    if any(type(tensor) is TensorDescriptor for tensor in tensors):
+        return None
     device = next(tensor for tensor in reversed(tensors) if tensor is not None).get_device()
-    x, y, z = (*grid, 1, 1)[:3]
-    kernel, variants, tail = record.kernel, record.variants, (*free, *record.integers, *floats, *record.values)
-    aligned = (device, *(integer >> 31 for integer in free), *(t if t is None else t.dtype for t in tensors))
-
-    def launch_again(stream: int, tensors: tuple[Any, ...]) -> None:
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        ready = variants.get(aligned)
-        for pointer in pointers:
-            if pointer is not None and pointer & 15:
-                ready = None
-        if ready is None or kernel.pre_run_hooks:
-            launch(record, grid, tensors, free, floats)
-            return
-        ready.run(x, y, z, stream, ready.function, ready.metadata, None, None, None, *pointers, *tail)
-
-    return launch_again, tensors
+    key = (device, *(integer >> 31 for integer in free), *(t if t is None else t.dtype for t in tensors))
+    names = [None if tensor is None else f"t{place}" for place, tensor in enumerate(tensors)]
+    given = [name for name in names if name is not None]
+    pointers = [name if name is None else f"p{name}" for name in names]
+    tail = (*free, *record.integers, *floats, *record.values)
+    source = f"""
+def launch_again(stream, {", ".join(given)}):
+    global ready, run, function, metadata
+    {"; ".join(f"p{name} = {name}.data_ptr()" for name in given)}
+    if ready is None or ({" | ".join(f"p{name}" for name in given)}) & 15 or kernel.pre_run_hooks:
+        ready = variants.get(key)
+        if ready is not None:
+            _, run, function, metadata = ready
+        return launch(record, grid, ({", ".join(map(str, names))},), free, floats)
+    run(
+        {", ".join(map(str, (*grid, 1, 1)[:3]))}, stream, function, metadata, None, None, None,
+        {", ".join(map(str, pointers))}, {", ".join(f"c{i}" for i in range(len(tail)))}
+    )
+"""
+    made: dict[str, Any] = {f"c{i}": value for i, value in enumerate(tail)}
+    made |= {"variants": record.variants, "key": key, "kernel": record.kernel, "launch": launch, "ready": None}
+    made |= {"record": record, "grid": grid, "free": free, "floats": floats}
+    exec(source, made)
+    return made["launch_again"], tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def _watched() -> bool:

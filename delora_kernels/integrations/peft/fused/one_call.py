@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from delora_kernels.autograd.function import unseen
 from delora_kernels.bases.stored import StoredBase
 from delora_kernels.call import Call
 from delora_kernels.functional.common import run_linears
-from delora_kernels.functional.straight import run_shared, run_straight, unseen
+from delora_kernels.functional.straight import run_shared, run_straight
 
 
 @dataclass(frozen=True)

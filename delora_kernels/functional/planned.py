@@ -1,0 +1,76 @@
+"""Whole calls of kernels that were made before: found at one look, and replayed.
+
+What a call decides (dtypes, backend, forms, launches, what is kept) it decides once for each kind,
+from nothing but what `key_of` reads: the tensors' class, dtype, device, shape, strides and
+requires_grad, the options, the grad mode, the backend asked for. Where somebody watches what torch
+computes (a compiler, a mode, a transform), or other than plain tensors come, no call is planned;
+nor is one on a CPU that asks for no backend, for eager calls have no launches to replay: callers
+see to that, where another file on the way of each call costs what it saves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import dispatch
+from delora_kernels.autograd import function, replayed
+from delora_kernels.autograd.low_rank import AdaptedLinear
+from delora_kernels.call import Call
+from delora_kernels.dtypes import allow_tf32
+
+
+def key_of(what: Any, tensors: Sequence[Any], numbers: Any) -> tuple[Any, ...] | None:
+    """Return all that decides how a call runs, or None: it is not to be planned.
+
+    Args:
+        what: Its autograd Function; or the name of the public function, of arguments that are not
+            checked yet.
+        tensors: Of the call, x first.
+        numbers: All else.
+    """
+    if not function.unseen() or dispatch.is_proving():
+        return None
+    requested = dispatch.requested()
+    facts = replayed.facts_of(tensors)
+    if facts is None:
+        return None
+    wide = torch.float32 in facts and allow_tf32()
+    return what, requested, torch.is_grad_enabled(), wide, numbers, *facts
+
+
+def at_a_glance(name: str, tensors: tuple[Any, ...], *numbers: float) -> tuple[Any, Tensor | None]:
+    """Run a call of a low-rank function by its unchecked arguments, where one of the very same kind
+    has passed every check: they look at nothing but what the key holds.
+
+    Args:
+        name: Of the function.
+        tensors: As in `Call`, but for those behind the last, which are None.
+        numbers: All other arguments; what the function does not hand in is at its default.
+
+    Returns:
+        The key, None where there is none; and y, None where the call has to be made.
+    """
+    for number in numbers:
+        if number.__class__ is not float:
+            return None, None
+    x = tensors[0]
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    key = key_of(name, tensors, (autocast, *numbers))
+    outputs = None if key is None else replayed.run(key, tensors + _NOTHING[len(tensors) :])
+    return key, None if outputs is None else outputs[0]
+
+
+_NOTHING = (None,) * (len(Call._fields) - 1)
+
+
+def learn_glance(key: Any, call: Call) -> None:
+    """Find a call at a glance from now on, if it is planned.
+
+    Args:
+        key: What `at_a_glance` returned.
+        call: What was made of the arguments.
+    """
+    replayed.learn_again(key, key_of(AdaptedLinear, call[:-1], call.options))
