@@ -6,8 +6,8 @@
 
 A Llama of random weights is stored in nf4 with double quantisation and loaded as Transformers
 does, prepared by `peft.prepare_model_for_kbit_training`, and gets adapters on all its linears. A
-step is `--accumulate` forward and backward passes and one of bitsandbytes' paged 8-bit AdamW;
-padded batches have rows of different lengths with a mask, packed ones documents in one row with
+step is `--accumulate` forward and backward passes and one of bitsandbytes' 8-bit AdamW, paged on a
+GPU; padded batches have rows of different lengths with a mask, packed ones documents in one row with
 position_ids. Three models take turns: the frozen 4-bit one (its gradient goes back to the
 embeddings, and it has no optimizer), PEFT's, and the same accelerated. Peaks are bytes beyond what
 was there before a step; with --limit-mib the longest sequence is searched whose step stays within
@@ -112,7 +112,7 @@ def step_of(model: Any, name: str, kind: str, accumulate: int, device: str) -> C
     loss.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(trained) if name != "frozen" else None
+    optimizer = optimizer_of(trained, device) if name != "frozen" else None
 
     def step(sequence: int) -> float:
         total = 0.0
@@ -128,11 +128,16 @@ def step_of(model: Any, name: str, kind: str, accumulate: int, device: str) -> C
     return step
 
 
-def optimizer_of(trained: list[Any]) -> Any:
-    """Return bitsandbytes' paged 8-bit AdamW."""
+def optimizer_of(trained: list[Any], device: str) -> Any:
+    """Return bitsandbytes' 8-bit AdamW, which pages on a GPU alone."""
     import bitsandbytes as bnb
 
-    return bnb.optim.PagedAdamW8bit(trained, lr=1e-4)
+    return getattr(bnb.optim, optimizer_name(device))(trained, lr=1e-4)
+
+
+def optimizer_name(device: str) -> str:
+    """Return its class."""
+    return "PagedAdamW8bit" if device.startswith("cuda") else "AdamW8bit"
 
 
 def measure(base: Any, method: str, checkpointing: str, kind: str, options: Any) -> list[dict[str, Any]]:
@@ -148,7 +153,7 @@ def measure(base: Any, method: str, checkpointing: str, kind: str, options: Any)
     for name, step in steps.items():
         row: dict[str, Any] = {"method": method, "checkpointing": checkpointing, "batches": kind, "impl": name}
         row |= {"blocks": options.blocks, "sequence": options.sequence, "rows": ROWS, "r": options.rank}
-        row |= {"accumulate": options.accumulate, "dtype": options.dtype, "optimizer": "PagedAdamW8bit"}
+        row |= {"accumulate": options.accumulate, "dtype": options.dtype, "optimizer": optimizer_name(device)}
         over_peft = interval(lambda found, name=name: found[name] / found["peft"], times)  # type: ignore[misc]
         row |= {"median_ms": medians[name], "ratio_to_frozen": medians[name] / medians["frozen"]}
         row |= {"ratio_to_peft": over_peft[0], "peft_interval": over_peft[1:], "rounds": len(times[name])}
