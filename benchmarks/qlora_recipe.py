@@ -6,9 +6,9 @@
 
 A Llama of random weights is stored in nf4 with double quantisation and loaded as Transformers
 does, prepared by `peft.prepare_model_for_kbit_training`, and gets adapters on all its linears. A
-step is `--accumulate` forward and backward passes and one of bitsandbytes' 8-bit AdamW, paged on a
-GPU; padded batches have rows of different lengths with a mask, packed ones documents in one row with
-position_ids. Three models take turns: the frozen 4-bit one (its gradient goes back to the
+step is `--accumulate` forward and backward passes and one of bitsandbytes' 8-bit AdamW (paged on a
+GPU); padded batches have rows of different lengths with a mask, packed ones documents in one row
+with position_ids. Three models take turns: the frozen 4-bit one (its gradient goes back to the
 embeddings, and it has no optimizer), PEFT's, and the same accelerated. Peaks are bytes beyond what
 was there before a step; with --limit-mib the longest sequence is searched whose step stays within
 that many.
