@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft.methods.register import register_peft_methods
     from delora_kernels.integrations.peft.training import training_report, watch_training
-    from delora_kernels.integrations.transformers import AccelerateCallback, ExpertCallback, TrainingReportCallback
+    from delora_kernels.integrations.transformers import (
+        AccelerateCallback,
+        ExpertCallback,
+        TrainingReportCallback,
+        quantize_experts,
+    )
     from delora_kernels.routing import expert_report, watch_experts
 
 dispatch.unproved = proof.why_not
@@ -55,6 +60,7 @@ __all__ = [
     "import_goat",
     "merge_mean_gate",
     "nn",
+    "quantize_experts",
     "reference",
     "register_peft_methods",
     "restore",
@@ -89,6 +95,7 @@ _NEED_PEFT = {
     "GoatConfig": "peft.methods.goat",
     "import_goat": "peft.methods.goat",
     "merge_mean_gate": "peft.methods.goat",
+    "quantize_experts": "transformers",
     "register_peft_methods": "peft.methods.register",
     "training_report": "peft.training",
     "watch_training": "peft.training",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from delora_kernels.autograd.function import Computed, differentiable
+from delora_kernels.autograd.grouped_stored import grouped_backward, grouped_linear
 from delora_kernels.autograd.routed_rows import summed_rows
 from delora_kernels.call import GroupedCall, GroupedOptions
 
@@ -33,7 +34,7 @@ def _compute(call: GroupedCall, x: Tensor, need: GroupedCall, stages: Any) -> Co
     o = call.options
     A_hat, B_hat = (_factor(each, o) for each in (call.A, call.B))
     sorted_x = x if call.rows is None else x.index_select(0, call.rows)
-    y, h = stages.grouped_linear(sorted_x, call.weight, call.bias, call.offsets, A_hat, B_hat, o.scale)
+    y, h = grouped_linear(stages, sorted_x, call.weight, call.bias, call.offsets, A_hat, B_hat, o.scale)
     saved = _Saved(
         x=x if need.A or need.weight else None,
         h=h if need.B else None,
@@ -52,8 +53,17 @@ def _gradients(o: GroupedOptions, need: GroupedCall, saved: Any, stages: Any, dy
     x = saved.x if saved.x is None or saved.rows is None else saved.x.index_select(0, saved.rows)
     if need.x or need.A or need.B or need.bias:
         A_hat, B_hat = (_factor(each, o) for each in (saved.A, saved.B))
-        dx, grad["A"], grad["B"], grad["bias"] = stages.grouped_backward(
-            dy, x if need.A else None, saved.h, saved.weight, saved.offsets, A_hat, B_hat, o.scale, bool(need.bias)
+        dx, grad["A"], grad["B"], grad["bias"] = grouped_backward(
+            stages,
+            dy,
+            x if need.A else None,
+            saved.h,
+            saved.weight,
+            saved.offsets,
+            A_hat,
+            B_hat,
+            o.scale,
+            bool(need.bias),
         )
         grad["x"] = dx if saved.places is None else summed_rows(dx, saved.places)
     if need.weight:

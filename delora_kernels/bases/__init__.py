@@ -17,6 +17,7 @@ A base has
     bitsandbytes_4bit.py   bitsandbytes' nf4 and fp4
     hqq_linear.py          HQQ
     torchao_weight.py      torchao's weight-only tensors
+    packed_experts.py      bitsandbytes' 4-bit blocks for the 3-D weights of expert models
 """
 
 from delora_kernels.bases.stored import StoredBase, register

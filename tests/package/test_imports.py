@@ -37,6 +37,7 @@ PUBLIC = {
         "import_goat",
         "merge_mean_gate",
         "nn",
+        "quantize_experts",
         "reference",
         "register_peft_methods",
         "restore",

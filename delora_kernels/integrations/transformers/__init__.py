@@ -1,9 +1,10 @@
 """Transformers' Trainer: callbacks that accelerate its model, that say whether its adapters train,
-and that report how a mixture uses its experts.
+and that report how a mixture uses its experts; its models' experts in 4 bits.
 """
 
 from delora_kernels.integrations.transformers.accelerate_callback import AccelerateCallback
 from delora_kernels.integrations.transformers.expert_callback import ExpertCallback
+from delora_kernels.integrations.transformers.experts_in_4bit import QuantizedExperts, quantize_experts
 from delora_kernels.integrations.transformers.training_report_callback import TrainingReportCallback
 
-__all__ = ["AccelerateCallback", "ExpertCallback", "TrainingReportCallback"]
+__all__ = ["AccelerateCallback", "ExpertCallback", "QuantizedExperts", "TrainingReportCallback", "quantize_experts"]

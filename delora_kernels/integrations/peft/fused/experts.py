@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from delora_kernels.bases.packed_experts import PackedExperts, StoredExperts
 from delora_kernels.bases.plain import any_module_has_hooks, has_other_forward, parameter, why_not_local, why_not_plain
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
@@ -158,6 +159,9 @@ def _why_not_class() -> str | None:
 def _why_not_experts(experts: Any) -> str | None:
     """Say why a wrapped module is not to be computed by the block, or None."""
     if "parametrizations" in experts._modules:
+        kinds = sorted({type(each).__name__ for held in experts.parametrizations.values() for each in held})
+        if kinds == ["Bnb4bitParametrization"]:
+            return "its weights are bitsandbytes' parametrizations: load them in 16 bits and call quantize_experts"
         return "its module is parametrized (by a wrapper around it, which runs PEFT's own forward)"
     reason = why_not_known(experts) or why_not_plain(experts, "experts module")
     if reason is None and any_module_has_hooks():
@@ -168,8 +172,11 @@ def _why_not_experts(experts: Any) -> str | None:
 def _projection(experts: Any, name: str) -> Projection | str:
     """Return a projection without its adapter, or what its tensors have against it."""
     weight, bias = parameter(experts, name), parameter(experts, f"{name}_bias") if experts.has_bias else None
+    packed = type(weight) is PackedExperts
+    if packed and weight.requires_grad:
+        return f"its {name} is stored in 4 bits, and is to train"
     for tensor, what, dims in ((weight, name, 3), (bias, f"{name}_bias", 2)):
-        if tensor is None:
+        if tensor is None or (packed and tensor is weight):
             continue
         reason = why_not_local(tensor, what)
         if reason is not None:
@@ -178,10 +185,12 @@ def _projection(experts: Any, name: str) -> Projection | str:
             return f"its {what} is {tensor.dim()}-dimensional"
     if weight.shape[0] != experts.num_experts or weight.shape[0] == 1:
         return f"its {name} is of {weight.shape[0]} experts, of {experts.num_experts}"
+    if packed:
+        return Projection(StoredExperts(weight, experts.is_transposed), bias)
     return Projection(weight.mT if experts.is_transposed else weight, bias)
 
 
-def _factors(wrapper: Any, weight: Tensor, is_transposed: bool) -> tuple[Tensor, Tensor, float] | str:
+def _factors(wrapper: Any, weight: Any, is_transposed: bool) -> tuple[Tensor, Tensor, float] | str:
     """Return A [E, r, K], B [E, N, r] and the scale of a wrapper's active adapters, stacked where
     they are several, in the weight's dtype; or why there are none.
     """
@@ -210,7 +219,7 @@ def _factors(wrapper: Any, weight: Tensor, is_transposed: bool) -> tuple[Tensor,
         return torch.cat([A for A, _, _ in pairs], 1), torch.cat([B * scale for _, B, scale in pairs], 2), 1.0
 
 
-def _pair(wrapper: Any, parts: Mapping[str, Any], name: str, weight: Tensor) -> tuple[Tensor, Tensor, float] | str:
+def _pair(wrapper: Any, parts: Mapping[str, Any], name: str, weight: Any) -> tuple[Tensor, Tensor, float] | str:
     """One adapter's factors by expert, as PEFT packs them."""
     if wrapper.lora_variant.get(name) is not None or wrapper.lora_bias.get(name):
         return "its adapter is more than a pair of factors"
@@ -262,7 +271,7 @@ def _why_not_call(plan: ExpertsPlan, x: Any, chosen: Any, weights: Any) -> str |
         or (x.shape[1] != plan.up.weight.shape[2])
     ):
         return "its chosen experts and weights are not those of its hidden states"
-    tensors = [x, weights, *(each for each in (*plan.up[:4], *plan.down[:4]) if each is not None)]
+    tensors = [x, weights, *(each for each in (*plan.up[:4], *plan.down[:4]) if isinstance(each, Tensor))]
     transform = active_transform(tensors)
     if transform is not None:
         return f"{transform} are under way"

@@ -22,13 +22,13 @@ class Projection(NamedTuple):
     """One of the two linears of every expert.
 
     Args:
-        weight: [E, N, K], any strides.
+        weight: [E, N, K], any strides; or `StoredExperts`.
         bias: [E, N] or None.
         A, B: [E, r, K], [E, N, r]; both None: no adapter.
         scale: Factor of its update.
     """
 
-    weight: Tensor
+    weight: Any
     bias: Tensor | None
     A: Tensor | None = None
     B: Tensor | None = None

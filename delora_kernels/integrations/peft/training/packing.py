@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from delora_kernels.bases.packed_experts import PackedExperts
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.integrations.peft.fused.experts import wrappers_of
 from delora_kernels.integrations.peft.fused.experts_known import why_not_known
@@ -33,18 +34,18 @@ def why_wrongly_packed(outer: Any) -> str | None:
         return None
     names = _projections(experts)
     weights = [getattr(experts, name) for name in names]
-    if any(why_not_local(weight, "weight") or weight.dim() != 3 for weight in weights):
+    if any(weight.dim() != 3 or _why_not_read(weight) for weight in weights):
         return None
     if any(wrapper.parameter_name not in names for wrapper in wrappers):
         return None
     E, generator = experts.num_experts, torch.Generator().manual_seed(0)
-    weight = weights[0].mT if experts.is_transposed else weights[0]
+    weight, K = weights[0], weights[0].shape[1 if experts.is_transposed else 2]
     drawn: dict[str, Tensor] = {}
     for name, parameter in outer.named_parameters():
         if ".lora_" in f".{name}":
-            random = torch.randn(parameter.shape, generator=generator) * weight.shape[2] ** -0.5
+            random = torch.randn(parameter.shape, generator=generator) * K**-0.5
             drawn[name] = random.to(parameter.device, parameter.dtype)
-    x = torch.randn(E, weight.shape[2], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(E, K, generator=generator).to(weight.device, weight.dtype)
     arguments = x, torch.arange(E, device=x.device)[:, None], torch.ones_like(x[:, :1])
     with torch.autocast(x.device.type, enabled=False):
         computed = functional_call(outer, drawn, arguments).float()
@@ -77,6 +78,11 @@ def _by_formula(experts: Any, wrappers: list[Any], drawn: dict[str, Tensor], x: 
         outputs.append(value)
     y = torch.stack(outputs)
     return experts.post_expert_norm(y).float() if experts.has_post_expert_norm else y
+
+
+def _why_not_read(weight: Tensor) -> str | None:
+    """Say why one expert's weight can't be read, or None."""
+    return None if type(weight) is PackedExperts else why_not_local(weight, "weight")
 
 
 def _projections(experts: Any) -> tuple[str, str]:
