@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from delora_kernels import checks, functional, ops
-from delora_kernels.nn.base import AdapterLinear, BaseOptions
+from delora_kernels import checks, functional
+from delora_kernels.nn.base import AdapterLinear, BaseOptions, row_norms
 from delora_kernels.nn.lora import lora_scale
 
 
@@ -71,10 +71,8 @@ class DoRALinear(AdapterLinear):
 
     def _reset_adapter(self) -> None:
         super()._reset_adapter()
-        # the forward pass's own norm, so that c is exactly 1 at the start
-        norm, _, _ = ops.row_norm(self.weight, self.A.detach(), self.B.detach(), self.scale, None, False, "eager")
         with torch.no_grad():
-            self.magnitude.copy_(norm)
+            self.magnitude.copy_(row_norms(self.weight, self.A, self.B, self.scale))
 
     def _arguments(self) -> dict[str, Any]:
         return {"magnitude": self.magnitude, "scale": self.scale, "dropout": self.dropout, "saved": self.saved}

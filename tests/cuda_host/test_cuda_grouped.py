@@ -1,5 +1,5 @@
-"""The CUDA kernels for rows sorted by expert on the CPU: how rows are cut, what is read, what is added
-up in parts.
+"""The CUDA kernels for rows sorted by expert on the CPU: how rows are cut, what of them is read,
+what is added up in parts.
 """
 
 import pytest

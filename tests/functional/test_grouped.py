@@ -155,11 +155,14 @@ def test_opcheck(form: str, seed: int) -> None:
     x, W, A, B, bias, ends = (made[n] for n in ("x", "weight", "A", "B", "bias", "offsets"))
     dy, h = maker.tensor(8, N).float(), maker.tensor(8, R).float()
     calls = {
-        "grouped_linear": [(x, W, bias, ends, A, B, 0.7), (x, W, None, ends, None, None, 1.0)],
+        "grouped_linear": [
+            (x, W, bias, ends, A, B, 0.7, 0.2, torch.tensor(seed)),
+            (x, W, None, ends, None, None, 1.0, 0.0, None),
+        ],
         "grouped_backward": [
-            (dy, x, h, W, ends, A, B, 0.7, True),
-            (dy, None, None, W, ends, None, None, 1.0, False),
-            (dy, x, None, None, ends, None, B, 0.7, False),
+            (dy, x, h, W, ends, A, B, 0.7, True, 0.2, torch.tensor(seed)),
+            (dy, None, None, W, ends, None, None, 1.0, False, 0.0, None),
+            (dy, x, None, None, ends, None, B, 0.7, False, 0.0, None),
         ],
         "grouped_weight_grad": [(dy, x, ends)],
     }
@@ -280,4 +283,6 @@ def test_errors_name_the_argument(case: str, seed: int) -> None:
 def test_ops_have_no_autograd_of_their_own(seed: int) -> None:
     made = made_of(Maker(seed), [2, 0, 3, 1])
     with pytest.raises(RuntimeError, match="has no autograd formula"):
-        ops.grouped_linear(made["x"].requires_grad_(), made["weight"], None, made["offsets"], None, None, 1.0, "eager")
+        ops.grouped_linear(
+            made["x"].requires_grad_(), made["weight"], None, made["offsets"], None, None, 1.0, 0.0, None, "eager"
+        )
