@@ -79,8 +79,8 @@ def _gradients(o: GroupedOptions, need: GroupedCall, saved: Any, stages: Any, dy
             grad["magnitude"] = sums / saved.norm.masked_fill(saved.norm == 0, torch.inf)
         if need.A or need.B or need_bias:
             B_c = None if B_hat is None else (B_hat * saved.c[:, :, None]).to(B_hat.dtype)
-            seen = (x if need.A else None, h, None, saved.offsets, None, B_c)
-            _, grad["A"], dB, grad["bias"] = stages.grouped_backward(dy, *seen, o.scale, need_bias, *dropout)
+            apart = (x if need.A else None, h, None, saved.offsets, None, B_c)
+            _, grad["A"], dB, grad["bias"] = stages.grouped_backward(dy, *apart, o.scale, need_bias, *dropout)
             grad["B"] = dB if h is None else dB * saved.c[:, :, None]
         dy, need_bias, h = _rescaled(dy, saved.c, None, saved.offsets), False, None
     wants_factors = saved.c is None and (need.A or need.B)

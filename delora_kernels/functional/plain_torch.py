@@ -123,7 +123,7 @@ def _grouped(call: GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None) 
     A, B = (None if of is None else _cast(of, o.rank_dtype) for of in (call.A, call.B))
     if A is None or B is None:
         A, B = x.new_zeros(len(weight), 1, x.shape[1]), x.new_zeros(*weight.shape[:2], 1)
-    rest = {"scale": o.scale, "bias": bias, "dropout_mask": _mask(call, x)}
+    rest: dict[str, Any] = {"scale": o.scale, "bias": bias, "dropout_mask": _mask(call, x)}
     if call.magnitude is not None:
         return reference.grouped_dora_linear_dense(x, weight, A, B, call.magnitude, call.offsets, **rest)
     return reference.grouped_lora_linear_dense(x, weight, A, B, call.offsets, **rest)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
-from delora_kernels import checks, ops
+from delora_kernels import checks
 from delora_kernels.bases.plain import PlainBase, why_not_plain
 from delora_kernels.bases.read import base_in
 from delora_kernels.bases.stored import StoredBase
@@ -360,14 +360,6 @@ class AdapterLinear(MergeableLinear):
             updated = torch.addmm(self.weight[rows].to(dtype), B_hat[rows], A_hat, alpha=scale)
             chunk.copy_(self._rescaled(updated, rows))
         return merged
-
-
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """‖W + s · B A‖ by rows, as a forward pass computes it, so that DoRA's c is exactly 1 at the
-    start.
-    """
-    norm: Tensor = ops.row_norm(weight, A.detach(), B.detach(), scale, None, False, "eager")[0]
-    return norm
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

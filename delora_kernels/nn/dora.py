@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from delora_kernels import checks, functional
-from delora_kernels.nn.base import AdapterLinear, BaseOptions, row_norms
+from delora_kernels import checks, functional, ops
+from delora_kernels.nn.base import AdapterLinear, BaseOptions
 from delora_kernels.nn.lora import lora_scale
 
 
@@ -81,3 +81,11 @@ class DoRALinear(AdapterLinear):
         norm = torch.linalg.vector_norm(updated, dim=1)
         c = self.magnitude[rows].to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
         return updated * c[:, None]
+
+
+def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W + s · B A‖ by rows, as a forward pass computes it, so that DoRA's c is exactly 1 at the
+    start.
+    """
+    norm: Tensor = ops.row_norm(weight, A.detach(), B.detach(), scale, None, False, "eager")[0]
+    return norm

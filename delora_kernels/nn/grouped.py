@@ -1,9 +1,9 @@
-"""GroupedLoRALinear, GroupedDoRALinear, GroupedDeLoRALinear: the frozen linears of an expert model in
-one parameter, each expert with an adapter of its own.
+"""GroupedLoRALinear, GroupedDoRALinear, GroupedDeLoRALinear: the frozen linears of an expert model
+in one parameter, each expert with an adapter of its own.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from delora_kernels import checks, functional
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.grouped import run_routed
 from delora_kernels.functional.grouped_delora import normalised
-from delora_kernels.nn.base import BaseOptions, MergeableLinear, row_norms
+from delora_kernels.nn.base import BaseOptions, MergeableLinear
+from delora_kernels.nn.dora import row_norms
 from delora_kernels.nn.lora import lora_scale
 
 
@@ -22,7 +23,7 @@ class _GroupedLinear(MergeableLinear):
     `bias` `[E, N]`, `A` `[E, r, K]`, `B` `[E, N, r]`.
     """
 
-    _function: ClassVar[Any]
+    _function: Any
 
     def __init__(self, in_features: int, out_features: int, experts: int, r: int, **base: Unpack[BaseOptions]) -> None:
         kind = type(self).__name__
@@ -68,7 +69,7 @@ class _GroupedLinear(MergeableLinear):
         if bias is not None:
             checks.shape(name, "bias", checks.tensor(name, "bias", bias), (E, N), "[E, N]", "one row for each expert")
         decided: dict[str, Any] = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
-        module = cls(K, N, E, *arguments, **decided, **options)
+        module: Any = cls(K, N, E, *arguments, **decided | options)
         for held in ("weight", "bias"):
             module.register_parameter(held, None)
         module.to_empty(device=weight.device)
@@ -118,7 +119,7 @@ class _GroupedLinear(MergeableLinear):
         nn.init.zeros_(self.B)
 
     def _arguments(self) -> dict[str, Any]:
-        """Return the arguments of `_function` beyond x, weight, A, B, offsets, bias and dropout's."""
+        """Return the arguments of `_function` that are the method's own."""
         raise NotImplementedError
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
@@ -169,7 +170,7 @@ class GroupedLoRALinear(_GroupedLinear):
     (arXiv:2312.03732).
     """
 
-    _function = functional.grouped_lora_linear
+    _function: Any = functional.grouped_lora_linear
 
     def __init__(
         self,

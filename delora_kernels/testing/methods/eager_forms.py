@@ -84,7 +84,7 @@ def _mixed_grouped(
             parts.append(_mixed_dora(x[rows], weight[e], None if bias is None else bias[e], **own, **rest))
         return torch.cat([*parts, x.new_zeros(len(x) - begin, weight.shape[1])])
     added = call(x.to(wide), torch.zeros_like(weight, dtype=wide), offsets=offsets, **branch)
-    without = {name: torch.zeros_like(branch[name], dtype=x.dtype) for name in ("A", "B")}
+    without: dict[str, Any] = {name: torch.zeros_like(branch[name], dtype=x.dtype) for name in ("A", "B")}
     return (reference.grouped_lora_linear(x, weight, offsets=offsets, bias=bias, **without) + added).to(x.dtype)
 
 
