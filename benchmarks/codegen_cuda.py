@@ -23,7 +23,10 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SHARED_LIMIT = 48 * 1024
 """Bytes of shared memory that a block has on every GPU without asking for more."""
 
-GEMM_KERNELS = ("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "row_norm")
+GEMM_KERNELS = (
+    *("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "row_norm"),
+    *("grouped_times_small", "grouped_update", "grouped_sums"),
+)
 FLAGS = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 _PRODUCTS = {"wmma": "wmma.mma.sync", "tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32"}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")

@@ -2,20 +2,24 @@
 backward.
 
     python -m benchmarks.experts  # E=32, top-4, T=512 to 8192; two threads of a CPU, or a GPU
-    python -m benchmarks.experts --tokens 512 --experts 128 --top-k 8 --rank 16 --skewed --out FILE
+    python -m benchmarks.experts --tokens 512 16384 --experts 8 128 --top-k 1 8 --rank 4 64
+    python -m benchmarks.experts --quick  # small blocks, even and skewed, in less than a minute
 
 In turn, on the same tensors, both projections adapted with LoRA: `frozen` (the experts alone, by
 Transformers' grouped GEMM), `peft` (the same with PEFT's wrappers), `peft-eager` (with the eager
-loop), `dk` (accelerated). x and the routing weights need their gradients. Besides times: what is
-allocated in a pass, and kept between forward and backward, the model's own parameters left out.
-With --skewed one expert has half of the tokens and every second one has none.
+loop), `loop` (W and the low-rank term of each expert that has tokens, in plain torch), `dk`
+(accelerated). x and the routing weights need their gradients. Besides times: what is allocated in a
+pass, and kept between forward and backward, the model's own parameters left out. A table for each
+number of tokens and choice of sizes. With --skewed one expert has half of the tokens and every
+second one has none.
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +39,7 @@ from benchmarks.overhead import write
 from benchmarks.timing import Budget, clock_of, rounds
 from delora_kernels.diagnostics.overhead import interval
 
-IMPLEMENTATIONS = ("frozen", "peft", "peft-eager", "dk")
+IMPLEMENTATIONS = ("frozen", "peft", "peft-eager", "loop", "dk")
 MIB = 2**20
 
 
@@ -72,6 +76,40 @@ class _Block(nn.Module):
         return y
 
 
+class _Loop(nn.Module):
+    """The experts that have tokens, one after the other, each with W x + s · B A x, by autograd."""
+
+    def __init__(self, adapted: Any) -> None:
+        super().__init__()
+        self.adapted = adapted
+        outer = adapted.base_model.model.experts
+        wrappers = {each.parameter_name: each for each in (outer, outer.base_layer)}
+        self.up, self.down = (self._projection(wrappers[name]) for name in ("gate_up_proj", "down_proj"))
+        self.act = outer.get_base_layer().act_fn
+
+    @staticmethod
+    def _projection(wrapper: Any) -> Callable[[int], tuple[Tensor, Tensor, Tensor, float]]:
+        """Expert → its W, A, B as PEFT packs them, and s."""
+        W, scale = wrapper.get_param(), wrapper.scaling["default"]
+        A, B = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+        E = W.shape[0]
+        return lambda e: (W[e], A.view(E, -1, A.shape[1])[e], B.view(B.shape[0], -1, E)[:, :, e], scale)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            token, choice = (chosen == e).nonzero(as_tuple=True)
+            gate, up = self._linear(x[token], *self.up(e)).chunk(2, dim=-1)
+            z = self._linear(self.act(gate) * up, *self.down(e))
+            y.index_add_(0, token, z * weights[token, choice, None])
+        return y
+
+    @staticmethod
+    def _linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        linear = nn.functional.linear
+        return linear(x, W) + scale * linear(linear(x, A), B)
+
+
 def routing(case: ExpertsCase, generator: torch.Generator) -> Tensor:
     """Draw the experts [T, k] of every token, different ones."""
     scores = torch.rand(case.T, case.E, generator=generator)
@@ -104,6 +142,7 @@ def blocks(case: ExpertsCase, device: str) -> dict[str, Any]:
     shared |= {id(parameter): parameter for parameter in adapted.parameters()}
     for name in IMPLEMENTATIONS[1:]:
         made[name] = copy.deepcopy(adapted, dict(shared))
+    made["loop"] = _Loop(made["loop"])
     eager = made["peft-eager"].base_model.model.experts.get_base_layer()
     eager.config = copy.copy(eager.config)
     eager.config._experts_implementation_internal = "eager"
@@ -158,14 +197,30 @@ def blocks_of(forwards: Mapping[str, Any]) -> list[nn.Module]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return rows as people read them."""
-    shown = Table("T", "E", "top-k", "r", "", "ms", "over frozen", "allocated, MiB", "kept, MiB", "peak, MiB")
+    shown = Table("T", "E", "top-k", "r", "skewed", "", "ms", "over frozen", "allocated, MiB", "kept, MiB", "peak, MiB")
     for row in rows:
         low, high = row["interval"]
         words = [f"{row['ratio_to_frozen']:.2f} ({low:.2f} to {high:.2f})"]
         words += [f"{row[name]:.1f}" for name in ("allocated_mib", "saved_mib", "peak_mib")]
-        sizes = [str(row[name]) for name in ("T", "E", "top_k", "r")]
+        sizes = [str(row[name]) for name in ("T", "E", "top_k", "r")] + ["yes" if row["skewed"] else ""]
         shown.add_row(*sizes, str(row["impl"]), f"{row['median_ms']:.1f}", *words)
     return shown
+
+
+QUICK = (
+    ExpertsCase(T=256, E=8, top_k=2, H=256, inner=128),
+    ExpertsCase(T=256, E=64, top_k=4, H=256, inner=128),
+    ExpertsCase(T=1024, E=64, top_k=4, H=256, inner=128, r=16),
+    ExpertsCase(T=256, E=64, top_k=4, H=256, inner=128, skewed=True),
+)
+
+
+def cases(options: argparse.Namespace) -> Iterator[ExpertsCase]:
+    """Every choice of sizes, of which a token chooses no more experts than there are."""
+    dtype = getattr(torch, options.dtype)
+    for E, top_k, r, T in itertools.product(options.experts, options.top_k, options.rank, options.tokens):
+        if top_k <= E:
+            yield ExpertsCase(T, E, top_k, options.hidden, options.inner, r, dtype, options.skewed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,20 +231,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of a CPU; default: 2")
     parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="default: 512 2048 8192")
-    parser.add_argument("--experts", type=int, default=32, help="default: 32")
-    parser.add_argument("--top-k", type=int, default=4, help="default: 4")
+    parser.add_argument("--experts", type=int, nargs="+", default=[32], help="default: 32")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[4], help="default: 4")
     parser.add_argument("--hidden", type=int, default=1024, help="default: 1024")
     parser.add_argument("--inner", type=int, default=384, help="default: 384")
-    parser.add_argument("--rank", type=int, default=8, help="default: 8")
+    parser.add_argument("--rank", type=int, nargs="+", default=[8], help="default: 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--skewed", action="store_true", help="half of the experts have no token, one has half")
+    parser.add_argument("--quick", action="store_true", help="small blocks, 5 rounds; sizes above are ignored")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    budget = Budget(seconds=0, least=options.rounds, most=options.rounds, warmup=2)
+    count = 5 if options.quick else options.rounds
+    budget = Budget(seconds=0, least=count, most=count, warmup=2)
     rows: list[dict[str, Any]] = []
-    for T in options.tokens:
-        sizes = (T, options.experts, options.top_k, options.hidden, options.inner, options.rank)
-        case = ExpertsCase(*sizes, getattr(torch, options.dtype), options.skewed)
+    for case in QUICK if options.quick else cases(options):
         rows += measure(case, options.device, budget)
         Console(width=110).print(table(rows[-len(IMPLEMENTATIONS) :]))
     write(rows, options)

@@ -76,7 +76,7 @@ template <class T> struct Strided {
   const T *data;
   int64_t row, column;
 
-  explicit Strided(const dk_matrix &m)
+  __host__ __device__ explicit Strided(const dk_matrix &m)
       : data(static_cast<const T *>(m.data)), row(m.row_stride), column(m.column_stride) {}
 };
 
@@ -86,13 +86,14 @@ template <class T> struct Rows {
   int64_t stride;
   bool aligned;
 
-  explicit Rows(const dk_matrix &m) : data(static_cast<T *>(m.data)), stride(m.row_stride) {
+  __host__ __device__ explicit Rows(const dk_matrix &m)
+      : data(static_cast<T *>(m.data)), stride(m.row_stride) {
     aligned = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride) * sizeof(T)) % 16 == 0;
   }
 };
 
 // A vector of floats as a matrix whose rows are all the same.
-inline Rows<float> every_row(const float *vector) {
+__host__ __device__ inline Rows<float> every_row(const float *vector) {
   return Rows<float>({const_cast<float *>(vector), 0, 1, DK_FLOAT32});
 }
 

@@ -191,11 +191,13 @@ class GroupedOptions(NamedTuple):
     Args:
         method: Name of the public function, for messages.
         scale: Factor of the rank-r term.
+        dropout_p: Of the term's input, (p,).
         compute_dtype, rank_dtype: as in `Options`.
     """
 
     method: str
     scale: float
+    dropout_p: tuple[float, ...]
     compute_dtype: torch.dtype
     rank_dtype: torch.dtype
 
@@ -209,9 +211,11 @@ class GroupedCall(NamedTuple):
         weight: [E, N, K], any strides.
         bias: [E, N] or None.
         A, B: [E, r, K], [E, N, r]; both None: the linears alone.
+        magnitude: [E, N] for DoRA, else None.
         offsets: int32 or int64 [E], the end of each expert's rows.
         rows: int64 [T], the token of each row; None: x is sorted already.
         places: int64 [t, k], where each token's rows stand: the inverse of `rows`.
+        seed: int64, 0-d, on x's device if an element may drop, else None.
     """
 
     x: Tensor
@@ -219,9 +223,11 @@ class GroupedCall(NamedTuple):
     bias: Tensor | None
     A: Tensor | None
     B: Tensor | None
+    magnitude: Tensor | None
     offsets: Tensor
     rows: Tensor | None
     places: Tensor | None
+    seed: Tensor | None
     options: GroupedOptions
 
 

@@ -76,7 +76,7 @@ def _reflect_backward(dy: Any, x: Any, u: Any, v: Any, need_dx: bool) -> int:
     return (5 if need_dx else 4) * _gemm(x[0], x[1], 1 if v is None else 2)
 
 
-def _grouped_linear(x: Any, weight: Any, bias: Any, offsets: Any, A_hat: Any, B_hat: Any, scale: float) -> int:
+def _grouped_linear(x: Any, weight: Any, bias: Any, offsets: Any, A_hat: Any, B_hat: Any, *_: Any) -> int:
     """Every row belongs to one expert: rows behind the last offset are counted too."""
     R = 0 if A_hat is None else A_hat[1]
     return _gemm(x[0], x[1], weight[1]) + _gemm(x[0], x[1] + weight[1], R)

@@ -210,9 +210,11 @@ def grouped_linear(
     A_hat: Tensor | None,
     B_hat: Tensor | None,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of the rows of every expert, y_e = x_e W_eᵀ + h_e B̂_eᵀ + bias_e and h_e = scale · x_e Â_eᵀ:
-    → y [T, N], h [T, R] in Â's dtype (size 0 without factors).
+    """Of the rows of every expert, y_e = x_e W_eᵀ + h_e B̂_eᵀ + bias_e and h_e = scale · drop(x_e)
+    Â_eᵀ: → y [T, N], h [T, R] in Â's dtype (size 0 without factors).
 
     x [T, K] is sorted by expert: those of expert e end before row offsets[e] (int32 or int64, [E]).
     weight [E, N, K] in any float dtype, cast to x's; Â [E, R, K], B̂ [E, N, R], bias [E, N]. Rows
@@ -233,10 +235,12 @@ def grouped_backward(
     B_hat: Tensor | None,
     scale: float,
     need_bias: bool,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With dv_e = scale · dy_e B̂_e: dx_e = dy_e W_e + dv_e Â_e → dx [T, K] in dy's dtype, dÂ_e =
-    dv_eᵀ x_e [E, R, K], dB̂_e = dy_eᵀ h_e [E, N, R], Σ_t dy_e [E, N] (all acc); 0 for experts
-    without rows.
+    """With dv_e = scale · dy_e B̂_e: dx_e = dy_e W_e + drop(dv_e Â_e) → dx [T, K] in dy's dtype,
+    dÂ_e = dv_eᵀ drop(x_e) [E, R, K], dB̂_e = dy_eᵀ h_e [E, N, R], Σ_t dy_e [E, N] (all acc); 0 for
+    experts without rows.
 
     What is not asked for (weight, x, h None; need_bias False) has size 0. Without B̂ there is no
     low-rank branch; Â is needed for dx alone.

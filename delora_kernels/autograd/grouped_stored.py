@@ -6,8 +6,10 @@ experts, as many as a budget holds dense at a time, forward and backward alike.
 The dense experts of a group are gone before the next ones are made, and none is kept for backward.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from delora_kernels.bases.packed_experts import StoredExperts
@@ -23,10 +25,12 @@ def grouped_linear(
     A_hat: Tensor | None,
     B_hat: Tensor | None,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run `ops.grouped_linear`, where the weight is stored by groups of experts."""
     if isinstance(weight, Tensor):
-        y, h = stages.grouped_linear(x, weight, bias, offsets, A_hat, B_hat, scale)
+        y, h = stages.grouped_linear(x, weight, bias, offsets, A_hat, B_hat, scale, dropout_p, seed)
         return y, h
     y = x.new_zeros((x.shape[0], weight.shape[1]))
     h = x.new_empty(0) if A_hat is None else A_hat.new_zeros((x.shape[0], A_hat.shape[1]))
@@ -34,7 +38,7 @@ def grouped_linear(
         A_e, B_e, bias_e = (None if each is None else each[first:last] for each in (A_hat, B_hat, bias))
         ends = offsets[first:last] - rows.start
         y_e, h_e = stages.grouped_linear(
-            x[rows], weight.dense(first, last, x.dtype), bias_e, ends, A_e, B_e, scale
+            x[rows], weight.dense(first, last, x.dtype), bias_e, ends, A_e, B_e, scale, dropout_p, _own(seed, first)
         )  # nobody holds the dense experts from here on
         y[rows] = y_e
         if A_hat is not None:
@@ -53,10 +57,13 @@ def grouped_backward(
     B_hat: Tensor | None,
     scale: float,
     need_bias: bool,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run `ops.grouped_backward`, where the weight is stored and dx is wanted by groups."""
     if weight is None or isinstance(weight, Tensor):
-        dx, dA, dB, dbias = stages.grouped_backward(dy, x, h, weight, offsets, A_hat, B_hat, scale, need_bias)
+        arguments = (dy, x, h, weight, offsets, A_hat, B_hat, scale, need_bias, dropout_p, seed)
+        dx, dA, dB, dbias = stages.grouped_backward(*arguments)
         return dx, dA, dB, dbias
     (E, N, K), acc = weight.shape, accumulate_dtype(dy.dtype)
     dx = dy.new_zeros((dy.shape[0], K))
@@ -70,10 +77,24 @@ def grouped_backward(
         x_e, h_e = (None if each is None else each[rows] for each in (x, h))
         A_e, B_e = (None if each is None else each[first:last] for each in (A_hat, B_hat))
         dense, ends = weight.dense(first, last, dy.dtype), offsets[first:last] - rows.start
-        found = stages.grouped_backward(dy[rows], x_e, h_e, dense, ends, A_e, B_e, scale, need_bias)
+        dropout = dropout_p, _own(seed, first)
+        found = stages.grouped_backward(dy[rows], x_e, h_e, dense, ends, A_e, B_e, scale, need_bias, *dropout)
         del dense
         dx[rows] = found[0]
         for whole, part in zip((dA, dB, dbias), found[1:], strict=True):
             if whole.numel() > 0:
                 whole[first:last] = part
     return dx, dA, dB, dbias
+
+
+def each_dense(weight: Tensor | StoredExperts, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the weight of one expert after the other, in `dtype`."""
+    for e in range(weight.shape[0]):
+        yield weight[e].to(dtype) if isinstance(weight, Tensor) else weight.dense(e, e + 1, dtype)[0]
+
+
+def _own(seed: Tensor | None, first: int) -> Tensor | None:
+    """Return the seed of a group's dropout mask: a mask counts rows, which begin anew in each
+    group.
+    """
+    return None if seed is None else seed + first

@@ -20,6 +20,8 @@ from delora_kernels.functional.delora import delora_call, delora_factors, delora
 from delora_kernels.functional.dora import dora_call, dora_linear
 from delora_kernels.functional.ether import ether_call, ether_linear, ether_plus_linear
 from delora_kernels.functional.grouped import grouped_lora_call, grouped_lora_linear
+from delora_kernels.functional.grouped_delora import grouped_delora_call, grouped_delora_linear
+from delora_kernels.functional.grouped_dora import grouped_dora_call, grouped_dora_linear
 from delora_kernels.functional.lora import lora_call, lora_linear, lora_linears
 from delora_kernels.functional.moe import moe_lora_linear
 from delora_kernels.functional.moe_arguments import moe_lora_call
@@ -32,6 +34,8 @@ __all__ = [
     "dora_linear",
     "ether_linear",
     "ether_plus_linear",
+    "grouped_delora_linear",
+    "grouped_dora_linear",
     "grouped_lora_linear",
     "lora_linear",
     "lora_linears",
@@ -46,6 +50,8 @@ CALLS: dict[str, Callable[..., AnyCall]] = {
     "ether_linear": partial(ether_call, "ether_linear"),
     "ether_plus_linear": partial(ether_call, "ether_plus_linear"),
     "grouped_lora_linear": grouped_lora_call,
+    "grouped_dora_linear": grouped_dora_call,
+    "grouped_delora_linear": grouped_delora_call,
 }
 """Public function name → what checks its arguments, by name, and makes its call: see `call_of`."""
 

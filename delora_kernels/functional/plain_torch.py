@@ -123,10 +123,13 @@ def _grouped(call: GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None) 
     A, B = (None if of is None else _cast(of, o.rank_dtype) for of in (call.A, call.B))
     if A is None or B is None:
         A, B = x.new_zeros(len(weight), 1, x.shape[1]), x.new_zeros(*weight.shape[:2], 1)
-    return reference.grouped_lora_linear_dense(x, weight, A, B, call.offsets, o.scale, bias)
+    rest: dict[str, Any] = {"scale": o.scale, "bias": bias, "dropout_mask": _mask(call, x)}
+    if call.magnitude is not None:
+        return reference.grouped_dora_linear_dense(x, weight, A, B, call.magnitude, call.offsets, **rest)
+    return reference.grouped_lora_linear_dense(x, weight, A, B, call.offsets, **rest)
 
 
-def _mask(call: Call | MoECall, x: Tensor) -> Tensor | None:
+def _mask(call: Call | MoECall | GroupedCall, x: Tensor) -> Tensor | None:
     """Draw a mask of 0 and 1 / (1 − p): [T, K], or several [masks, T, K]; None: nothing drops.
 
     In a mixture what has p = 0 sees x itself, and has no mask.
@@ -154,6 +157,8 @@ FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "ether_linear": _reflected,
     "ether_plus_linear": _reflected,
     "grouped_lora_linear": _grouped,
+    "grouped_dora_linear": _grouped,
+    "grouped_delora_linear": _grouped,  # whose factors are normalised in the call
 }
 """Public function name → what it computes of (call, x, weight, bias), the three in the compute
 dtype.

@@ -10,6 +10,7 @@ from delora_kernels.nn.dora import DoRALinear
 from delora_kernels.nn.ether import EtherLinear, EtherPlusLinear
 from delora_kernels.nn.ether_checkpoint import load_ether_checkpoint
 from delora_kernels.nn.goat import GoatLinear
+from delora_kernels.nn.grouped import GroupedDeLoRALinear, GroupedDoRALinear, GroupedLoRALinear
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
 from delora_kernels.nn.parameter_groups import lambda_parameter_groups, router_parameter_groups
@@ -22,6 +23,9 @@ __all__ = [
     "EtherLinear",
     "EtherPlusLinear",
     "GoatLinear",
+    "GroupedDeLoRALinear",
+    "GroupedDoRALinear",
+    "GroupedLoRALinear",
     "LoRALinear",
     "MergeableLinear",
     "MoELoRALinear",

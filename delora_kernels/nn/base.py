@@ -78,8 +78,7 @@ class MergeableLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dropout_p = checks.probability(kind, dropout_p)
 
-        base = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._hold(base.weight, base.bias)
+        self._hold(*self._new_base(bias, device, dtype))
         self.register_parameter("base_weight", None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -131,6 +130,11 @@ class MergeableLinear(nn.Module):
             module._modules["stored"] = linear
         module.reset_parameters()
         return module.train(linear.training)
+
+    def _new_base(self, bias: bool, device: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return a weight and a bias initialised as nn.Linear's."""
+        base = nn.Linear(self.in_features, self.out_features, bias, device, dtype)
+        return base.weight, base.bias
 
     def _hold(self, weight: Tensor | None, bias: Tensor | None) -> None:
         self.register_parameter("weight", None if weight is None else _frozen(weight))
@@ -223,7 +227,7 @@ class MergeableLinear(nn.Module):
         name = f"{type(self).__name__}.unmerge"
         if self.base_weight is None:
             raise RuntimeError(f"{name}: the adapter is not merged; call merge() first")
-        if self.base_weight.dim() != 2:
+        if _is_dropped(self.base_weight):
             raise RuntimeError(f"{name}: merge(keep_weight=False) let the weight go; load it from its checkpoint")
         self.weight, self.base_weight = self.base_weight, None
 
@@ -260,7 +264,7 @@ class MergeableLinear(nn.Module):
         is a new one then.
         """
         if saved is None:
-            if self.base_weight is not None and self.base_weight.dim() == 2:
+            if self.base_weight is not None and not _is_dropped(self.base_weight):
                 self.unmerge()
             elif self.base_weight is not None and not has_weight:
                 return "the adapter is merged with keep_weight=False; load a state dict that has the weight"
@@ -271,7 +275,8 @@ class MergeableLinear(nn.Module):
         if self.base_weight is None:
             self.weight, self.base_weight = _frozen(torch.empty_like(self.weight)), self.weight
         if saved.dim() != self.base_weight.dim():
-            self.base_weight = _frozen(torch.empty_like(self.weight)) if saved.dim() == 2 else _dropped(self.weight)
+            lean = _is_dropped(saved)
+            self.base_weight = _dropped(self.weight) if lean else _frozen(torch.empty_like(self.weight))
         return None
 
 
@@ -364,6 +369,10 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 def _dropped(weight: Tensor) -> nn.Parameter:
     """`base_weight` after merge(keep_weight=False): 1-D and empty."""
     return _frozen(weight.new_empty(0))
+
+
+def _is_dropped(base_weight: Tensor) -> bool:
+    return base_weight.dim() == 1
 
 
 def _row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -71,10 +71,8 @@ class DoRALinear(AdapterLinear):
 
     def _reset_adapter(self) -> None:
         super()._reset_adapter()
-        # the forward pass's own norm, so that c is exactly 1 at the start
-        norm, _, _ = ops.row_norm(self.weight, self.A.detach(), self.B.detach(), self.scale, None, False, "eager")
         with torch.no_grad():
-            self.magnitude.copy_(norm)
+            self.magnitude.copy_(row_norms(self.weight, self.A, self.B, self.scale))
 
     def _arguments(self) -> dict[str, Any]:
         return {"magnitude": self.magnitude, "scale": self.scale, "dropout": self.dropout, "saved": self.saved}
@@ -83,3 +81,11 @@ class DoRALinear(AdapterLinear):
         norm = torch.linalg.vector_norm(updated, dim=1)
         c = self.magnitude[rows].to(norm.dtype) / norm.masked_fill(norm == 0, torch.inf)
         return updated * c[:, None]
+
+
+def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W + s · B A‖ by rows, as a forward pass computes it, so that DoRA's c is exactly 1 at the
+    start.
+    """
+    norm: Tensor = ops.row_norm(weight, A.detach(), B.detach(), scale, None, False, "eager")[0]
+    return norm

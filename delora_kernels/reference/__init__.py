@@ -22,7 +22,16 @@ from delora_kernels.reference.ether import (
     ether_qkv_linear,
     ether_weight,
 )
-from delora_kernels.reference.grouped import grouped_lora_linear, grouped_lora_linear_dense, grouped_lora_weight
+from delora_kernels.reference.grouped import (
+    grouped_delora_linear,
+    grouped_delora_weight,
+    grouped_dora_linear,
+    grouped_dora_linear_dense,
+    grouped_dora_weight,
+    grouped_lora_linear,
+    grouped_lora_linear_dense,
+    grouped_lora_weight,
+)
 from delora_kernels.reference.lora import lora_linear, lora_weight
 from delora_kernels.reference.moe import RouterStats, moe_lora_linear, moe_lora_linear_dense
 
@@ -38,6 +47,11 @@ __all__ = [
     "ether_plus_weight",
     "ether_qkv_linear",
     "ether_weight",
+    "grouped_delora_linear",
+    "grouped_delora_weight",
+    "grouped_dora_linear",
+    "grouped_dora_linear_dense",
+    "grouped_dora_weight",
     "grouped_lora_linear",
     "grouped_lora_linear_dense",
     "grouped_lora_weight",

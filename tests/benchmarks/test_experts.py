@@ -24,7 +24,7 @@ def test_passes_give_the_same_gradients() -> None:
         found[name] = [y, *grads]
     assert found["frozen"][3] is None
     assert not torch.allclose(found["frozen"][0], found["peft"][0], rtol=1e-3)
-    for name in ("peft-eager", "dk"):
+    for name in ("peft-eager", "loop", "dk"):
         for ours, theirs in zip(found[name], found["peft"], strict=True):
             assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
@@ -44,6 +44,21 @@ def test_command_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert tuple(rows) == experts.IMPLEMENTATIONS
     assert rows["frozen"]["ratio_to_frozen"] == 1.0
     assert "over frozen" in capsys.readouterr().out
+
+
+def test_sweep_and_quick_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice of the sizes that are listed, where a token has as many experts to choose."""
+    seen: list[experts.ExpertsCase] = []
+    monkeypatch.setattr(experts, "measure", lambda case, *_: seen.append(case) or [])
+    monkeypatch.setattr(experts, "write", lambda *_: None)
+    lists = ["--tokens", "3", "5", "--experts", "2", "4", "--top-k", "1", "4", "--rank", "2", "64"]
+    assert experts.main(["--device", "cpu", "--threads", "1", *lists, "--skewed"]) == 0
+    found = [(case.T, case.E, case.top_k, case.r) for case in seen]
+    assert found == [(T, E, k, r) for E, k in ((2, 1), (4, 1), (4, 4)) for r in (2, 64) for T in (3, 5)]
+    assert all(case.skewed for case in seen)
+    seen.clear()
+    assert experts.main(["--device", "cpu", "--threads", "1", "--quick"]) == 0
+    assert tuple(seen) == experts.QUICK
 
 
 def test_what_is_kept_and_allocated() -> None:

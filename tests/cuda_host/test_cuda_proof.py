@@ -18,5 +18,5 @@ def test_every_case_is_right(function: str, dtypes: tuple[torch.dtype, torch.dty
     shuffle_threads(seed)
     for rank in proof.RANKS[: 1 if function.startswith("ether") else None]:
         for both in (False, True):
-            drops = both and not function.startswith(("ether", "grouped"))
+            drops = both and not function.startswith("ether")
             assert proof.prove(proof.Case("cuda", function, drops, both, *dtypes, False, rank, "cpu")) is None

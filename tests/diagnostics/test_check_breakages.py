@@ -268,6 +268,6 @@ def test_op_or_function_without_a_check_fails(
     )
     assert any(row.startswith("dora_linear ") and "no entry in delora_kernels.testing.METHODS" in row for row in rows)
     assert summary.endswith(
-        "7 FAILED: op refract, delora_linear, dora_linear, ether_linear, ether_plus_linear, grouped_lora_linear, "
-        "moe_lora_linear"
+        "9 FAILED: op refract, delora_linear, dora_linear, ether_linear, ether_plus_linear, grouped_delora_linear, "
+        "grouped_dora_linear, grouped_lora_linear, moe_lora_linear"
     )

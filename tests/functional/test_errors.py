@@ -32,8 +32,12 @@ def arguments(function: str) -> dict[str, Any]:
         made = {"x": made["x"], "weight": made["weight"], "u": t(2, K // 2)}
     if function == "ether_plus_linear":
         made["v"] = t(2, K // 2)
-    if function == "grouped_lora_linear":
+    if function.startswith("grouped"):
         made |= {"weight": t(2, N, K), "A": t(2, R, K), "B": t(2, N, R), "offsets": torch.tensor([1, T])}
+    if function == "grouped_dora_linear":
+        made["magnitude"] = t(2, N)
+    if function == "grouped_delora_linear":
+        made |= {"lam": t(2), "weight_norm": t(2, K)}
     return made
 
 
@@ -173,6 +177,9 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("grouped_lora_linear", {"offsets": [1, 2]}, TypeError, "offsets must be an int32 or int64 tensor, got list"),
     ("grouped_lora_linear", {"weight": t(N, K)}, ValueError, "weight must be 3-D [E, N, K], got shape"),
+    ("grouped_dora_linear", {"magnitude": t(N)}, ValueError, "magnitude must be [E, N] = [2, "),
+    ("grouped_delora_linear", {"lam": 2.0}, TypeError, "lam must be a torch.Tensor, got float"),
+    ("grouped_delora_linear", {"weight_norm": t(2, N)}, ValueError, "weight_norm must be [E, K] or [E]"),
 ]
 
 
@@ -287,7 +294,7 @@ def test_explain() -> None:
 def test_explain_takes_every_function_and_draws_no_seed(function: str) -> None:
     """A call with dropout would draw one; explaining it leaves torch's generator as it was."""
     state = torch.get_rng_state()
-    dropout = {} if function.startswith(("ether", "grouped")) else {"dropout_p": 0.5}
+    dropout = {} if function.startswith("ether") else {"dropout_p": 0.5}
     found = explain(function, **arguments(function), **dropout)
     assert found.backend == "eager"
     assert ("reflections in" in str(found)) == function.startswith("ether")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from grouped_calls import ROWS, TRAINED, E, K, N, R, assert_close, made_of, step
 from reference_calls import Maker
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,45 +20,7 @@ from delora_kernels.backends.eager import grouped_library
 from delora_kernels.functional.grouped import run_routed
 from delora_kernels.testing import failures, op_problems
 
-E, K, N, R = 4, 8, 12, 3
-TRAINED = ("x", "weight", "A", "B", "bias")
-ROWS: dict[str, list[int]] = {
-    "some": [3, 1, 4, 2],
-    "empty": [0, 5, 0, 3],
-    "one has all": [0, 0, 9, 0],
-    "no rows": [0, 0, 0, 0],
-    "one row": [0, 1, 0, 0],
-}
-"""How many rows each expert has."""
-
 FORMULAS = (reference.grouped_lora_linear, reference.grouped_lora_linear_dense)
-
-
-def made_of(maker: Maker, rows: list[int], nobody: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Arguments, with rows of no expert at the end."""
-    T = sum(rows) + nobody
-    sizes = {"x": (T, K), "weight": (E, N, K), "A": (E, R, K), "B": (E, N, R), "bias": (E, N)}
-    made: dict[str, Any] = {name: maker.tensor(*size).to(dtype) for name, size in sizes.items()}
-    return made | {"offsets": torch.tensor(rows).cumsum(0), "scale": 0.7}
-
-
-def step(function: Callable[..., Tensor], made: dict[str, Any], trained: Any = TRAINED) -> dict[str, Tensor]:
-    """y and the gradients of what trains."""
-    leaves = {name: made[name].detach().clone().requires_grad_() for name in trained if made.get(name) is not None}
-    y = function(**made | leaves)
-    dy = torch.linspace(-1, 2, y.numel()).reshape(y.shape).bfloat16().to(y.dtype)  # the same in every dtype
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True) if leaves else ()
-    zero = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    return {"y": y.detach()} | {n: zero[n] if g is None else g for n, g in zip(leaves, grads, strict=True)}
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: float = 1e-12) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        largest = float(value.abs().max()) if value.numel() else 0.0
-        assert ours[name].shape == value.shape
-        assert ours[name].dtype == value.dtype
-        assert not value.numel() or float((ours[name] - value).abs().max()) <= limit * largest, name
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -155,11 +118,14 @@ def test_opcheck(form: str, seed: int) -> None:
     x, W, A, B, bias, ends = (made[n] for n in ("x", "weight", "A", "B", "bias", "offsets"))
     dy, h = maker.tensor(8, N).float(), maker.tensor(8, R).float()
     calls = {
-        "grouped_linear": [(x, W, bias, ends, A, B, 0.7), (x, W, None, ends, None, None, 1.0)],
+        "grouped_linear": [
+            (x, W, bias, ends, A, B, 0.7, 0.2, torch.tensor(seed)),
+            (x, W, None, ends, None, None, 1.0, 0.0, None),
+        ],
         "grouped_backward": [
-            (dy, x, h, W, ends, A, B, 0.7, True),
-            (dy, None, None, W, ends, None, None, 1.0, False),
-            (dy, x, None, None, ends, None, B, 0.7, False),
+            (dy, x, h, W, ends, A, B, 0.7, True, 0.2, torch.tensor(seed)),
+            (dy, None, None, W, ends, None, None, 1.0, False, 0.0, None),
+            (dy, x, None, None, ends, None, B, 0.7, False, 0.0, None),
         ],
         "grouped_weight_grad": [(dy, x, ends)],
     }
@@ -280,4 +246,6 @@ def test_errors_name_the_argument(case: str, seed: int) -> None:
 def test_ops_have_no_autograd_of_their_own(seed: int) -> None:
     made = made_of(Maker(seed), [2, 0, 3, 1])
     with pytest.raises(RuntimeError, match="has no autograd formula"):
-        ops.grouped_linear(made["x"].requires_grad_(), made["weight"], None, made["offsets"], None, None, 1.0, "eager")
+        ops.grouped_linear(
+            made["x"].requires_grad_(), made["weight"], None, made["offsets"], None, None, 1.0, 0.0, None, "eager"
+        )

@@ -206,7 +206,7 @@ def functions() -> None:
 
     for function in CALLS:
         for both in (False, True):
-            drops = both and not function.startswith(("ether", "grouped"))
+            drops = both and not function.startswith("ether")
             case = proof.Case("eager", function, drops, both, torch.bfloat16, torch.float32, False, 16, DEVICE)
             assert (reason := proof.prove(case)) is None, (case, reason)
 

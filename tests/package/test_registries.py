@@ -55,7 +55,8 @@ MODULES = {
 }
 
 
-OWN_FILES = {"moe_lora_linear", "grouped_lora_linear", "ether_linear", "ether_plus_linear"}
+GROUPED = {"grouped_lora_linear", "grouped_dora_linear", "grouped_delora_linear"}
+OWN_FILES = {"moe_lora_linear", "ether_linear", "ether_plus_linear"} | GROUPED
 """Methods whose variants are their own tests': test_moe.py, test_grouped.py, test_ether.py."""
 
 LISTS: dict[str, set[str]] = {
@@ -66,9 +67,9 @@ LISTS: dict[str, set[str]] = {
     "tests/helpers/reference_calls.py: VARIANTS": set(map(function_of, VARIANTS)) | OWN_FILES,
     "testing/methods/: METHODS": {method.function for method in testing.METHODS.values()},
     "nn/: _function of a module": {kind._function.__name__ for kind in MODULES if hasattr(kind, "_function")}
-    | {"moe_lora_linear", "grouped_lora_linear"},
+    | {"moe_lora_linear"},
     "benchmarks/layer/methods.py: METHODS, or benchmarks/experts.py": {method.function for method in TIMED.values()}
-    | {"grouped_lora_linear"},
+    | GROUPED,
 }
 """Where functions are listed → those that are."""
 
@@ -76,7 +77,8 @@ LISTS_OF_MODULES: dict[str, set[type]] = {
     "nn/__init__.py: __all__": {getattr(nn, name) for name in nn.__all__},
     "tests/helpers/nn_modules.py or nn_mixtures.py: KINDS": {row[0] for row in nn_modules.KINDS.values()}
     | {row[0] for row in nn_mixtures.KINDS.values()}
-    | {nn.EtherLinear, nn.EtherPlusLinear},  # tests/nn/test_ether.py
+    | {nn.EtherLinear, nn.EtherPlusLinear}  # tests/nn/test_ether.py
+    | {nn.GroupedLoRALinear, nn.GroupedDoRALinear, nn.GroupedDeLoRALinear},  # tests/nn/test_grouped.py
     "integrations/peft/export/low_rank_terms.py: LOW_RANK or NOT_LOW_RANK": {*low_rank_terms.LOW_RANK}
     | {kind for kind in MODULES if issubclass(kind, (*low_rank_terms.NOT_LOW_RANK,))}
     | {kind for kind in MODULES if not issubclass(kind, nn.AdapterLinear)},

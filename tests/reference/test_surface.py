@@ -24,8 +24,13 @@ moe_lora_linear x weight A B router=None gates=None adapter_ids=None top_k=None 
 bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
 moe_lora_linear_dense x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
 bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
-grouped_lora_linear x weight A B offsets scale=1.0 bias=None
-grouped_lora_linear_dense x weight A B offsets scale=1.0 bias=None
+grouped_lora_linear x weight A B offsets scale=1.0 bias=None dropout_mask=None
+grouped_lora_linear_dense x weight A B offsets scale=1.0 bias=None dropout_mask=None
+grouped_dora_linear x weight A B magnitude offsets scale=1.0 bias=None dropout_mask=None
+grouped_dora_linear_dense x weight A B magnitude offsets scale=1.0 bias=None dropout_mask=None
+grouped_dora_weight weight A B magnitude scale=1.0
+grouped_delora_linear x weight A B lam weight_norm offsets bias=None eps=0.0001 dropout_mask=None
+grouped_delora_weight weight A B lam weight_norm eps=0.0001
 grouped_lora_weight weight A B scale=1.0
 RouterStats fraction probability z top_k
 """

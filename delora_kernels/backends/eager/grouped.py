@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from delora_kernels.backends.dropout import KeepMask
 from delora_kernels.backends.eager import grouped_library as library
 from delora_kernels.backends.eager.low_rank import add_rank_term, factor_grad, product, rank_gradients
 from delora_kernels.dtypes import accumulate_dtype
@@ -25,10 +26,13 @@ def grouped_linear(
     A_hat: Tensor | None,
     B_hat: Tensor | None,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For each expert the frozen GEMM, and its rank-r term on top."""
+    mask, scale = _mask(x.shape[1], dropout_p, seed), scale / (1 - dropout_p)
     if library.takes(x, (weight, A_hat, B_hat), weight.shape[1:]):
-        return library.forward(x, weight, bias, offsets, A_hat, B_hat, scale)
+        return library.forward(x, weight, bias, offsets, A_hat, B_hat, scale, mask)
     y = x.new_empty((x.shape[0], weight.shape[1]))
     h = x.new_empty(0) if A_hat is None else A_hat.new_empty((x.shape[0], A_hat.shape[1]))
     end = 0
@@ -37,7 +41,8 @@ def grouped_linear(
         h_e = None
         if A_hat is not None:  # before W pushes x out of cache
             h_e, A_e = h[rows], A_hat[e].t()
-            torch.addmm(h_e, x_e.to(h.dtype), A_e, beta=0, alpha=scale, out=h_e)
+            seen = x_e if mask is None else mask.drop(x_e, rows)
+            torch.addmm(h_e, seen.to(h.dtype), A_e, beta=0, alpha=scale, out=h_e)
         if bias is None:
             torch.mm(x_e, W_e.t(), out=y_e)
         else:
@@ -60,11 +65,15 @@ def grouped_backward(
     B_hat: Tensor | None,
     scale: float,
     need_bias: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything of one expert after the other; rank-r products while its dy is in cache."""
     widths = [dy.shape[1], *(each.shape[-1] for each in (weight, x) if each is not None)]
+    inverse = 1 / (1 - dropout_p)
+    mask = None if seed is None else _mask(widths[-1], dropout_p, seed)
     if library.takes(dy, (weight, x, h, A_hat, B_hat), widths):
-        return library.backward(dy, x, h, weight, offsets, A_hat, B_hat, scale, need_bias)
+        return library.backward(dy, x, h, weight, offsets, A_hat, B_hat, scale, need_bias, mask, inverse)
     acc, (T, N), E = accumulate_dtype(dy.dtype), dy.shape, len(offsets)
     dx = dy.new_empty(0 if weight is None else (T, weight.shape[2]))
     dA, dBt = (dy.new_empty(0, dtype=acc) for _ in range(2))
@@ -84,14 +93,22 @@ def grouped_backward(
         if dBt.numel() > 0 and h is not None:
             _token_product(h[rows], dy_e, dBt[e])
         if dv is not None and x is not None:
-            _token_product(dv, x[rows], dA[e])
+            _token_product(dv, x[rows] if mask is None else mask.drop(x[rows], rows), dA[e])
         if weight is not None:
             dx_e = torch.mm(dy_e, weight[e].to(dy.dtype), out=dx[rows])
-            if dv is not None and A_hat is not None:
+            if dv is not None and A_hat is not None and mask is None:
                 add_rank_term(dx_e, dv, A_hat[e], 1.0)
+            elif dv is not None and A_hat is not None and mask is not None:
+                dx_e += mask.drop(product(dv, A_hat[e], inverse), rows)
     if weight is not None:
         dx[end:] = 0
+    if mask is not None:
+        dA *= inverse
     return dx, dA, (dBt.mT if h is not None else dBt), dbias
+
+
+def _mask(K: int, dropout_p: float, seed: Tensor | None) -> KeepMask | None:
+    return None if seed is None else KeepMask(K, dropout_p, seed)
 
 
 def _dv(dy: Tensor, B: Tensor, scale: float) -> Tensor:

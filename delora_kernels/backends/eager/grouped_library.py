@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from delora_kernels.backends.dropout import KeepMask
 from delora_kernels.dtypes import accumulate_dtype
 
 _gemm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -57,6 +58,7 @@ def forward(
     A_hat: Tensor | None,
     B_hat: Tensor | None,
     scale: float,
+    mask: KeepMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the frozen GEMM, two thin ones and an addition."""
     ends, T = offsets.to(torch.int32), x.shape[0]
@@ -68,7 +70,8 @@ def forward(
         y += bias.to(x.dtype)[experts]
     if A_hat is None or B_hat is None:
         return y.masked_fill_(tail, 0), x.new_empty(0)
-    h = _gemm(_aligned(x), _padded(A_hat * scale, 1).mT, offs=ends)
+    seen = x if mask is None else mask.drop(x, slice(0, T))
+    h = _gemm(_aligned(seen), _padded(A_hat * scale, 1).mT, offs=ends)
     h.masked_fill_(tail, 0)
     y += _gemm(h, _padded(B_hat, 2).mT, offs=ends)
     return y.masked_fill_(tail, 0), h[:, : A_hat.shape[1]].contiguous()
@@ -84,6 +87,8 @@ def backward(
     B_hat: Tensor | None,
     scale: float,
     need_bias: bool,
+    mask: KeepMask | None = None,
+    inverse: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dv, then what comes of it; dB and the sums of dy from one product."""
     ends, dy, acc = offsets.to(torch.int32), _aligned(dy), accumulate_dtype(dy.dtype)
@@ -94,12 +99,14 @@ def backward(
     if B_hat is not None and (x is not None or A_hat is not None):
         dv = _gemm(dy, _padded(B_hat * scale, 2), offs=ends)
     if dv is not None and x is not None and B_hat is not None:
-        dA = _gemm(dv.t(), _aligned(x), offs=ends)[:, : B_hat.shape[2]].to(acc).contiguous()
-        dA.masked_fill_(empty, 0)
+        seen = x if mask is None else mask.drop(x, slice(0, len(x)))
+        dA = _gemm(dv.t(), _aligned(seen), offs=ends)[:, : B_hat.shape[2]].to(acc).contiguous()
+        dA.masked_fill_(empty, 0).mul_(inverse)
     if weight is not None:
         dx = _gemm(dy, _aligned(weight), offs=ends)
         if dv is not None and A_hat is not None:
-            dx += _gemm(dv, _padded(A_hat, 1), offs=ends)
+            term = _gemm(dv, _padded(A_hat, 1), offs=ends)
+            dx += term if mask is None else mask.drop(term, slice(0, len(dy))).mul_(inverse)
         dx.masked_fill_(tail, 0)
     if h is not None or need_bias:
         r = 0 if h is None else h.shape[1]

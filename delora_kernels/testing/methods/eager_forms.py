@@ -73,9 +73,19 @@ def _mixed_grouped(
     """Compute the same expert by expert: the frozen GEMMs in the base's dtype."""
     wide = branch["A"].dtype
     call = getattr(reference, function)
+    if function == "grouped_dora_linear":
+        parts, begin, mask = [], 0, branch.pop("dropout_mask", None)
+        scale = branch.pop("scale")
+        for e, end in enumerate(offsets.tolist()):
+            rows, begin = slice(begin, end), end
+            own = {name: value[e] for name, value in branch.items()}
+            seen = None if mask is None else mask[rows]
+            rest = {"scale": scale, "dropout": "branch", "dropout_mask": seen}
+            parts.append(_mixed_dora(x[rows], weight[e], None if bias is None else bias[e], **own, **rest))
+        return torch.cat([*parts, x.new_zeros(len(x) - begin, weight.shape[1])])
     added = call(x.to(wide), torch.zeros_like(weight, dtype=wide), offsets=offsets, **branch)
-    without = {name: torch.zeros_like(branch[name], dtype=x.dtype) for name in ("A", "B")}
-    return (call(x, weight, offsets=offsets, bias=bias, **without) + added).to(x.dtype)
+    without: dict[str, Any] = {name: torch.zeros_like(branch[name], dtype=x.dtype) for name in ("A", "B")}
+    return (reference.grouped_lora_linear(x, weight, offsets=offsets, bias=bias, **without) + added).to(x.dtype)
 
 
 def _mixed_dora(

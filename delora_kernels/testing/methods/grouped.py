@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.testing.draw import Draw
-from delora_kernels.testing.methods.lora import ALPHA
+from delora_kernels.testing.methods.lora import ALPHA, DROPOUT_P
 from delora_kernels.testing.methods.method import Method
 
 EXPERTS = 4
@@ -33,4 +33,25 @@ def _sizes(r: int, K: int, N: int) -> dict[str, tuple[int, int]]:
     return {"weight": (N, K), "A": (r, K), "B": (N, r)}
 
 
-METHODS = (Method("grouped-lora", "grouped_lora_linear", experts, ("offsets",)),)
+def _dora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
+    made = experts(draw, base)
+    return made | {"magnitude": made["weight"].norm(dim=2) * (1 + draw.normal(EXPERTS, draw.N))}
+
+
+def _delora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
+    made = experts(draw, base)
+    del made["scale"]
+    return made | {"lam": 1 + draw.normal(EXPERTS).abs(), "weight_norm": made["weight"].norm(dim=1)}
+
+
+_DORA: dict[str, Any] = {"constants": ("offsets",), "through_x": ("dmagnitude",)}
+_DELORA = ("offsets", "weight_norm")
+
+METHODS = (
+    Method("grouped-lora", "grouped_lora_linear", experts, ("offsets",)),
+    Method("grouped-lora-dropout", "grouped_lora_linear", experts, ("offsets",), dropout_p=DROPOUT_P),
+    Method("grouped-dora", "grouped_dora_linear", _dora, **_DORA),
+    Method("grouped-dora-dropout", "grouped_dora_linear", _dora, dropout_p=DROPOUT_P, **_DORA),
+    Method("grouped-delora", "grouped_delora_linear", _delora, _DELORA),
+    Method("grouped-delora-dropout", "grouped_delora_linear", _delora, _DELORA, dropout_p=DROPOUT_P),
+)

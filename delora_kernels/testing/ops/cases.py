@@ -282,7 +282,7 @@ def _reflect_backward(d: OpDraw) -> Variants:
 def _grouped(d: OpDraw) -> Arguments:
     E = EXPERTS
     made = {"weight": d.base(E, d.N, d.K), "A_hat": d.small(E, d.R, d.K), "B_hat": d.small(E, d.N, d.R)}
-    return made | {"scale": SCALE, "offsets": offsets_of(d.T).to(made["weight"].device)}
+    return made | {"scale": SCALE, "offsets": offsets_of(d.T).to(made["weight"].device)} | NO_DROPOUT
 
 
 def _grouped_linear(d: OpDraw) -> Variants:
@@ -295,6 +295,7 @@ def _grouped_linear(d: OpDraw) -> Variants:
     transposed = {"weight": d.base(EXPERTS, d.K, d.N).mT, "B_hat": d.small(d.N, d.R, EXPERTS).permute(2, 0, 1)}
     yield made | transposed
     yield made | {"A_hat": None, "B_hat": None, "bias": d.base(EXPERTS, d.N)}
+    yield made | d.dropout
 
 
 def _grouped_backward(d: OpDraw) -> Variants:
@@ -307,6 +308,7 @@ def _grouped_backward(d: OpDraw) -> Variants:
     for wanted in (("weight", "A_hat", "B_hat"), ("x", "B_hat"), ("h",), ("need_bias",), ("weight",)):
         yield made | {name: value for name, value in nothing.items() if name not in wanted}
     yield made | {"weight": d.base(EXPERTS, d.K, d.N).mT, "need_bias": False}
+    yield made | d.dropout
 
 
 def _grouped_weight_grad(d: OpDraw) -> Variants:

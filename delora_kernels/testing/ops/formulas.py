@@ -263,14 +263,17 @@ def grouped_linear(
     A_hat: Tensor | None,
     B_hat: Tensor | None,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Two:
-    """Every expert on every row, of which each keeps its own: y, and h = scale · x Âᵀ."""
+    """Every expert on every row, of which each keeps its own: y, and h = scale · drop(x) Âᵀ."""
     member, h = _members(x, offsets), None
     each = torch.einsum("tk,enk->ten", x, weight)
     each = each if bias is None else each + bias
     if A_hat is not None and B_hat is not None:
         wide = torch.promote_types(x.dtype, A_hat.dtype)
-        h = scale * torch.einsum("te,tk,erk->tr", member.to(wide), x.to(wide), A_hat.to(wide))
+        seen = _masked(x.to(wide), dropout_p, seed)
+        h = scale * torch.einsum("te,tk,erk->tr", member.to(wide), seen, A_hat.to(wide))
         each = each + torch.einsum("tr,enr->ten", h, B_hat.to(wide))
     return torch.einsum("te,ten->tn", member.to(each.dtype), each), h
 
@@ -285,6 +288,8 @@ def grouped_backward(
     B_hat: Tensor | None,
     scale: float,
     need_bias: bool,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Results:
     """dx, dÂ, dB̂ and Σ_t dy of each expert, of the rows that are its own."""
     member = _members(dy, offsets)
@@ -295,9 +300,10 @@ def grouped_backward(
     if weight is not None:
         dx = torch.einsum("te,tn,enk->tk", member, dy, weight)
         if dv is not None and A_hat is not None:
-            dx = dx + torch.einsum("te,tr,erk->tk", member.to(dv.dtype), dv, A_hat.to(dv.dtype))
+            term = torch.einsum("te,tr,erk->tk", member.to(dv.dtype), dv, A_hat.to(dv.dtype))
+            dx = dx + _masked(term, dropout_p, seed)
     if dv is not None and x is not None:
-        dA = torch.einsum("te,tr,tk->erk", member.to(dv.dtype), dv, x.to(dv.dtype))
+        dA = torch.einsum("te,tr,tk->erk", member.to(dv.dtype), dv, _masked(x.to(dv.dtype), dropout_p, seed))
     if h is not None:
         wide = torch.promote_types(dy.dtype, h.dtype)
         dB = torch.einsum("te,tn,tr->enr", member.to(wide), dy.to(wide), h.to(wide))
@@ -307,6 +313,10 @@ def grouped_backward(
 def grouped_weight_grad(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """dyᵀ x over each expert's rows."""
     return torch.einsum("te,tn,tk->enk", _members(dy, offsets), dy, x)
+
+
+def _masked(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask.to(x.dtype) / (1 - dropout_p)
 
 
 def _members(x: Tensor, offsets: Tensor) -> Tensor:

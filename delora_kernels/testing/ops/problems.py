@@ -47,7 +47,7 @@ def op_problems(
     draw, _ = OPS[name]
     for inputs in draw(OpDraw(T, K, N, R, dtype, rank_dtype or dtype, device, seed)):
         if inputs.get("seed") is not None:
-            width = next(inputs[matrix].shape[1] for matrix in ("x", "weight") if inputs.get(matrix) is not None)
+            width = next(inputs[matrix].shape[-1] for matrix in ("x", "weight") if inputs.get(matrix) is not None)
             inputs["mask"] = dropout_masks(T, width, inputs["dropout_p"], inputs["seed"], backend)
         eager = partial(_eager, name, torch.promote_types(dtype, rank_dtype or dtype))
         dtypes = _dtypes(name, inputs, backend)
