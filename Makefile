@@ -12,8 +12,9 @@
 # make test-newest       all tests with the newest release of everything (3 GB)
 # make cuda              compile the CUDA kernels for this machine's GPUs, or ARGS="--arch 8.0 9.0" (needs nvcc)
 # make test-cuda-build   the wheel with the CUDA kernels, by the real nvcc: what it holds, that it loads
-# make gpu-check PY=python3  on a machine with a CUDA device, nvcc and torch: checks, tests/gpu, a record of layers
-#                        (without nvcc: GPU_BACKENDS=triton)
+# make gpu-check PY=python3  on a machine with a CUDA device, nvcc and torch, in nine minutes: checks, each launch beside
+#                        its estimate, a record of layers (without nvcc: GPU_BACKENDS=triton)
+# make gpu-rehearsal     the same without a GPU: what would be compiled, in what time
 # make help              this text
 #
 # Every other target makes its own .venv first. ARGS is passed on: make demo ARGS="--method dora --steps 20"
@@ -34,7 +35,7 @@ export PYTHONDONTWRITEBYTECODE :=
 STORED_BASES := bitsandbytes torchao hqq einops termcolor
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo lint bench clean
 
 ifneq ($(and $(METHOD),$(filter -k%,$(ARGS))),)
 $(error METHOD is a -k itself, and pytest heeds the last one alone: leave the -k out of ARGS, write METHOD="$(METHOD) and ...")
@@ -59,6 +60,7 @@ test-cuda-host: .venv/installed
 
 codegen: .venv/installed
 	$(PY) -m benchmarks.codegen $(ARGS)
+	$(PY) -m benchmarks.codegen --launched
 
 codegen-cuda: .venv/installed
 	$(PY) -m benchmarks.codegen_cuda $(ARGS)
@@ -69,20 +71,19 @@ cuda: .venv/installed
 test-cuda-build: .venv/installed
 	DELORA_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-all} $(PY) -m pytest -q tests/cuda_build $(ARGS)
 
-# compute-sanitizer runs where it is installed; under it, kernels are slow: one op suffices for each kernel. Most of the
-# time goes into compiling kernels, on as many processes as there are (where pytest-xdist is installed).
+# Three commands back to back on one start of the machine: 3, 2.5 and 3.5 minutes at most, kernels compiled in parallel;
+# each goes on whatever the one before found. Their records are in runs/gpu. `benchmarks.gpu tune` is the fourth.
 GPU_BACKENDS ?= triton cuda
-SANITIZED := -m pytest -q tests/gpu -k 'test_op and sizes0 and bfloat16'
+GPU_OUT ?= runs/gpu
 gpu-check:
 	case '$(GPU_BACKENDS)' in *cuda*) PYTHONPATH=. $(PY) -m delora_kernels build-cuda;; esac
-	for backend in $(GPU_BACKENDS); do PYTHONPATH=. $(PY) -m delora_kernels check --device cuda --backend $$backend \
-		--dtype bfloat16 --dtype float16 --dtype float32 || exit 1; done
-	PYTHONPATH=. $(PY) -m pytest -q -rs $$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) tests/gpu $(ARGS)
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
-		PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) $(SANITIZED) || exit 1; done; fi
-	case '$(GPU_BACKENDS)' in *triton*) PYTHONPATH=. $(PY) -m benchmarks.kernel_figures && \
-		PYTHONPATH=. $(PY) -m benchmarks.launch_overhead || exit 1;; esac
-	PYTHONPATH=. $(PY) -m benchmarks.run --set quick --only layer --out runs/gpu.json
+	worst=0; for command in right figures layers; do \
+		PYTHONPATH=. $(PY) -m benchmarks.gpu $$command --out $(GPU_OUT) --backend $(GPU_BACKENDS) $(ARGS); \
+		status=$$?; if [ $$status -gt $$worst ]; then worst=$$status; fi; done; exit $$worst
+
+# What gpu-check will do, as far as it can be seen without a GPU: how many kernels are compiled, in what time.
+gpu-rehearsal: .venv/installed
+	for command in right figures layers; do $(PY) -m benchmarks.gpu $$command --rehearse $(ARGS) || exit 1; done
 
 test-smollm2: .venv/demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m smollm2 $(ARGS)

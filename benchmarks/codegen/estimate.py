@@ -52,13 +52,13 @@ class Estimate(NamedTuple):
         return max(zip(self._fields[1:6], self[1:6], strict=True), key=lambda item: item[1])[0]
 
 
-def kernel_of(launch: Launch, compiled: Compiled) -> Estimate:
-    """Estimate one launch."""
-    body = body_of(launch, compiled)
+def kernel_of(launch: Launch, compiled: Compiled, turns: float | None = None) -> Estimate:
+    """Estimate one launch; its turns of the main loop are `turns_of`, if they are not given."""
+    body = body_of(launch, compiled, None if turns is None else 1)
     walk = walk_of(launch, compiled, body)
     warps, programs = compiled.threads // 32, launch.programs
     at_once, busiest = running(launch, compiled), -(-programs // device.SMS)
-    waves, turns = -(-busiest // at_once), turns_of(launch, compiled, body)
+    waves, turns = -(-busiest // at_once), turns_of(launch, compiled, body) if turns is None else turns
     sizes = {operand.name: operand.bytes for operand in launch.operands}
     read = {body.origins[i] or "" for i in large(launch, compiled, body) if body.code[i].loads}
     in_flight = walk.in_flight * at_once * min(programs, device.SMS)

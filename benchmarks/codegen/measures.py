@@ -28,14 +28,17 @@ class Body(NamedTuple):
         return range(len(self.code)) if self.main is None else range(self.main[0], self.main[1] + 1)
 
 
-def body_of(launch: Launch, compiled: Compiled) -> Body:
-    """Read the code, and find the loop in which the kernel spends its time."""
+def body_of(launch: Launch, compiled: Compiled, least: int | None = None) -> Body:
+    """Read the code, and find the loop in which the kernel spends its time: where it reads or
+    writes tensors of `least` bytes, by default those that come from device memory, or the largest.
+    """
     code, sizes = sass.parse(compiled.sass), _sizes(launch)
     names = sass.pointers(launch.binary.signature)
     at = [i for i, instruction in enumerate(code) if instruction.loads or instruction.base == "STG"]
     origins = {i: sass.origin(code, i, names) for i in at}
     sized = {i: sizes.get(origins[i] or "", 0) for i in at}
-    least = device.LARGE if max(sized.values(), default=0) >= device.LARGE else max(sized.values(), default=0)
+    if least is None:
+        least = min(device.LARGE, max(sized.values(), default=0))
     main, most = None, (0, 0)
     for loop in sorted(sass.loops(code), key=lambda loop: (loop[1] - loop[0], loop)):
         inside = [i for i, size in sized.items() if loop[0] <= i <= loop[1] and size >= max(1, least)]
