@@ -78,8 +78,9 @@ def test_dtypes(variant: str, dtype: torch.dtype, factor_dtype: torch.dtype, see
         assert (ours[name].double() - value).abs().max() <= roundings * eps / 2 * scale, name
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dynamic"), [*((variant, True) for variant in VARIANTS), ("dora_peft", False), ("delora_paper", False)]
+)
 def test_compile(variant: str, dynamic: bool, seed: int) -> None:
     """LoRA's scale is a symbol too, which torch makes a constant by tracing once more."""
     maker = Maker(seed)

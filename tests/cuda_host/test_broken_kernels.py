@@ -1,12 +1,15 @@
 """Kernels broken on purpose: without one of their barriers, or with a wrong index, their results
 change.
 
-Each barrier of csrc/ is removed in turn. Right kernels give the same bits in whatever order threads
-run; a broken one must differ from them, or fail, for one of a few orders.
+Each barrier of csrc/ is left out in turn, by a number in a library that has a switch before each.
+Right kernels give the same bits in whatever order threads run; a broken one must differ from them,
+or fail, for one of a few orders. The switches change how products are rounded into sums: what is
+right is found with them, and none off.
 """
 
 import ctypes
 import faulthandler
+import itertools
 import math
 import os
 import re
@@ -96,9 +99,15 @@ WRONG = (
 """File, what stands there, what to write in its place: wrong, but inside its tensors."""
 
 
-def _barriers() -> list[tuple[str, int]]:
-    texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(CSRC.glob("*.cu*"))}
-    return [(name, i) for name, text in texts.items() for i in range(len(BARRIER.findall(text)))]
+SWITCH = 'extern "C" { inline __attribute__((visibility("default"))) int dk_left_out = -1; }\n'
+
+BARRIERS = {file.name: len(BARRIER.findall(file.read_text(encoding="utf-8"))) for file in sorted(CSRC.glob("*.cu*"))}
+
+
+def _with_switches(text: str) -> str:
+    """The text with each of its barriers left out where `dk_left_out` is its number."""
+    numbers = itertools.count()
+    return SWITCH + BARRIER.sub(lambda found: f"{{ if (dk_left_out != {next(numbers)}) {found[0]} }}", text)
 
 
 def _results(file: str, order: int) -> list[Tensor]:
@@ -150,18 +159,25 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     launch.library.cache_clear()
 
 
-def _differs(file: str, text: str, seed: int, patch: pytest.MonkeyPatch) -> bool:
-    right = _right(file)
-    library = ctypes.CDLL(str(host_build.build(replaced={file: text})))
+def _built(file: str, text: str) -> ctypes.CDLL:
+    """The library with another text in the place of a file's."""
+    return ctypes.CDLL(str(host_build.build(replaced={file: text})))
+
+
+def _take(library: ctypes.CDLL, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("delora_kernels.backends.cuda.library.load", lambda functions=(): library)
     launch.library.cache_clear()
+
+
+def _differs(file: str, right: list[Tensor], seed: int, orders: int = ORDERS) -> bool:
+    """Whether the library that has been taken gives other results than the right ones."""
     child = os.fork()  # a wild address ends a process, which shows too
     if child == 0:
         found = 2
         try:
             faulthandler.disable()
             torch.set_num_threads(1)
-            found = int(any(_shows(file, seed + order, right) for order in range(ORDERS)))
+            found = int(any(_shows(file, seed + order, right) for order in range(orders)))
         finally:
             os._exit(found)
     found = _end_of(child)
@@ -191,11 +207,17 @@ def _shows(file: str, order: int, right: list[Tensor]) -> bool:
 
 
 @pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")
-@pytest.mark.parametrize(("file", "which"), _barriers())
-def test_a_missing_barrier_shows(file: str, which: int, seed: int, broken: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", [file for file, count in BARRIERS.items() if count])
+def test_a_missing_barrier_shows(file: str, seed: int, broken: pytest.MonkeyPatch) -> None:
     text = (CSRC / file).read_text(encoding="utf-8")
-    start, end = list(BARRIER.finditer(text))[which].span()
-    assert _differs(file, text[:start] + "{}" + text[end:], seed, broken), text[start - 200 : end]
+    library = _built(file, _with_switches(text))
+    left_out = ctypes.c_int.in_dll(library, "dk_left_out")
+    _take(library, broken)
+    right = _results(file, 0)
+    assert not _differs(file, right, seed, orders=1), "none is missing"
+    for which, found in enumerate(BARRIER.finditer(text)):
+        left_out.value = which
+        assert _differs(file, right, seed), text[found.start() - 200 : found.end()]
 
 
 @pytest.mark.skipif(SANITIZED, reason="the plain build does it faster")
@@ -203,13 +225,17 @@ def test_a_missing_barrier_shows(file: str, which: int, seed: int, broken: pytes
 def test_a_wrong_index_shows(file: str, right: str, wrong: str, seed: int, broken: pytest.MonkeyPatch) -> None:
     text = (CSRC / file).read_text(encoding="utf-8")
     assert text.count(right) == 1
-    assert _differs(file, text.replace(right, wrong), seed, broken)
+    expected = _right(file)
+    _take(_built(file, text.replace(right, wrong)), broken)
+    assert _differs(file, expected, seed)
 
 
 @pytest.mark.skipif(SANITIZED, reason="a process forked under AddressSanitizer may wait for ever for its locks")
 def test_right_kernels_do_not_differ(seed: int, broken: pytest.MonkeyPatch) -> None:
     text = (CSRC / "token_sums.cu").read_text(encoding="utf-8")
-    assert not _differs("token_sums.cu", text, seed, broken)
+    expected = _right("token_sums.cu")
+    _take(_built("token_sums.cu", text), broken)
+    assert not _differs("token_sums.cu", expected, seed)
 
 
 @pytest.mark.skipif(not SANITIZED, reason="needs AddressSanitizer")

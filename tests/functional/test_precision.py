@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import delora_kernels as dk
 from delora_kernels import reference
 
-LAYERS, DRAWS = 20, 10
+LAYERS, DRAWS = 10, 20
 CASES = LAYERS * DRAWS
 MODES = [
     (torch.bfloat16, "adapters in x's dtype"),
