@@ -138,7 +138,7 @@ def measure(method: str, backend: str, precision: str, budget: Budget) -> list[d
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with on(backend):
         steps = passes(method, precision, device)
-        for _ in range(3):  # kernels are compiled, and what is looked up once is
+        for _ in range(5):  # kernels are compiled, what is looked up once is, and calls are planned
             for step in steps.values():
                 step()
         calls = {name: counted(step) for name, step in steps.items()}

@@ -3,6 +3,7 @@ every gradient.
 
 function.py     what they share: how a call is run, autocast, dtypes of gradients, no second
                 derivatives
+replayed.py     whole calls whose passes are on tape
 low_rank.py     LoRA, DoRA, DeLoRA
 mixture.py      mixtures of experts, GOAT
 reflection.py   ETHER, ETHER+

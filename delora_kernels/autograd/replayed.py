@@ -124,6 +124,8 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
     """Return, in a row, all of these tensors that a call may depend on; None where one is no plain
     tensor, or nothing is replayed.
     """
+    if not tape.enabled:
+        return None
     facts: list[Any] = []
     for t in tensors:
         if t is None:
@@ -132,7 +134,7 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
             return None
         else:
             facts += (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.requires_grad)
-    return facts if tape.enabled else None
+    return facts
 
 
 def run(key: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Tensor, ...] | None:

@@ -22,8 +22,10 @@ ENVIRONMENT_VARIABLE = "DELORA_KERNELS_PLANS"
 enabled = os.environ.get(ENVIRONMENT_VARIABLE) != "0"
 """Whether anything is replayed."""
 
-MOST = 1024
-"""Kinds of calls that are known: beyond, all are forgotten."""
+MOST = 4096
+"""Kinds of passes, and of calls, that are known: those of 200 lengths and ten shapes of layers.
+Beyond, the oldest are forgotten.
+"""
 RECORDED_AT = 3
 """The time that a kind of call comes at which it is recorded: a batch of a length that never comes
 again is not.
@@ -93,9 +95,15 @@ def replay_of(key: tuple[Any, ...], inputs: tuple[Tensor | None, ...]) -> tuple[
 
 def keep(key: Any, call: Any) -> None:
     """Keep the plan of a whole call."""
-    if len(calls) >= MOST:
-        calls.clear()
+    _make_room(calls)
     calls[key] = call
+
+
+def _make_room(known: dict[Any, Any]) -> None:
+    """Forget the oldest eighth where there is no room for one more."""
+    if len(known) >= MOST:
+        for key in list(known)[: max(1, MOST // 8)]:
+            known.pop(key, None)
 
 
 def run(begin: Begin, key: tuple[Any, ...], inputs: tuple[Tensor | None, ...], function: Callable[[], Any]) -> Any:
@@ -115,8 +123,8 @@ def run(begin: Begin, key: tuple[Any, ...], inputs: tuple[Tensor | None, ...], f
     if known < 0 or getattr(_recorder, "active", None) is not None:
         return function()
     if known + 1 < RECORDED_AT:
-        if len(_known) >= MOST:
-            _known.clear()
+        if known == 0:
+            _make_room(_known)
         _known[key] = known + 1
         return function()
     device = next(tensor for tensor in inputs if tensor is not None).get_device()

@@ -4,13 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels import checks
+from delora_kernels import checks, dispatch
 from delora_kernels.autograd.fold import Fold
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
 from delora_kernels.dispatch import requested
 from delora_kernels.functional import common
 from delora_kernels.functional.common import exporting, low_rank_call, run
+from delora_kernels.functional.planned import at_a_glance, learn_glance
 from delora_kernels.op_arguments import Start, Strength
 
 
@@ -66,6 +67,13 @@ def delora_linear(
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
     eqs. 5-9.
     """
+    key = None
+    if frozen_A is frozen_B is frozen_lam is None and (
+        dispatch._requested is not None or not getattr(x, "is_cpu", True)
+    ):
+        key, y = at_a_glance("delora_linear", (x, weight, bias, A, B, None, lam, weight_norm), dropout_p, eps)
+        if y is not None:
+            return y
     call = delora_call(
         x,
         weight,
@@ -81,7 +89,10 @@ def delora_linear(
         dropout_p=dropout_p,
         seed=seed,
     )
-    return run(AdaptedLinear, call, x.shape)[0]
+    y = run(AdaptedLinear, call, x.shape)[0]
+    if key is not None:
+        learn_glance(key, call)
+    return y
 
 
 def delora_factors(

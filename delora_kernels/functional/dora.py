@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels import checks
+from delora_kernels import checks, dispatch
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
 from delora_kernels.functional.common import low_rank_call, run
+from delora_kernels.functional.planned import at_a_glance, learn_glance
 
 
 def dora_linear(
@@ -59,10 +60,18 @@ def dora_linear(
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), eq. 5 and
     section 4.3.
     """
+    key = None
+    if dropout == "peft" and saved == "private" and (dispatch._requested is not None or not getattr(x, "is_cpu", True)):
+        key, y = at_a_glance("dora_linear", (x, weight, bias, A, B, magnitude), dropout_p, scale)
+        if y is not None:
+            return y
     call = dora_call(
         x, weight, A, B, magnitude, scale, bias, dropout_p=dropout_p, seed=seed, dropout=dropout, saved=saved
     )
-    return run(AdaptedLinear, call, x.shape)[0]
+    y = run(AdaptedLinear, call, x.shape)[0]
+    if key is not None:
+        learn_glance(key, call)
+    return y
 
 
 def dora_call(

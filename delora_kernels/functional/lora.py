@@ -56,9 +56,9 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
     3.
     """
-    key, drops = None, dropout_p.__class__ is not float or dropout_p != 0.0
-    if not (drops or ranks is not None or (dispatch._requested is None and getattr(x, "is_cpu", True))):
-        key, y = at_a_glance("lora_linear", (x, weight, bias, A, B), scale)
+    key = None
+    if ranks is None and (dispatch._requested is not None or not getattr(x, "is_cpu", True)):
+        key, y = at_a_glance("lora_linear", (x, weight, bias, A, B), dropout_p, scale)
         if y is not None:
             return y
     call = lora_call(x, weight, A, B, scale, bias, ranks=ranks, dropout_p=dropout_p, seed=seed)

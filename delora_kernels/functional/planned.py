@@ -40,21 +40,26 @@ def key_of(what: Any, tensors: Sequence[Any], numbers: Any) -> tuple[Any, ...] |
     return what, requested, torch.is_grad_enabled(), wide, numbers, *facts
 
 
-def at_a_glance(name: str, tensors: tuple[Any, ...], *numbers: float) -> tuple[Any, Tensor | None]:
+def at_a_glance(
+    name: str, tensors: tuple[Any, ...], dropout_p: Any, *numbers: Any
+) -> tuple[tuple[Any, ...] | None, Tensor | None]:
     """Run a call of a low-rank function by its unchecked arguments, where one of the very same kind
     has passed every check: they look at nothing but what the key holds.
 
     Args:
         name: Of the function.
         tensors: As in `Call`, but for those behind the last, which are None.
+        dropout_p: Where it is not 0.0, the call is to be made.
         numbers: All other arguments; what the function does not hand in is at its default.
 
     Returns:
         The key, None where there is none; and y, None where the call has to be made.
     """
-    for number in numbers:
+    for number in (dropout_p, *numbers):
         if number.__class__ is not float:
             return None, None
+    if dropout_p != 0.0:
+        return None, None
     x = tensors[0]
     device = x.device.type if isinstance(x, Tensor) else "cpu"
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

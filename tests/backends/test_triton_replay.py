@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
 
-from launches_seen import Seen, misaligned
+from launches_seen import Seen, misaligned, ready
 
 from benchmarks import tune_tiles
 from delora_kernels import use_backend
@@ -176,3 +176,29 @@ def test_plans_can_be_switched_off(seen: Seen, seed: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(tape, "enabled", False)
     replaying("lora", seed, seen)
     assert tape._known == {}
+
+
+def test_two_hundred_lengths_plan_and_compile_nothing_new(seen: Seen, seed: int) -> None:
+    """Lengths that were never seen launch what is compiled already; of those that come again, every
+    call is a planned one.
+    """
+    inputs = METHODS["lora"].draw(*(600, 128, 256, 16), dtype=torch.bfloat16, adapter_dtype=torch.float32, seed=seed)
+    lengths = (torch.randperm(600, generator=torch.Generator().manual_seed(seed))[:200] + 1).tolist()
+
+    def epoch(lengths: list[int]) -> None:
+        for tokens in lengths:
+            with use_backend("triton"):
+                METHODS["lora"].fused({n: v[:tokens] if n in ("x", "grad_out") else v for n, v in inputs.items()})
+
+    epoch([1, 7, 200, 600])
+    compiled = len(ready())
+    epoch(lengths)
+    again = lengths[:30]
+    for _ in range(3):
+        epoch(again)
+    assert len(ready()) == compiled > 0
+    known, calls = dict(tape._known), dict(tape.calls)
+    assert sum(type(each) is tuple for each in known.values()) == 2 * len(again)
+    assert len(set(map(id, calls.values()))) == len(again)
+    epoch(again)
+    assert (known, calls) == (tape._known, tape.calls)

@@ -44,9 +44,10 @@ def test_command_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "dk / addmm" in capsys.readouterr().out
 
 
-LIMITS = {"lora": 350, "dora": 400, "delora": 400, "moe": 450}
+LIMITS = {"lora": 250, "dora": 285, "delora": 280, "moe": 375}
 """Method → most calls, Python and C, of a forward and backward pass on the Triton backend, of which
-about 100 are autograd's and autocast's; 1200 (LoRA) to 1770 (a mixture) before calls were replayed.
+about 100 are autograd's and autocast's; 1200 (LoRA) to 1770 (a mixture) before passes were
+replayed, 342 to 431 before calls were planned.
 """
 
 
@@ -55,7 +56,7 @@ about 100 are autograd's and autocast's; 1200 (LoRA) to 1770 (a mixture) before 
 def test_calls_of_a_pass_in_front_of_the_stand_in(method: str) -> None:
     with host.on("triton"):
         step = host.passes(method, "bf16-autocast", "cpu")["dk"]
-        for _ in range(4):
+        for _ in range(5):
             step()
         first, second = host.counted(step), host.counted(step)
     assert first == second

@@ -207,10 +207,11 @@ def bound(
 def launch_again(stream, {", ".join(given)}):
     global ready, run, function, metadata
     {"; ".join(f"p{name} = {name}.data_ptr()" for name in given)}
-    if ready is None or ({" | ".join(f"p{name}" for name in given)}) & 15 or kernel.pre_run_hooks:
+    if ready is None:
         ready = variants.get(key)
         if ready is not None:
             _, run, function, metadata = ready
+    if ready is None or ({" | ".join(f"p{name}" for name in given)}) & 15 or kernel.pre_run_hooks:
         return launch(record, grid, ({", ".join(map(str, names))},), free, floats)
     run(
         {", ".join(map(str, (*grid, 1, 1)[:3]))}, stream, function, metadata, None, None, None,
