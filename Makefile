@@ -6,7 +6,7 @@
 # make codegen           compile every Triton kernel for GPUs that are not here: spills, shared memory
 # make codegen-cuda      the same of every CUDA kernel, where nvcc is
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
-# make test-stored-bases the tests of bases in few bits, with bitsandbytes, torchao and HQQ (47 MB)
+# make test-stored-bases the tests of bases in few bits, with bitsandbytes, torchao, HQQ, compressed-tensors (48 MB)
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
@@ -32,7 +32,7 @@ XDIST := -n auto --dist worksteal
 # Set to a word, this makes each of the many processes of the tests compile the package once more.
 export PYTHONDONTWRITEBYTECODE :=
 
-STORED_BASES := bitsandbytes torchao hqq einops termcolor
+STORED_BASES := bitsandbytes torchao hqq einops termcolor compressed-tensors loguru
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
 .PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo lint bench clean

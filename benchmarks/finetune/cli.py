@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         help="seeds the adapters and the order of the batches [%(default)s]",
     )
     add("--dtype", choices=("bf16", "fp32"), help="frozen base; without it: bf16 where the device computes it fast")
+    add(
+        "--quantise",
+        choices=("nf4",),
+        help="store the base's linears in 4 bits, by bitsandbytes (LoRA, DoRA, DeLoRA); they multiply in --dtype",
+    )
     add("--autocast", action=argparse.BooleanOptionalAction, help="bf16 autocast; without it: on with --dtype bf16")
     add(
         "--scaler",
@@ -195,6 +200,8 @@ def _settings(args: argparse.Namespace) -> Config:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+    if args.quantise is not None and args.method not in ("lora", "dora", "delora"):
+        raise Problem(f"--quantise goes with --method lora, dora or delora, not {args.method}")
     gpu = device.startswith("cuda")
     batch_size = args.batch_size or (16 if gpu else 2)
     orders = _orders(args.accumulation, batch_size, args.orders) if args.yardstick and args.accumulation > 1 else 0
@@ -230,6 +237,7 @@ def _settings(args: argparse.Namespace) -> Config:
         note=args.note,
         sized=minutes is not None and not gpu and not chosen,
         rounds=args.rounds if args.times else 0,
+        quantise=args.quantise,
         most_threads=args.threads or torch.get_num_threads(),
     )
 

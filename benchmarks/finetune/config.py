@@ -50,6 +50,8 @@ class Config:
         sized: fit steps, tokens and evaluations to `minutes` once a step has been timed
             (sizing.py).
         rounds: of the first table (floor.py), at most; 0: no table.
+        quantise: how the base's linears are stored: "nf4", bitsandbytes' with double quantisation,
+            multiplying in `dtype`; None: as they are.
         most_threads: CPU threads where `threads` is None and nobody else wants the cores.
     """
 
@@ -81,6 +83,7 @@ class Config:
     scaling: str = "theory"
     sized: bool = False
     rounds: int = 0
+    quantise: str | None = None
     most_threads: int = 1
 
     @property

@@ -100,7 +100,8 @@ def _folder(config: Config) -> Any:
 def _prepare(config: Config, source: model.Source, documents: list[str], end: float) -> tuple[Result, Data]:
     """Load, make the first table, adapt, fuse, fit the run to the machine, tokenise."""
     loading = time.monotonic()
-    _say(f"model    {source.name}, {config.dtype}, loading")
+    stored = "" if config.quantise is None else f"{config.quantise}, "
+    _say(f"model    {source.name}, {stored}{config.dtype}, loading")
     base, tokenizer = model.load(source, config)
     _say(f"         loaded in {time.monotonic() - loading:.0f} s")
     table = _table(base, config, end) if config.rounds else None

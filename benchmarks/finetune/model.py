@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+import delora_kernels as dk
 from benchmarks.finetune.config import Config, Problem
 from benchmarks.finetune.ether import as_the_authors, ether_config
 from benchmarks.finetune.goat import as_loop, goat_config
@@ -124,7 +125,33 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     if source.gguf and kept is not None:
         _keep(kept, model, tokenizer)
     model.config.use_cache = False
+    if config.quantise is not None:
+        model = in_four_bits(model, DTYPES[config.dtype])
     return model.to(config.device), tokenizer
+
+
+def in_four_bits(model: Any, dtype: torch.dtype) -> Any:
+    """Store every linear but the head in bitsandbytes' nf4 with double quantisation, to multiply in
+    `dtype`; in place, and quantised where the model is moved to next.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise Problem("--quantise needs the Python package 'bitsandbytes': `pip install bitsandbytes`") from None
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is not nn.Linear or linear is head:
+                continue
+            made = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4"
+            )
+            made.weight.data = linear.weight.data
+            if linear.bias is not None:
+                made.bias = linear.bias
+            setattr(parent, name, made.requires_grad_(False))
+    model.is_loaded_in_4bit = True  # what Transformers says to PEFT
+    return model
 
 
 def _kept(source: Source, dtype: str) -> Path | None:
@@ -167,6 +194,8 @@ def adapt(model: nn.Module, config: Config) -> nn.Module:
     torch.manual_seed(config.seed)
     adapter: peft.PeftConfig
     if config.method == "delora":
+        if config.quantise is not None:
+            dk.allow_delora_on_stored_bases()
         adapter = peft.DeloraConfig(
             r=config.rank,
             delora_lambda=config.delora_lambda,  # type: ignore[arg-type]  # PEFT says int, and takes any number
@@ -220,6 +249,4 @@ def as_rival(model: nn.Module, config: Config) -> nn.Module:
 
 def fuse(model: nn.Module) -> str:
     """Accelerate the model in place; return what was fused and what was not, in words."""
-    import delora_kernels as dk
-
     return str(dk.accelerate(model))

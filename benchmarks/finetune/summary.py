@@ -220,7 +220,8 @@ def printed(result: Result) -> Table:
 
 def precision(config: Config) -> str:
     """Return the arithmetic in a few words."""
-    words = [f"{config.dtype} base, fp32 adapters"]
+    stored = "" if config.quantise is None else f"{config.quantise} storage, "
+    words = [f"{stored}{config.dtype} base, fp32 adapters"]
     words.append(f"{config.autocast_dtype} autocast" if config.autocast else "no autocast")
     return ", ".join(words + ["GradScaler"] * config.scaler + ["checkpointing"] * config.checkpointing)
 

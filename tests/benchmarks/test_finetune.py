@@ -164,6 +164,24 @@ def test_a_power_of_two_as_scale_changes_no_loss(demo_run: Any) -> None:
         assert scaled["runs"][run]["skipped_steps"] == 0
 
 
+def test_a_base_in_four_bits(demo_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """All linears of the blocks in nf4, the first table too, and PEFT's losses."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'delora-kernels[bnb]'")
+    _, report = demo_run("--quantise", "nf4", "--rounds", "2", "--yardstick", "0")  # DeLoRA
+    assert report["config"]["quantise"] == "nf4"
+    assert report["largest_loss_difference"] < 1e-4
+    fused = report["runs"]["fused"]
+    assert fused["heldout_loss"][1] < fused["heldout_loss"][0]
+    printed = capsys.readouterr().out
+    assert ", nf4, fp32, loading" in printed
+    assert "fused 14 of 14 adapter layers (14 delora)" in printed
+
+
+def test_a_base_in_four_bits_has_other_methods_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quantise", "nf4", "--method", "goat", "--out", str(tmp_path / "out")]) == 2
+    assert "--quantise goes with --method lora, dora or delora, not goat" in capsys.readouterr().err
+
+
 def test_fp16_autocast_with_a_scaler(demo_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "autocast_dtype", "fp16")
     _, report = demo_run("--scaler", "--autocast", "--accumulation", "2", "--method", "lora", "--yardstick", "0")

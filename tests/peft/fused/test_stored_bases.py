@@ -1,11 +1,10 @@
 """PEFT's layers on stored bases: fused, with PEFT's numbers, dequantised once each way."""
 
-import peft
 import pytest
 import torch
 from peft_models import assert_close, config, step
 from stored_layers import adapted, dequantisations
-from torch import Tensor, nn
+from torch import Tensor
 
 import delora_kernels as dk
 from benchmarks.memory import kept_bytes
@@ -123,20 +122,3 @@ def test_wide_tokens_are_left_to_pefts_branch(x: Tensor, seed: int) -> None:
     dk.accelerate(made)
     ours = step(made, x)
     assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_eight_bit_bases_run_themselves(threshold: float, x: Tensor, seed: int) -> None:
-    """LLM.int8() rounds its tokens: the rank term alone is fused."""
-    torch.manual_seed(seed)
-    made = nn.Module()
-    linear = bnb.nn.Linear8bitLt(32, 24, has_fp16_weights=False, threshold=threshold)
-    linear.weight = bnb.nn.Int8Params(torch.randn(24, 32), requires_grad=False, has_fp16_weights=False)
-    made.first, made.is_loaded_in_8bit = linear.to("cpu"), True
-    peft.inject_adapter_in_model(config("lora", target_modules=["first"]), made)
-    layer = made.first
-    layer.base_layer.bias.requires_grad_(False)
-    theirs = step(layer, x)
-    report = dk.accelerate(made)
-    assert [each.state for each in report.layers] == ["rank term fused"]
-    assert_close(step(layer, x), theirs)

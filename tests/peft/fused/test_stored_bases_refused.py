@@ -2,13 +2,15 @@
 never runs on a wrong weight, and says why.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft_models import assert_close, step
 from stored_layers import adapted, dequantisations
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 import delora_kernels as dk
 
@@ -102,3 +104,23 @@ def test_who_changes_the_base_gets_it(
     with dequantisations() as count:
         made(x)
     assert len(count) < 2
+
+
+def test_a_sharded_packed_weight_is_named(x: Tensor, seed: int, tmp_path: Path) -> None:
+    """As FSDP2 leaves it: its own forward raises too, for the state is lost."""
+    made = adapted("nf4", "lora", seed)
+    dk.accelerate(made, strict=True)
+    base = made.base_model.model.first.base_layer
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        shard = DTensor.from_local(base.weight.data, mesh, [Shard(0)])
+        base.weight, base.quant_state = nn.Parameter(shard, requires_grad=False), None
+        report = dk.accelerate(made)
+        assert [layer.fused for layer in report.layers] == [False, True]
+        assert "its packed weight is a DTensor, not bitsandbytes' Params4bit" in str(report.layers[0].reason)
+        with pytest.raises((RuntimeError, AssertionError, ValueError)):
+            made(x.requires_grad_())
+    finally:
+        torch.distributed.destroy_process_group()
