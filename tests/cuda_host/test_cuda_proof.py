@@ -16,7 +16,8 @@ WIDE, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 def test_every_case_is_right(function: str, dtypes: tuple[torch.dtype, torch.dtype], seed: int) -> None:
     """Each class of ranks, with dropout and bias or without them."""
     shuffle_threads(seed)
-    for rank in proof.RANKS[: 1 if function.startswith("ether") else None]:
+    alike = function.startswith("ether") or function in ("grouped_dora_linear", "grouped_delora_linear")
+    for rank in proof.RANKS[: 1 if alike else None]:  # these two launch what grouped_lora_linear does
         for both in (False, True):
             drops = both and not function.startswith("ether")
             assert proof.prove(proof.Case("cuda", function, drops, both, *dtypes, False, rank, "cpu")) is None

@@ -36,6 +36,13 @@ def test_ddp_of_mixtures(seed: int) -> None:
     assert on_two_processes(mixtures.train, *cases) == [[None] * len(cases)] * 2
 
 
+def test_ddp_of_an_expert_model(seed: int) -> None:
+    pytest.importorskip("transformers", "5")
+    from distributed import experts
+
+    assert on_two_processes(experts.train, (seed,)) == [[4], [4]]  # both projections of two blocks
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_hugging_face_accelerate(method: str, seed: int) -> None:
     pytest.importorskip("accelerate")

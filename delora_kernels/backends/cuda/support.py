@@ -38,8 +38,8 @@ def supports(call: AnyCall) -> str | None:
         return "float64 has no fast units"
     if isinstance(call, MoECall) and len(call.B) > MOST_EXPERTS:
         return f"{len(call.B)} experts are more than {MOST_EXPERTS}"
-    if isinstance(call, GroupedCall) and len(call.weight) > MOST_GROUPS:
-        return f"{len(call.weight)} experts are more than {MOST_GROUPS}"
+    if isinstance(call, GroupedCall) and call.weight.shape[0] > MOST_GROUPS:
+        return f"{call.weight.shape[0]} experts are more than {MOST_GROUPS}"
     return None
 
 

@@ -17,8 +17,8 @@ def supports(call: AnyCall) -> str | None:
         return f"its tensors are on {device.type}"
     if torch.float64 in (o.compute_dtype, o.rank_dtype):
         return "float64 has no fast units"
-    if isinstance(call, GroupedCall) and len(call.weight) > MOST_EXPERTS:
-        return f"{len(call.weight)} experts are more than {MOST_EXPERTS}"
+    if isinstance(call, GroupedCall) and call.weight.shape[0] > MOST_EXPERTS:
+        return f"{call.weight.shape[0]} experts are more than {MOST_EXPERTS}"
     rank = 0 if isinstance(call, ReflectCall) else _rank(call)
     if rank > LARGEST_RANK:
         return f"rank {rank} is above {LARGEST_RANK}"
