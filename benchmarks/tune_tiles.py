@@ -85,7 +85,7 @@ def candidates_of(capability: Capability, name: str, limit: str) -> list[Binary]
 
 def _fastest(capability: Capability, name: str, limit: str, device: str, clock: Clock, budget: Budget) -> Entry | None:
     logs: dict[Entry, float] = {}
-    shipped = tuple(tables.GEMMS[limit] if name == tables.GEMM else tables.TABLES[name][limit])
+    shipped = tuple(tables.GEMMS[limit] if name == tables.GEMM else tables.shipped(name, capability)[limit])
     tried = list(dict.fromkeys([shipped, *_candidates(name)]))
     for rows, columns in SIZES:
         run = _launch(name, int(limit) if name != tables.GEMM else GEMM_RANK, rows, columns, device)
@@ -143,7 +143,7 @@ def _launch(name: str, R: int, rows: int, columns: int, device: str) -> Callable
     """One call of the kernel's launcher on random tensors, in the dtypes whose table this is."""
     kernel, _, kinds = name.partition(" ")
     big = torch.float32 if kinds == "fp32" else torch.bfloat16
-    small = torch.float32 if kinds else big
+    small = torch.float32 if kinds in ("mixed", "fp32") else big
 
     def normal(*shape: int, dtype: torch.dtype = big) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -154,7 +154,8 @@ def _launch(name: str, R: int, rows: int, columns: int, device: str) -> Callable
     if kernel == "token_sums":
         return lambda: token_sums(x, h, transposed=True)
     if kernel == "dy_sums":
-        return lambda: dy_sums(x, S, h, 1.0, False, None)
+        y, c = (x, torch.ones(columns, device=device)) if kinds == "scaled" else (None, None)
+        return lambda: dy_sums(x, S, h, 1.0, False, y, c)
     if kernel == "rank_update":
         out = torch.empty_like(x)
         return lambda: rank_update(None, h, S.t(), 1.0, out)

@@ -5,18 +5,20 @@ compiles.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.add_parts import BLOCK as PARTS_BLOCK
 from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy_kernel
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
-from delora_kernels.backends.triton.dy_sums import dy_sums_kernel, lanes
+from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.grouped import grouped_times_small_kernel, grouped_update_kernel
 from delora_kernels.backends.triton.grouped_sums import BLOCK as GROUPED_BLOCK
 from delora_kernels.backends.triton.grouped_sums import grouped_sums_kernel, grouped_total_kernel
 from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, LARGEST_MIXED_RANK, project_route_kernel
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
-from delora_kernels.backends.triton.rank_update import rank_update_kernel
+from delora_kernels.backends.triton.rank_update import TURN, rank_update_kernel
 from delora_kernels.backends.triton.reflect import (
     WHOLE,
     across_kernel,
@@ -49,6 +51,8 @@ TYPES = {
     "fp32": ("fp32", "fp32"),
 }
 """Name → dtype of token-sized tensors, dtype of factors."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Variant(NamedTuple):
@@ -102,7 +106,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "times_small": ("", "dropout"),
     "token_sums": ("", "vectors", "term", "dropout"),
     "dy_sums": ("", "dots"),
-    "rank_update": ("", "prefill", "dropout"),
+    "rank_update": ("", "prefill", "dropout", "turns"),
     "row_norm": ("", "scaled", "low", "turns"),
     "grouped_times_small": ("", "dropout"),
     "grouped_update": ("dropout",),
@@ -133,7 +137,9 @@ def _tabled(
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
     if kernel.startswith("grouped_"):
         return _grouped(kernel, name, big, small, features, constants | {"HOW": how, "PRECISION": precision}, tile)
-    constants |= dict.fromkeys(UNIT_STRIDES[kernel], 1)
+    constants |= dict.fromkeys(UNIT_STRIDES[kernel], 1) | {"UNIT": 1}
+    if kernel in ("times_small", "rank_update"):
+        constants["UNIT_S"] = 1
     if kernel == "times_small":
         function, pointers = times_small_kernel, {"X": big, "S": small, "OUT": small}
         constants |= {"DROP": drop}
@@ -146,6 +152,7 @@ def _tabled(
         constants |= {"TRANSPOSED": features != "vectors"}
         if features == "vectors":
             pointers |= {"Y": big, "SUMS": "fp32", "DOTS": "fp32"}
+        constants |= {"LANES": tables.lanes(tile, DTYPES[big]), "STAGES": tile.stages}
         if constants["WITH_OUT"]:
             pointers |= {"S": small, "OUT": big}
     elif kernel == "dy_sums":
@@ -155,16 +162,24 @@ def _tabled(
         function, pointers = dy_sums_kernel, {"DY": big, "S": small, "H": small, "DV": "fp32", "PRODUCT": "fp32"}
         pointers |= {"SUMS": "fp32", "Y": big, "DOTS": "fp32"} if dots else {}
         constants |= {"WITH_SUMS": dots, "WITH_DOTS": dots, "WITH_COLUMN": column, "HOW_H": how}
-        constants["LANES"], constants["STAGES"] = lanes(tile), tile.stages
+        constants["LANES"], constants["STAGES"] = tables.lanes(tile, DTYPES[big]), tile.stages
         if column:
             how, tile = 1, tables.tiles(kernel, BR, capability, "scaled" if big == small else "mixed")
             pointers["COLUMN"] = "fp32"
-            constants |= {"BT": tile.tokens, "BC": tile.columns, "LANES": lanes(tile), "STAGES": tile.stages}
+            constants |= {
+                "BT": tile.tokens,
+                "BC": tile.columns,
+                "LANES": tables.lanes(tile, DTYPES[big]),
+                "STAGES": tile.stages,
+            }
     elif kernel == "rank_update":
+        if features == "turns" and BR > TURN:
+            return None  # no turn has so many ranks
         function, pointers = rank_update_kernel, {"H": small, "S": small, "OUT": big, "COLUMN": "fp32", "BIAS": big}
         pointers |= {} if features == "prefill" else {"BASE": big} | ({"EXTRA": big} if drop else {})
         constants |= {"WITH_BASE": features != "prefill", "WITH_COLUMN": True, "WITH_EXTRA": drop, "WITH_BIAS": True}
         constants |= {"MASK_TERM": drop, "MASK_BASE": drop}
+        constants |= {"ONE_TURN": features != "turns", "STAGES": tile.stages}
         how = 2 if how == 1 else how
     else:
         function, pointers = row_norm_kernel, {"W": big, "A": small, "B": small, "NORM": "fp32"}
@@ -304,7 +319,8 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
                 pointers |= {"X": big, "S": small, "H": small, "V": small}
                 constants = plain.constants | {"GIVEN": given, "WITH_SHARE": True, "K": 0 if given else 2}
                 constants |= {"RENORMALIZE": not given, "BE": LARGEST_EXPERTS}
-                del constants["DROP"]
+                for name in ("DROP", "UNIT", "UNIT_S"):
+                    del constants[name]
                 config = f"{name} R={rank_class} {'gates' if given else 'top-2'}"
                 yield Variant("project_route", config, project_route_kernel, pointers, constants, plain.options)
 

@@ -141,9 +141,9 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
     """
     monkeypatch.setattr(tune_tiles, "SIZES", ((17, 20), (5, 36)))
     monkeypatch.setattr(tables, "TILES", {((0, 0), "times_small"): {"64": (1, 2, 3, 4)}, ((9, 0), "dy_sums"): {}})
-    shipped = tables.TABLES["row_norm"]["16"]
-    fast = {(32, 64, 8, 3): 1.0, (32, 64, 4, 2): 0.5, (64, 256, 32, 4, 4, 128): 1.5, tuple(shipped): 1.01}
-    clock = _Tiles(fast, broken=(32, 64, 4, 2))
+    shipped = tables.TABLES["row_norm"]["32"]
+    fast = {(32, 64, 8, 3): 1.0, (32, 128, 4, 3): 0.5, (64, 256, 32, 4, 4, 128): 1.5, tuple(shipped): 1.01}
+    clock = _Tiles(fast, broken=(32, 128, 4, 3))
     arguments = ["--device", "cpu", "--only", "tiles", "--out", str(tmp_path / "tuned.py")]
     assert tune.main(arguments, clock, Budget(0, 1, 1, 0)) == 0
     found: dict[str, Any] = {}
@@ -153,10 +153,10 @@ def test_tiles_that_are_faster_are_written_and_read(monkeypatch: pytest.MonkeyPa
     assert table.pop(((9, 0), "dy_sums")) == {}  # another device's are kept
     assert table.pop(((0, 0), tables.GEMM)) == {"pointers": (64, 256, 32, 4, 4, 128)}
     kernels = {name: limits for (capability, name), limits in table.items()}
-    assert set(kernels) == set(tables.TABLES) - {"row_norm"}  # 1.0 over 1.01 is within the margin
-    for name, limits in kernels.items():
-        slow = {limit for limit, tile in tables.TABLES[name].items() if tuple(tile) not in fast}
-        assert limits == dict.fromkeys(slow, (32, 64, 8, 3))
+    assert "32" not in kernels["row_norm"]  # 1.0 over 1.01 is within the margin
+    for name, shipped_tiles in tables.TABLES.items():
+        slow = {limit for limit, tile in shipped_tiles.items() if tuple(tile) not in fast}
+        assert kernels.get(name, {}) == dict.fromkeys(slow, (32, 64, 8, 3))
     monkeypatch.setattr(tables, "TILES", found["TILES"])
     assert tables.tiles("times_small", 64, (0, 0)) == tables.Tiles(32, 64, 8, 3)
     assert tables.tiles("times_small", 64, (8, 0)) == tables.TABLES["times_small"]["64"]
@@ -170,7 +170,9 @@ def test_each_launch_runs_in_the_tiles_that_are_timed(monkeypatch: pytest.Monkey
     """
     before = dict(tables.TILES)
     for name in [*tables.TABLES, tables.GEMM]:
-        limit, entry = ("pointers", (16, 16, 16, 4, 1, 0)) if name == tables.GEMM else ("16", (16, 16, 4, 1))
+        limit, entry = "pointers", (16, 16, 16, 4, 1, 0)
+        if name != tables.GEMM:
+            limit, entry = next(iter(tables.TABLES[name])), (16, 16, 4, 1)
         asked: list[Any] = []
         function = "gemm_tiles" if name == tables.GEMM else "tiles"
         module = importlib.import_module(f"delora_kernels.backends.triton.{name.split()[0]}")

@@ -75,3 +75,19 @@ def mixed_dot(big, small, acc, HOW: tl.constexpr, PRECISION: tl.constexpr, INTER
     acc = _dot(_low(big, big_high), high, acc, PRECISION, INTERPRETED)
     acc = _dot(big_high, low, acc, PRECISION, INTERPRETED)
     return _dot(big_high, high, acc, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def lane_sums(tile, LANES: tl.constexpr):
+    """Add up the rows of a tile [BT, BC] that are LANES apart, which one thread holds (`lanes` in
+    tables.py): [LANES, BC]. Threads are added once, after the loop.
+    """
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // LANES, LANES, tile.shape[1])), 0)
+
+
+@triton.jit
+def in_units(number, UNIT: tl.constexpr):
+    """Return `number` as the multiple of UNIT that it is (`unit` in tables.py), so that rows that
+    far apart are read 16 bytes at a time.
+    """
+    return number // UNIT * UNIT

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.library_gemm import DyParts
-from delora_kernels.backends.triton.device import mixed_dot
+from delora_kernels.backends.triton.device import in_units, lane_sums, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import (
     INTERPRETED,
@@ -26,15 +26,9 @@ from delora_kernels.backends.triton.launch import (
     record,
     rows,
 )
-from delora_kernels.backends.triton.tables import Tiles, cdiv, dtypes, rank_tile, splits, tiles
+from delora_kernels.backends.triton.tables import cdiv, dtypes, lanes, rank_tile, side_by_side, splits, tiles, unit
 
 LARGEST_RANK = 32
-
-
-@triton.jit
-def _by_lane(tile, LANES: tl.constexpr):
-    """Add up the rows of a tile [BT, BC] that lie LANES apart, and in one thread: [LANES, BC]."""
-    return tl.sum(tl.reshape(tile, (tile.shape[0] // LANES, LANES, tile.shape[1])), 0)
 
 
 @triton.jit(do_not_specialize=["T", "part"])
@@ -44,10 +38,12 @@ def dy_sums_kernel(
     WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr, WITH_COLUMN: tl.constexpr,
     HOW: tl.constexpr, HOW_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """One chunk's part of dv, a tile [BT, BR] for each step, and its [BC, BR] of factor · dyᵀ h
     over `part` tokens.
     """
+    R, stride_h, stride_sn = in_units(R, UNIT), in_units(stride_h, UNIT), in_units(stride_sn, UNIT)
     chunk = tl.program_id(0).to(tl.int64)
     n = chunk * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)
@@ -68,9 +64,9 @@ def dy_sums_kernel(
         h = tl.load(h_at, ranked, 0.0)
         if WITH_DOTS:
             y = tl.load(Y + t[:, None].to(tl.int64) * stride_y + n[None, :], inside, 0.0)
-            dots += _by_lane(dy.to(tl.float32) * y.to(tl.float32), LANES)
+            dots += lane_sums(dy.to(tl.float32) * y.to(tl.float32), LANES)
         if WITH_SUMS:
-            sums += _by_lane(dy.to(tl.float32), LANES)
+            sums += lane_sums(dy.to(tl.float32), LANES)
         # in this order: the other way round each matrix instruction waits for the one before
         acc = mixed_dot(tl.trans(dy), h, acc, HOW_H, PRECISION, INTERPRETED)
         dv = mixed_dot(dy, s, tl.zeros((BT, BR), tl.float32), HOW, PRECISION, INTERPRETED)
@@ -81,13 +77,6 @@ def dy_sums_kernel(
         tl.store(SUMS + column, tl.sum(sums, 0), n < N)
     if WITH_DOTS:
         tl.store(DOTS + column, tl.sum(dots, 0), n < N)
-
-
-def lanes(tile: Tiles) -> int:
-    """Return how many rows apart those are that one thread reads, 8 elements of each: the warps'
-    threads stand side by side along a row.
-    """
-    return min(tile.tokens, max(1, tile.warps * 256 // tile.columns))
 
 
 def wider(big: torch.dtype, small: torch.dtype, h: torch.dtype) -> str:
@@ -125,17 +114,17 @@ def _plan(
         sums, dots, column: Whether the launch has them.
         tf32: Of dy's products.
     """
-    (N, R, *_), (big, small, h) = integers, kinds
+    (N, R, _, stride_sn, _, stride_h, _), (big, small, h) = integers, kinds
     BR = rank_tile("dy_sums", R)
     tile = tiles("dy_sums", BR, capability(device), wider(big, small, h))
     chunks, steps = cdiv(N, tile.columns), cdiv(T, tile.tokens)
-    part = cdiv(steps, splits(chunks, steps)) * tile.tokens
+    part = cdiv(steps, splits(chunks, steps, side_by_side(device))) * tile.tokens
     how, how_h = dot_split(big, small), dot_split(big, h)
     made = record(
         dy_sums_kernel, integers, WITH_SUMS=sums, WITH_DOTS=dots, WITH_COLUMN=column,
         HOW=how, HOW_H=how_h, PRECISION=precision(max(how, how_h), tf32), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, LANES=lanes(tile),
-        STAGES=tile.stages, num_warps=tile.warps,
+        BT=tile.tokens, BC=tile.columns, BR=BR, LANES=lanes(tile, big),
+        STAGES=tile.stages, UNIT=unit(R, stride_sn, stride_h), num_warps=tile.warps,
     )  # fmt: skip
     return made, chunks, cdiv(T, part), part
 

@@ -17,7 +17,7 @@ from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import INTERPRETED, dot_split, in_tf32, launch, precision, record, rows
 from delora_kernels.backends.triton.route import route, route_totals, weights, write_sums
 from delora_kernels.backends.triton.tables import cdiv, rank_tile, tiles
-from delora_kernels.backends.triton.times_small import split, times_small_parts
+from delora_kernels.backends.triton.times_small import kinds_of, split, times_small_parts
 from delora_kernels.op_arguments import Gating, Masks
 
 LARGEST_EXPERTS = 16
@@ -91,12 +91,13 @@ def project_route(
     logits = 0 if given else experts
     whole = masks.seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
     whole = whole and (x.dtype == A_hat.dtype or columns - logits <= LARGEST_MIXED_RANK)
-    if not whole or split(T, C, x.device, columns - logits)[0] > 1:
+    kinds = kinds_of(x.dtype, A_hat.dtype, False)
+    if not whole or split(T, C, x.device, x.dtype, kinds, columns - logits)[0] > 1:
         parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, masks))
         return route(parts, A_hat.dtype, gates, top_k, gating)
     x, gates = rows(x), None if gates is None else gates.contiguous()
     BR = rank_tile("times_small", columns - logits)
-    tile = tiles("times_small", BR, capability(x.device))
+    tile = tiles("times_small", BR, capability(x.device), kinds)
     h = A_hat.new_empty((T, columns))
     v = h.new_empty((T, columns - logits))
     w = scale.new_empty(0 if given else (T, experts))

@@ -6,6 +6,7 @@ benchmarks.tune` finds faster on a device stands in `tuned.py` and takes their p
 """
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -30,12 +31,16 @@ class Tiles(NamedTuple):
 
 TABLES: dict[str, dict[str, Tiles]] = {
     "times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "times_small mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "times_small fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(32, 32, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
+    "token_sums mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "token_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
     "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 128, 8, 2)},
     "dy_sums scaled": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "dy_sums mixed": {"16": Tiles(64, 64, 8, 2), "32": Tiles(32, 64, 4, 2)},
-    "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "rank_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2), "64": Tiles(64, 64, 8, 2)},
+    "rank_update mixed": {"16": Tiles(64, 64, 8, 2), "32": Tiles(64, 64, 8, 2), "64": Tiles(64, 32, 4, 2)},
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
@@ -52,7 +57,10 @@ an entry of its own "fp32" takes "mixed"'s, and that the plain one.
 """
 
 HOPPER: dict[str, dict[str, Tiles]] = {
+    "times_small": {"16": Tiles(64, 128, 4, 3), "64": Tiles(64, 128, 4, 3), "128": Tiles(64, 64, 4, 3)},
+    "token_sums": {"16": Tiles(64, 64, 4, 4), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
     "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 256, 8, 2)},
+    "rank_update": {"16": Tiles(64, 128, 8, 3), "32": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 3)},
     "dy_sums scaled": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 128, 4, 2)},
     "dy_sums mixed": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 64, 4, 3)},
 }
@@ -105,6 +113,14 @@ def padded(R: int) -> int:
     return max(16, power_of_2(R))
 
 
+def unit(*integers: int) -> int:
+    """Return the most elements that these numbers are multiples of, and that make a load of 16
+    bytes; 1 where they are multiples of 16, which Triton sees by itself.
+    """
+    found = gcd(16, *integers)
+    return 1 if found == 16 else found
+
+
 REGISTERS = 255
 """What a thread may have: unless it is told, the compiler takes fewer, to run more programs at a
 time, and spills.
@@ -122,8 +138,20 @@ def multiprocessors(device: torch.device) -> int:
     return MULTIPROCESSORS
 
 
-SPLIT_TARGET = 264
-"""Programs that a reduction is split into: two for each of an H200's 132 multiprocessors."""
+SPLIT_TARGET: int | None = None
+"""Programs that a reduction is split into whatever the device has room for, or None: for tests."""
+
+IN_FLIGHT = 25_000
+"""Bytes that a multiprocessor has to be waiting for at any time: an H200's 4.8 TB/s for the 0.7 µs
+that a load takes, over its 132.
+"""
+
+
+def side_by_side(device: torch.device, in_flight: int = 0) -> int:
+    """How many programs of a reduction are to run at a time: one a multiprocessor where each has
+    IN_FLIGHT bytes in flight, else two.
+    """
+    return multiprocessors(device) * (1 if in_flight >= IN_FLIGHT else 2)
 
 
 def dtypes(big: torch.dtype, *small: torch.dtype) -> str:
@@ -135,16 +163,28 @@ def dtypes(big: torch.dtype, *small: torch.dtype) -> str:
     return "mixed" if any(dtype != big for dtype in small) else ""
 
 
+def shipped(name: str, capability: tuple[int, int]) -> dict[str, Tiles]:
+    """Return the table of this name for a device of this compute capability, before any tuning."""
+    return HOPPER.get(name, TABLES[name]) if capability == (9, 0) else TABLES[name]
+
+
 def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str = "") -> Tiles:
     """Return the configuration of a kernel for a tile of ranks on a device of this compute
     capability.
     """
     own = {"": (), "fp32": ("fp32", "mixed")}.get(dtypes, (dtypes,))
     name = next((f"{kernel} {each}" for each in own if f"{kernel} {each}" in TABLES), kernel)
-    table = HOPPER.get(name, TABLES[name]) if capability == (9, 0) else TABLES[name]
-    limit, shipped = next(entry for entry in table.items() if rank_tile <= int(entry[0]))
+    limit, entry = next(entry for entry in shipped(name, capability).items() if rank_tile <= int(entry[0]))
     tuned = TILES.get((capability, name), {}).get(limit)
-    return shipped if tuned is None else Tiles(*tuned)
+    return entry if tuned is None else Tiles(*tuned)
+
+
+def lanes(tile: Tiles, dtype: torch.dtype) -> int:
+    """Return how many rows apart those are of which one thread reads 16 bytes each: a tile's
+    threads stand side by side along its rows.
+    """
+    row = max(1, tile.columns * dtype.itemsize // 16)
+    return max(1, min(tile.tokens, tile.warps * 32 // row))
 
 
 def gemm_tiles(way: str, capability: tuple[int, int]) -> GemmTiles:
@@ -153,8 +193,9 @@ def gemm_tiles(way: str, capability: tuple[int, int]) -> GemmTiles:
     return GEMMS[way] if tuned is None else GemmTiles(*tuned)
 
 
-def splits(programs: int, steps: int) -> int:
+def splits(programs: int, steps: int, wanted: int | None = None) -> int:
     """Into how many parts a reduction of `steps` steps is split when `programs` programs run
-    anyway.
+    anyway, and `wanted` (two a multiprocessor of an H200) are to.
     """
-    return max(1, min(steps, SPLIT_TARGET // max(1, programs)))
+    target = SPLIT_TARGET or wanted or 2 * MULTIPROCESSORS
+    return max(1, min(steps, target // max(1, programs)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.triton.add_parts import add_parts
-from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
+from delora_kernels.backends.triton.device import dropped, in_units, keep_tile, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import (
     INTERPRETED,
@@ -27,16 +27,17 @@ from delora_kernels.backends.triton.launch import (
     record,
     rows,
 )
-from delora_kernels.backends.triton.tables import cdiv, rank_tile, splits, tiles
+from delora_kernels.backends.triton.tables import cdiv, dtypes, rank_tile, side_by_side, splits, tiles, unit
 
 
 @triton.jit(do_not_specialize=["T"])
 def times_small_kernel(
     X, S, OUT, SEED, T, C, R, stride_x, stride_sc, stride_sr, stride_out, part, threshold, factor,
     DROP: tl.constexpr, HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, UNIT: tl.constexpr, UNIT_S: tl.constexpr,
 ):  # fmt: skip
     """One tile [BT, BR] of factor · drop(X) S, summed over this program's `part` of C."""
+    R, stride_out, stride_sc = in_units(R, UNIT), in_units(stride_out, UNIT), in_units(stride_sc, UNIT_S)
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     acc = tl.zeros((BT, BR), tl.float32)
@@ -59,17 +60,29 @@ def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup |
     return add_parts(times_small_parts(x, small, dtype, groups), dtype)
 
 
+def kinds_of(big: torch.dtype, small: torch.dtype, drop: bool) -> str:
+    """Return which tiles a launch takes: a mask needs registers as wider factors do."""
+    return dtypes(big, small) or ("mixed" if drop else "")
+
+
 @planned
-def split(T: int, C: int, device: torch.device, *ranks: int) -> tuple[int, int]:
+def split(T: int, C: int, device: torch.device, big: torch.dtype, kinds: str, *ranks: int) -> tuple[int, int]:
     """Into how many parts the sum over C of x [T, C] times blocks of these ranks is split, and the
     columns of each.
+
+    Args:
+        T, C: Of x.
+        device, big: Its device and dtype.
+        kinds: What `kinds_of` says.
+        ranks: Of the blocks.
     """
     widths = [rank_tile("times_small", R) for R in ranks]
-    used = [tiles("times_small", BR, capability(device)) for BR in widths]
+    used = [tiles("times_small", BR, capability(device), kinds) for BR in widths]
     columns = max(tile.columns for tile in used)
+    in_flight = min((tile.stages - 1) * tile.tokens * tile.columns for tile in used) * big.itemsize
     programs = sum(cdiv(T, tile.tokens) * cdiv(R, BR) for R, BR, tile in zip(ranks, widths, used, strict=True))
     steps = cdiv(C, columns)
-    part = cdiv(steps, splits(programs, steps)) * columns
+    part = cdiv(steps, splits(programs, steps, side_by_side(device, in_flight))) * columns
     return cdiv(C, part), part
 
 
@@ -79,13 +92,14 @@ def _plan(
     drop: bool, tf32: bool,
 ) -> tuple[Record, tuple[int, int, int]]:  # fmt: skip
     """Return the record and the grid of a launch; `integers` as the kernel takes them from C on."""
-    R, how = integers[1], dot_split(big, small)
+    (_, R, _, stride_sc, _, stride_out, *_), how = integers, dot_split(big, small)
     BR = rank_tile("times_small", R)
-    tile = tiles("times_small", BR, capability(device))
+    tile = tiles("times_small", BR, capability(device), kinds_of(big, small, drop))
     made = record(
         times_small_kernel, integers,
         DROP=drop, HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        BT=tile.tokens, BC=tile.columns, BR=BR,
+        UNIT=unit(R, stride_out), UNIT_S=unit(R, stride_sc), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return made, (cdiv(T, tile.tokens), cdiv(R, BR), parts)
 
@@ -101,11 +115,12 @@ def times_small_parts(
         return x.new_zeros((1, T, R), dtype=dtype)
     x, device, kinds = rows(x), x.device, (x.dtype, small.dtype)
     if groups is None or len(groups) == 1:
-        parts, part = split(T, C, device, R)
+        kind = kinds_of(*kinds, groups is not None and groups[0].seed is not None)
+        parts, part = split(T, C, device, x.dtype, kind, R)
         blocks = [(small, groups[0] if groups else None, R)]
     else:
         blocks = [(small[:, group.columns], group, group.columns.stop - group.columns.start) for group in groups]
-        parts, part = split(T, C, device, *(width for _, _, width in blocks))
+        parts, part = split(T, C, device, x.dtype, kinds_of(*kinds, True), *(width for _, _, width in blocks))
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
     for block, group, width in blocks:
         seed, limit, inverse = mask_arguments(group)

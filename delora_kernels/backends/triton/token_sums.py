@@ -13,7 +13,7 @@ from torch import Tensor
 
 from delora_kernels.backends.dropout import MaskGroup, mask_arguments
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
-from delora_kernels.backends.triton.device import dropped, keep_tile, mixed_dot
+from delora_kernels.backends.triton.device import dropped, in_units, keep_tile, lane_sums, mixed_dot
 from delora_kernels.backends.triton.forms import capability
 from delora_kernels.backends.triton.launch import (
     INTERPRETED,
@@ -26,7 +26,17 @@ from delora_kernels.backends.triton.launch import (
     record,
     rows,
 )
-from delora_kernels.backends.triton.tables import TABLES, cdiv, dtypes, rank_tile, splits, tiles
+from delora_kernels.backends.triton.tables import (
+    TABLES,
+    cdiv,
+    dtypes,
+    lanes,
+    rank_tile,
+    side_by_side,
+    splits,
+    tiles,
+    unit,
+)
 
 
 @triton.jit(do_not_specialize=["T", "part"])
@@ -36,30 +46,32 @@ def token_sums_kernel(
     DROP: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
     WITH_OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile [BC, BR] of factor · drop(X)ᵀ H and BC of each vector, summed over `part` tokens;
     factor · H S.
     """
+    R, ranks, stride_h = in_units(R, UNIT), in_units(ranks, UNIT), in_units(stride_h, UNIT)
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     acc = tl.zeros((BC, BR), tl.float32)
-    sums = tl.zeros((BC,), tl.float32)
-    dots = tl.zeros((BC,), tl.float32)
+    sums = tl.zeros((LANES, BC), tl.float32)
+    dots = tl.zeros((LANES, BC), tl.float32)
     if WITH_OUT:
         small = S + r[:, None].to(tl.int64) * stride_sr + c[None, :].to(tl.int64) * stride_sc
         s = tl.load(small, (r[:, None] < R) & (c[None, :] < C), 0.0)
     start = tl.program_id(2).to(tl.int64) * part
-    for t0 in range(start, tl.minimum(start + part, T), BT):
+    for t0 in tl.range(start, tl.minimum(start + part, T), BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         inside = (t[:, None] < T) & (c[None, :] < C)
         x = tl.load(X + t[:, None].to(tl.int64) * stride_x + c[None, :], inside, 0.0)
         if WITH_SUMS:
-            sums += tl.sum(x.to(tl.float32), 0)
+            sums += lane_sums(x.to(tl.float32), LANES)
         if WITH_DOTS:
             y = tl.load(Y + t[:, None].to(tl.int64) * stride_y + c[None, :], inside, 0.0)
-            dots += tl.sum(x.to(tl.float32) * y.to(tl.float32), 0)
+            dots += lane_sums(x.to(tl.float32) * y.to(tl.float32), LANES)
         if DROP:
             x = dropped(x, keep_tile(SEED, t, c0, C, threshold, BT, BC))
         if WITH_PRODUCT:
@@ -78,9 +90,9 @@ def token_sums_kernel(
         tl.store(at, acc * factor, (c[:, None] < C) & (r[None, :] < ranks))
     if tl.program_id(1) == 0:
         if WITH_SUMS:
-            tl.store(SUMS + which * C + c, sums, c < C)
+            tl.store(SUMS + which * C + c, tl.sum(sums, 0), c < C)
         if WITH_DOTS:
-            tl.store(DOTS + which * C + c, dots, c < C)
+            tl.store(DOTS + which * C + c, tl.sum(dots, 0), c < C)
 
 
 def takes_term(x: Tensor, h: Tensor, small: Tensor, group: MaskGroup) -> bool:
@@ -113,16 +125,17 @@ def _plan(
         present: Whether the launch has a mask, a product, sums, dots, a term; whether the product
             is transposed.
     """
-    (C, R, *_), how = integers, dot_split(big, h)
+    (C, R, ranks, _, stride_h, *_), how = integers, dot_split(big, h)
     BR = rank_tile("token_sums", R)
-    tile = tiles("token_sums", BR, capability(device), dtypes(big))
+    tile = tiles("token_sums", BR, capability(device), dtypes(big, h) or ("mixed" if present[0] else ""))
     across, steps = (cdiv(C, tile.columns), max(1, cdiv(R, BR))), cdiv(T, tile.tokens)
-    part = cdiv(steps, splits(across[0] * across[1], steps)) * tile.tokens
+    part = cdiv(steps, splits(across[0] * across[1], steps, side_by_side(device))) * tile.tokens
     names = ("DROP", "WITH_PRODUCT", "WITH_SUMS", "WITH_DOTS", "WITH_OUT", "TRANSPOSED")
     made = record(
         token_sums_kernel, integers, **dict(zip(names, present, strict=True)),
         HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
-        BT=tile.tokens, BC=tile.columns, BR=BR, num_warps=tile.warps, num_stages=tile.stages,
+        BT=tile.tokens, BC=tile.columns, BR=BR, LANES=lanes(tile, big), STAGES=tile.stages,
+        UNIT=unit(R, ranks, stride_h), num_warps=tile.warps,
     )  # fmt: skip
     return made, across, cdiv(T, part), part
 
