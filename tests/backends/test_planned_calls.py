@@ -178,6 +178,15 @@ def test_it_is_left_for_every_other_argument(what: str, seed: int, taken: list[A
     assert isinstance(expected, list) or found == expected
 
 
+@pytest.mark.parametrize("given", [{"scale": True}, {"dropout_p": False}], ids=["scale", "dropout_p"])
+def test_what_equals_a_number_is_still_refused(given: dict[str, Any], seed: int) -> None:
+    """True is 1.0 to a dictionary, and no scale."""
+    for _ in range(4):
+        outcome("lora", draw("lora", seed, scale=1.0, dropout_p=0.0))
+    with pytest.raises(TypeError, match=f"{next(iter(given))} must be a number"):
+        forward("lora", draw("lora", seed, scale=1.0) | given)
+
+
 @contextmanager
 def in_tf32() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
