@@ -150,3 +150,13 @@ def test_errors_name_the_argument(case: str, seed: int) -> None:
     method, changed, text = WRONG[case]
     with pytest.raises(ValueError, match=f"grouped_{method}_linear: {text}"):
         getattr(F, f"grouped_{method}_linear")(**drawn(method, seed, [2, 0, 3, 1]) | changed)
+
+
+@pytest.mark.parametrize("method", ["dora", "delora"])
+def test_compiles_to_one_graph(method: str, seed: int) -> None:
+    """Also for another number of rows: nothing reads where experts' rows end."""
+    function = getattr(F, f"grouped_{method}_linear")
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in ([4, 0, 3, 1], [0, 9, 2, 2]):
+        made = drawn(method, seed, rows)
+        assert_close(step(compiled, made, METHODS[method]), step(function, made, METHODS[method]))

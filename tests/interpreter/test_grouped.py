@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
 from grouped_passes import ROWS, Passes, R, check_masks, check_products, check_sums, random_rows
+from kernel_calls import DTYPES
 from traffic import Traffic
 
 from delora_kernels import functional as F
@@ -19,6 +20,7 @@ from delora_kernels import use_backend
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.grouped import grouped_times_small, grouped_update
 from delora_kernels.backends.triton.grouped_sums import grouped_sums
+from delora_kernels.testing import METHODS, measure
 from delora_kernels.testing.errors import relative_error
 
 
@@ -110,3 +112,13 @@ def test_values_beside_the_eager_backend(seed: int) -> None:
             results.append((y, *torch.autograd.grad(y.float().square().sum(), [*leaves.values()])))
     for ours, theirs in zip(*reversed(results), strict=True):
         assert relative_error(ours, theirs.double()) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16+float32"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("grouped")])
+def test_method(method: str, dtype: str, seed: int) -> None:
+    """y and every gradient by the autograd Function on this backend."""
+    narrow, wide = DTYPES[dtype]
+    with use_backend("triton"):
+        problem = METHODS[method].problem(30, 24, 20, 5, dtype=narrow, adapter_dtype=wide, seed=seed)
+        assert [m for m in measure(problem) if not m.ok] == []
