@@ -22,6 +22,7 @@ from benchmarks.gpu import figures, layers, ready, right
 from benchmarks.gpu.rows import Rows
 from benchmarks.timing import CpuClock
 from benchmarks.tune_state import State
+from delora_kernels.backends.triton import tables
 
 LAYER = Layer("dora", 64, 48, 16, T=32)
 
@@ -109,19 +110,22 @@ def test_tuning_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_tuning_times_nothing_twice_and_nothing_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
     monkeypatch.setattr(tune_tiles, "_fastest", lambda own, name, limit, *_: timed.append((name, limit)))
-    state = State(seconds=3600)
-    state.done = {"row_norm 16": [64, 128, 8, 3]}
+    state, (name, limit) = State(seconds=3600), tune_tiles.jobs((9, 0))[0]
+    state.done = {f"{name} {limit}": [64, 128, 8, 3]}
     found = tune_tiles.tuned((9, 0), "cpu", CpuClock(), tune.Budget(), state)
-    assert found == {((9, 0), "row_norm"): {"16": (64, 128, 8, 3)}}
-    assert sorted(timed) == sorted(set(tune_tiles.jobs((9, 0))) - {("row_norm", "16")})
+    assert found == {((9, 0), name): {limit: (64, 128, 8, 3)}}
+    assert timed == tune_tiles.jobs((9, 0))[1:]
     timed.clear()
     assert tune_tiles.tuned((9, 0), "cpu", CpuClock(), tune.Budget(), State(seconds=-1)) == {}
     assert timed == []
 
 
 def test_every_candidate_is_compiled_ahead() -> None:
-    binaries = tune_tiles.candidates_of((9, 0), "row_norm", "16")
-    assert len(binaries) == len({binary.key for binary in binaries}) == len(set(tune_tiles._candidates("row_norm")))
+    """Each once, the shipped tiles among them."""
+    limit, shipped = next(iter(tables.TABLES["rank_update"].items()))
+    binaries = tune_tiles.candidates_of((9, 0), "rank_update", limit)
+    assert len(binaries) == len({binary.key for binary in binaries})
+    assert len(binaries) == len({tuple(shipped), *tune_tiles._candidates("rank_update")})
 
 
 def test_the_librarys_gemms_are_recorded() -> None:
