@@ -60,14 +60,16 @@ def at_a_glance(
             return None, None
     if dropout_p != 0.0:
         return None, None
-    x = tensors[0]
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    if device not in _DEVICES:  # a meta tensor's has no autocast
+        return None, None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     key = key_of(name, tensors, (autocast, *numbers))
     outputs = None if key is None else replayed.run(key, tensors + _NOTHING[len(tensors) :])
     return key, None if outputs is None else outputs[0]
 
 
+_DEVICES = ("cpu", "cuda")
 _NOTHING = (None,) * (len(Call._fields) - 1)
 
 
