@@ -42,10 +42,17 @@ Entry = tuple[int, ...]
 Table = dict[tuple[Capability, str], dict[str, Entry]]
 
 
+def timed() -> list[str]:
+    """Return the names in TABLES that are timed: not those of experts' kernels, which run beside
+    the experts' GEMMs.
+    """
+    return [name for name in tables.TABLES if not name.startswith("grouped_")]
+
+
 def jobs(capability: Capability) -> list[tuple[str, str]]:
     """Return every name in the tables with each of its classes of ranks, our GEMM's way to load."""
     way = "descriptors" if capability >= DESCRIPTORS_FROM else "pointers"
-    return [(name, limit) for name, table in tables.TABLES.items() for limit in table] + [(tables.GEMM, way)]
+    return [(name, limit) for name in timed() for limit in tables.TABLES[name]] + [(tables.GEMM, way)]
 
 
 def tuned(capability: Capability, device: str, clock: Clock, budget: Budget, state: State | None = None) -> Table:

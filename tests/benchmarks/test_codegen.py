@@ -43,7 +43,7 @@ def test_what_is_tuned_for_a_device_is_compiled_for_it(monkeypatch: pytest.Monke
     for capability, token, inner in (((9, 0), 32, 32), ((8, 0), 64, 64)):
         made = {(v.kernel, v.config): v for v in codegen.variants(capability)}
         fp32 = made["token_sums", "fp32 R=16"]
-        assert (fp32.constants["BT"], fp32.options["num_stages"]) == (token, 1 if token == 32 else 3)
+        assert (fp32.constants["BT"], fp32.constants["STAGES"]) == (token, 1 if token == 32 else 3)
         assert made["token_sums", "bf16 R=16"].constants["BT"] == 64
         assert made["rank_gemm", "bf16 NT pointers"].constants["BD"] == inner
         assert (("rank_gemm", "bf16 NT descriptors") in made) == (capability == (9, 0))
