@@ -287,6 +287,7 @@ def test_backward_that_asks_for_more(seed: int, taken: list[Any]) -> None:
         for _ in range(5):
             found, expected = (torch.autograd.grad(out, leaves, each, retain_graph=True) for out in (y, plain))
             same(list(found), list(expected))
+    assert len(taken[-1].backward) == 2  # as rows, the first two are laid out alike
     batched = torch.autograd.grad(y, leaves, dy, is_grads_batched=True, retain_graph=True)
     for place in range(3):
         one = torch.autograd.grad(y, leaves, dy[place], retain_graph=True)
