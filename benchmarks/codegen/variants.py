@@ -319,8 +319,8 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
                 pointers |= {"X": big, "S": small, "H": small, "V": small}
                 constants = plain.constants | {"GIVEN": given, "WITH_SHARE": True, "K": 0 if given else 2}
                 constants |= {"RENORMALIZE": not given, "BE": LARGEST_EXPERTS}
-                for name in ("DROP", "UNIT", "UNIT_S"):
-                    del constants[name]
+                for other in ("DROP", "UNIT", "UNIT_S"):
+                    del constants[other]
                 config = f"{name} R={rank_class} {'gates' if given else 'top-2'}"
                 yield Variant("project_route", config, project_route_kernel, pointers, constants, plain.options)
 
