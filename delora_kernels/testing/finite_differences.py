@@ -66,4 +66,4 @@ def gradcheck(
 
 def _row_norm(inputs: Inputs) -> Tensor:
     updated: Tensor = inputs["weight"] + inputs["scale"] * inputs["B"] @ inputs["A"]
-    return updated.norm(dim=1).detach()
+    return updated.norm(dim=-1).detach()

@@ -235,7 +235,7 @@ def layers(seed: int) -> None:
     import peft_models
 
     import delora_kernels as dk
-    from delora_kernels.integrations.peft.methods import base
+    from delora_kernels.integrations.peft.methods import adapted_base
 
     def small() -> nn.Module:
         return goat_models.small(seed, torch.float32)
@@ -254,7 +254,7 @@ def layers(seed: int) -> None:
             assert torch.allclose(result.raw, expected[key], rtol=1e-3, atol=size), (name, key)
         if name.startswith("goat"):
             assert "first" in str(dk.expert_report(model))
-    base._is_float = lambda weight: True  # a tensor of another device is no quantised one
+    adapted_base.is_float = lambda weight: True  # a tensor of another device is no quantised one
     configs: list[Any] = [goat_models.config(**options, dropout=0.2) for options in goat_models.KINDS.values()]
     for config in configs + [ether_models.config(kind) for kind in kinds]:
         model = peft.get_peft_model(put(small()), config)
