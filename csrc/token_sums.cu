@@ -162,6 +162,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                  int64_t R, int64_t part, const int64_t *seed, int threshold, float factor) {
   const Tile tile = groups.find(blockIdx.z, part, 1);
   if (tile.expert >= groups.E) return;
+  // offsets that fall, which nobody reads before, would ask for more places than there are
+  if (!tile.alone && (!parts || tile.place >= 2 * groups.T / part)) return;
   const int64_t last = tile.first + part < tile.end ? tile.first + part : tile.end;
   const int64_t of_product = product ? R * C : 0, place = tile.place * (of_product + (sums ? C : 0));
   if (product) product = tile.alone ? product + tile.expert * R * C : parts + place;

@@ -32,13 +32,15 @@ def grouped_linear(
     if isinstance(weight, Tensor):
         y, h = stages.grouped_linear(x, weight, bias, offsets, A_hat, B_hat, scale, dropout_p, seed)
         return y, h
+    if dropout_p > 0.0:  # a mask counts rows: by groups it would be another one than without
+        raise NotImplementedError("grouped_linear: experts that are stored in few bits take no dropout")
     y = x.new_zeros((x.shape[0], weight.shape[1]))
     h = x.new_empty(0) if A_hat is None else A_hat.new_zeros((x.shape[0], A_hat.shape[1]))
     for first, last, rows in weight.groups(offsets, x.shape[0], x.dtype):
         A_e, B_e, bias_e = (None if each is None else each[first:last] for each in (A_hat, B_hat, bias))
         ends = offsets[first:last] - rows.start
         y_e, h_e = stages.grouped_linear(
-            x[rows], weight.dense(first, last, x.dtype), bias_e, ends, A_e, B_e, scale, dropout_p, _own(seed, first)
+            x[rows], weight.dense(first, last, x.dtype), bias_e, ends, A_e, B_e, scale, 0.0, None
         )  # nobody holds the dense experts from here on
         y[rows] = y_e
         if A_hat is not None:
@@ -77,7 +79,7 @@ def grouped_backward(
         x_e, h_e = (None if each is None else each[rows] for each in (x, h))
         A_e, B_e = (None if each is None else each[first:last] for each in (A_hat, B_hat))
         dense, ends = weight.dense(first, last, dy.dtype), offsets[first:last] - rows.start
-        dropout = dropout_p, _own(seed, first)
+        dropout = dropout_p, seed
         found = stages.grouped_backward(dy[rows], x_e, h_e, dense, ends, A_e, B_e, scale, need_bias, *dropout)
         del dense
         dx[rows] = found[0]
@@ -91,10 +93,3 @@ def each_dense(weight: Tensor | StoredExperts, dtype: torch.dtype) -> Iterator[T
     """Yield the weight of one expert after the other, in `dtype`."""
     for e in range(weight.shape[0]):
         yield weight[e].to(dtype) if isinstance(weight, Tensor) else weight.dense(e, e + 1, dtype)[0]
-
-
-def _own(seed: Tensor | None, first: int) -> Tensor | None:
-    """Return the seed of a group's dropout mask: a mask counts rows, which begin anew in each
-    group.
-    """
-    return None if seed is None else seed + first

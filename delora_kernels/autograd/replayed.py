@@ -133,7 +133,7 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
         elif t.__class__ not in _PLAIN or t.layout is not torch.strided:
             return None
         else:
-            facts += (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.requires_grad)
+            facts += (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.storage_offset() & 7, t.requires_grad)
     return facts
 
 

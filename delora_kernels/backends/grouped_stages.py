@@ -51,6 +51,7 @@ class GroupedStages:
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute y and h: the thin product first, while nothing of W has pushed x out of cache."""
+        offsets = offsets.contiguous()
         if A_hat is None or B_hat is None:
             return eager.grouped_linear(x, weight, bias, offsets, A_hat, B_hat, scale)
         h = self.times_small(x, A_hat.mT, offsets, scale, A_hat.dtype, _group(A_hat.shape[1], dropout_p, seed))
@@ -73,6 +74,7 @@ class GroupedStages:
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute dv, then what comes of it; dB̂ and the sums of dy from one read of dy."""
+        offsets = offsets.contiguous()
         wide, dv = accumulate_dtype(dy.dtype), None
         group = _group(0 if B_hat is None else B_hat.shape[2], dropout_p, seed)
         dx, dA, dBt, dbias = dy.new_empty(0), *(dy.new_empty(size, dtype=wide) for size in (0, 0, (0, dy.shape[1])))

@@ -72,17 +72,22 @@ def forget() -> None:
 
 
 def facts(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Return all of these tensors that a call may depend on: what they are, never what is in
-    them.
+    """Return all of these tensors that a call may depend on: what they are, never what is in them;
+    of where they begin in their storage, what alignment hangs on.
     """
     return tuple(
-        [None if tensor is None else (tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
+        [None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.storage_offset() & 7) for t in tensors]
     )
 
 
 def looks(tensors: Iterable[Any]) -> tuple[Any, ...]:
     """Return `facts` of tensors whose class has not been looked at, and that class."""
-    return tuple([None if t is None else (t.__class__, t.dtype, t.device, t.shape, t.stride()) for t in tensors])
+    return tuple(
+        [
+            None if t is None else (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.storage_offset() & 7)
+            for t in tensors
+        ]
+    )
 
 
 def replay_of(key: tuple[Any, ...], inputs: tuple[Tensor | None, ...]) -> tuple[int, Callable[..., Any]] | None:

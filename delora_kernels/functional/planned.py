@@ -36,7 +36,9 @@ def key_of(what: Any, tensors: Sequence[Any], numbers: Any) -> tuple[Any, ...] |
     facts = replayed.facts_of(tensors)
     if facts is None:
         return None
-    wide = torch.float32 in facts and allow_tf32()
+    # factors of both 16-bit dtypes are float32 together
+    wide = torch.float32 in facts or torch.float32 in numbers or (torch.float16 in facts and torch.bfloat16 in facts)
+    wide = wide and allow_tf32()
     return what, requested, torch.is_grad_enabled(), wide, numbers, *facts
 
 
@@ -61,7 +63,8 @@ def at_a_glance(
     if dropout_p != 0.0:
         return None, None
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
-    if device not in _DEVICES:  # a meta tensor's has no autocast
+    # a meta tensor has no autocast; one row without a dimension for it is planned as a matrix
+    if device not in _DEVICES or tensors[0].dim() < 2:
         return None, None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     key = key_of(name, tensors, (autocast, *numbers))

@@ -23,6 +23,7 @@ from delora_kernels import functional as F
 from delora_kernels import use_backend
 from delora_kernels.autograd import replayed
 from delora_kernels.backends import eager, tape
+from delora_kernels.functional import planned
 
 T, K, N, R = 6, 24, 40, 4
 METHODS = ("lora", "dora", "delora")
@@ -413,3 +414,59 @@ def test_linears_of_one_x_are_replayed(seed: int, monkeypatch: pytest.MonkeyPatc
             found = run(seed + 99, last)
         same(found, unplanned(lambda last=last: run(seed + 99, last)))
         assert known == tape._known
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("function", [*METHODS, "scale as an integer", "moe", "one expert", "ether"])
+def test_leading_dimensions_are_those_of_x(function: str, lead: tuple[int, ...], seed: int) -> None:
+    """A token alone, and rows of several dimensions, at every coming of a kind."""
+
+    def call(number: int) -> Tensor:
+        made = draw(function if function in METHODS else "lora", seed + number, lead)
+        if function in METHODS:
+            return forward(function, made)
+        if function == "scale as an integer":
+            return forward("lora", made | {"scale": 2})
+        x, W, A, B = (made[name] for name in ("x", "weight", "A", "B"))
+        if function == "ether":
+            return F.ether_linear(x, W, A.detach().view(4 * R, K // 4)[:4])
+        count = 1 if function == "one expert" else 2
+        experts = (torch.stack([each] * count) for each in (A, B))
+        y, _ = F.moe_lora_linear(x, W, *experts, A[:count].detach(), top_k=1)
+        return y
+
+    for number in range(6):
+        y = call(number)
+        assert y.shape == (*lead, N)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tape, "enabled", False)
+            assert torch.equal(y, call(number))
+
+
+def test_where_a_tensor_begins_in_its_storage_is_looked_at(seed: int, taken: list[Any]) -> None:
+    """What its alignment hangs on, by which a library's product takes it as it is or copied."""
+    made = draw("lora", seed, (T,))
+    for _ in range(4):
+        forward("lora", made)
+    del taken[:]
+    x = made["x"].detach()
+    buffer = torch.cat([x.new_zeros(1), x.flatten()])
+    forward("lora", made | {"x": buffer[1:].view(T, K).requires_grad_()})
+    assert not taken
+    forward("lora", made)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("scale", [0.5, 2])
+def test_tf32_where_no_tensor_is_float32(
+    scale: float, seed: int, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors in float16 beside a base in bfloat16 are multiplied in float32."""
+    made = draw("lora", seed, (T,), scale=scale)
+    made |= {name: made[name].detach().half().requires_grad_() for name in ("A", "B")}
+    for _ in range(4):
+        forward("lora", made)
+    del taken[:]
+    monkeypatch.setattr(planned, "allow_tf32", lambda: True)
+    forward("lora", made)
+    assert not taken

@@ -29,7 +29,8 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several for an expert, and several experts in the rows of one."""
     for name in ("grouped_times_small", "grouped_update", "grouped_sums"):
         monkeypatch.setitem(tables.TABLES, name, {"16": tables.Tiles(16, 16, 4, 1)})
-    monkeypatch.delitem(tables.TABLES, "grouped_sums fp32")
+    for kinds in ("mixed", "fp32"):
+        monkeypatch.delitem(tables.TABLES, f"grouped_sums {kinds}")
 
 
 PASSES = Passes("triton", grouped_times_small, grouped_update, grouped_sums)

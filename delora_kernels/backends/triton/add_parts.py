@@ -116,6 +116,7 @@ def finish_dy(
     parts: DyParts, out: DyParts, column: Tensor | None, B_hat: Tensor | None, divisor: Tensor | None
 ) -> None:
     """Write to `out` what `Stages.finished` promises, in one launch."""
+    divisor = None if divisor is None else divisor.contiguous()
     dv, product, sums, dots = parts
     first = next((found for found in (product, sums, dots) if found is not None), None)
     count, N = (0, 0) if first is None else first.shape[:2]

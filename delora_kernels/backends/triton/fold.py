@@ -77,6 +77,7 @@ def fold(
     """
     pairs, (A_hat, B_hat, a, b) = fold_pairs(A, B, strength, start, dtype)
     _, weight_norm, eps = strength
+    weight_norm = None if weight_norm is None else weight_norm.contiguous()
     for pair_A, pair_B, lam, sign, offset in pairs:
         (r, K), N, R = pair_A.shape, pair_B.shape[0], A_hat.shape[0]
         made = record(
@@ -146,6 +147,7 @@ def fold_backward(
     """
     (A, B, a, b, frozen_B), (lam, weight_norm, eps) = folded, strength
     assert weight_norm is not None
+    weight_norm = weight_norm.contiguous()
     (r, K), N = A.shape, B.shape[0]
     dA = A.new_empty(0 if dA_hat is None else (r, K))
     dB = B.new_empty(0 if dB_hat is None else (N, r))

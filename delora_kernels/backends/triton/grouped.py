@@ -49,9 +49,10 @@ def grouped_update_kernel(
     nobody's, which are not read.
     """
     e, begins, ends, counts = cut(OFFSETS, T, E, BT, 0, BE)
-    expert, first, end = tile_of(tl.program_id(1), e, begins, ends, counts, BT)
+    across = tl.cdiv(C, BC)  # all programs lie in a grid's first dimension: the others end at 65535
+    expert, first, end = tile_of(tl.program_id(0) // across, e, begins, ends, counts, BT)
     t = first + tl.arange(0, BT)
-    c0 = tl.program_id(0) * BC
+    c0 = tl.program_id(0) % across * BC
     c = c0 + tl.arange(0, BC)
     inside = (t[:, None] < end) & (c[None, :] < C)
     somebodys = expert < E
@@ -101,5 +102,5 @@ def grouped_update(
     kinds = (out.dtype, small.dtype, out.device, in_tf32(out.dtype))
     present = (("WITH_BIAS", bias is not None), ("DROP", seed is not None))
     made, (across, _), size = plan(grouped_update_kernel, T, E, integers, *kinds, present)
-    grid = (across, most_tiles(T, E + 1, size))
+    grid = (across * most_tiles(T, E + 1, size),)
     launch(made, grid, (out, h, small, bias, offsets, seed), (T,), (inverse,))

@@ -59,7 +59,8 @@ def grouped_sums_kernel(
     if SPLIT:
         before = tl.sum(tl.where((e < expert) & (counts > 1), counts, 0), 0)
         place = before + (first - tl.sum(tl.where(mine, begins, 0), 0)) // part
-        at, among = PARTS + place * (R + WITH_SUMS) * C, there & (alone == 0)
+        # offsets that fall, which nobody reads before, would ask for more places than there are
+        at, among = PARTS + place * (R + WITH_SUMS) * C, there & (alone == 0) & (place < 2 * T // part)
         if WITH_PRODUCT:
             tl.store(at + cell, acc * factor, held & among)
         if WITH_SUMS:

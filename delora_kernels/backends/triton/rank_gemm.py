@@ -149,7 +149,7 @@ def rank_gemm(
     kept = x.new_empty((T, C)) if keep else None
     if T * C == 0:
         return out, kept
-    x, h = rows(x), rows(h)
+    x, h, bias = rows(x), rows(h), None if bias is None else bias.contiguous()
     by_rows = w.stride(0) == 1
     matrix = w.t() if by_rows else rows(w)
     device = capability(x.device)

@@ -150,6 +150,7 @@ def rank_update(
     if T * C == 0:
         return out
     h, extra = rows(h), None if extra is None else rows(extra)
+    bias = None if bias is None else bias.contiguous()
     seed, limit, _ = mask_arguments(group)
     strides = (0 if base is None else base.stride(0), h.stride(0), *small.stride())
     integers = (C, R, *strides, 0 if extra is None else extra.stride(0), limit)

@@ -234,6 +234,7 @@ def reflect(x: Tensor, u: Tensor, v: Tensor | None, bias: Tensor | None) -> Tens
     """x reflected, + bias, [T, C]: one launch."""
     (T, C), (n, D) = x.shape, u.shape
     x, u, v = rows(x), u.contiguous(), None if v is None else v.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty((T, C))
     if T * C == 0:
         return out

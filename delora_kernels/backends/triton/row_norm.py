@@ -127,6 +127,7 @@ def row_norm(
     strides.
     """
     (N, K), R = weight.shape, A_hat.shape[0]
+    magnitude = None if magnitude is None else magnitude.contiguous()
     norm = weight.new_empty(N, dtype=torch.float32)
     column = norm.new_empty(0 if magnitude is None else N)
     out = weight.new_empty((N, K) if scaled else 0)

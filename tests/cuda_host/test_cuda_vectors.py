@@ -1,0 +1,11 @@
+"""The CUDA kernels on vectors that lie apart in memory."""
+
+import pytest
+from strided_vectors import check_vectors
+
+from delora_kernels.testing import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_vectors_apart(name: str, seed: int) -> None:
+    check_vectors(name, "cuda", seed)
