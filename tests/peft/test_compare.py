@@ -49,6 +49,7 @@ def state(model: nn.Module) -> list[Any]:
     found += [getattr(module, "_disable_adapters", None) for module in model.modules()]
     found += [(p.requires_grad, p.grad is None or id(p.grad), p._version) for p in model.parameters()]
     found += [bytes(p.grad.flatten().view(torch.uint8).tolist()) for p in model.parameters() if p.grad is not None]
+    found += [id(buffer) for buffer in model.buffers()]
     return found + [buffer.clone().tolist() for buffer in model.buffers()]
 
 
@@ -62,8 +63,10 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(2, 3).t())
 
     def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
         y: Tensor = self.second(self.norm(self.first(x))).square().mean()
         return y
 
@@ -107,17 +110,29 @@ def test_the_three_forms(method: str, seed: int) -> None:
     assert torch.allclose(found["fused"], peft_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_frozen_form_computes_every_dx(seed: int) -> None:
+@pytest.mark.parametrize("called_with", ["input_ids", "inputs_embeds"])
+def test_the_frozen_form_goes_back_as_far_as_pefts(called_with: str, seed: int) -> None:
+    """To the outputs of the first adapter layers, whatever the model is called with."""
     model, batch = llama("lora", seed)
-    seen: list[str] = []
+    if called_with == "inputs_embeds":
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    seen: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.endswith("base_layer"):
-            module.register_full_backward_hook(lambda module, dx, dy, name=name: seen.append(name))
-    problem = Problem(model, batch, None)
-    with Forms(model) as forms, forms.as_form("frozen"):
-        problem.run()
-    assert len(seen) == 7
-    assert all(p.grad is None for p in model.parameters())
+
+            def back(module: Any, dx: Any, dy: Any, name: str = name) -> None:
+                seen[name] = seen.get(name, 0) + sum(each is not None for each in dx)
+
+            module.register_full_backward_hook(back)
+    problem, found = Problem(model, batch, None), {}
+    with Forms(model) as forms:
+        for form in ("peft", "frozen"):
+            seen.clear()
+            with forms.as_form(form):
+                problem.run()
+            found[form] = dict(seen)
+    assert sum(found["frozen"].values()) >= 4
+    assert found["frozen"] == found["peft"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
@@ -259,6 +274,8 @@ def test_checkpointing_and_a_wrapper(seed: int) -> None:
         ({"steps": 0}, ValueError, "compare: steps must be an integer ≥ 1, got 0"),
         ({"steps": True}, ValueError, "compare: steps must be an integer ≥ 1, got True"),
         ({}, ValueError, "the model's output must be a scalar, or hold a loss, got shape [5, 9]"),
+        ({"loss": 3}, TypeError, "compare: loss must be a function of the output, or None, got int"),
+        ({"loss": lambda y: torch.tensor(1.0)}, ValueError, "the loss must be one with a gradient, got a constant"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], text: str, seed: int) -> None:
@@ -269,6 +286,41 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str, seed:
         dk.compare(**arguments)
     assert text in str(raised.value)
     assert state(model) == before
+
+
+def test_what_does_not_train_is_refused(seed: int) -> None:
+    model, x = peft_models.model("lora", seed), torch.randn(5, 12)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="gradients must be on, got no_grad or inference_mode"):
+        dk.compare(model, x, loss=torch.sum)
+    handle = next(p for p in model.parameters() if p.requires_grad).register_post_accumulate_grad_hook(print)
+    with pytest.raises(ValueError, match="got hooks on accumulated gradients; take away what steps the optimizer"):
+        dk.compare(model, x, loss=torch.sum)
+    handle.remove()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="got no parameter that does; load the adapter with is_trainable=True"):
+        dk.compare(model, x, loss=torch.sum)
+
+
+def test_out_of_memory_at_the_end_leaves_the_times(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    def results(problem: Problem) -> Any:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    monkeypatch.setattr(Problem, "results", results)
+    model, batch = llama("lora", seed)
+    found = dk.compare(model, batch, steps=1)
+    assert found.differences == ()
+    assert found.overhead_gone is not None
+
+
+def test_places_in_families_that_have_not_run_yet(seed: int) -> None:
+    """What the passes find out about shared inputs is not left behind."""
+    model, batch = llama("lora", seed)
+    dk.accelerate(model)
+    places = [module.__dict__[PLACE] for module in model.modules() if PLACE in module.__dict__]
+    found = dk.compare(model, batch, steps=1)
+    assert len(found.report.groups) == 2
+    assert all(place.group is None and place.family.watched for place in places)
+    assert dk.accelerate(model).groups == ()
 
 
 @pytest.mark.parametrize("how", ["merged", "disabled"])

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.integrations.peft.fused import accelerate
-from delora_kernels.integrations.peft.fused.groups import PLACE
+from delora_kernels.integrations.peft.fused.groups import PLACE, Family, Group, Place
+from delora_kernels.integrations.peft.fused.groups import form as join
 from delora_kernels.integrations.peft.fused.layers import fused_class, peft_class, swap_class
 from delora_kernels.integrations.peft.fused.report import Report
 
@@ -35,7 +36,22 @@ class Forms:
         self._before = [_Form(layer) for layer in self.layers]
         self._switches = [layer._disable_adapters for layer in self.layers]
         self.report: Report = accelerate(model)
+        self._share_inputs_anew()
         self._fused = [_Form(layer) for layer in self.layers]
+
+    def _share_inputs_anew(self) -> None:
+        """Give layers that had places others like them, so that what these passes find is not
+        theirs.
+        """
+        families: dict[Family, Family] = {}
+        groups: dict[Group, None] = {}
+        for layer, form in zip(self.layers, self._before, strict=True):
+            if form.place is not None:
+                family = families.setdefault(form.place.family, Family(form.place.family.watched))
+                layer.__dict__[PLACE] = Place(family)
+                groups |= {} if form.place.group is None else {form.place.group: None}
+        for group in groups:
+            join(group.layers())
 
     @property
     def differ(self) -> bool:

@@ -45,16 +45,33 @@ class Problem:
             expected = "a mapping of keyword arguments, or a tensor"
             got, remedy = type(batch).__name__, "pass what the model is called with"
             raise checks.fail(TypeError, "compare", "batch", expected, got, remedy)
+        if loss is not None and not callable(loss):
+            raise checks.fail(
+                TypeError, "compare", "loss", "a function of the output, or None", type(loss).__name__, "pass one"
+            )
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            raise checks.fail(
+                RuntimeError, "compare", "gradients", "on", "no_grad or inference_mode", "call it outside of these"
+            )
         self.model, self.batch, self._loss = model, batch, loss
         self.device = next(model.parameters()).device
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         self.tokens = ids.numel() if isinstance(ids, Tensor) else None
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            remedy = "load the adapter with is_trainable=True, or choose it by set_adapter"
+            raise checks.fail(ValueError, "compare", "model", "one that trains", "no parameter that does", remedy)
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters.values()):
+            got, remedy = "hooks on accumulated gradients", "take away what steps the optimizer in backward passes"
+            raise checks.fail(ValueError, "compare", "model", "one that only computes gradients", got, remedy)
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Leave gradients, buffers and random states as they are now."""
-        gradients = {p: p.grad for p in self.model.parameters()}
+        gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in self.model.parameters()}
+        given = [value for value in self._tensors() if value.requires_grad]
+        gradients |= {value: value.grad for value in given}
+        held = [(module, dict(module._buffers)) for module in self.model.modules()]
         # a copy on the CPU, one by one: the model may fill its device
         buffers = {buffer: buffer.detach().cpu().clone() for buffer in self.model.buffers()}
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -66,6 +83,9 @@ class Problem:
             random.setstate(state)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+            for module, before in held:  # a forward pass may have put another tensor in a buffer's place
+                module._buffers.clear()
+                module._buffers.update(before)
             with torch.no_grad():
                 for buffer, value in buffers.items():
                     if not _same_bits(buffer.detach().cpu(), value):
@@ -76,7 +96,9 @@ class Problem:
         for parameter in self.model.parameters():
             parameter.grad = None
         random.seed(0)
-        torch.random.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
 
     def run(self) -> None:
         """Run one pass."""
@@ -88,9 +110,16 @@ class Problem:
         with self._inputs_that_need_a_gradient():
             output = self.model(**self.batch) if isinstance(self.batch, Mapping) else self.model(self.batch)
         loss = self._scalar(output)
-        if loss.requires_grad:
-            loss.backward()
+        if not loss.requires_grad:
+            got, remedy = "a constant", "let the loss depend on the model's output"
+            raise checks.fail(ValueError, "compare", "the loss", "one with a gradient", got, remedy)
+        loss.backward()
         return loss.detach(), output
+
+    def _tensors(self) -> list[Tensor]:
+        """Return the tensors of the batch."""
+        values = self.batch.values() if isinstance(self.batch, Mapping) else [self.batch]
+        return [value for value in values if isinstance(value, Tensor)]
 
     def results(self) -> dict[str, Tensor]:
         """Run one pass → the loss, the output if it is a tensor or has logits, every
@@ -144,14 +173,14 @@ class Problem:
 
     @contextmanager
     def _inputs_that_need_a_gradient(self) -> Iterator[None]:
-        """Make every layer compute the gradient of its input where the model has nothing else to
-        train: without adapters.
+        """Where the model has no adapters to train, let the gradient go back to the first of their
+        layers, as it does with them.
         """
-        frozen = all(getattr(layer, "_disable_adapters", True) for layer in _adapter_layers(self.model))
+        layers = _adapter_layers(self.model)
+        frozen = all(getattr(layer, "_disable_adapters", True) for layer in layers)
         with ExitStack() as stack:
-            if frozen:
-                entry = _entry(self.model)
-                stack.callback(entry.register_forward_hook(_needs_gradient).remove)
+            for layer in layers if frozen else ():
+                stack.callback(layer.register_forward_hook(_needs_gradient).remove)
             yield
 
 
@@ -159,20 +188,12 @@ def _adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _entry(model: Any) -> nn.Module:
-    """Return the module whose output the first layers are given: the embedding, or the first
-    adapter layer.
-    """
-    try:
-        entry = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        entry = None
-    return entry if isinstance(entry, nn.Module) else _adapter_layers(model)[0]
-
-
 def _needs_gradient(module: nn.Module, inputs: Any, output: Any) -> Any:
-    return output.requires_grad_() if isinstance(output, Tensor) and output.is_floating_point() else output
+    if not isinstance(output, Tensor) or output.requires_grad or not output.is_floating_point():
+        return output
+    return output.detach().requires_grad_()
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if one.dim() else torch.equal(one, other)
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(one, other)

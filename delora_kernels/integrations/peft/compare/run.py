@@ -44,9 +44,10 @@ def compare(
     backward on one batch.
 
     The model is neither trained nor changed: its layers, gradients, buffers and the random states
-    are afterwards what they were, to the bit. It runs as it stands, in its mode, under the autocast
-    around the call, with its gradient checkpointing. Two threads or processes must not use it
-    meanwhile; the ranks of a distributed run may each compare the model that they hold.
+    of torch and of Python are afterwards what they were, to the bit. It runs as it stands, in its
+    mode, under the autocast around the call, with its gradient checkpointing. What counts passes
+    (an open `watch_training`) counts these. Two threads must not use it meanwhile; the ranks of a
+    distributed run may each compare the model that they hold.
 
     Args:
         model: Holds PEFT adapter layers, accelerated or not; of a DistributedDataParallel its
@@ -61,7 +62,9 @@ def compare(
         and Ctrl-C ends the measurement early and gives what is known by then.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described here.
+        TypeError, ValueError: an argument is not what is described here; nothing of the model
+            trains, or an optimizer steps in its backward passes.
+        RuntimeError: it is called under no_grad or inference_mode.
     """
     problem = Problem(model, batch, loss)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -126,7 +129,8 @@ class _Run:
                     self.peaks[form] = mib(allocations(self.problem.run, self.problem.device.type).peak)
                     bar.update()
             if {"peft", "fused"} <= set(todo):
-                self.differences = self._differences(forms)
+                with self._or_note("differences", todo):
+                    self.differences = self._differences(forms)
                 bar.update(2)
 
     def _timed(self) -> float:
@@ -140,20 +144,22 @@ class _Run:
 
     @contextmanager
     def _or_note(self, form: str, todo: list[str]) -> Iterator[None]:
-        """Make running out of memory a result of this form."""
+        """Make running out of memory a result of this form, or of the differences."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             error.__traceback__ = None  # it holds the frames, and they the tensors
+        else:
+            return
+        if form in todo:
             todo.remove(form)
-            self.spent[form] = []
-            self.notes[form] = "out of memory"
-            self.problem.reset()
-            gc.collect()
-            if self.problem.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.spent[form], self.notes[form] = [], "out of memory"
+        self.problem.reset()
+        gc.collect()
+        if self.problem.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _differences(self, forms: Forms) -> list[Difference]:
         """Compare the numbers of two passes without dropout, whose masks need not be the same."""
@@ -176,7 +182,9 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    said = str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator" in said or "ALLOC_FAILED" in said
 
 
 def _facts(problem: Problem, steps: int) -> dict[str, str]:
