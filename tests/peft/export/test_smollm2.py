@@ -29,7 +29,7 @@ def test_logits_and_probabilities_are_those_of_the_exported_model(tmp_path: Path
         source = find(None)
     except Problem as problem:
         pytest.skip(str(problem))
-    wanted: Any = SimpleNamespace(dtype="fp32", device="cpu")  # what load() reads of the demo's settings
+    wanted: Any = SimpleNamespace(dtype="fp32", device="cpu", quantise=None)  # what load() reads of the demo's settings
     base, tokenizer = load(source, wanted)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
