@@ -52,9 +52,9 @@ class Watched:
             self.gradient = norms if self.gradient is None else torch.maximum(self.gradient, norms)
 
     def took_step(self, rate: float, is_sgd: bool) -> None:
-        """Take note of a step at a learning rate above 0. SGD's, and any of a float32 parameter, may
-        be below what its dtype can tell apart; such a step moves nothing, and rightly. In 16 bits a
-        step of the learning rate's size that moves nothing is a fault of the run.
+        """Take note of a step at a learning rate above 0. SGD's, and any of a float32 parameter,
+        may be below what its dtype can tell apart; such a step moves nothing, and rightly. In 16
+        bits one that moves nothing is a fault of the run.
         """
         self.steps += 1
         if self.parameter.grad is not None:
