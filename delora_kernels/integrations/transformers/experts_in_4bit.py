@@ -47,7 +47,8 @@ def quantize_experts(
     Before or after PEFT's adapters are put on them. Under `accelerate()` forward and backward
     dequantise groups of experts that have tokens, as many as the budget holds, and keep none.
     Without it PEFT makes all of them dense at every call. Which weight an expert has does not
-    depend on how the model is run. The weights can't be merged into.
+    depend on how the model is run. The weights can't be merged into. PEFT's copies that train
+    (`modules_to_save`) are left as they are.
 
     Args:
         model: A Transformers model, or a PeftModel of one.

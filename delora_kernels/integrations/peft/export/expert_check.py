@@ -16,8 +16,8 @@ from delora_kernels.integrations.peft.export.expert_terms import ExpertNames
 from delora_kernels.integrations.peft.export.low_rank_terms import adapters_of
 
 ROUNDING = 16
-"""Units of the last place, relative to the largest |ΔW| (the sum of several adapters' largest), that
-may lie between the two: both factors are rounded when written, and both sides sum R products.
+"""Units of the last place, relative to the largest |ΔW| (the sum of several adapters' largest),
+that may lie between the two: both factors are rounded when written, and both sides sum R products.
 """
 
 
@@ -59,8 +59,8 @@ def check_file(
                 if not off <= ROUNDING * max(torch.finfo(dtype).eps, rounded) * largest:
                     raise RuntimeError(
                         f"export_lora: the file would hold another update of {name}.{parameter}, expert {e}, than "
-                        f"the model: off by {off:.2g} of {largest:.2g}. Please report it; merge the adapter and save the whole "
-                        "model instead"
+                        f"the model: off by {off:.2g} of {largest:.2g}. Please report it; merge the adapter and "
+                        "save the whole model instead"
                     )
 
 

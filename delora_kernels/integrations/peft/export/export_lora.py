@@ -109,10 +109,11 @@ def export_lora(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other
-            methods, embeddings and convolutions, lora_bias, merged or disabled adapters, starts
-            that changed the base weight, trainable tokens, a module held under two names, sharded
-            or meta tensors, values beyond `dtype`), there is nothing to export, or the folder can't
-            be used; the text names the layer and the remedy. Nothing is written then.
+            methods, `nn`'s modules for experts and ETHER, embeddings and convolutions, lora_bias,
+            merged or disabled adapters, starts that changed the base weight, trainable tokens, a
+            module held under two names, sharded or meta tensors, values beyond `dtype`), there is
+            nothing to export, or the folder can't be used; the text names the layer and the remedy.
+            Nothing is written then.
         RuntimeError: the file would hold another update of an expert than the model. The folder's
             files are what they were then.
 
