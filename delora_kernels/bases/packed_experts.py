@@ -70,7 +70,6 @@ class PackedExperts(Tensor):
     def quantised(cls, weight: Tensor, quant_type: str, blocksize: int, workspace_mib: float) -> "PackedExperts":
         """Quantise a weight [E, N, K], expert by expert."""
         of = _bitsandbytes().quantize_4bit
-        torch.serialization.add_safe_globals([cls])  # for torch.load of a state dict
         E, numbers = len(weight), weight[0].numel()
         packed = torch.empty((E, (numbers + 1) // 2), dtype=torch.uint8, device=weight.device)
         absmax = torch.empty((E, -(-numbers // blocksize)), dtype=torch.float32, device=weight.device)
@@ -145,6 +144,9 @@ class PackedExperts(Tensor):
         self.packed.copy_(other.packed)
         self.absmax.copy_(other.absmax)
         return self
+
+
+torch.serialization.add_safe_globals([PackedExperts])  # for torch.load of a state dict
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[int]:

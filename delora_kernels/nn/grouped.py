@@ -11,7 +11,7 @@ from typing_extensions import Self, Unpack
 
 from delora_kernels import checks, functional
 from delora_kernels.dtypes import accumulate_dtype
-from delora_kernels.functional.grouped import run_routed
+from delora_kernels.functional.grouped import check_grouped, run_routed
 from delora_kernels.functional.grouped_delora import normalised
 from delora_kernels.nn.base import BaseOptions, MergeableLinear
 from delora_kernels.nn.dora import row_norms
@@ -69,7 +69,8 @@ class _GroupedLinear(MergeableLinear):
         if bias is not None:
             checks.shape(name, "bias", checks.tensor(name, "bias", bias), (E, N), "[E, N]", "one row for each expert")
         decided: dict[str, Any] = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
-        module: Any = cls(K, N, E, *arguments, **decided | options)
+        make: Any = cls
+        module = make(K, N, E, *arguments, **decided, **options)
         for held in ("weight", "bias"):
             module.register_parameter(held, None)
         module.to_empty(device=weight.device)
@@ -97,6 +98,7 @@ class _GroupedLinear(MergeableLinear):
             y, `[T, N]`; 0 in rows behind the last offset.
         """
         if self.merged:
+            check_grouped(type(self)._function.__name__, x, self.weight, self.A, self.B, offsets, self.bias)
             return run_routed(x, self.weight, self.bias, None, offsets)
         p = self.dropout_p if self.training else 0.0
         rest = {"offsets": offsets, "bias": self.bias, "dropout_p": p}

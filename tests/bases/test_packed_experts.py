@@ -4,6 +4,8 @@ model's life.
 
 import copy
 import io
+import subprocess
+import sys
 from typing import Any
 
 import peft
@@ -182,6 +184,32 @@ def test_life(seed: int) -> None:
     assert float((halved["y"].float() - theirs["y"]).abs().max()) < 0.05 * float(theirs["y"].abs().max())
 
 
+def test_a_fresh_process_loads_a_state_dict(tmp_path: Any) -> None:
+    made = block()
+    dk.quantize_experts(made)
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    code = (
+        "import sys, torch, delora_kernels; "
+        "print(type(torch.load(sys.argv[1], weights_only=True)['experts.down_proj']).__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, tmp_path / "state.pt"], capture_output=True, text=True)
+    assert found.stdout.strip() == "PackedExperts", found.stderr
+
+
+def test_copies_that_train_are_left(seed: int) -> None:
+    """modules_to_save: the module beside is quantised, its copy goes on training."""
+    config = peft.LoraConfig(target_modules=["other"], modules_to_save=["experts"])
+    made = block(seed=seed)
+    made.other = nn.Linear(2, 2)
+    model = peft.get_peft_model(made, config)
+    report = dk.quantize_experts(model)
+    inner = "base_model.model.experts"
+    assert set(report.parameters) == {f"{inner}.original_module.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert (f"{inner}.modules_to_save.default", "it trains (modules_to_save)") in report.left
+    found = step(model, routed(9, seed))
+    assert sum("modules_to_save" in name for name in found) == 2
+
+
 def test_adapters_are_put_on_afterwards_and_resumed(seed: int, tmp_path: Any) -> None:
     """PEFT finds the parameters by their names; what it saved is loaded on experts quantised
     anew.
@@ -208,7 +236,7 @@ def test_what_is_left_and_what_raises() -> None:
         dk.quantize_experts(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model must be one with experts, got a Linear without any"):
         dk.quantize_experts(nn.Linear(2, 2))
-    for options in ({"quant_type": "int4"}, {"blocksize": 48}, {"workspace_mib": 0}):
+    for options in ({"quant_type": "int4"}, {"blocksize": 48}, {"blocksize": 64.0}, {"workspace_mib": 0}):
         (name,) = options
         with pytest.raises(ValueError, match=f"quantize_experts: {name} must be"):
             dk.quantize_experts(block(), **options)  # type: ignore[arg-type]

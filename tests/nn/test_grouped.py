@@ -174,6 +174,17 @@ def test_errors_name_the_argument(given: dict[str, Any], kind: type[Exception], 
         GroupedLoRALinear(6, 5, **given)
 
 
+@every_kind
+def test_a_merged_module_checks_its_input_too(kind: str) -> None:
+    module, x = make(kind), torch.randn(11, K, dtype=torch.float64)
+    module.merge()
+    name = f"grouped_{kind.removeprefix('rs')}_linear"
+    with pytest.raises(ValueError, match=rf"{name}: offsets must be \[E\] = \[3\]"):
+        module(x, OFFSETS[:2])
+    with pytest.raises(TypeError, match=f"{name}: x must be torch.float64, weight's dtype"):
+        module(x.float(), OFFSETS)
+
+
 def test_what_it_can_be_made_of() -> None:
     with pytest.raises(ValueError, match=r"GroupedLoRALinear.from_weight: weight must be 3-D \[E, N, K\]"):
         GroupedLoRALinear.from_weight(torch.zeros(5, 6))
@@ -181,3 +192,6 @@ def test_what_it_can_be_made_of() -> None:
         GroupedLoRALinear.from_weight(torch.zeros(2, 5, 6), torch.zeros(5))
     with pytest.raises(TypeError, match="use from_weight"):
         GroupedLoRALinear.from_linear(torch.nn.Linear(6, 5))
+    for decided in ({"dtype": torch.float64}, {"device": "cpu"}):
+        with pytest.raises(TypeError, match="multiple values for keyword argument"):
+            GroupedLoRALinear.from_weight(torch.zeros(2, 5, 6), None, 3, **decided)

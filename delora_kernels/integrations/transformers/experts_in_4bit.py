@@ -47,7 +47,8 @@ def quantize_experts(
     Before or after PEFT's adapters are put on them. Under `accelerate()` forward and backward
     dequantise groups of experts that have tokens, as many as the budget holds, and keep none.
     Without it PEFT makes all of them dense at every call. Which weight an expert has does not
-    depend on how the model is run. The weights can't be merged into.
+    depend on how the model is run. The weights can't be merged into. PEFT's copies that train
+    (`modules_to_save`) are left as they are.
 
     Args:
         model: A Transformers model, or a PeftModel of one.
@@ -85,6 +86,8 @@ def quantize_experts(
             reason = "it is no parameter" if weight is None else why_not_local(weight, each)
             if reason is None and weight is not None and (weight.dim() != 3 or weight.dtype == torch.float64):
                 reason = f"its {each} is {weight.dim()}-dimensional, {weight.dtype}"
+            if reason is None and weight is not None and weight.requires_grad and ".modules_to_save." in name:
+                reason = "it trains (modules_to_save)"
             if weight is None or reason is not None:
                 break
             before += weight.numel() * weight.itemsize
@@ -107,7 +110,7 @@ def _check(model: Any, quant_type: Any, blocksize: Any, workspace_mib: Any) -> N
         raise checks.fail(TypeError, _NAME, "model", "a torch.nn.Module", type(model).__name__, "pass the model")
     if quant_type not in QUANT_TYPES:
         raise checks.fail(ValueError, _NAME, "quant_type", f"one of {QUANT_TYPES}", repr(quant_type), "pass 'nf4'")
-    if blocksize not in BLOCK_SIZES:
+    if not isinstance(blocksize, int) or blocksize not in BLOCK_SIZES:
         raise checks.fail(ValueError, _NAME, "blocksize", f"one of {BLOCK_SIZES}", repr(blocksize), "pass 64")
     if checks.number(_NAME, "workspace_mib", workspace_mib) <= 0:
         raise checks.fail(ValueError, _NAME, "workspace_mib", "above 0", workspace_mib, "pass a number of MiB")

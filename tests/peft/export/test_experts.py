@@ -13,6 +13,7 @@ import torch
 import transformers
 from expert_models import randomise
 from exports import assert_close, export, load, settings, weights
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,8 +35,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+PATTERNS: dict[str, Any] = {"moe_intermediate_size": 8, "n_routed_experts": E, "q_lora_rank": 8, "o_lora_rank": 8}
+PATTERNS |= {"o_groups": 2, "index_n_heads": 2, "index_head_dim": 8, "hc_mult": 2, "partial_rotary_factor": 0.5}
+PATTERNS |= {"layer_types": ["heavily_compressed_attention"] * 2, "mlp_layer_types": ["moe"] * 2}
+
+
 def model_of(kind: str, seed: int) -> Any:
-    name, options = KINDS[kind]
+    name, options = KINDS.get(kind, ("DeepseekV4", PATTERNS))
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this Transformers has no {name}")
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**SIZES | options)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -108,6 +116,20 @@ def test_per_expert_layout_is_that_of_the_checkpoint(kind: str, seed: int, tmp_p
     assert {each.rpartition(".")[2] for each in settings(tmp_path / "adapter")["target_modules"]} == names | {"q_proj"}
 
 
+def test_names_of_checkpoints_that_are_patterns(seed: int, tmp_path: Path) -> None:
+    """Transformers writes DeepSeek-V4's renamings as regular expressions."""
+    base = model_of("deepseek_v4", seed)
+    parameters = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    made: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    randomise(made, seed)
+    export(made, tmp_path / "adapter", experts="per_expert")
+    made.unload().save_pretrained(tmp_path / "base")
+    held = load_file(tmp_path / "base" / "model.safetensors")
+    named = {re.sub(r"^base_model\.model\.|\.lora_[AB]", "", key) for key in weights(tmp_path / "adapter")}
+    assert named == {key for key in held if re.search(r"\.experts\.\d", key)}
+    assert len(named) == 2 * 3 * E
+
+
 def test_several_adapters_one_projection_and_ranks(seed: int, tmp_path: Path) -> None:
     """Two stacked adapters of different ranks on down_proj alone; half precision."""
     base = model_of("qwen3_moe", seed)
@@ -133,13 +155,30 @@ def test_a_file_with_another_update_is_not_handed_out(
 ) -> None:
     """Experts in another order, and gate and up the other way round."""
     made = adapted(model_of("qwen3_moe", seed), seed)
+    dk.export_lora(made, tmp_path, adapter="default", dtype=torch.bfloat16)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for name in ("fused_tensors", "per_expert_tensors"):
         own = getattr(export_lora, name)
         wrong = lambda key, pair, *rest, own=own: own(key, pair._replace(B=pair.B.roll(1, 0)), *rest)  # noqa: E731
         monkeypatch.setattr(export_lora, name, wrong)
-    with pytest.raises(RuntimeError, match=r"holds another update of model.layers.0.mlp.experts.\w+, expert 0"):
+    with pytest.raises(RuntimeError, match=r"would hold another update of model.layers.0.mlp.experts.\w+, expert 0"):
         dk.export_lora(made, tmp_path, experts=layout)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert expert_check.ROUNDING < 100
+
+
+def test_adapters_that_cancel(seed: int, tmp_path: Path) -> None:
+    """Their sum is rounding alone, which is no other update."""
+    made = adapted(model_of("qwen3_moe", seed), seed, ("down_proj",))
+    made.add_adapter("other", peft.LoraConfig(r=3, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    made.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        for module in made.modules():
+            if isinstance(module, ParamWrapper):
+                ratio = module.scaling["default"] / module.scaling["other"]
+                module.lora_A["other"].weight.copy_(module.lora_A["default"].weight)
+                module.lora_B["other"].weight.copy_(-ratio * module.lora_B["default"].weight)
+    export(made, tmp_path)
 
 
 def test_refused(seed: int, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peft_models import Small, config
 from torch import nn
 
 from delora_kernels.integrations.peft.export.export_lora import export_lora
-from delora_kernels.nn import DeLoRALinear, DoRALinear, LoRALinear, MoELoRALinear
+from delora_kernels.nn import DeLoRALinear, DoRALinear, EtherLinear, GroupedLoRALinear, LoRALinear, MoELoRALinear
 
 torch.set_num_threads(1)
 
@@ -102,6 +102,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "own DoRA": (lambda: nn.Sequential(DoRALinear(4, 4)), "layer '0'.*DoRA, which rescales the rows of W.*merge"),
     "own subclass": (lambda: nn.Sequential(Subclass(4, 4)), "layer '0'.*a Subclass, which is not listed in"),
     "own mixture": (lambda: nn.Sequential(MoELoRALinear(4, 4, 1, 2)), "layer '0'.*a mixture, whose update is another"),
+    "own grouped": (
+        lambda: nn.Sequential(LoRALinear(4, 4), GroupedLoRALinear(4, 4, 2)),
+        "layer '1'.*a GroupedLoRALinear, whose update no LoRA adapter.*merge",
+    ),
+    "own ETHER": (
+        lambda: nn.Sequential(LoRALinear(4, 4), EtherLinear(4, 4)),
+        "layer '1'.*a EtherLinear, whose update no LoRA adapter.*merge",
+    ),
     "own merged": (merged_own, "layer '0'.*unmerge"),
     "lora_bias": (lambda: small("lora", lora_bias=True), "layer 'first'.*lora_bias=True"),
     "LoHa": (lambda: of(peft.LoHaConfig, nn.Sequential(nn.Linear(4, 4))), "layer '0'.*loha.layer.Linear layer"),

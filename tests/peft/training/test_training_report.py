@@ -310,3 +310,44 @@ def test_packing_of_other_families(family: str, seed: int) -> None:
     assert dk.training_report(model).alarms == ()
     dk.accelerate(model)
     assert dk.training_report(model).alarms == ()
+
+
+def test_factors_that_peft_keeps_as_parameters(seed: int) -> None:
+    """AdaLoRA's A and B, which get no gradient while its E is 0."""
+    torch.manual_seed(seed)
+    config = peft.AdaLoraConfig(init_r=2, target_r=1, total_step=100, target_modules=["first", "second"])
+    model = peft.get_peft_model(Dense(), config)
+    optimizer = optimizer_of(model)
+    with dk.watch_training(model, optimizer):
+        train(model, optimizer, steps=1)
+        assert dk.training_report(model).alarms == ()
+        train(model, optimizer, steps=3)
+    report = dk.training_report(model)
+    assert report.alarms == (), report
+    assert all(each.tokens for each in report.tensors)
+
+
+def test_a_step_below_what_float32_tells_apart_is_no_alarm(seed: int) -> None:
+    """DeLoRA's λ is 15: in warm-up AdamW's step may be less than its rounding."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(Dense(), peft.DeloraConfig(r=2, target_modules=["first", "second"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "delora_B" in name:
+                parameter.normal_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-7, weight_decay=0.0)
+    with dk.watch_training(model, optimizer):
+        train(model, optimizer, steps=3)
+    report = dk.training_report(model)
+    assert any("lambda" in each.name and each.change == 0 and each.gradient for each in report.tensors)
+    assert report.alarms == (), report
+
+
+def test_an_optimizer_that_sets_its_own_rates(seed: int) -> None:
+    adafactor = pytest.importorskip("transformers.optimization").Adafactor
+    model = dense(seed)
+    optimizer = adafactor([p for p in model.parameters() if p.requires_grad], relative_step=True, lr=None)
+    with dk.watch_training(model, optimizer):
+        train(model, optimizer)
+    report = dk.training_report(model)
+    assert (report.alarms, report.steps) == ((), 6)

@@ -16,8 +16,8 @@ from delora_kernels.integrations.peft.export.expert_terms import ExpertNames
 from delora_kernels.integrations.peft.export.low_rank_terms import adapters_of
 
 ROUNDING = 16
-"""Units of the last place, relative to the largest |ΔW|, that may lie between the two: both factors
-are rounded when written, and both sides sum R products.
+"""Units of the last place, relative to the largest |ΔW| (the sum of several adapters' largest),
+that may lie between the two: both factors are rounded when written, and both sides sum R products.
 """
 
 
@@ -44,11 +44,12 @@ def check_file(
     active.sort(key=lambda wrapper: order.index(wrapper.parameter_name))
     with safe_open(file, framework="pt") as held:
         for depth, wrapper in enumerate(reversed(active)):
-            expected: Any = sum(wrapper.get_delta_weight(one).float() for one in adapters_of(name, wrapper, adapter))
+            updates = [wrapper.get_delta_weight(one).float() for one in adapters_of(name, wrapper, adapter)]
+            expected: Any = sum(updates)
             if getattr(module, "is_transposed", False):
                 expected = expected.mT
             E, parameter, rounded = len(expected), wrapper.parameter_name, torch.finfo(wrapper.get_param().dtype).eps
-            largest = float(expected.abs().max())
+            largest = sum(float(each.abs().max()) for each in updates)  # they may cancel
             for e in range(E):
                 if names:
                     found, dtype = _of_expert(held, prefix, name, e, names[parameter])
@@ -57,9 +58,9 @@ def check_file(
                 off = float((found - expected[e].cpu()).abs().max())
                 if not off <= ROUNDING * max(torch.finfo(dtype).eps, rounded) * largest:
                     raise RuntimeError(
-                        f"export_lora: {file} holds another update of {name}.{parameter}, expert {e}, than the model: "
-                        f"off by {off:.2g} of {largest:.2g}. Please report it; merge the adapter and save the whole "
-                        "model instead"
+                        f"export_lora: the file would hold another update of {name}.{parameter}, expert {e}, than "
+                        f"the model: off by {off:.2g} of {largest:.2g}. Please report it; merge the adapter and "
+                        "save the whole model instead"
                     )
 
 

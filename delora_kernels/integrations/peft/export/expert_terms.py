@@ -121,9 +121,10 @@ def expert_names(model_type: Any, name: str, parameter: str) -> ExpertNames:
     """
     found = None if conversion_mapping is None else conversion_mapping.get_checkpoint_conversion_mapping(model_type)
     renamed = [
-        (each.target_patterns[0], each.source_patterns[0])
+        (each.target_patterns[0], source)
         for each in found or ()
-        if type(each) is WeightRenaming and each.source_patterns[0].strip(".").isidentifier()
+        if type(each) is WeightRenaming
+        and (source := each.source_patterns[0].replace(r"\.", ".")).strip(".").isidentifier()
     ]
     for each in found or ():
         if type(each) is WeightConverter and f"{name}.{parameter}".endswith(each.target_patterns[0].lstrip("^")):

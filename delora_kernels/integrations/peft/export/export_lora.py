@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -109,11 +109,13 @@ def export_lora(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other
-            methods, embeddings and convolutions, lora_bias, merged or disabled adapters, starts
-            that changed the base weight, trainable tokens, a module held under two names, sharded
-            or meta tensors, values beyond `dtype`), there is nothing to export, or the folder can't
-            be used; the text names the layer and the remedy. Nothing is written then.
-        RuntimeError: the file holds another update of an expert than the model.
+            methods, `nn`'s modules for experts and ETHER, embeddings and convolutions, lora_bias,
+            merged or disabled adapters, starts that changed the base weight, trainable tokens, a
+            module held under two names, sharded or meta tensors, values beyond `dtype`), there is
+            nothing to export, or the folder can't be used; the text names the layer and the remedy.
+            Nothing is written then.
+        RuntimeError: the file would hold another update of an expert than the model. The folder's
+            files are what they were then.
 
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
     eq. 9; a folded DeLoRA update is a LoRA update (docs/math.md).
@@ -138,12 +140,14 @@ def export_lora(
     tensors |= {PREFIX + key: tensor for key, tensor in of_experts.tensors.items()} | saved_tensors | biases
     ranks = {name: AB["A"].shape[0] for name, AB in factors.items()}
     config = lora_config(found.base, ranks, configs, saved, bias, of_experts.ranks, of_experts.parts)
-    write(path, tensors, config, found.base[""])
-    file = path / SAFETENSORS_WEIGHTS_NAME
-    for name, wrappers in found.layers.items():
-        if name in of_experts.names:
-            check_file(file, PREFIX, name, wrappers, adapter, of_experts.names[name])
-    return LoraExport(path, ranks | of_experts.ranks, file.stat().st_size)
+
+    def check(file: Path) -> None:
+        for name, wrappers in found.layers.items():
+            if name in of_experts.names:
+                check_file(file, PREFIX, name, wrappers, adapter, of_experts.names[name])
+
+    size = write(path, tensors, config, found.base[""], check)
+    return LoraExport(path, ranks | of_experts.ranks, size)
 
 
 class _Experts(NamedTuple):

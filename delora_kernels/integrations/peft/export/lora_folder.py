@@ -4,7 +4,7 @@ weights, its card.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,34 @@ def _targets(names: Iterable[str], base: Iterable[str]) -> list[str] | str:
     return list(names)
 
 
-def write(path: Path, tensors: dict[str, Tensor], config: peft.LoraConfig, trunk: nn.Module) -> None:
-    """Write weights, config and, where there is none, the model card; `trunk` is the base model."""
+def write(
+    path: Path,
+    tensors: dict[str, Tensor],
+    config: peft.LoraConfig,
+    trunk: nn.Module,
+    check: Callable[[Path], None],
+) -> int:
+    """Write weights, config and, where there is none, the model card.
+
+    Args:
+        path: The folder.
+        tensors: The weights by key.
+        config: Of the adapter.
+        trunk: The base model.
+        check: Called with the weights' file before anything in the folder is replaced; what it
+            raises leaves the folder's files as they were.
+
+    Returns:
+        Size of the weights' file in bytes.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    file, beside = path / SAFETENSORS_WEIGHTS_NAME, path / f"{SAFETENSORS_WEIGHTS_NAME}.part"
+    try:
+        save_file(tensors, beside, metadata={"format": "pt"})
+        check(beside)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
     mapping = {"base_model_class": type(trunk).__name__, "parent_library": type(trunk).__module__}
     config.save_pretrained(str(path), auto_mapping_dict=mapping if config.task_type is None else None)
     card = path / "README.md"
@@ -106,3 +130,4 @@ def write(path: Path, tensors: dict[str, Tensor], config: peft.LoraConfig, trunk
         name = config.base_model_name_or_path
         base = f"base_model: {json.dumps(name)}\n" if name else ""
         card.write_text(_CARD.format(base=base, r=config.r, version=__version__), encoding="utf-8")
+    return file.stat().st_size

@@ -26,6 +26,7 @@ from delora_kernels import checks, ops
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear, MoELoRALinear
+from delora_kernels.nn.base import MergeableLinear
 from delora_kernels.op_arguments import Start, Strength
 
 FUNCTION = "export_lora"
@@ -102,6 +103,9 @@ def survey(model: nn.Module) -> Survey:
                 refuse(name, "a module that the model holds under a second name too", "give each place a layer")
             return
         seen.add(id(module))
+        if isinstance(module, MergeableLinear) and not is_layer:
+            remedy = "merge() it where it can be merged, and save the whole model instead"
+            refuse(name, f"a {type(module).__name__}, whose update no LoRA adapter of linears holds", remedy)
         # PEFT's wrappers answer for the module in them
         configs = None if isinstance(module, AuxiliaryTrainingWrapper) else getattr(module, "peft_config", None)
         for item in configs.items() if isinstance(configs, dict) else ():

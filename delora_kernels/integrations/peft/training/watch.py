@@ -52,14 +52,16 @@ class Watched:
             self.gradient = norms if self.gradient is None else torch.maximum(self.gradient, norms)
 
     def took_step(self, rate: float, is_sgd: bool) -> None:
-        """Take note of a step at a learning rate above 0. SGD's may be below what the parameter's
-        dtype can tell apart; such a step moves nothing, and rightly.
+        """Take note of a step at a learning rate above 0. SGD's, and any of a float32 parameter,
+        may be below what its dtype can tell apart; such a step moves nothing, and rightly. In 16
+        bits one that moves nothing is a fault of the run.
         """
         self.steps += 1
         if self.parameter.grad is not None:
             seen, value = self.parameter.grad, self.parameter.detach()
-            if is_sgd:
-                seen = seen * (rate * seen.abs() > torch.finfo(value.dtype).eps * value.abs())
+            if is_sgd or value.dtype == torch.float32:
+                step = rate * seen.abs() if is_sgd else rate  # adaptive ones are of the rate's size
+                seen = seen * (step > torch.finfo(value.dtype).eps * value.abs())
             self.stepped = torch.maximum(self.stepped, self.by_expert(seen))
 
     def change(self) -> Tensor:
@@ -91,11 +93,14 @@ class WatchedLayer:
         """Count tokens [E] whose gradients came back; whose partner factor is not 0, apart."""
         counts = counts.cpu()
         self.tokens += counts
+        between = getattr(self.layer, "lora_E", {})  # AdaLoRA's, 0 at the start
         for role, partner in (("A", "B"), ("B", "A")):
             owners = getattr(self.layer, f"lora_{partner}", {})
             for name in self.layer.active_adapters:
                 if name in owners:
-                    there = _by_expert(owners[name].weight, partner, self.experts) != 0
+                    there = _by_expert(getattr(owners[name], "weight", owners[name]), partner, self.experts) != 0
+                    if name in between:
+                        there = there & (between[name] != 0).any()
                     self.with_partner[role] += counts * there.cpu()
 
 
@@ -141,7 +146,12 @@ class TrainingWatch:
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Take note of a step that ran: of every tensor whose learning rate was above 0."""
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        # Adafactor sets its own rates where it has None
+        rates = {
+            id(p): 1.0 if group["lr"] is None else float(group["lr"])
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         self.steps += any(rate > 0 for rate in rates.values())
         for tensor in self.tensors():
             rate = rates.get(id(tensor.parameter), 0.0)
