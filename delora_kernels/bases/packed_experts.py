@@ -146,9 +146,6 @@ class PackedExperts(Tensor):
         return self
 
 
-torch.serialization.add_safe_globals([PackedExperts])  # for torch.load of a state dict
-
-
 def _written(func: Any, args: tuple[Any, ...]) -> list[int]:
     """Return the places of the arguments that an operator writes to."""
     arguments = func._schema.arguments[: len(args)]

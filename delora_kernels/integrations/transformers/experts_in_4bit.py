@@ -16,6 +16,8 @@ from delora_kernels.integrations.peft.fused.experts_known import why_not_known
 
 _NAME = "quantize_experts"
 
+torch.serialization.add_safe_globals([PackedExperts])  # for torch.load of a state dict
+
 
 @dataclass(frozen=True)
 class QuantizedExperts:
