@@ -1,5 +1,4 @@
-"""A planned call computes, keeps and refuses what the call does that it stands for; each thing that
-it was planned by, changed, leaves the plan.
+"""A planned call computes and keeps what the call does that it stands for.
 
 The eager backend is given launches to replay, of which it has none: its calls of torch are replayed
 with real numbers. What it is compared with, bit for bit, is the same call with plans switched off.
@@ -8,108 +7,19 @@ with real numbers. What it is compared with, bit for bit, is the same call with 
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from planned_calls import METHODS, K, N, R, T, draw, forward, learn, outcome, same, unplanned
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from delora_kernels import functional as F
-from delora_kernels import use_backend
-from delora_kernels.autograd import replayed
 from delora_kernels.backends import eager, tape
-from delora_kernels.functional import planned
 
-T, K, N, R = 6, 24, 40, 4
-METHODS = ("lora", "dora", "delora")
-
-
-class Derived(torch.nn.Parameter):
-    """A tensor that might do more."""
-
-
-@pytest.fixture(autouse=True)
-def _plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(eager, "begin", lambda device: 0, raising=False)
-    monkeypatch.setattr(tape, "_known", {})
-    monkeypatch.setattr(tape, "calls", {})
-    with use_backend("eager"):
-        yield
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans by which calls ran."""
-    found: list[Any] = []
-    real = replayed.Plan.computed
-
-    def computed(plan: Any, *given: Any) -> Any:
-        found.append(plan)
-        return real(plan, *given)
-
-    monkeypatch.setattr(replayed.Plan, "computed", computed)
-    return found
-
-
-def draw(method: str, seed: int, lead: tuple[int, ...] = (2, T // 2), **but: Any) -> dict[str, Any]:
-    """bfloat16 with float32 factors, everything but W trained."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    wide = torch.bfloat16
-    made: dict[str, Any] = {"x": drawn(*lead, K, dtype=wide), "weight": drawn(N, K, dtype=wide)}
-    made |= {"bias": drawn(N, dtype=wide), "A": drawn(R, K), "B": drawn(N, R)}
-    if method == "dora":
-        made["magnitude"] = drawn(N).abs()
-    if method == "delora":
-        made |= {"lam": drawn(1), "weight_norm": drawn(K).abs()}
-    else:
-        made["scale"] = 0.5
-    for name in ("x", "bias", "A", "B", "magnitude", "lam"):
-        if name in made:
-            made[name].requires_grad_()
-    return made | but
-
-
-def forward(method: str, made: dict[str, Any]) -> Tensor:
-    y: Tensor = getattr(F, f"{method}_linear")(**made)
-    return y
-
-
-def outcome(method: str, made: dict[str, Any], y: Tensor | None = None) -> list[Tensor]:
-    """y and every gradient."""
-    y = forward(method, made) if y is None else y
-    leaves = [value for value in made.values() if isinstance(value, Tensor) and value.requires_grad]
-    if not y.requires_grad:
-        return [y]
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-def unplanned(run: Callable[[], Any]) -> Any:
-    tape.enabled, before = False, tape.enabled
-    try:
-        return run()
-    finally:
-        tape.enabled = before
-
-
-def learn(method: str, seed: int, **options: Any) -> None:
-    for i in range(4):
-        outcome(method, draw(method, seed + i, **options))
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for got, wanted in zip(found, expected, strict=True):
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got, wanted)
+pytestmark = pytest.mark.usefixtures("plans")
 
 
 @pytest.mark.parametrize("lead", [(T,), (2, T // 2)], ids=["rows", "batch"])
@@ -132,110 +42,6 @@ def test_it_gives_the_same_bits(method: str, lead: tuple[int, ...], around: str,
         same(found, unplanned(lambda: outcome(method, made)))
         assert len(taken) == 2
     assert found[0].shape == (*lead, N)
-
-
-def changes() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What a plan is found by, of the arguments → the same with that alone changed."""
-
-    def becomes(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return lambda made: made | {name: make(made[name].detach()).requires_grad_(made[name].requires_grad)}
-
-    return {
-        "a shape": becomes("x", lambda x: x[:1].clone()),
-        "a rank": lambda made: made | {"A": made["A"].detach()[:3], "B": made["B"].detach()[:, :3]},
-        "strides of x": becomes("x", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)),
-        "strides of W": lambda made: made | {"weight": made["weight"].t().contiguous().t()},
-        "strides of B": becomes("B", lambda B: B.t().contiguous().t()),
-        "a dtype": becomes("A", lambda A: A.bfloat16()),
-        "the layout": lambda made: made | {"A": made["A"].detach().to_sparse()},
-        "a class": becomes("B", Derived),
-        "a frozen factor": lambda made: made | {"A": made["A"].detach()},
-        "a frozen x": lambda made: made | {"x": made["x"].detach()},
-        "a trained W": lambda made: made | {"weight": made["weight"].detach().requires_grad_()},
-        "no bias": lambda made: made | {"bias": None},
-        "the scale": lambda made: made | {"scale": 0.25},
-        "a scale that is no float": lambda made: made | {"scale": True},
-        "dropout": lambda made: made | {"dropout_p": 0.5, "seed": 3},
-        "another device": lambda made: made | {"weight": made["weight"].to("meta")},
-    }
-
-
-def attempt(run: Callable[[], Any]) -> Any:
-    try:
-        return run()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return type(error), str(error)
-
-
-@pytest.mark.parametrize("what", changes())
-def test_it_is_left_for_every_other_argument(what: str, seed: int, taken: list[Any]) -> None:
-    learn("lora", seed)
-    taken.clear()
-    made = changes()[what](draw("lora", seed + 9))
-    found = attempt(lambda: outcome("lora", made))
-    assert taken == []
-    expected = unplanned(lambda: attempt(lambda: outcome("lora", made)))
-    same(found, expected) if isinstance(expected, list) else None
-    assert isinstance(expected, list) or found == expected
-
-
-@pytest.mark.parametrize("given", [{"scale": True}, {"dropout_p": False}], ids=["scale", "dropout_p"])
-def test_what_equals_a_number_is_still_refused(given: dict[str, Any], seed: int) -> None:
-    """True is 1.0 to a dictionary, and no scale."""
-    for _ in range(4):
-        outcome("lora", draw("lora", seed, scale=1.0, dropout_p=0.0))
-    with pytest.raises(TypeError, match=f"{next(iter(given))} must be a number"):
-        forward("lora", draw("lora", seed, scale=1.0) | given)
-
-
-@contextmanager
-def in_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class SeeingFunctions(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-SURROUNDINGS: dict[str, Callable[[], Any]] = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "no_grad": torch.no_grad,
-    "tf32": in_tf32,
-    "a dispatch mode": Seeing,
-    "a function mode": SeeingFunctions,
-    "no backend asked for": lambda: pytest.MonkeyPatch.context(),
-}
-
-
-@pytest.mark.parametrize("what", SURROUNDINGS)
-def test_it_is_left_in_other_surroundings(what: str, seed: int, taken: list[Any]) -> None:
-    learn("lora", seed)
-    taken.clear()
-    made = draw("lora", seed + 9)
-    with SURROUNDINGS[what]() as context:
-        if what == "no backend asked for":
-            context.setattr("delora_kernels.dispatch._requested", None)
-        found = outcome("lora", made)
-        assert taken == []
-        same(found, unplanned(lambda: outcome("lora", made)))
-
-
-def test_a_transform_is_refused_as_ever(seed: int) -> None:
-    learn("lora", seed)
-    made = draw("lora", seed + 9)
-    with pytest.raises(RuntimeError, match="does not support torch.func transforms"):
-        torch.func.vmap(lambda x: forward("lora", made | {"x": x}))(made["x"].detach())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -441,32 +247,3 @@ def test_leading_dimensions_are_those_of_x(function: str, lead: tuple[int, ...],
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tape, "enabled", False)
             assert torch.equal(y, call(number))
-
-
-def test_where_a_tensor_begins_in_its_storage_is_looked_at(seed: int, taken: list[Any]) -> None:
-    """What its alignment hangs on, by which a library's product takes it as it is or copied."""
-    made = draw("lora", seed, (T,))
-    for _ in range(4):
-        forward("lora", made)
-    del taken[:]
-    x = made["x"].detach()
-    buffer = torch.cat([x.new_zeros(1), x.flatten()])
-    forward("lora", made | {"x": buffer[1:].view(T, K).requires_grad_()})
-    assert not taken
-    forward("lora", made)
-    assert len(taken) == 1
-
-
-@pytest.mark.parametrize("scale", [0.5, 2])
-def test_tf32_where_no_tensor_is_float32(
-    scale: float, seed: int, taken: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Factors in float16 beside a base in bfloat16 are multiplied in float32."""
-    made = draw("lora", seed, (T,), scale=scale)
-    made |= {name: made[name].detach().half().requires_grad_() for name in ("A", "B")}
-    for _ in range(4):
-        forward("lora", made)
-    del taken[:]
-    monkeypatch.setattr(planned, "allow_tf32", lambda: True)
-    forward("lora", made)
-    assert not taken

@@ -179,6 +179,13 @@ def test_adapters_that_cancel(seed: int, tmp_path: Path) -> None:
                 module.lora_A["other"].weight.copy_(module.lora_A["default"].weight)
                 module.lora_B["other"].weight.copy_(-ratio * module.lora_B["default"].weight)
     export(made, tmp_path)
+    made.base_model.set_adapter("default")
+    export(made, tmp_path / "one")
+    both, one = (weights(folder) for folder in (tmp_path, tmp_path / "one"))
+    B = next(key for key in one if "lora_B" in key)
+    A = B.replace("lora_B", "lora_A")
+    assert both[A].shape[0] == 2 * one[A].shape[0]
+    assert float(one[A].abs().max()) > 0
 
 
 def test_refused(seed: int, tmp_path: Path) -> None:

@@ -84,5 +84,7 @@ def test_transformers_fine_grained_fp8(x: Tensor, seed: int, monkeypatch: pytest
     base = finegrained_fp8.FP8Linear(32, 16, block_size=(8, 8))
     base.weight.data = torch.randn(16, 32).to(torch.float8_e4m3fn)
     base.weight_scale_inv.data = torch.rand(2, 4)
+    dense = base.weight.data.float() * base.weight_scale_inv.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert not torch.allclose(base(x), nn.functional.linear(x, dense, base.bias), atol=1e-3)  # it does round
     kind = f"{finegrained_fp8.__name__}.FP8Linear"
     same_as_peft(base.requires_grad_(False), x, f"the base layer is {kind}, not nn.Linear or Transformers' Conv1D")
