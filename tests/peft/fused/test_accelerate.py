@@ -204,7 +204,7 @@ def _integer_weight(made: Any) -> None:
 DECLINED: list[tuple[str, str, Any, str]] = [
     ("disabled", "lora", lambda m: m.base_model.disable_adapter_layers(), "its adapters are disabled"),
     ("merged", "delora", lambda m: m.merge_adapter(), "its adapter is merged"),
-    ("bias", "lora", lambda m: _first(m).lora_bias.update(default=True), "lora_bias=True"),
+    ("bias", "dora", lambda m: setattr(_first(m).lora_B, "default", nn.Linear(3, 20)), "its lora_B has a bias"),
     ("hook", "dora", lambda m: _first(m).lora_A["default"].register_forward_hook(print), "lora_A has hooks"),
     ("base hook", "delora", lambda m: _first(m).base_layer.register_forward_pre_hook(print), "base layer has hooks"),
     ("patched", "lora", lambda m: setattr(_first(m).base_layer, "forward", print), "a forward of its own"),

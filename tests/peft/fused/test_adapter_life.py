@@ -70,6 +70,16 @@ def _several(made: Any, method: str, _: Path) -> None:
     made.base_model.set_adapter(["default", "other"])
 
 
+def _several_with_bias(made: Any, method: str, _: Path) -> None:
+    add(made, "other", method, r=5, target_modules=["first", "second"], lora_bias=True)
+    made.base_model.set_adapter(["default", "other"])
+
+
+def _merged_and_back(made: Any, method: str, _: Path) -> None:
+    made.merge_adapter()
+    made.unmerge_adapter()
+
+
 def _one_merged(made: Any, method: str, _: Path) -> None:
     _several(made, method, _)
     made.merge_adapter(adapter_names=["other"])
@@ -165,6 +175,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+FIRST_TWO = {"target_modules": TARGETS[:2]}
 PATTERNS = {"rank_pattern": {"second": 5, "third": 1}}
 CASES = {
     "adapter added, made active": Case(_added, 2),
@@ -201,7 +212,10 @@ CASES = {
     "bias all": Case(_none, 3, options={"bias": "all"}),
     "bias lora_only": Case(_none, 3, LORAS, {"bias": "lora_only"}),
     "bias delora_only": Case(_none, 3, ("delora",), {"bias": "delora_only"}),
-    "lora_bias": Case(_none, 0, ("lora",), {"lora_bias": True}),
+    "lora_bias": Case(_none, 3, ("lora", "rslora"), {"lora_bias": True}),
+    "lora_bias of one of several": Case(_several, 3, ("lora", "rslora"), {"lora_bias": True}),
+    "lora_bias of both": Case(_several_with_bias, 3, ("lora",), {"lora_bias": True}),
+    "lora_bias, merged and back": Case(_merged_and_back, 2, ("lora",), {"lora_bias": True} | FIRST_TWO),
 }
 RUNS = [(case, method) for case, c in CASES.items() for method in c.methods]
 

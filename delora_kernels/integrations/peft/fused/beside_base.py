@@ -4,6 +4,7 @@ is added to what comes out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class BesideRun:
         factors: () → A [R, K], B [N, R] and scale of all active adapters.
         ranks: Their ranks, of several stacked; (): one.
         dropout_p: What each of them drops with.
+        bias: () → [N] or None, what the adapters' own biases add.
         keeps_dtype: Whether the output comes in x's dtype, as of PEFT's DeLoRA.
     """
 
@@ -32,6 +34,7 @@ class BesideRun:
     factors: Callable[[], tuple[Tensor, Tensor, float]]
     ranks: tuple[int, ...]
     dropout_p: tuple[float, ...]
+    bias: Callable[[], Tensor | None]
     keeps_dtype: bool
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,6 +42,9 @@ class BesideRun:
         y: Any = self.base_layer(x)
         A, B, scale = self.factors()
         y = add_rank_term(y, x, A, B, scale, ranks=self.ranks, dropout_p=self.dropout_p)
+        bias = self.bias()
+        if bias is not None:
+            y = (y + bias).to(y.dtype)
         return y.to(x.dtype) if self.keeps_dtype else y
 
     def why_not(self, x: Tensor) -> str | None:
@@ -62,13 +68,24 @@ def beside(adapters: list[Any], base_layer: nn.Module, is_delora: bool, reason: 
         A, B = factors(*adapters[0].tensors.values())
         return A, B, adapters[0].scale
 
-    dropout_p = tuple(adapter.dropout_p for adapter in adapters)
-    return BesideRun(reason, base_layer, made, ranks if len(ranks) > 1 else (), dropout_p, is_delora)
+    dropout_p, bias = tuple(adapter.dropout_p for adapter in adapters), partial(sum_of_biases, adapters, None)
+    return BesideRun(reason, base_layer, made, ranks if len(ranks) > 1 else (), dropout_p, bias, is_delora)
 
 
-def as_they_are(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return LoRA's factors A [r, K] and B [N, r], which need no folding."""
+def as_they_are(A: Tensor, B: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return LoRA's factors A [r, K] and B [N, r], which need no folding; `bias` is added apart."""
     return A, B
+
+
+def sum_of_biases(adapters: list[Any], total: Tensor | None) -> Tensor | None:
+    """Return total + Σ scale · bias over the adapters whose lora_B has one (PEFT's lora_bias), in
+    the widest dtype among them.
+    """
+    for adapter in adapters:
+        bias = adapter.tensors.get("lora_bias")
+        if bias is not None:
+            total = bias * adapter.scale if total is None else total + bias * adapter.scale
+    return total
 
 
 def stack(factors: Callable[..., Any], adapters: list[Any]) -> tuple[Tensor, Tensor, float]:

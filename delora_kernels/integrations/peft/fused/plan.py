@@ -32,7 +32,13 @@ from delora_kernels.bases.plain import (
 from delora_kernels.bases.read import base_in
 from delora_kernels.bases.stored import Broken, StoredBase
 from delora_kernels.integrations.peft.fused import verdicts
-from delora_kernels.integrations.peft.fused.beside_base import BesideRun, as_they_are, beside, stack
+from delora_kernels.integrations.peft.fused.beside_base import (
+    BesideRun,
+    as_they_are,
+    beside,
+    stack,
+    sum_of_biases,
+)
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.stored_bases import (
     StoredRun,
@@ -174,11 +180,14 @@ def _why_not_adapters(adapters: list[_Adapter], base: Base | str) -> str | None:
             if reason is not None:
                 return reason
             if role != "magnitude" and parameter(owner, "bias") is not None:
-                return f"its {role} has a bias"
+                if role == "lora_A" or "magnitude" in adapter.owners:
+                    return f"its {role} has a bias"
         if why_not_plain(adapter.dropout, "dropout") is not None:
             return f"its dropout is a {type(adapter.dropout).__name__} that can't be fused"
         if adapter.owners:
-            adapter = adapters[index] = adapter._replace(tensors=parameters_of(adapter.owners, "weight"))
+            tensors, own = parameters_of(adapter.owners, "weight"), parameter(adapter.owners["lora_B"], "bias")
+            tensors |= {} if own is None else {"lora_bias": own}
+            adapter = adapters[index] = adapter._replace(tensors=tensors)
         for role, tensor in adapter.tensors.items():
             reason = why_not_local(tensor, role)
             if reason is not None:
@@ -217,8 +226,6 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"its LoRA variant {type(variant).__name__} is not fused"
-    if layer.lora_bias.get(name):
-        return "lora_bias=True"
     if not layer.cast_input_dtype_enabled:
         return "the cast of its input is disabled"
     owners = {"lora_A": parts["lora_A"]._modules[name], "lora_B": parts["lora_B"]._modules[name]}
@@ -278,12 +285,14 @@ def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
         if any("magnitude" in adapter.tensors for adapter in adapters):
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
-        return partial(_stacked, as_they_are, adapters, base)
+        return partial(_with_bias, partial(_stacked, as_they_are, adapters, base), adapters, {"bias": base.bias})
     adapter, tensors = adapters[0], adapters[0].tensors
     arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
     arguments.update(scale=adapter.scale, bias=base.bias, dropout_p=adapter.dropout_p)
     if "magnitude" in tensors:
         return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
+    if "lora_bias" in tensors:
+        return partial(_with_bias, functional.lora_linear, adapters, arguments)
     return PlannedRun(functional.lora_linear, functional.CALLS["lora_linear"], arguments)
 
 
@@ -297,10 +306,20 @@ def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
 
 
 def _stacked_delora(adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
-    return _stacked(functional.delora_factors, adapters, base, x).to(x.dtype)  # as PEFT's DeLoRA under autocast
+    y = _stacked(functional.delora_factors, adapters, base, x, bias=base.bias)
+    return y.to(x.dtype)  # as PEFT's DeLoRA under autocast
 
 
-def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
+def _with_bias(
+    function: Callable[..., Tensor], adapters: list[_Adapter], arguments: Mapping[str, Any], x: Tensor
+) -> Tensor:
+    """Run LoRA whose lora_B may have a bias: scale · bias is one term more of the base's."""
+    return function(x, **{**arguments, "bias": sum_of_biases(adapters, arguments["bias"])})
+
+
+def _stacked(
+    factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor, *, bias: Tensor | None
+) -> Tensor:
     """Several adapters as one of their summed rank, each with its own mask; x is read once."""
     A, B, scale = stack(factors, adapters)
     return functional.lora_linear(
@@ -309,7 +328,7 @@ def _stacked(factors: Callable[..., Any], adapters: list[_Adapter], base: Base, 
         A,
         B,
         scale,
-        base.bias,
+        bias,
         dropout_p=[adapter.dropout_p for adapter in adapters],
         ranks=[next(iter(adapter.tensors.values())).shape[0] for adapter in adapters],
     )
