@@ -231,4 +231,54 @@ class GroupedCall(NamedTuple):
     options: GroupedOptions
 
 
+class Segment(NamedTuple):
+    """Rows of a batch that one adapter is for.
+
+    Args:
+        rows: Which of them.
+        ranks: The adapter's rows of A, columns of B.
+        scale: Its factor.
+    """
+
+    rows: slice
+    ranks: slice
+    scale: float
+
+
+class MixedOptions(NamedTuple):
+    """Everything about a mixed batch's call that is not a tensor.
+
+    Args:
+        method: Name of the public function, for messages.
+        segments: Of the rows that have an adapter; an adapter may have several.
+        ranks: Of the adapters, as A's rows and B's columns hold them.
+        compute_dtype, rank_dtype: as in `Options`.
+    """
+
+    method: str
+    segments: tuple[Segment, ...]
+    ranks: tuple[int, ...]
+    compute_dtype: torch.dtype
+    rank_dtype: torch.dtype
+
+
+class MixedCall(NamedTuple):
+    """The tensors of a call whose samples have adapters of their own (its autograd Function's
+    inputs, in this order) and its options.
+
+    Args:
+        x, weight, bias: as in `Call`.
+        A, B: [R, K], [N, R], the adapters that some sample has, stacked.
+        order: int64 [T'], the rows of x that the segments count; None: all rows, as they stand.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    order: Tensor | None
+    options: MixedOptions
+
+
 AnyCall = Call | MoECall | ReflectCall | GroupedCall

@@ -23,6 +23,7 @@ from delora_kernels.functional.grouped import grouped_lora_call, grouped_lora_li
 from delora_kernels.functional.grouped_delora import grouped_delora_call, grouped_delora_linear
 from delora_kernels.functional.grouped_dora import grouped_dora_call, grouped_dora_linear
 from delora_kernels.functional.lora import lora_call, lora_linear, lora_linears
+from delora_kernels.functional.lora_by_sample import lora_linear_by_sample
 from delora_kernels.functional.moe import moe_lora_linear
 from delora_kernels.functional.moe_arguments import moe_lora_call
 from delora_kernels.functional.router_stats import RouterStats
@@ -38,6 +39,7 @@ __all__ = [
     "grouped_dora_linear",
     "grouped_lora_linear",
     "lora_linear",
+    "lora_linear_by_sample",
     "lora_linears",
     "moe_lora_linear",
 ]

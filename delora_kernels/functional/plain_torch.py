@@ -16,11 +16,11 @@ from torch.nn.functional import dropout
 
 from delora_kernels import reference
 from delora_kernels.bases.plain import dense
-from delora_kernels.call import AnyCall, Call, GroupedCall, MoECall, ReflectCall
+from delora_kernels.call import AnyCall, Call, GroupedCall, MixedCall, MoECall, ReflectCall
 from delora_kernels.dtypes import accumulate_dtype
 
 
-def run(call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
+def run(call: AnyCall | MixedCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
     """Compute the outputs of a call: y, and of a mixture its statistics fraction, probability and
     z.
 
@@ -46,7 +46,7 @@ def factors(A: Tensor, B: Tensor, lam: Tensor, weight_norm: Tensor, eps: float) 
     return _cast(A_hat, dtype), _cast(B_hat, dtype)
 
 
-def _outputs(call: AnyCall) -> tuple[Tensor, ...]:
+def _outputs(call: AnyCall | MixedCall) -> tuple[Tensor, ...]:
     o = call.options
     if o.method not in FORMULAS:
         raise NotImplementedError(
@@ -129,6 +129,18 @@ def _grouped(call: GroupedCall, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return reference.grouped_lora_linear_dense(x, weight, A, B, call.offsets, **rest)
 
 
+def _mixed(call: MixedCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the term of each segment to its rows; the rest are the frozen linear's alone."""
+    o, tokens = call.options, x.flatten(0, -2)
+    y = tokens @ weight.T if bias is None else tokens @ weight.T + bias
+    order = torch.arange(tokens.shape[0], device=x.device) if call.order is None else call.order
+    for rows, ranks, scale in o.segments:
+        A, B = _cast(call.A[ranks], o.rank_dtype), _cast(call.B[:, ranks], o.rank_dtype)
+        term = scale * (_cast(tokens[order[rows]], o.rank_dtype) @ A.T) @ B.T
+        y = y.index_add(0, order[rows], _cast(term, y.dtype))
+    return y
+
+
 def _mask(call: Call | MoECall | GroupedCall, x: Tensor) -> Tensor | None:
     """Draw a mask of 0 and 1 / (1 − p): [T, K], or several [masks, T, K]; None: nothing drops.
 
@@ -158,6 +170,7 @@ FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "ether_plus_linear": _reflected,
     "grouped_lora_linear": _grouped,
     "grouped_dora_linear": _grouped,
+    "lora_linear_by_sample": _mixed,
     "grouped_delora_linear": _grouped,  # whose factors are normalised in the call
 }
 """Public function name → what it computes of (call, x, weight, bias), the three in the compute

@@ -33,6 +33,7 @@ from delora_kernels.reference.grouped import (
     grouped_lora_weight,
 )
 from delora_kernels.reference.lora import lora_linear, lora_weight
+from delora_kernels.reference.lora_by_sample import lora_linear_by_sample
 from delora_kernels.reference.moe import RouterStats, moe_lora_linear, moe_lora_linear_dense
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "grouped_lora_linear_dense",
     "grouped_lora_weight",
     "lora_linear",
+    "lora_linear_by_sample",
     "lora_weight",
     "moe_lora_linear",
     "moe_lora_linear_dense",

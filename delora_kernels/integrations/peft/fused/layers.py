@@ -24,6 +24,7 @@ from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDelora
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
+from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
@@ -154,9 +155,11 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     # the plan, whose functions are plain torch then, but not PEFT's DoRA
     if exporting() and not torch.compiler.is_dynamo_compiling():
         return peft_forward(layer, x, *args, **kwargs)
-    _, reason, fused = verdict_of(layer)
+    names = None if isinstance(layer, DeloraLinear) else kwargs.get("adapter_names")
+    _, reason, fused = verdict_of(layer) if names is None else mixed_verdict_of(layer, names, x)
     if fused is not None:
-        reason = _why_not_call(layer, fused, x, args, kwargs)
+        others = kwargs if names is None else {**kwargs, "adapter_names": None}
+        reason = _why_not_call(layer, fused, x, args, others)
         if reason is None:
             return run_planned(layer, x, fused.run_on(x) if isinstance(fused, StoredRun) else fused)
     if reason is not None and refuses(reason, x):

@@ -74,7 +74,7 @@ to run.
 """
 
 
-class _Adapter(NamedTuple):
+class Adapter(NamedTuple):
     """One active adapter of a layer.
 
     Args:
@@ -119,6 +119,33 @@ def plan_of(layer: Any) -> Fused | str:
     Args:
         layer: A LoRA or DeLoRA linear of PEFT, fused or not.
     """
+    reason = why_not_layer(layer)
+    if reason is not None:
+        return reason
+    is_delora, parts = isinstance(layer, DeloraLinear), layer._modules
+    known = parts["delora_A" if is_delora else "lora_A"]
+    names = [name for name in layer.active_adapters if name in known]
+    if not names:
+        return INACTIVE
+    adapters: list[Adapter] = []
+    for name in names:
+        adapter = _delora_adapter(layer, name) if is_delora else lora_adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    return why_not_base_class(layer) or _plan(layer, parts["base_layer"], adapters)
+
+
+def why_not_base_class(layer: nn.Module) -> str | None:
+    """Say which method of the base's class that PEFT's forward calls has been replaced, or None."""
+    kind = type(layer._modules["base_layer"])
+    return _why_not_class(kind) if kind in _DEFINED else None
+
+
+def why_not_layer(layer: Any) -> str | None:
+    """Say what a layer's class, its state and where it keeps its adapters have against a fused run,
+    or None.
+    """
     is_delora = isinstance(layer, DeloraLinear)
     reason = verdicts.reasons["delora" if is_delora else "lora"]
     if isinstance(layer, LoraLinear | DeloraLinear):
@@ -135,22 +162,10 @@ def plan_of(layer: Any) -> Fused | str:
     for role, kind in (_DELORA_DICTS if is_delora else _LORA_DICTS).items():
         if type(parts[role]) is not kind:
             return f"its {role} is kept in a {type(parts[role]).__name__}"
-    known = parts["delora_A" if is_delora else "lora_A"]
-    names = [name for name in layer.active_adapters if name in known]
-    if not names:
-        return INACTIVE
-    adapters: list[_Adapter] = []
-    for name in names:
-        adapter = _delora_adapter(layer, name) if is_delora else _lora_adapter(layer, name)
-        if isinstance(adapter, str):
-            return adapter
-        adapters.append(adapter)
-    kind = type(parts["base_layer"])
-    reason = _why_not_class(kind) if kind in _DEFINED else None
-    return reason or _plan(layer, parts["base_layer"], adapters)
+    return None
 
 
-def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> Fused | str:
+def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[Adapter]) -> Fused | str:
     """Plan a layer whose own settings allow it, or say what the modules and tensors that it reads
     have against it.
     """
@@ -159,7 +174,7 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
     base = base_in(base_layer)
     if isinstance(base, NotLocal | Broken):
         return base
-    is_delora, reason = isinstance(layer, DeloraLinear), _why_not_adapters(adapters, base)
+    is_delora, reason = isinstance(layer, DeloraLinear), why_not_adapters(adapters, base)
     if isinstance(base, str):
         return base if reason is not None or any_module_has_hooks() else beside(adapters, base_layer, is_delora, base)
     if reason is not None:
@@ -170,7 +185,7 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[_Adapter]) -> 
     return plan
 
 
-def _why_not_adapters(adapters: list[_Adapter], base: Base | str) -> str | None:
+def why_not_adapters(adapters: list[Adapter], base: Base | str) -> str | None:
     """Say what the modules and tensors of the adapters have against a plan, or None; puts the
     tensors where they are looked for.
     """
@@ -221,7 +236,8 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
 
 
-def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
+def lora_adapter(layer: Any, name: str) -> Adapter | str:
+    """Read an adapter of a LoRA layer, or say what its own settings have against a fused run."""
     parts = layer._modules
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
@@ -261,7 +277,7 @@ def _lora_adapter(layer: Any, name: str) -> _Adapter | str:
         return f"its scaling is a {type(scale).__name__}"
     if not -math.inf < float(scale) < math.inf:  # math.isfinite does not trace
         return "its scaling is not finite"
-    return _Adapter(owners, {}, dropout, float(scale), dropout_p)
+    return Adapter(owners, {}, dropout, float(scale), dropout_p)
 
 
 def caches_dora_norms(layer: nn.Module) -> bool:
@@ -269,7 +285,7 @@ def caches_dora_norms(layer: nn.Module) -> bool:
     return bool(getattr(dora, "ENABLE_DORA_CACHING", False)) and not layer.training
 
 
-def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
+def _delora_adapter(layer: Any, name: str) -> Adapter | str:
     parts, tensors = layer._modules, {}
     for role in ("delora_A", "delora_B", "delora_lambda"):
         tensors[role] = parameter(parts[role], name)
@@ -278,10 +294,10 @@ def _delora_adapter(layer: Any, name: str) -> _Adapter | str:
         return "its delora_w_norm requires a gradient"
     dropout = parts["delora_dropout"]._modules[name]
     dropout_p = _dropout_p(dropout)
-    return dropout_p if isinstance(dropout_p, str) else _Adapter({}, tensors, dropout, 1.0, dropout_p, layer.r[name])
+    return dropout_p if isinstance(dropout_p, str) else Adapter({}, tensors, dropout, 1.0, dropout_p, layer.r[name])
 
 
-def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
+def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
         if any("magnitude" in adapter.tensors for adapter in adapters):
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
@@ -296,7 +312,7 @@ def _lora_plan(adapters: list[_Adapter], base: Base) -> Fused | str:
     return PlannedRun(functional.lora_linear, functional.CALLS["lora_linear"], arguments)
 
 
-def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
+def _delora_plan(adapters: list[Adapter], base: Base) -> Fused:
     if len(adapters) > 1:
         return partial(_stacked_delora, adapters, base)
     (A, B, lam, weight_norm), dropout_p = adapters[0].tensors.values(), adapters[0].dropout_p
@@ -305,20 +321,20 @@ def _delora_plan(adapters: list[_Adapter], base: Base) -> Fused:
     return PlannedRun(functional.delora_linear, functional.CALLS["delora_linear"], arguments, keeps_dtype=True)
 
 
-def _stacked_delora(adapters: list[_Adapter], base: Base, x: Tensor) -> Tensor:
+def _stacked_delora(adapters: list[Adapter], base: Base, x: Tensor) -> Tensor:
     y = _stacked(functional.delora_factors, adapters, base, x, bias=base.bias)
     return y.to(x.dtype)  # as PEFT's DeLoRA under autocast
 
 
 def _with_bias(
-    function: Callable[..., Tensor], adapters: list[_Adapter], arguments: Mapping[str, Any], x: Tensor
+    function: Callable[..., Tensor], adapters: list[Adapter], arguments: Mapping[str, Any], x: Tensor
 ) -> Tensor:
     """Run LoRA whose lora_B may have a bias: scale · bias is one term more of the base's."""
     return function(x, **{**arguments, "bias": sum_of_biases(adapters, arguments["bias"])})
 
 
 def _stacked(
-    factors: Callable[..., Any], adapters: list[_Adapter], base: Base, x: Tensor, *, bias: Tensor | None
+    factors: Callable[..., Any], adapters: list[Adapter], base: Base, x: Tensor, *, bias: Tensor | None
 ) -> Tensor:
     """Several adapters as one of their summed rank, each with its own mask; x is read once."""
     A, B, scale = stack(factors, adapters)

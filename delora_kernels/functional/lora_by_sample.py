@@ -1,0 +1,141 @@
+"""lora_linear_by_sample: LoRA in a batch whose samples have adapters of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import checks
+from delora_kernels.autograd import function
+from delora_kernels.autograd.lora_by_sample import MixedLinear
+from delora_kernels.call import MixedCall, MixedOptions, Segment
+from delora_kernels.functional import common
+
+_NAME = "lora_linear_by_sample"
+
+_SHORT = 32
+"""Rows of a segment below which samples of one adapter are brought together: a copy of few rows
+costs less than more, smaller products.
+"""
+
+
+def lora_linear_by_sample(
+    x: Tensor,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    adapters: Sequence[int | None],
+    scale: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply a frozen linear with each sample's own low-rank update.
+
+        y_b = x_b Wᵀ + scale_i · x_b A_iᵀ B_iᵀ + bias,   i = adapters[b]
+
+    One frozen GEMM for the whole batch; the rank terms by segments, samples of one adapter that
+    stand together, in place. An adapter that no sample has costs nothing and gets no gradient.
+
+    Args:
+        x: Input, `[batch, ..., K]`.
+        weight: Frozen weight W, `[N, K]`; gets a gradient only if it requires one.
+        A: `[r_i, K]` each.
+        B: `[N, r_i]` each.
+        adapters: For each sample the place of its adapter in A and B, or None: the frozen linear
+            alone.
+        scale: Factor of each update, or one for all.
+        bias: `[N]` or None.
+
+    Returns:
+        y, `[batch, ..., N]`, in weight's dtype (autocast's dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it and the remedy.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
+    3, sample by sample.
+    """
+    call = lora_by_sample_call(x, weight, A, B, adapters, scale, bias)
+    if common.exporting():
+        y = common.plain_torch.run(call, x.shape)[0]
+    else:
+        y = function.run(MixedLinear, call, "eager", x.shape)[0]
+    return y if isinstance(weight, Tensor) else weight.output(y, x)
+
+
+def lora_by_sample_call(
+    x: Any, weight: Any, A: Any, B: Any, adapters: Any, scale: Any = 1.0, bias: Any = None
+) -> MixedCall:
+    """Check the arguments of `lora_linear_by_sample` and make its call."""
+    for name, value in (("A", A), ("B", B), ("adapters", adapters)):
+        if not isinstance(value, Sequence):
+            remedy = "one entry for each adapter" if name != "adapters" else "one entry for each sample"
+            raise checks.fail(TypeError, _NAME, name, "a list or tuple", type(value).__name__, f"pass {remedy}")
+    checks.no_transforms(_NAME, (x, weight, bias, *A, *B), f"reference.{_NAME}")
+    checks.base(_NAME, x, weight, bias)
+    if x.dim() < 2:
+        raise checks.fail(ValueError, _NAME, "x", "[batch, ..., K]", f"shape {list(x.shape)}", "pass samples, or one")
+    if len(A) != len(B):
+        raise checks.fail(ValueError, _NAME, "B", f"{len(A)} factors, as many as A", len(B), "pass one pair for each")
+    for i, pair in enumerate(zip(A, B, strict=True)):
+        checks.factors(_NAME, x, weight, *pair, names=(f"A[{i}]", f"B[{i}]"))
+    if isinstance(scale, Sequence) and len(scale) != len(A):
+        expected = f"a number, or {len(A)} of them, one for each adapter"
+        raise checks.fail(ValueError, _NAME, "scale", expected, len(scale), "pass one for each adapter")
+    scales = [checks.number(_NAME, "scale", each) for each in scale] if isinstance(scale, Sequence) else None
+    if scales is None:
+        scales = [checks.number(_NAME, "scale", scale)] * len(A)
+    if len(adapters) != x.shape[0]:
+        expected = f"{x.shape[0]} entries, one for each sample of x"
+        raise checks.fail(ValueError, _NAME, "adapters", expected, len(adapters), "pass None for a sample without one")
+    for each in adapters:
+        if each is not None and (isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < len(A)):
+            expected = f"places from 0 to {len(A) - 1}, or None"
+            raise checks.fail(ValueError, _NAME, "adapters", expected, each, "pass the place of each sample's adapter")
+    used = sorted({each for each in adapters if each is not None})
+    ranks = tuple(A[i].shape[0] for i in used)
+    starts = dict(zip(used, (sum(ranks[:j]) for j in range(len(ranks))), strict=True))
+    length = x.shape[1:-1].numel()
+    runs = _runs(adapters)
+    order = None
+    if len(runs) > len(used) and length * len(adapters) < _SHORT * len(runs):
+        together = [b for i in used for b, each in enumerate(adapters) if each == i]
+        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length)
+        order = rows[torch.tensor(together, device=x.device)].flatten()
+        runs = _runs([adapters[b] for b in together])
+    segments = tuple(
+        Segment(slice(first * length, last * length), slice(starts[i], starts[i] + A[i].shape[0]), scales[i])
+        for i, first, last in runs
+    )
+    compute_dtype, rank_dtype = common.dtypes(x, weight, *(of[i] for of in (A, B) for i in used))
+    A_all, B_all = (_stacked([of[i] for i in used], dim, rank_dtype, x) for dim, of in enumerate((A, B)))
+    if A_all.numel() == 0:
+        A_all, B_all = A_all.view(0, weight.shape[1]), B_all.view(weight.shape[0], 0)
+    return MixedCall(
+        x, weight, bias, A_all, B_all, order, MixedOptions(_NAME, segments, ranks, compute_dtype, rank_dtype)
+    )
+
+
+def _runs(adapters: Sequence[int | None]) -> list[tuple[int, int, int]]:
+    """Adapter, first sample and the one after the last, of samples that stand together; without
+    those that have none.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for b, i in enumerate(adapters):
+        if i is None:
+            continue
+        if runs and runs[-1][0] == i and runs[-1][2] == b:
+            runs[-1] = (i, runs[-1][1], b + 1)
+        else:
+            runs.append((i, b, b + 1))
+    return runs
+
+
+def _stacked(factors: list[Tensor], dim: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Return the adapters' factors as one, in one dtype; of one adapter itself."""
+    if not factors:
+        return x.new_empty(0, dtype=dtype)
+    if len(factors) == 1:
+        return factors[0]
+    with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
+        return torch.cat([factor.to(dtype) for factor in factors], dim)
