@@ -249,10 +249,10 @@ def test_other_layers_are_named(seed: int) -> None:
     report = dk.accelerate(made)
     assert {layer.name.rsplit(".", 1)[-1]: layer.reason for layer in report.layers} == {
         "table": "lora.layer.Embedding layers are not fused",
-        "conv": "lora.layer.Conv2d layers are not fused",
+        "conv": None,
         "linear": None,
     }
-    assert str(report).splitlines()[0] == "fused 1 of 3 adapter layers (1 lora)"
+    assert str(report).splitlines()[0] == "fused 2 of 3 adapter layers (2 lora)"
 
 
 def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from peft.tuners.delora.layer import DeloraLinear
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, ParamWrapper
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import is_own_forward, parameter
@@ -22,6 +22,7 @@ from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
+from delora_kernels.integrations.peft.fused.convolution import FusedConv1d, FusedConv2d, FusedConv3d
 from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
@@ -80,6 +81,9 @@ _FUSED: dict[type, type] = {
     DeloraLinear: FusedDeloraLinear,
     StoredDeloraLinear: FusedStoredDeloraLinear,
     ParamWrapper: FusedParamWrapper,
+    Conv1d: FusedConv1d,
+    Conv2d: FusedConv2d,
+    Conv3d: FusedConv3d,
 }
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}

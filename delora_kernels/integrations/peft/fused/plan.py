@@ -139,7 +139,7 @@ def plan_of(layer: Any) -> Fused | str:
 def why_not_base_class(layer: nn.Module) -> str | None:
     """Say which method of the base's class that PEFT's forward calls has been replaced, or None."""
     kind = type(layer._modules["base_layer"])
-    return _why_not_class(kind) if kind in _DEFINED else None
+    return why_not_class(kind) if kind in _DEFINED else None
 
 
 def why_not_layer(layer: Any) -> str | None:
@@ -149,9 +149,9 @@ def why_not_layer(layer: Any) -> str | None:
     is_delora = isinstance(layer, DeloraLinear)
     reason = verdicts.reasons["delora" if is_delora else "lora"]
     if isinstance(layer, LoraLinear | DeloraLinear):
-        reason = reason or _why_not_class(DeloraLinear if is_delora else LoraLinear)
+        reason = reason or why_not_class(DeloraLinear if is_delora else LoraLinear)
     else:
-        reason = reason or why_not_peft() or _why_not_class(class_with_forward(peft_class_on_stored_base(type(layer))))
+        reason = reason or why_not_peft() or why_not_class(class_with_forward(peft_class_on_stored_base(type(layer))))
     if reason is not None:
         return reason
     if layer._disable_adapters:
@@ -221,7 +221,7 @@ def methods_of(*kinds: Any) -> tuple[tuple[Any, str, Any], ...]:
     return tuple((kind, name, method) for kind in kinds for name, method in _DEFINED[kind].items())
 
 
-def _why_not_class(kind: Any) -> str | None:
+def why_not_class(kind: Any) -> str | None:
     """Say which method of a class that PEFT's forward calls has been replaced, or None."""
     if kind not in _DEFINED:  # of a library that need not be there
         _DEFINED[kind] = {"forward": _as_defined(kind, "forward")}
@@ -257,13 +257,13 @@ def lora_adapter(layer: Any, name: str) -> Adapter | str:
             return f"its magnitude is a {type(owners['magnitude']).__name__}"
         if bool(owners["magnitude"].fan_in_fan_out) is not isinstance(parts["base_layer"], Conv1D):
             return "its fan_in_fan_out is not that of its base"  # PEFT then takes the norm along the other axis
-        reason = _why_not_class(DoraLinearVariant)
+        reason = why_not_class(DoraLinearVariant)
         if reason is not None:
             return reason
         if caches_dora_norms(layer):
             return "PEFT's cache of DoRA norms is on"
     for owner in owners.values():
-        reason = _why_not_class(type(owner))
+        reason = why_not_class(type(owner))
         if reason is not None:
             return reason
     dropout = parts["lora_dropout"]._modules[name]
@@ -355,7 +355,7 @@ def _dropout_p(dropout: Any) -> float | str:
     kind = type(dropout)
     if kind not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {kind.__name__} that can't be fused"
-    reason = _why_not_class(kind)
+    reason = why_not_class(kind)
     if reason is not None:
         return reason
     if kind is nn.Identity:

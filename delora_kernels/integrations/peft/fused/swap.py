@@ -11,6 +11,7 @@ from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, is_dora, verdict_of_convolution
 from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
 from delora_kernels.integrations.peft.fused.grouping import Groups, check_groups, move_out, settle_in
 from delora_kernels.integrations.peft.fused.layers import (
@@ -25,8 +26,9 @@ from delora_kernels.integrations.peft.verdict import State
 
 
 def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, and
-    its LoRA adapters on the experts of expert models, run fused, in place.
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, its
+    LoRA and DoRA layers on convolutions, and its LoRA adapters on the experts of expert models, run
+    fused, in place.
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
@@ -104,7 +106,8 @@ def _describe(name: str, layer: Any, outer: nn.Module | None) -> LayerReport:
     known = fused_class(kind) is not kind or peft_class(kind) is not kind
     if own is None and not known:
         return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
-    state, reason, _ = verdict_of(layer) if outer is None else verdict_of_experts(outer)
+    judge = verdict_of_convolution if isinstance(layer, CONVOLUTIONS) else verdict_of
+    state, reason, _ = judge(layer) if outer is None else verdict_of_experts(outer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
     if isinstance(reason, NotLocal) and managed:
         return LayerReport(name, method, _SHARDED, deferred=True, state=state)
@@ -119,6 +122,8 @@ def _method(layer: Any) -> str:
         return "delora"
     if isinstance(layer, ParamWrapper):
         return "expert lora"
+    if isinstance(layer, CONVOLUTIONS):
+        return "dora" if is_dora(layer) else "lora"
     if not lora_linear_of(layer):
         return class_name(type(layer))
     if verdicts.reasons["lora"] is not None:  # an untested PEFT, whose layer may lack what tells them apart

@@ -1,0 +1,49 @@
+"""The adapter's part of a convolution's output, in plain torch: one token-sized tensor in place of
+the product, its multiple and their sum.
+
+    u = y + scale · B h;   with DoRA  c ⊙ (u − bias) + bias
+
+y [batch, N, ...] is the frozen convolution's output, h [batch, r, ...] that of A; c and bias
+broadcast along the channels. Autograd differentiates torch's own operations, as often as asked.
+"""
+
+import torch
+from torch import Tensor
+
+
+def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Add y + scale · B h, rounded once where y and h are of one dtype.
+
+    Args:
+        y: `[batch, N, ...]`, contiguous or channels last: the result has its layout. Of another
+            layout the sum is made in three steps.
+        h: `[batch, r, ...]`.
+        B: `[N, r]`.
+        scale: Factor of the term.
+    """
+    if torch.is_autocast_enabled(y.device.type):
+        B, h = B.to(y.dtype), h.to(y.dtype)
+    if y.dtype == h.dtype == B.dtype and y.numel() > 0:
+        if y.is_contiguous():
+            batches = B.expand(y.shape[0], *B.shape)
+            return torch.baddbmm(y.flatten(2), batches, h.flatten(2), alpha=scale).view_as(y)
+        last = y.movedim(1, -1)
+        if last.is_contiguous():
+            rows = torch.addmm(last.flatten(0, -2), h.movedim(1, -1).flatten(0, -2), B.t(), alpha=scale)
+            return rows.view_as(last).movedim(-1, 1)
+    term = torch.matmul(B, h.flatten(2)).unflatten(2, y.shape[2:])
+    return y + term * scale
+
+
+def rescale_channels(u: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute c ⊙ (u − bias) + bias, as c ⊙ u + (1 − c) ⊙ bias.
+
+    Args:
+        u: `[batch, N, ...]`.
+        c: `[N]`.
+        bias: `[N]` or None.
+    """
+    shape = (-1, *(1,) * (u.dim() - 2))
+    if bias is None:
+        return u * c.view(shape)
+    return torch.addcmul(((1 - c) * bias).view(shape), u, c.view(shape))

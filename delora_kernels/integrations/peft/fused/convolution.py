@@ -1,0 +1,209 @@
+"""PEFT's LoRA and DoRA on convolutions: the base and lora_A run as they are, the rest in one pass.
+
+    y = base(x) + scale · B lora_A(drop(x))
+    DoRA: c ⊙ (y − bias) + bias,   c = m / ‖W + scale · BA‖
+
+The frozen convolution is the library's own (cuDNN, oneDNN), as a linear's GEMM is. PEFT makes a
+token-sized tensor of the product with B, one of its multiple and one of the sum, and for DoRA four
+more; here it is one, and for DoRA two. All of it is plain torch, so that programs are compiled and
+exported, and gradients differentiated, as before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
+from torch import Tensor, nn
+
+from delora_kernels import ops
+from delora_kernels.bases.plain import has_other_forward, parameter, why_not_local, why_not_plain
+from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.functional.channel_term import add_channel_term, rescale_channels
+from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
+from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
+from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict, log_once
+
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+_TORCHS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_VARIANTS = (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_MAGNITUDES = (DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer)
+for _kind in (*CONVOLUTIONS, *_TORCHS, *_VARIANTS, *_MAGNITUDES):
+    why_not_class(_kind)  # takes note of what the class defines
+
+
+class FusedConv1d(Conv1d):
+    """PEFT's LoRA or DoRA Conv1d with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, Conv1d.forward, x, args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__mro__[1].__name__  # PEFT's layer status reads the type off the repr
+
+
+class FusedConv2d(Conv2d):
+    """PEFT's LoRA or DoRA Conv2d with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, Conv2d.forward, x, args, kwargs)
+
+    _get_name = FusedConv1d._get_name
+
+
+class FusedConv3d(Conv3d):
+    """PEFT's LoRA or DoRA Conv3d with a fused forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _forward(self, Conv3d.forward, x, args, kwargs)
+
+    _get_name = FusedConv1d._get_name
+
+
+class _Adapter(NamedTuple):
+    """One active adapter: lora_A, its dropout, B [N, r, 1, ...] and the scale; of DoRA the
+    magnitude [1, N, 1, ...].
+    """
+
+    A: nn.Module
+    dropout: nn.Module
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+
+def verdict_of_convolution(layer: Any) -> Verdict:
+    """Judge how a convolution with adapters runs as it stands."""
+    plan = _plan_of(layer)
+    return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
+
+
+def is_dora(layer: Any) -> bool:
+    """Whether an active adapter of a convolution is DoRA."""
+    return any(type(layer.lora_variant.get(name)) in _VARIANTS for name in layer.active_adapters)
+
+
+def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    _, reason, fused = verdict_of_convolution(layer)
+    if fused is not None:
+        reason = _why_not_call(layer, x, args, kwargs)
+        if reason is None:
+            return fused(x)
+    log_once("an accelerated convolution runs PEFT's own forward", str(reason))
+    return peft_forward(layer, x, *args, **kwargs)
+
+
+def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why this call needs PEFT's own forward, or None."""
+    if args or any(value is not None for value in kwargs.values()):
+        return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__}"
+    if x.dim() != layer._kernel_dim:
+        return "its input has no batch dimension"
+    return None
+
+
+def _plan_of(layer: Any) -> Callable[[Tensor], Tensor] | str:
+    reason = verdicts.reasons["lora"] or why_not_peft() or why_not_class(_peft_class(layer))
+    if reason is not None:
+        return reason
+    if layer._disable_adapters:
+        return DISABLED
+    if layer.merged_adapters:
+        return MERGED
+    if has_other_forward(layer):
+        return "it has a forward of its own"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return INACTIVE
+    adapters: list[_Adapter] = []
+    for name in names:
+        adapter = _adapter(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    return partial(_run, layer, adapters)
+
+
+def _adapter(layer: Any, name: str) -> _Adapter | str:
+    A, B, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    if type(B) not in _TORCHS:
+        return f"its lora_B is a {type(B).__name__}"
+    reason = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
+    if reason is not None:
+        return reason
+    if B.bias is not None:
+        return "lora_bias=True on a convolution"
+    if B.groups != 1:
+        return "its convolution has groups"
+    if B.weight.shape[2:].numel() != 1 or {*B.stride} != {1} or {*B.padding} != {0}:
+        return "its lora_B is more than a product"
+    if not isinstance(scale, Real) or not -float("inf") < float(scale) < float("inf"):
+        return f"its scaling is {scale!r}"
+    magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
+    if isinstance(magnitude, str):
+        return magnitude
+    return _Adapter(A, layer.lora_dropout[name], B.weight, float(scale), magnitude)
+
+
+def _magnitude(layer: Any, name: str) -> Tensor | str:
+    """Read DoRA's magnitude, or say why PEFT's own forward must."""
+    variant, base, place = layer.lora_variant[name], layer.base_layer, CONVOLUTIONS.index(_peft_class(layer))
+    if verdicts.reasons["dora"] is not None:
+        return verdicts.reasons["dora"]
+    if type(variant) is not _VARIANTS[place]:
+        return f"its LoRA variant {type(variant).__name__} is not fused"
+    owner = layer.lora_magnitude_vector[name]
+    if type(owner) is not _MAGNITUDES[place]:
+        return f"its magnitude is a {type(owner).__name__}"
+    if type(base) is not _TORCHS[place]:
+        return f"its base layer is a {type(base).__name__}, whose weight DoRA reads"
+    if caches_dora_norms(layer):
+        return "PEFT's cache of DoRA norms is on"
+    if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
+        return "DoRA's dropout runs a second convolution"
+    A = layer.lora_A[name]
+    if type(A) is not _TORCHS[place]:
+        return f"its lora_A is a {type(A).__name__}"
+    tensors = {"magnitude": owner.weight, "base weight": base.weight, "lora_A": A.weight}
+    reason: str | None = why_not_class(type(variant)) or why_not_class(type(owner)) or why_not_plain(owner, "magnitude")
+    for role, tensor in tensors.items():
+        reason = reason or why_not_local(tensor, role)
+    return owner.weight if reason is None else reason
+
+
+def _peft_class(layer: Any) -> Any:
+    return next(each for each in CONVOLUTIONS if isinstance(layer, each))
+
+
+def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
+    """Run the adapters one after the other, as PEFT does: DoRA rescales what the ones before it
+    gave.
+    """
+    base = layer.base_layer
+    y: Tensor = base(x)
+    dtype = y.dtype
+    for A, dropout, B, scale, magnitude in adapters:
+        x = layer._cast_input_dtype(x, parameter(A, "weight").dtype)
+        y = add_channel_term(y, A(dropout(x)), B.flatten(1), scale)
+        if magnitude is not None:
+            c = magnitude.flatten() / _norm(base.weight, parameter(A, "weight"), B, scale)
+            y = rescale_channels(y, c, base.bias)
+    return y.to(dtype)
+
+
+def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """‖W + scale · BA‖ [N] over all but the output channels, a constant; ∞ where it is 0, for there
+    is no direction to scale.
+    """
+    acc = accumulate_dtype(weight.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        rows, A, B = weight.flatten(1), A.flatten(1).to(acc), B.flatten(1).to(acc)
+        norm: Tensor = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
+        return norm.masked_fill(norm == 0, torch.inf)

@@ -1,0 +1,236 @@
+"""PEFT's LoRA and DoRA on convolutions, accelerated: PEFT's numbers, fewer token-sized tensors."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_models import assert_close, config, step
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import delora_kernels as dk
+from delora_kernels.integrations.peft.fused import convolution
+
+KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+METHODS = ("lora", "rslora", "dora")
+
+
+class Net(nn.Module):
+    """Two convolutions: strided with a bias, 1 × 1 without one."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.first = KINDS[dims](3, 8, 3, stride=2, padding=1)
+        self.second = KINDS[dims](8, 5, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(nn.functional.gelu(self.first(x)))
+        return y
+
+
+def adapted(method: str, seed: int, dims: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    targets = {"target_modules": ["first", "second"]}
+    made = peft.get_peft_model(Net(dims).to(dtype), config(method, **targets | options))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "magnitude" in name:
+                parameter *= 0.5 + torch.rand_like(parameter)
+    return made
+
+
+def images(seed: int, dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, *(7,) * dims, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dims", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_pefts_numbers(method: str, dims: int, seed: int) -> None:
+    """Output and every gradient in float64, the base's own among them."""
+    made, x = adapted(method, seed, dims, torch.float64), images(seed, dims, torch.float64)
+    for parameter in made.parameters():
+        parameter.requires_grad_()
+    theirs = step(made, x)
+    names = list(made.state_dict())
+    report = dk.accelerate(made, strict=True)
+    assert str(report).startswith(f"fused 2 of 2 adapter layers (2 {'dora' if method == 'dora' else 'lora'})")
+    assert_close(step(made, x), theirs, torch.float64)
+    assert list(made.state_dict()) == names
+    assert dk.restore(made) == 2
+    assert_close(step(made, x), theirs, torch.float64)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dtypes(method: str, dtype: torch.dtype, autocast: bool, seed: int) -> None:
+    """float32 factors on a bfloat16 base too."""
+    made, x = adapted(method, seed, dtype=dtype), images(seed, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs = step(made, x)
+        dk.accelerate(made, strict=True)
+        assert_close(step(made, x), theirs, torch.bfloat16 if autocast else dtype)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_channels_last(method: str, seed: int) -> None:
+    """The output keeps the layout; DoRA, whose norm PEFT can't take there, has the numbers of the
+    other one.
+    """
+    made, x = adapted(method, seed), images(seed)
+    theirs = step(made, x)
+    made, x = (each.to(memory_format=torch.channels_last) for each in (made, x))
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs)
+    assert made(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dropout_draws_what_peft_draws(seed: int) -> None:
+    made, x = adapted("lora", seed, lora_dropout=0.4), images(seed)
+    theirs = step(made, x, seed)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x, seed), theirs)
+
+
+@pytest.mark.parametrize("order", [("default", "other"), ("other", "default")])
+def test_several_adapters_in_pefts_order(order: tuple[str, str], seed: int) -> None:
+    """A DoRA rescales what stands before it, and nothing that comes after."""
+    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    made.add_adapter("other", config("lora", r=2, target_modules=["first"]))
+    made.base_model.set_adapter(list(order))
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs, torch.float64)
+
+
+def _grouped(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), config("lora", r=2, target_modules=["0"]))
+
+
+DECLINED: dict[str, tuple[Callable[[int], Any], Callable[[Any], object], str]] = {
+    "groups": (_grouped, lambda made: None, "its convolution has groups"),
+    "bias": (lambda seed: adapted("lora", seed, lora_bias=True), lambda made: None, "lora_bias=True on a convolution"),
+    "disabled": (lambda seed: adapted("lora", seed), lambda made: made.base_model.disable_adapter_layers(), "disabled"),
+    "merged": (lambda seed: adapted("lora", seed), lambda made: made.merge_adapter(), "its adapter is merged"),
+    "hook": (
+        lambda seed: adapted("lora", seed),
+        lambda made: made.base_model.model.first.lora_B["default"].register_forward_hook(lambda *_: None),
+        "lora_B has hooks",
+    ),
+    "dropout": (
+        lambda seed: adapted("dora", seed, lora_dropout=0.4),
+        lambda made: None,
+        "DoRA's dropout runs a second convolution",
+    ),
+    "patched": (
+        lambda seed: adapted("lora", seed),
+        lambda made: setattr(made.base_model.model.first, "forward", lambda x: x.new_zeros(2, 8, 4, 4)),
+        "it has a forward of its own",
+    ),
+    "scale": (
+        lambda seed: adapted("lora", seed),
+        lambda made: made.base_model.model.first.scaling.update(default=torch.tensor(2.0)),
+        "its scaling is tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_declined(case: str, seed: int) -> None:
+    """With the reason; PEFT's own forward runs."""
+    make, change, reason = DECLINED[case]
+    made = make(seed)
+    change(made)
+    x = torch.randn(2, 4, 6, 6) if case == "groups" else images(seed)
+    layer = next(module for module in made.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
+    torch.manual_seed(seed)
+    theirs = layer(x)
+    report = dk.accelerate(made)
+    assert reason in str(report.layers[0].reason)
+    torch.manual_seed(seed)
+    assert torch.equal(layer(x), theirs)
+
+
+def test_an_image_without_a_batch_is_left_to_peft(seed: int) -> None:
+    made, x = adapted("lora", seed), images(seed)[0]
+    theirs = made(x)
+    dk.accelerate(made, strict=True)
+    assert torch.equal(made(x), theirs)
+
+
+def test_a_hooked_base_runs_its_hooks(seed: int) -> None:
+    made, x = adapted("lora", seed), images(seed)
+    made.base_model.model.first.base_layer.register_forward_hook(lambda _, __, y: y * 2)
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copied", "pickled"]
+)
+def test_copies_stay_fused(way: Callable[[Any], Any], seed: int) -> None:
+    made, x = adapted("dora", seed), images(seed)
+    dk.accelerate(made, strict=True)
+    again = way(made)
+    assert type(again.base_model.model.first) is convolution.FusedConv2d
+    assert torch.equal(again(x), made(x))
+    assert made.get_layer_status() == again.get_layer_status()
+
+
+def test_merged_and_back(seed: int) -> None:
+    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    dk.accelerate(made, strict=True)
+    y = made(x)
+    made.merge_adapter()
+    torch.testing.assert_close(made(x), y, rtol=1e-10, atol=1e-10)
+    made.unmerge_adapter()
+    torch.testing.assert_close(made(x), y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_compiled(method: str, seed: int) -> None:
+    """One graph, PEFT's numbers."""
+    torch._dynamo.reset()
+    made, x = adapted(method, seed), images(seed)
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    ours = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, x).items()}
+    assert_close(ours, theirs)
+
+
+class Written(TorchDispatchMode):
+    """Counts the output-sized tensors that operations write."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        made = out if isinstance(out, tuple | list) else (out,)
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        for each in made:
+            if isinstance(each, Tensor) and each.numel() == self.numel:
+                self.count += each.untyped_storage().data_ptr() not in given
+        return out
+
+
+@pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 2, 4), ("dora", 3, 8)])
+def test_output_sized_tensors(method: str, ours: int, theirs: int, seed: int) -> None:
+    """The base's output among them, forward: PEFT's product, multiple and sum are one."""
+    made, x = adapted(method, seed), images(seed)
+    layer = made.base_model.model.first
+    counts = []
+    for _ in range(2):
+        with Written(2 * 8 * 4 * 4) as written:
+            layer(x)
+        counts.append(written.count)
+        dk.accelerate(made)
+    assert counts == [theirs, ours]
