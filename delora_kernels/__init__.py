@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from delora_kernels.integrations.peft.compare import compare
     from delora_kernels.integrations.peft.delora_on_stored_bases import allow_delora_on_stored_bases
     from delora_kernels.integrations.peft.export.export_lora import export_lora
-    from delora_kernels.integrations.peft.fused import accelerate, restore
+    from delora_kernels.integrations.peft.fused import accelerate, restore, warmup
     from delora_kernels.integrations.peft.methods.ether import EtherConfig, EtherPlusConfig
     from delora_kernels.integrations.peft.methods.goat import GoatConfig, import_goat, merge_mean_gate
     from delora_kernels.integrations.peft.methods.register import register_peft_methods
@@ -66,6 +66,7 @@ __all__ = [
     "restore",
     "training_report",
     "use_backend",
+    "warmup",
     "watch_experts",
     "watch_training",
 ]
@@ -98,6 +99,7 @@ _NEED_PEFT = {
     "quantize_experts": "transformers",
     "register_peft_methods": "peft.methods.register",
     "training_report": "peft.training",
+    "warmup": "peft.fused",
     "watch_training": "peft.training",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""

@@ -43,9 +43,14 @@ def reason_unasked(name: str, call: AnyCall) -> str | None:
     """
     if name == "eager":
         return None
-    if call.x.device.type == "cpu":
+    if not is_open_to(name, call.x.device.type):
         return f"on a CPU its kernels are for tests: ask for them with use_backend({name!r})"
     return unproved(name, call)
+
+
+def is_open_to(name: str, device_type: str) -> bool:
+    """Whether an automatic choice considers a backend on a device: kernels not on a CPU."""
+    return name == "eager" or device_type != "cpu"
 
 
 def requested() -> str | None:
@@ -72,6 +77,8 @@ def choose(call: AnyCall) -> str:
         RuntimeError: the requested backend can't take the call; the text says why.
     """
     name = _proving() or requested()
+    if name == NOBODY:
+        raise CallMade(call)
     if name is not None:
         reason = reason_against(name, call)
         if reason is not None:
@@ -134,6 +141,22 @@ def proving(name: str) -> Iterator[None]:
         yield
     finally:
         del _proving_in[threading.get_ident()]
+
+
+class CallMade(Exception):
+    """The call that a function made, in the place of running it.
+
+    Args:
+        call: The call.
+    """
+
+    def __init__(self, call: AnyCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+NOBODY = "nobody"
+"""In the place of a backend that is being proved: calls are made, and raised as `CallMade`."""
 
 
 def _known(name: str, where: str) -> str:

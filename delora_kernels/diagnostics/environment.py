@@ -37,9 +37,14 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cuda": _cuda(),
         "devices": _devices(),
-        "backends": {name: backends.unavailable(name) for name in backends.NAMES},
+        "backends": unavailable_backends(),
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
+
+
+def unavailable_backends() -> dict[str, str | None]:
+    """Return each backend's name → None if it can run here, else why not."""
+    return {name: backends.unavailable(name) for name in backends.NAMES}
 
 
 def as_text(report: dict[str, Any]) -> str:

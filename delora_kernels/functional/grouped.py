@@ -151,12 +151,23 @@ def run_routed(
         factors: A, B and scale; None: the frozen linears alone.
         rows, places: As in `GroupedCall`, of an x that holds tokens.
     """
+    return run(GroupedLinear, routed_call(x, weight, bias, factors, offsets, rows, places), x.shape)[0]
+
+
+def routed_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, float] | None,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    places: Tensor | None = None,
+) -> GroupedCall:
+    """Make the call of `run_routed`."""
     A, B, scale = factors or (None, None, 1.0)
     found = dtypes(x, weight, *(each for each in (A, B) if each is not None))
-    call = GroupedCall(
-        x, weight, bias, A, B, None, offsets, rows, places, None, GroupedOptions(_NAME, scale, (0.0,), *found)
-    )
-    return run(GroupedLinear, call, x.shape)[0]
+    options = GroupedOptions(_NAME, scale, (0.0,), *found)
+    return GroupedCall(x, weight, bias, A, B, None, offsets, rows, places, None, options)
 
 
 def _cube(name: str, value: Tensor, argument: str, dims: int, letters: str) -> Tensor:

@@ -4,21 +4,21 @@ can't run here.
 
 import logging
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import stand_in_backends
 import torch
+from stand_in_backends import Op, wrong
 from torch import Tensor
 
-from delora_kernels import backends, dispatch, explain, ops
+from delora_kernels import dispatch, explain
 from delora_kernels import functional as F
 from delora_kernels.backends import eager
 from delora_kernels.diagnostics import proof
 
 BF16, WIDE = torch.bfloat16, torch.float32
-Op = Callable[..., Any]
 
 
 @pytest.fixture
@@ -26,25 +26,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every backend runs on a CPU with eager's ops, until a test changes one; none is proved
     yet.
     """
-    loaded = {
-        name: SimpleNamespace(
-            **{op: getattr(eager, op) for op in (*ops.NAMES, "wants_scaled")} | {"supports": lambda call: None}
-        )
-        for name in backends.NAMES
-    }
-    monkeypatch.setattr(backends, "loaded", loaded)
-    monkeypatch.setattr(backends, "_unavailable", dict.fromkeys(backends.NAMES))
-    monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.setattr(dispatch, "_requested", None)
-    monkeypatch.setattr(proof, "_verdicts", {})
-    unasked = dispatch.reason_unasked
-    monkeypatch.setattr(
-        dispatch, "reason_unasked", lambda name, call: None if name == "eager" else proof.why_not(name, call)
-    )
     call: Any = SimpleNamespace(x=torch.ones(1))
-    assert "on a CPU its kernels are for tests" in str(unasked("triton", call))
-    assert unasked("eager", call) is None
-    return loaded
+    assert "on a CPU its kernels are for tests" in str(dispatch.reason_unasked("triton", call))
+    assert dispatch.reason_unasked("eager", call) is None
+    return stand_in_backends.put_in_place(monkeypatch)
 
 
 def arguments(rank: int = 2, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
@@ -87,16 +72,6 @@ def test_right_kernels_are_proved_once_for_each_case(
         ("moe_lora_linear", False, False, WIDE, WIDE, True, 64),
     ]
     assert set(proof._verdicts.values()) == {None}
-
-
-def wrong(op: Op, result: int, by: float) -> Op:
-    """The op with one result off."""
-
-    def changed(*given: Any) -> Any:
-        results = op(*given)
-        return tuple(each * by if i == result else each for i, each in enumerate(results))
-
-    return changed
 
 
 def failing(*given: Any) -> Any:
@@ -207,11 +182,21 @@ def test_a_backward_pass_waits_for_no_proof(stand_ins: dict[str, Any]) -> None:
     assert explain("lora_linear", **given).backend == "triton"
 
 
-def test_what_passes_is_no_verdict(
-    stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No memory, no thread while the interpreter ends: the next call asks again, and nobody is to
-    report it.
+def test_what_passes_is_no_verdict(stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread while the interpreter ends: the next call asks again."""
+
+    def ending(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", ending)
+        assert "at interpreter shutdown" in str(proof._verdict(*GPU_CASE[:-1], "cpu"))
+    assert explain("lora_linear", **arguments()).backend == "triton"
+
+
+def test_without_memory_calls_keep_to_one_backend(stand_ins: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """A layer's forward pass found no memory, another layer's would: the first one's recomputation
+    must run as its forward did, so only warmup() asks again.
     """
 
     def full(*given: Any) -> Any:
@@ -222,15 +207,44 @@ def test_what_passes_is_no_verdict(
     assert found.backend == "cuda"
     assert found.reasons["triton"] == LATER + "OutOfMemoryError: CUDA out of memory"
     stand_ins["triton"].project = eager.project
-
-    def ending(thread: threading.Thread) -> None:
-        raise RuntimeError("can't create new thread at interpreter shutdown")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", ending)
-        assert "at interpreter shutdown" in str(proof._verdict(*GPU_CASE[:-1], "cpu"))
+    assert explain("lora_linear", **arguments()).backend == "cuda"
+    (warning,) = caplog.records
+    assert warning.getMessage().endswith("CUDA out of memory. warmup(model) asks again.")
+    proof.ask_again()
     assert explain("lora_linear", **arguments()).backend == "triton"
-    assert caplog.records == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reason", ["its kernels failed on rank 1: y is off", LATER + "rank 1: no memory"])
+def test_what_runs_again_runs_as_it_ran(reason: str, reentrant: bool, stand_ins: dict[str, Any]) -> None:
+    """A proof fails between a forward pass and its backward pass: recomputation and backward are
+    the forward's, and the next call another backend's.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    ran: list[str] = []
+    for name in ("triton", "eager"):
+        for op in ("expand", "expand_backward"):
+            original = getattr(eager, op)
+
+            def counted(*given: Any, name: str = name, op: str = op, original: Op = original) -> Any:
+                ran.append(f"{name} {op}")
+                return original(*given)
+
+            setattr(stand_ins[name], op, counted)
+    stand_ins["cuda"].supports = lambda call: "not now"
+    given = arguments(dtype=WIDE)
+    explain("lora_linear", **given)
+    ran.clear()
+    tokens = given["x"].requires_grad_()
+    y = checkpoint(lambda x: F.lora_linear(**given | {"x": x}), tokens, use_reentrant=reentrant)
+    (case,) = proof._verdicts
+    proof._change(case, reason)
+    y.sum().backward()
+    assert ran == ["triton expand", "triton expand", "triton expand_backward"]
+    F.lora_linear(**given).sum().backward()
+    assert ran[3:] == ["eager expand", "eager expand_backward"]
+    assert proof._before == {}
 
 
 def test_every_function_can_be_proved(stand_ins: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import accelerator, ddp, fsdp1, fsdp2, mixtures, tensor_parallel
+from distributed import accelerator, ddp, fsdp1, fsdp2, mixtures, proving, tensor_parallel
 from distributed.blocks import LAYERS
 from distributed.launch import on_two_processes
 
@@ -127,3 +127,14 @@ def test_transformers_tensor_parallel(seed: int, tmp_path: Path) -> None:
     settings = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
     transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path)
     assert on_two_processes(tensor_parallel.llama, (str(tmp_path), seed)) == [[0], [0]]
+
+
+def test_ranks_take_the_weakest_proof(seed: int) -> None:
+    """Kernels that are wrong on one rank are used on none, and `strict` raises on all."""
+    (right, right_strict), (wrong, wrong_strict) = on_two_processes(proving.accelerate, (seed, False), (seed, True))
+    assert (right[0], wrong[0]) == ("eager", "eager")
+    assert all("its kernels failed on rank 1: y of lora: error" in reason for reason in right[1:])
+    assert all("its kernels failed on cpu: y of lora: error" in reason for reason in wrong[1:])
+    assert len(right) == len(wrong) == 3  # with a bias and without
+    words = "accelerate: strict=True, but kernels failed when they proved themselves"
+    assert all(said[0].startswith(words) for said in (right_strict, wrong_strict))

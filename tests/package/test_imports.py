@@ -43,6 +43,7 @@ PUBLIC = {
         "restore",
         "training_report",
         "use_backend",
+        "warmup",
         "watch_experts",
         "watch_training",
     ],

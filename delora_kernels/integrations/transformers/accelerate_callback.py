@@ -2,13 +2,15 @@
 came of it.
 
 It acts as soon as the Trainer has its model, and again when training begins: by then the callback
-may have been added late, the model made anew (model_init) or wrapped.
+may have been added late, the model made anew (model_init) or wrapped. On a GPU the kernels prove
+themselves there, under the autocast that `bf16` or `fp16` asks for, and not in the first step.
 """
 
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -56,7 +58,7 @@ class AccelerateCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Accelerate the model that the Trainer was given or has made."""
-        self._apply(kwargs["model"], state.is_world_process_zero)
+        self._apply(args, kwargs["model"], state.is_world_process_zero)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,7 +66,7 @@ class AccelerateCallback(TrainerCallback, ExportableState):
         """Accelerate what is trained: another model, or layers that came later; harmless where
         nothing is new.
         """
-        self._apply(kwargs["model"], state.is_world_process_zero)
+        self._apply(args, kwargs["model"], state.is_world_process_zero)
         kept: Any = state.stateful_callbacks or {}
         saved: Any = kept.get(type(self).__name__) if state.global_step > 0 else None
         saved = saved[0] if isinstance(saved, list) and saved else saved
@@ -72,7 +74,7 @@ class AccelerateCallback(TrainerCallback, ExportableState):
         if self.report is not None and {name for group in groups for name in group} <= {
             layer.name for layer in self.report.layers
         }:
-            self._apply(kwargs["model"], state.is_world_process_zero, groups)
+            self._apply(args, kwargs["model"], state.is_world_process_zero, groups)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the groups of layers that share an input."""
@@ -89,9 +91,12 @@ class AccelerateCallback(TrainerCallback, ExportableState):
         if self.restore_at_end:
             restore(kwargs["model"])
 
-    def _apply(self, model: Any, is_main_process: bool, groups: Sequence[Sequence[str]] = ()) -> None:
+    def _apply(
+        self, args: TrainingArguments, model: Any, is_main_process: bool, groups: Sequence[Sequence[str]] = ()
+    ) -> None:
         try:
-            self.report = accelerate(model, strict=self.strict, group=groups or True)
+            with _autocast(args, model):  # its kernels are the ones to be proved
+                self.report = accelerate(model, strict=self.strict, group=groups or True)
         except ValueError:  # no adapter layer
             self.report = None
             remedy = "give the Trainer a model of peft.get_peft_model, or TRL's trainers a peft_config"
@@ -109,3 +114,10 @@ class AccelerateCallback(TrainerCallback, ExportableState):
                 # a Trainer's users rarely show info messages: this one line tells them that the
                 # callback did its work
                 tqdm.write(f"delora-kernels: {text.splitlines()[0]}")
+
+
+def _autocast(args: TrainingArguments, model: Any) -> torch.autocast:
+    """Return the autocast of the Trainer's passes."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    fp16, bf16 = (getattr(args, name, False) for name in ("fp16", "bf16"))
+    return torch.autocast(device, torch.float16 if fp16 else torch.bfloat16, enabled=fp16 or bf16)

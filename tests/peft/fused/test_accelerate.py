@@ -147,7 +147,7 @@ def test_copies(method: str, x: Tensor, seed: int) -> None:
 def test_idempotent_and_parameters_looked_up_at_each_call(x: Tensor, seed: int) -> None:
     made = model("lora", seed)
     dk.accelerate(made)
-    assert str(dk.accelerate(made)) == "fused 3 of 3 adapter layers (3 lora)"
+    assert str(dk.accelerate(made)) == "fused 3 of 3 adapter layers (3 lora) on the eager backend"
     layer = made.base_model.model.first
     layer.lora_B["default"].weight = nn.Parameter(torch.zeros_like(layer.lora_B["default"].weight))
     torch.testing.assert_close(layer(x), layer.base_layer(x))
@@ -252,7 +252,7 @@ def test_other_layers_are_named(seed: int) -> None:
         "conv": None,
         "linear": None,
     }
-    assert str(report).splitlines()[0] == "fused 2 of 3 adapter layers (2 lora)"
+    assert str(report).splitlines()[0] == "fused 2 of 3 adapter layers (2 lora) on the eager backend"
 
 
 def test_falls_back_at_call_time(x: Tensor, seed: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -35,7 +35,7 @@ class Forms:
         self.layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self._before = [_Form(layer) for layer in self.layers]
         self._switches = [layer._disable_adapters for layer in self.layers]
-        self.report: Report = accelerate(model)
+        self.report: Report = accelerate(model, prove=False)  # its first passes are not timed
         self._share_inputs_anew()
         self._fused = [_Form(layer) for layer in self.layers]
 

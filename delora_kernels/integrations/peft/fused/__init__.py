@@ -13,12 +13,14 @@ LoRA, DoRA or DeLoRA linear runs PEFT's own forward.
     experts.py       adapters on the experts of expert models: the fused wrapper, and its plan
     experts_known.py which experts modules compute what is fused
     experts_block.py the experts on their tokens, with adapters
+    expected_calls.py the calls that a layer will make
+    proving.py       their kernels prove themselves before training
     report.py        what accelerate() returns
 """
 
 from delora_kernels.integrations.peft.fused.layer_check import judge_installed_peft
-from delora_kernels.integrations.peft.fused.swap import accelerate, restore
+from delora_kernels.integrations.peft.fused.swap import accelerate, restore, warmup
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "restore", "warmup"]
 
 judge_installed_peft()  # now, not in the middle of what torch.compile traces

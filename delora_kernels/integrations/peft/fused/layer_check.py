@@ -150,7 +150,7 @@ def _numbers(method: str) -> str | None:
                 continue  # never fused
             model = _model(method, dropout_p, adapters).train(training)
             theirs = _step(model)
-            accelerate(model, strict=True)
+            accelerate(model, strict=True, prove=False)
             ours = _step(model)
             for name, value in theirs.items():
                 error = (ours[name] - value).abs().max() / value.abs().max() if name in ours else torch.inf

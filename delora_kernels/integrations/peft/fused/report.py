@@ -3,8 +3,17 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+from delora_kernels.diagnostics import versions
+from delora_kernels.diagnostics.environment import unavailable_backends
+from delora_kernels.diagnostics.proof import Proof
+from delora_kernels.diagnostics.reasons import code_of
 from delora_kernels.integrations.peft.verdict import State
+from delora_kernels.version import __version__
+
+SCHEMA = 1
+"""Of `Report.to_dict`: it grows where a key changes its meaning or goes; new keys leave it."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,8 @@ class LayerReport:
         reason: Why not all of the layer runs fused as things stand, or None: it does.
         deferred: Whether only a call can tell; `reason` says why.
         state: "fused", "rank term fused" (beside the base layer's own forward) or "own forward".
+        backend: The backend that takes its calls, as far as that is known before one; None: it is
+            not, or PEFT's own forward runs.
     """
 
     name: str
@@ -25,21 +36,33 @@ class LayerReport:
     reason: str | None
     deferred: bool = False
     state: State = State.FUSED
+    backend: str | None = None
 
     @property
     def fused(self) -> bool:
         """Whether the layer runs fused."""
         return self.reason is None
 
+    @property
+    def code(self) -> str | None:
+        """The reason's code, one of docs/reasons.md; None: there is no reason."""
+        return None if self.reason is None else code_of(self.reason)
+
 
 @dataclass(frozen=True)
 class Report:
     """Every adapter layer of a model, fused or named with the reason; `str()` of it is the text for
-    people.
+    people, `to_dict()` for programs.
+
+    Args:
+        layers: One for each adapter layer.
+        proofs: What was found when the kernels that the layers call proved themselves; empty where
+            there were none to prove, as on a CPU.
     """
 
     layers: tuple[LayerReport, ...]
     _groups: Callable[[], tuple[tuple[str, ...], ...]] = field(default=tuple, repr=False, compare=False)
+    proofs: tuple[Proof, ...] = field(default=(), compare=False)
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -63,9 +86,52 @@ class Report:
         """The layers of which each call decides anew, with the reason."""
         return tuple(layer for layer in self.layers if layer.deferred)
 
-    def __str__(self) -> str:
+    @property
+    def backend(self) -> str | None:
+        """The backend that takes the calls of most layers; None where that is not known."""
+        counts = self._backends()
+        return counts.most_common(1)[0][0] if counts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it in JSON's types.
+
+        Returns:
+            `schema`, a number; `versions` and `backends` of this machine (name → None if it can
+            run, else its reason and code); `backend`; `layers`, each {`name`, `method`, `state`,
+            `fused`, `deferred`, `backend`, `code`, `reason`}; `groups`, lists of names; `proofs`,
+            each {`backend`, `function`, `dtypes`, `device`, `seconds`, `code`, `reason`}; `totals`.
+        """
+        return {
+            "schema": SCHEMA,
+            "versions": {"delora_kernels": __version__, **{name: versions.installed(name) for name in versions.TABLE}},
+            "backends": {name: _with_code(reason) for name, reason in unavailable_backends().items()},
+            "backend": self.backend,
+            "layers": [_layer_to_dict(layer) for layer in self.layers],
+            "groups": [list(group) for group in self.groups],
+            "proofs": [proof._asdict() | {"code": _code(proof.reason)} for proof in self.proofs],
+            "totals": {
+                "layers": len(self.layers),
+                "fused": len(self.fused),
+                "declined": len(self.declined),
+                "deferred": len(self.deferred),
+                "rank_term": sum(layer.state == State.RANK_TERM for layer in self.layers),
+            },
+        }
+
+    def _backends(self) -> Counter[str]:
+        return Counter(layer.backend for layer in self.layers if layer.backend is not None)
+
+    def _first_line(self) -> str:
         methods = ", ".join(f"{count} {method}" for method, count in Counter(x.method for x in self.fused).items())
-        lines = [f"fused {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")]
+        line = f"fused {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")
+        counts = self._backends()
+        if len(counts) > 1:
+            named = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+            return f"{line} on the backends {named}"
+        return line + "".join(f" on the {name} backend" for name in counts)
+
+    def __str__(self) -> str:
+        lines = [self._first_line()]
         beside = tuple(layer for layer in self.declined if layer.state == State.RANK_TERM)
         unfused = tuple(layer for layer in self.declined if layer.state != State.RANK_TERM)
         titles = {"not fused": unfused, "rank term alone fused": beside, "decided at each call": self.deferred}
@@ -78,4 +144,23 @@ class Report:
         if kinds:
             shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
             lines.append(f"  share an input, and run as one call: {shown}")
+        lines += [f"  not used: {proof}" for proof in self.proofs if proof.reason is not None]
+        right = [proof for proof in self.proofs if proof.reason is None]
+        if right:
+            seconds = sum(proof.seconds for proof in self.proofs)
+            lines.append(f"  kernels proved right before their first call: {len(right)} kinds, in {seconds:.1f} s")
         return "\n".join(lines)
+
+
+def _code(reason: str | None) -> str | None:
+    return None if reason is None else code_of(reason)
+
+
+def _with_code(reason: str | None) -> dict[str, str | None] | None:
+    return None if reason is None else {"code": _code(reason), "reason": reason}
+
+
+def _layer_to_dict(layer: LayerReport) -> dict[str, Any]:
+    found = {name: getattr(layer, name) for name in ("name", "method", "fused", "deferred", "backend", "code")}
+    reason = None if layer.reason is None else str(layer.reason)  # a subclass of str is no JSON type to everyone
+    return found | {"state": layer.state.value, "reason": reason}

@@ -1,6 +1,7 @@
 """accelerate() and restore(): find the adapter layers of a model, swap their classes, report."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
@@ -20,15 +21,28 @@ from delora_kernels.integrations.peft.fused.layers import (
     swap_class,
 )
 from delora_kernels.integrations.peft.fused.plan import class_name, verdict_of
+from delora_kernels.integrations.peft.fused.proving import backend_of, calls_by_layer, is_in_a_graph, prove_kernels
 from delora_kernels.integrations.peft.fused.report import LayerReport, Report
 from delora_kernels.integrations.peft.fused.stored_bases import lora_linear_of
-from delora_kernels.integrations.peft.verdict import State
+from delora_kernels.integrations.peft.verdict import State, Verdict
 
 
+<<<<<<< HEAD
 def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
     """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, its
     LoRA and DoRA layers on convolutions, and its LoRA adapters on the experts of expert models, run
     fused, in place.
+=======
+def accelerate(
+    model: nn.Module,
+    strict: bool = False,
+    *,
+    group: bool | Sequence[Sequence[str]] = True,
+    prove: bool | None = None,
+) -> Report:
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, and
+    its LoRA adapters on the experts of expert models, run fused, in place.
+>>>>>>> frame21
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
@@ -36,43 +50,101 @@ def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence
     Args:
         model: Any module that holds PEFT adapter layers: a PeftModel, a bare model with injected
             adapters, one layer.
-        strict: Raise, before anything is changed, unless every adapter layer can be fused. Layers
-            that FSDP has sharded already can't be judged, and do not raise: every rank must decide
-            alike.
+        strict: Raise, before anything is changed, unless every adapter layer can be fused and the
+            kernels that are proved are right. Layers that FSDP has sharded already can't be judged,
+            and do not raise: every rank must decide alike.
         group: Whether siblings that are given the same tensor (q, k, v; gate, up) run as one call:
             x is read once for all their A, and its gradient is one buffer. Which they are is seen
             in the first forward pass; `report.groups` of an earlier run, given back, holds from the
             first call on.
+        prove: Whether the kernels that the layers will call prove themselves now, with a bar, and
+            not in the first training call; under the autocast around this call. None: where an
+            automatic choice would take kernels, on a GPU; the ranks of a distributed run, which
+            must all come here then, take the weakest result of all. True: also those of a backend
+            that was asked for, which runs whatever comes of it. False: no.
 
     Returns:
         The report: each adapter layer, fused or with the reason why not all of it is.
 
     Raises:
-        TypeError: `model` is not a module, or `group` no bool and no lists of names.
+        TypeError: `model` is not a module, `group` no bool and no lists of names, or `prove` no
+            bool and not None.
         ValueError: `model` has no PEFT adapter layer, or `group` names something else than fused
             layers, or a layer twice.
-        RuntimeError: `strict` and a layer can't be fused; the text is the report.
+        RuntimeError: `strict` and a layer can't be fused, or kernels failed; the text is the
+            report.
     """
-    layers = _adapter_layers(model, "accelerate")
-    if not layers:
-        raise ValueError(
-            f"accelerate: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
-            "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
-        )
-    groups = Groups({layer: name for name, layer in layers})
-    outer = outermost(layer for _, layer in layers)
-    report = Report(tuple(_describe(name, layer, outer.get(layer)) for name, layer in layers), groups)
+    if prove is not None and not isinstance(prove, bool):
+        raise TypeError(f"accelerate: prove must be True, False or None, got {type(prove).__name__}; leave it out")
+    report, fused = _judged(model, "accelerate", prove)
     if strict and report.declined:
         raise RuntimeError(f"accelerate: strict=True, but not every adapter layer can be fused: {report}")
-    fused = {
-        name: layer for name, layer in layers if peft_class(fused_class(type(layer))) is not fused_class(type(layer))
-    }
+    if strict and any(proof.reason is not None for proof in report.proofs):
+        raise RuntimeError(f"accelerate: strict=True, but kernels failed when they proved themselves: {report}")
     check_groups(group, fused)
     fresh = [name for name, layer in fused.items() if fused_class(type(layer)) is not type(layer)]
     for layer in fused.values():
         swap_class(layer, fused_class(type(layer)))
     settle_in(fused, fresh, group)
     return report
+
+
+def warmup(model: nn.Module, strict: bool = False) -> Report:
+    """Let the kernels that an accelerated model will call prove themselves now, under the autocast
+    around this call, and ask again for those that found no memory before.
+
+    accelerate() does this already. It is of use once more where autocast is on in training alone,
+    or memory was short. Call it between two steps, never between a forward pass and its backward
+    pass; on every rank of a distributed run, for they take the weakest result of all.
+
+    Args:
+        model: Holds PEFT adapter layers, accelerated or not.
+        strict: Raise if kernels failed.
+
+    Returns:
+        The report, as accelerate() gives it.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` has no PEFT adapter layer.
+        RuntimeError: this is a backward pass, or a CUDA graph is being captured; or `strict` and
+            kernels failed, and the text is the report.
+    """
+    if is_in_a_graph():
+        raise RuntimeError(
+            "warmup: kernels can't prove themselves in a backward pass or while a CUDA graph is captured; call it "
+            "before the first step"
+        )
+    report, _ = _judged(model, "warmup", True)
+    if strict and any(proof.reason is not None for proof in report.proofs):
+        raise RuntimeError(f"warmup: strict=True, but kernels failed when they proved themselves: {report}")
+    return report
+
+
+def _judged(model: nn.Module, function: str, prove: bool | None) -> tuple[Report, dict[str, nn.Module]]:
+    """Judge every adapter layer and prove its kernels → the report, and the layers that are or can
+    be swapped by name.
+    """
+    layers = _adapter_layers(model, function)
+    if not layers:
+        raise ValueError(
+            f"{function}: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
+            "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
+        )
+    groups = Groups({layer: name for name, layer in layers})
+    outer = outermost(layer for _, layer in layers)
+    described = {name: _describe(name, layer, outer.get(layer)) for name, layer in layers}
+    judged = {name: (layer, described[name][1]) for name, layer in layers}
+    calls = calls_by_layer(judged, outer)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    proofs = () if prove is False else prove_kernels(calls.values(), device, bool(prove))
+    found = tuple(
+        replace(each, backend=backend_of(verdict, calls[name])) for name, (each, verdict) in described.items()
+    )
+    fused = {
+        name: layer for name, layer in layers if peft_class(fused_class(type(layer))) is not fused_class(type(layer))
+    }
+    return Report(found, groups, proofs), fused
 
 
 def restore(model: nn.Module) -> int:
@@ -98,20 +170,33 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
     return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
 
 
-def _describe(name: str, layer: Any, outer: nn.Module | None) -> LayerReport:
-    """Describe a layer; `outer` is the outermost wrapper of the experts that it adapts."""
+def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerReport, Verdict]:
+    """Describe a layer, and say how it runs; `outer` is the outermost wrapper of the experts that
+    it adapts.
+    """
     kind = type(layer)
     own = getattr(kind, "fused_method", None)  # of a layer of this library, which runs fused of itself
     method: str = own or _method(layer)
     known = fused_class(kind) is not kind or peft_class(kind) is not kind
     if own is None and not known:
+<<<<<<< HEAD
         return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
     judge = verdict_of_convolution if isinstance(layer, CONVOLUTIONS) else verdict_of
     state, reason, _ = judge(layer) if outer is None else verdict_of_experts(outer)
+=======
+        verdict = Verdict(State.OWN_FORWARD, _unknown(kind))
+    else:
+        verdict = verdict_of(layer) if outer is None else verdict_of_experts(outer)
+>>>>>>> frame21
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
-    if isinstance(reason, NotLocal) and managed:
-        return LayerReport(name, method, _SHARDED, deferred=True, state=state)
-    return LayerReport(name, method, reason, state=state)
+    if isinstance(verdict.reason, NotLocal) and managed:
+        return LayerReport(name, method, _SHARDED, deferred=True, state=verdict.state), verdict
+    return LayerReport(name, method, verdict.reason, state=verdict.state), verdict
+
+
+def _unknown(kind: type) -> str | None:
+    """Say why a layer of a class that is not known is left alone."""
+    return f"{class_name(kind)} layers are not fused"
 
 
 _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"
