@@ -279,7 +279,12 @@ REASONS: tuple[Reason, ...] = (
         "call-arguments",
         "the layer is called with more than its input",
         "nothing: that call runs PEFT's own forward",
-        ("it is called with {}",),
+        (
+            "it is called with {}",
+            "it is called with {} adapter_names for an input of shape {}",
+            "it is called with adapter_names while dropout drops",
+            "it is called with adapter_names, and an adapter is more than A and B",
+        ),
     ),
     Reason(
         "input-kind",
@@ -290,6 +295,7 @@ REASONS: tuple[Reason, ...] = (
             "its input is nested",
             "its input has layout {}",
             "its input is one token without a dimension for it",
+            "its input has no batch dimension",
             "its {} are a {}",
             "its {} are {}-dimensional",
             "its chosen experts and weights are not those of its hidden states",
@@ -353,6 +359,18 @@ REASONS: tuple[Reason, ...] = (
         "a backend's kernels could not prove themselves: no memory, a graph under capture, a backward pass",
         "call `dk.warmup(model)` before the first step",
         ("its kernels are not proved yet: {}",),
+    ),
+    Reason(
+        "convolution",
+        "what an adapter does on this convolution is not fused",
+        "nothing: PEFT's own forward runs it; DoRA without dropout, or one group, runs fused",
+        (
+            "its convolution has groups",
+            "lora_bias=True on a convolution",
+            "its lora_B is more than a product",
+            "DoRA's dropout runs a second convolution",
+            "its base layer is a {}, whose weight DoRA reads",
+        ),
     ),
 )
 """Every code, in the order in which they came; what is on the list stays, new ones go to its

@@ -19,7 +19,7 @@ adapters-disabled adapter-merged no-active-adapter several-adapters lora-variant
 dropout adapter-parts dora-cache layer-class patched hooks base-class no-plain-tensor sharded meta-device device
 peft-version packed-weight-unreadable packed-weight-broken base-quantises-input base-not-compared base-check-raised
 experts-unknown experts-parametrized experts-parameters call-arguments input-kind input-dtype transforms
-backend-not-here backend-not-for-cpu backend-limits kernels-wrong kernels-unproved
+backend-not-here backend-not-for-cpu backend-limits kernels-wrong kernels-unproved convolution
 """
 """The list as it was released: it is only ever continued."""
 

@@ -135,7 +135,7 @@ DECLINED: dict[str, tuple[Callable[[int], Any], Callable[[Any], object], str]] =
     "scale": (
         lambda seed: adapted("lora", seed),
         lambda made: made.base_model.model.first.scaling.update(default=torch.tensor(2.0)),
-        "its scaling is tensor",
+        "its scaling is a Tensor",
     ),
 }
 

@@ -9,6 +9,7 @@ more; here it is one, and for DoRA two. All of it is plain torch, so that progra
 exported, and gradients differentiated, as before.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -21,7 +22,7 @@ from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, Dora
 from torch import Tensor, nn
 
 from delora_kernels import ops
-from delora_kernels.bases.plain import has_other_forward, parameter, why_not_local, why_not_plain
+from delora_kernels.bases.plain import NotLocal, has_other_forward, parameter, why_not_local, why_not_plain
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.channel_term import add_channel_term, rescale_channels
 from delora_kernels.integrations.peft.fused import verdicts
@@ -134,7 +135,7 @@ def _plan_of(layer: Any) -> Callable[[Tensor], Tensor] | str:
 def _adapter(layer: Any, name: str) -> _Adapter | str:
     A, B, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     if type(B) not in _TORCHS:
-        return f"its lora_B is a {type(B).__name__}"
+        return _is_a("lora_B", B)
     reason = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
     if reason is not None:
         return reason
@@ -144,8 +145,10 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
         return "its convolution has groups"
     if B.weight.shape[2:].numel() != 1 or {*B.stride} != {1} or {*B.padding} != {0}:
         return "its lora_B is more than a product"
-    if not isinstance(scale, Real) or not -float("inf") < float(scale) < float("inf"):
-        return f"its scaling is {scale!r}"
+    if not isinstance(scale, Real):
+        return f"its scaling is a {type(scale).__name__}"
+    if not -math.inf < float(scale) < math.inf:
+        return "its scaling is not finite"
     magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
     if isinstance(magnitude, str):
         return magnitude
@@ -170,12 +173,16 @@ def _magnitude(layer: Any, name: str) -> Tensor | str:
         return "DoRA's dropout runs a second convolution"
     A = layer.lora_A[name]
     if type(A) is not _TORCHS[place]:
-        return f"its lora_A is a {type(A).__name__}"
+        return _is_a("lora_A", A)
     tensors = {"magnitude": owner.weight, "base weight": base.weight, "lora_A": A.weight}
     reason: str | None = why_not_class(type(variant)) or why_not_class(type(owner)) or why_not_plain(owner, "magnitude")
     for role, tensor in tensors.items():
         reason = reason or why_not_local(tensor, role)
     return owner.weight if reason is None else reason
+
+
+def _is_a(role: str, part: nn.Module) -> str | NotLocal:
+    return f"its {role} is a {type(part).__name__}"
 
 
 def _peft_class(layer: Any) -> Any:

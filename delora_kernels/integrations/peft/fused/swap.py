@@ -27,12 +27,6 @@ from delora_kernels.integrations.peft.fused.stored_bases import lora_linear_of
 from delora_kernels.integrations.peft.verdict import State, Verdict
 
 
-<<<<<<< HEAD
-def accelerate(model: nn.Module, strict: bool = False, *, group: bool | Sequence[Sequence[str]] = True) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, its
-    LoRA and DoRA layers on convolutions, and its LoRA adapters on the experts of expert models, run
-    fused, in place.
-=======
 def accelerate(
     model: nn.Module,
     strict: bool = False,
@@ -40,9 +34,9 @@ def accelerate(
     group: bool | Sequence[Sequence[str]] = True,
     prove: bool | None = None,
 ) -> Report:
-    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, and
-    its LoRA adapters on the experts of expert models, run fused, in place.
->>>>>>> frame21
+    """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, its
+    LoRA and DoRA layers on convolutions, and its LoRA adapters on the experts of expert models, run
+    fused, in place.
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
@@ -179,15 +173,11 @@ def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerRepo
     method: str = own or _method(layer)
     known = fused_class(kind) is not kind or peft_class(kind) is not kind
     if own is None and not known:
-<<<<<<< HEAD
-        return LayerReport(name, method, f"{class_name(kind)} layers are not fused", state=State.OWN_FORWARD)
-    judge = verdict_of_convolution if isinstance(layer, CONVOLUTIONS) else verdict_of
-    state, reason, _ = judge(layer) if outer is None else verdict_of_experts(outer)
-=======
         verdict = Verdict(State.OWN_FORWARD, _unknown(kind))
+    elif outer is not None:
+        verdict = verdict_of_experts(outer)
     else:
-        verdict = verdict_of(layer) if outer is None else verdict_of_experts(outer)
->>>>>>> frame21
+        verdict = verdict_of_convolution(layer) if isinstance(layer, CONVOLUTIONS) else verdict_of(layer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
     if isinstance(verdict.reason, NotLocal) and managed:
         return LayerReport(name, method, _SHARDED, deferred=True, state=verdict.state), verdict
