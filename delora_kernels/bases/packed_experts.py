@@ -6,9 +6,6 @@ this in 8 bits, with a scale for 256 of them and a mean for each expert. bitsand
 parameter (its linears are modules, and its parametrization makes the whole of it dense at every
 look). One expert of it (`weight[3]`) is dequantised alone, to a copy; any other computation sees
 all of it, dequantised; nothing can be written to it.
-
-`StoredExperts` is what a grouped call takes as its weight: it hands out a few dense experts at a
-time, as many as the budget holds.
 """
 
 import importlib
@@ -198,59 +195,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         if each.alias_info is not None and each.alias_info.is_write:
             given = args[place] if place < len(args) else kwargs.get(each.name)
             yield from given if isinstance(given, (list, tuple)) else (given,)
-
-
-class StoredExperts:
-    """Weights [E, N, K] of a grouped call, a few dense at a time; not a tensor.
-
-    Args:
-        packed: The parameter, [E, N, K] or [E, K, N].
-        is_transposed: Whether it is [E, K, N].
-    """
-
-    requires_grad = False
-
-    def __init__(self, packed: PackedExperts, is_transposed: bool) -> None:
-        self.packed, self.is_transposed = packed, is_transposed
-        E, *matrix = packed.shape
-        self.shape = torch.Size([E, *(reversed(matrix) if is_transposed else matrix)])
-        self.dtype, self.device = packed.dtype, packed.packed.device
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Return experts `first` to `last` - 1, [last - first, N, K] in `dtype`."""
-        made = self.packed.dense(first, last, dtype)
-        return made.mT if self.is_transposed else made
-
-    def groups(self, offsets: Tensor, rows: int, dtype: torch.dtype) -> Iterator[tuple[int, int, slice]]:
-        """Yield (first, last, their rows) of experts next to each other that all have rows and fit
-        the budget, dense in `dtype`; one of them fits always.
-
-        The offsets are read, which waits for a device: what has no rows is not dequantised.
-        """
-        _, N, K = self.shape
-        most = max(1, int(self.packed.storing.workspace_mib * 2**20) // (N * K * dtype.itemsize))
-        ends = [0, *offsets.tolist()]
-        if sorted(ends) != ends or ends[-1] > rows:
-            raise ValueError(f"offsets must not fall and end at most at x's {rows} rows, got {ends[1:]}")
-        first = 0
-        while first < len(self):
-            last = first
-            while last < len(self) and last - first < most and ends[last] < ends[last + 1]:
-                last += 1
-            if last > first:
-                yield first, last, slice(ends[first], ends[last])
-            first = max(last, first + 1)
-
-    def computes_in(self, x: Tensor) -> torch.dtype:
-        """Return the dtype in which x is multiplied, without autocast: x's."""
-        return x.dtype
-
-    def output(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y as the experts give it: as it is."""
-        return y
 
 
 def _bitsandbytes() -> Any:

@@ -10,7 +10,8 @@ from expert_models import E, H, adapted, assert_close, block, randomise, routed,
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from delora_kernels.bases.packed_experts import PackedExperts, StoredExperts, Storing
+from delora_kernels.bases.packed_experts import PackedExperts, Storing
+from delora_kernels.bases.stored_experts import StoredExperts
 from delora_kernels.diagnostics.allocations import allocations
 from delora_kernels.integrations.peft.fused import experts_known
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from delora_kernels import checks
 from delora_kernels.bases.packed_experts import BLOCK_SIZES, QUANT_TYPES, PackedExperts, Storing
 from delora_kernels.bases.plain import why_not_local
-from delora_kernels.integrations.peft.fused.experts_known import why_not_known
+from delora_kernels.integrations.peft.fused.experts_known import is_quantised, why_not_known
 
 _NAME = "quantize_experts"
 
@@ -97,7 +97,7 @@ def quantised(model: nn.Module, storing: Storing) -> QuantizedExperts:
     left, names, before, after = list[tuple[str, str]](), list[str](), 0, 0
     shared = _shared(model)
     for name, module in model.named_modules():
-        if not hasattr(module, "has_gate"):  # which Transformers sets on every experts module
+        if not hasattr(module, "has_gate") and not is_quantised(module):  # Transformers sets it on experts modules
             continue
         reason = why_not_known(module)
         for each in () if reason else weights_of(module):

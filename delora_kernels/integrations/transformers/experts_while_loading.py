@@ -96,7 +96,7 @@ def _stored_when_set(storing: Storing) -> Iterator[None]:
     """Put stored experts in the place of those that this thread reads from a checkpoint."""
     me = threading.get_ident()
 
-    def stored(module: nn.Module, name: str, weight: Any) -> nn.Parameter | None:
+    def stored(module: nn.Module, name: str, weight: Any) -> Any:
         if threading.get_ident() != me or not getattr(weight, _READ, False) or not hasattr(module, "has_gate"):
             return None
         if why_not_known(module) or name not in weights_of(module) or why_not_stored(weight, name):
