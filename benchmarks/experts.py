@@ -4,6 +4,7 @@ backward.
     python -m benchmarks.experts  # E=32, top-4, T=512 to 8192; two threads of a CPU, or a GPU
     python -m benchmarks.experts --tokens 512 16384 --experts 8 128 --top-k 1 8 --rank 4 64
     python -m benchmarks.experts --quick  # small blocks, even and skewed, in less than a minute
+    python -m benchmarks.experts --table  # T=512 to 8192, even and skewed, E=32 to 128, in minutes
 
 In turn, on the same tensors, both projections adapted with LoRA: `frozen` (the experts alone, by
 Transformers' grouped GEMM), `peft` (the same with PEFT's wrappers), `peft-eager` (with the eager
@@ -11,7 +12,8 @@ loop), `loop` (W and the low-rank term of each expert that has tokens, in plain 
 (accelerated). x and the routing weights need their gradients. Besides times: what is allocated in a
 pass, and kept between forward and backward, the model's own parameters left out. A table for each
 number of tokens and choice of sizes. With --skewed one expert has half of the tokens and every
-second one has none.
+second one has none. --table leaves `peft-eager` and `loop` to 512 tokens and 32 experts, for they
+take seconds a pass. --summary prints ratios alone, a line for each case.
 """
 
 import argparse
@@ -160,9 +162,12 @@ def passes(case: ExpertsCase, device: str) -> tuple[dict[str, Callable[[], Tenso
     return {name: partial(model, x, chosen, weights) for name, model in made.items()}, leaves
 
 
-def measure(case: ExpertsCase, device: str, budget: Budget) -> list[dict[str, Any]]:
-    """Return a row for each implementation."""
+def measure(
+    case: ExpertsCase, device: str, budget: Budget, names: Sequence[str] = IMPLEMENTATIONS
+) -> list[dict[str, Any]]:
+    """Return a row for each implementation that is named, `frozen` among them."""
     forwards, leaves = passes(case, device)
+    forwards = {name: forwards[name] for name in names}
     dy = torch.ones(case.T, case.H, device=device, dtype=case.dtype)
 
     def step(forward: Callable[[], Tensor]) -> None:
@@ -215,6 +220,41 @@ QUICK = (
 )
 
 
+TABLE = (
+    *(ExpertsCase(T=T, skewed=skewed) for T in (512, 2048, 8192) for skewed in (False, True)),
+    *(ExpertsCase(T=T, E=E) for E in (64, 128) for T in (512, 2048)),
+)
+FEW, SECONDS = 512, 25.0
+"""Tokens up to which --table runs every implementation of 32 experts; after so long no further
+round of a case begins.
+"""
+
+
+def of_table(case: ExpertsCase) -> tuple[str, ...]:
+    """Return what --table runs of a case."""
+    return IMPLEMENTATIONS if case.T <= FEW and case.E <= 32 else ("frozen", "peft", "dk")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a line for each case: what each implementation's step takes of the frozen experts'."""
+    shown = Table(
+        "T", "E", "top-k", "r", "skewed", "frozen, ms", *IMPLEMENTATIONS[1:], "dk: allocated", "overhead gone"
+    )
+    lines: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in ("T", "E", "top_k", "r", "skewed")), {})[row["impl"]] = row
+    for (T, E, top_k, r, skewed), each in lines.items():
+        ratios = {name: row["ratio_to_frozen"] for name, row in each.items()}
+        words = [f"{ratios[name]:.2f}" if name in ratios else "" for name in IMPLEMENTATIONS[1:]]
+        if "dk" in each:
+            words.append(f"{each['dk']['allocated_mib'] / each['frozen']['allocated_mib']:.2f}")
+            known = ratios.get("peft", 1.0) > 1
+            words.append(f"{1 - (ratios['dk'] - 1) / (ratios['peft'] - 1):.0%}" if known else "")
+        sizes = [*map(str, (T, E, top_k, r)), "yes" if skewed else ""]
+        shown.add_row(*sizes, f"{each['frozen']['median_ms']:.1f}", *words)
+    return shown
+
+
 def cases(options: argparse.Namespace) -> Iterator[ExpertsCase]:
     """Every choice of sizes, of which a token chooses no more experts than there are."""
     dtype = getattr(torch, options.dtype)
@@ -238,15 +278,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, nargs="+", default=[8], help="default: 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--skewed", action="store_true", help="half of the experts have no token, one has half")
+    parser.add_argument("--impl", nargs="+", choices=IMPLEMENTATIONS[1:], help="beside frozen; default: all")
     parser.add_argument("--quick", action="store_true", help="small blocks, 5 rounds; sizes above are ignored")
+    parser.add_argument("--table", action="store_true", help="the cases of docs/experts.md; sizes above are ignored")
+    parser.add_argument(
+        "--summary", action="store_true", help="print a line for each case, at the end; as --table does"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     count = 5 if options.quick else options.rounds
-    budget = Budget(seconds=0, least=count, most=count, warmup=2)
+    budget = Budget(seconds=SECONDS if options.table else 0, least=5 if options.table else count, most=count, warmup=2)
+    chosen = None if options.impl is None else ("frozen", *options.impl)
     rows: list[dict[str, Any]] = []
-    for case in QUICK if options.quick else cases(options):
-        rows += measure(case, options.device, budget)
-        Console(width=110).print(table(rows[-len(IMPLEMENTATIONS) :]))
+    for case in QUICK if options.quick else TABLE if options.table else cases(options):
+        found = measure(case, options.device, budget, chosen or (of_table(case) if options.table else IMPLEMENTATIONS))
+        rows += found
+        if not options.summary:
+            Console(width=110).print(table(found))
+    if options.summary or options.table:
+        Console(width=120).print(summary(rows))
     write(rows, options)
     return 0
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         AccelerateCallback,
         ExpertCallback,
         TrainingReportCallback,
+        load_with_quantized_experts,
         quantize_experts,
     )
     from delora_kernels.routing import expert_report, watch_experts
@@ -58,6 +59,7 @@ __all__ = [
     "flops",
     "functional",
     "import_goat",
+    "load_with_quantized_experts",
     "merge_mean_gate",
     "nn",
     "quantize_experts",
@@ -95,6 +97,7 @@ _NEED_PEFT = {
     "EtherPlusConfig": "peft.methods.ether",
     "GoatConfig": "peft.methods.goat",
     "import_goat": "peft.methods.goat",
+    "load_with_quantized_experts": "transformers",
     "merge_mean_gate": "peft.methods.goat",
     "quantize_experts": "transformers",
     "register_peft_methods": "peft.methods.register",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delora_kernels.bases.packed_experts import StoredExperts
+from delora_kernels.bases.stored_experts import StoredExperts
 from delora_kernels.dtypes import accumulate_dtype
 
 

@@ -1,18 +1,16 @@
 """The 3-D weights of an expert model in bitsandbytes' 4-bit blocks, one expert after the other.
 
 `PackedExperts` stands in the place of the parameter [E, N, K]: a tensor that has its shape, dtype
-and device, and holds packed [E, N K / 2] and absmax [E, N K / blocksize]. bitsandbytes has no such
+and device, and holds packed [E, N K / 2] and absmax [E, N K / blocksize], of double quantisation
+this in 8 bits, with a scale for 256 of them and a mean for each expert. bitsandbytes has no such
 parameter (its linears are modules, and its parametrization makes the whole of it dense at every
-look). One expert of it (`weight[3]`) is dequantised alone; any other computation sees all of it,
-dequantised; nothing can be written to it.
-
-`StoredExperts` is what a grouped call takes as its weight: it hands out a few dense experts at a
-time, as many as the budget holds.
+look). One expert of it (`weight[3]`) is dequantised alone, to a copy; any other computation sees
+all of it, dequantised; nothing can be written to it.
 """
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,87 +24,127 @@ READ_ONLY = (
 )
 
 
+class Storing(NamedTuple):
+    """How experts are stored.
+
+    Args:
+        quant_type: "nf4" or "fp4".
+        blocksize: Numbers that share one of absmax.
+        workspace_mib: Budget of the dense experts that are there at a time.
+        double_quant: Whether absmax is stored in 8 bits, `NESTED` of them sharing a scale.
+    """
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    workspace_mib: float = 256
+    double_quant: bool = False
+
+
+NESTED = 256
+"""Numbers of absmax that share a scale where these are quantised too: bitsandbytes' choice."""
+
+
 class PackedExperts(Tensor):
     """A weight [E, N, K] in blocks of 4-bit numbers.
 
     Args:
-        packed: uint8, [E, ⌈N K / 2⌉].
-        absmax: float32, [E, ⌈N K / blocksize⌉].
+        parts: packed: uint8, [E, ⌈N K / 2⌉]; absmax: float32, [E, n], n = ⌈N K / blocksize⌉. Of
+            double quantisation absmax is uint8, and `scales` float32 [E, ⌈n / 256⌉] and `means`
+            float32 [E] stand behind it.
         shape: E, N, K.
         dtype: What it is dequantised to, and was quantised from.
-        quant_type: "nf4" or "fp4".
-        blocksize: Numbers that share one of absmax.
-        workspace_mib: Budget of the dense experts that are there at a time.
+        storing: How.
     """
 
     packed: Tensor
     absmax: Tensor
-    quant_type: str
-    blocksize: int
-    workspace_mib: float
+    scales: Tensor
+    means: Tensor
+    storing: Storing
 
     @staticmethod
-    def __new__(cls, packed: Tensor, absmax: Tensor, shape: Any, dtype: torch.dtype, *how: Any) -> "PackedExperts":
+    def __new__(cls, parts: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, storing: Storing) -> "PackedExperts":
         make: Any = Tensor._make_wrapper_subclass
-        made: PackedExperts = make(cls, torch.Size(shape), dtype=dtype, device=packed.device, requires_grad=False)
+        made: PackedExperts = make(cls, torch.Size(shape), dtype=dtype, device=parts[0].device, requires_grad=False)
         return made
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        shape: Any,
-        dtype: torch.dtype,
-        quant_type: str,
-        blocksize: int,
-        workspace_mib: float,
-    ) -> None:
-        self.packed, self.absmax = packed, absmax
-        self.quant_type, self.blocksize, self.workspace_mib = quant_type, blocksize, workspace_mib
+    def __init__(self, parts: tuple[Tensor, ...], shape: Any, dtype: torch.dtype, storing: Storing) -> None:
+        for name, part in zip(_names(storing), parts, strict=True):
+            setattr(self, name, part)
+        self.storing = storing
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def quantised(cls, weight: Tensor, quant_type: str, blocksize: int, workspace_mib: float) -> "PackedExperts":
+    def quantised(cls, weight: Tensor, storing: Storing) -> "PackedExperts":
         """Quantise a weight [E, N, K], expert by expert."""
         of = _bitsandbytes().quantize_4bit
         E, numbers = len(weight), weight[0].numel()
-        packed = torch.empty((E, (numbers + 1) // 2), dtype=torch.uint8, device=weight.device)
-        absmax = torch.empty((E, -(-numbers // blocksize)), dtype=torch.float32, device=weight.device)
+        n = -(-numbers // storing.blocksize)
+        sizes: dict[str, tuple[torch.dtype, int]] = {"packed": (torch.uint8, (numbers + 1) // 2)}
+        sizes["absmax"] = (torch.uint8 if storing.double_quant else torch.float32, n)
+        sizes |= {"scales": (torch.float32, -(-n // NESTED)), "means": (torch.float32, 1)}
+        new = {
+            name: torch.empty((E, sizes[name][1]), dtype=sizes[name][0], device=weight.device)
+            for name in _names(storing)
+        }
+        how = {"blocksize": storing.blocksize, "quant_type": storing.quant_type}
         for e in range(E):
-            codes, state = of(weight[e].detach().contiguous(), blocksize=blocksize, quant_type=quant_type)
-            packed[e], absmax[e] = codes.flatten(), state.absmax
-        return cls(packed, absmax, weight.shape, weight.dtype, quant_type, blocksize, workspace_mib)
+            codes, state = of(weight[e].detach().contiguous(), compress_statistics=storing.double_quant, **how)
+            new["packed"][e], new["absmax"][e] = codes.flatten(), state.absmax
+            if storing.double_quant:
+                new["scales"][e], new["means"][e] = state.state2.absmax, state.offset
+        return cls(tuple(new.values()), weight.shape, weight.dtype, storing)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return what it holds, in the order in which it is made of them."""
+        return tuple(getattr(self, name) for name in _names(self.storing))
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes."""
+        return sum(part.numel() * part.itemsize for part in self.parts())
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Dequantise experts `first` to `last` - 1: [last - first, N, K], a new tensor."""
-        numbers = self.shape[1] * self.shape[2]
-        if numbers % self.blocksize and last - first > 1:  # each expert's last block is a short one
+        numbers, blocksize = self.shape[1] * self.shape[2], self.storing.blocksize
+        if numbers % blocksize and last - first > 1:  # each expert's last block is a short one
             return torch.cat([self.dense(e, e + 1, dtype) for e in range(first, last)])
         made = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-        packed, absmax = (each[first:last].reshape(-1) for each in (self.packed, self.absmax))
+        packed, absmax = self.packed[first:last].reshape(-1), self._absmax(first, last).reshape(-1)
         shape, library = torch.Size((last - first, *self.shape[1:])), _bitsandbytes()
-        how = {"blocksize": self.blocksize, "quant_type": self.quant_type}
+        how = {"blocksize": blocksize, "quant_type": self.storing.quant_type}
         out: Tensor = library.dequantize_4bit(packed, library.QuantState(absmax, shape, dtype=made, **how))
         return out if made == dtype else out.to(dtype)
 
+    def _absmax(self, first: int, last: int) -> Tensor:
+        """Return the scales of the experts' blocks, float32 [last - first, n]."""
+        codes = self.absmax[first:last]
+        if not self.storing.double_quant:
+            return codes
+        if codes.shape[1] % NESTED and last - first > 1:
+            return torch.cat([self._absmax(e, e + 1) for e in range(first, last)])
+        of, scales = _bitsandbytes().dequantize_blockwise, self.scales[first:last]
+        wide: Tensor = of(codes.reshape(-1), absmax=scales.reshape(-1), blocksize=NESTED)
+        return wide.view(codes.shape).add_(self.means[first:last])
+
     def _mapped(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "PackedExperts":
         """Return another one of parts that a function makes of these."""
-        parts = function(self.packed), function(self.absmax)
-        return PackedExperts(
-            *parts, self.shape, dtype or self.dtype, self.quant_type, self.blocksize, self.workspace_mib
-        )
+        return PackedExperts(tuple(map(function, self.parts())), self.shape, dtype or self.dtype, self.storing)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        how = self.quant_type, self.blocksize, self.workspace_mib
-        return ["packed", "absmax"], (tuple(self.shape), self.dtype, *how)
+        return list(_names(self.storing)), (tuple(self.shape), self.dtype, tuple(self.storing))
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], how: Any, size: Any, stride: Any) -> "PackedExperts":
-        return PackedExperts(parts["packed"], parts["absmax"], *how)
+        shape, dtype, storing = how
+        return PackedExperts(tuple(parts.values()), shape, dtype, Storing(*storing))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.quant_type}, blocksize={self.blocksize})"
+        return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.storing})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(READ_ONLY)  # it would go to the copy that indexing gives
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -128,7 +166,7 @@ class PackedExperts(Tensor):
             return self._copied(args[1])
         if func is aten.set_.source_Tensor and self is args[1]:
             return self
-        if func._schema.is_mutable and any(isinstance(args[place], PackedExperts) for place in _written(func, args)):
+        if func._schema.is_mutable and any(isinstance(each, PackedExperts) for each in _written(func, args, kwargs)):
             raise RuntimeError(READ_ONLY)
 
         def whole(packed: PackedExperts) -> Tensor:
@@ -138,71 +176,25 @@ class PackedExperts(Tensor):
 
     def _copied(self, other: "PackedExperts") -> "PackedExperts":
         """Take over what another one holds, as loading a state dict does."""
-        ours, theirs = ((each.shape, each.quant_type, each.blocksize) for each in (self, other))
+        ours, theirs = ((tuple(each.shape), each.storing._replace(workspace_mib=0)) for each in (self, other))
         if ours != theirs:
             raise ValueError(f"these experts are stored as {ours}, what is loaded as {theirs}; quantise them alike")
-        self.packed.copy_(other.packed)
-        self.absmax.copy_(other.absmax)
+        for part, new in zip(self.parts(), other.parts(), strict=True):
+            part.copy_(new)
         return self
 
 
-def _written(func: Any, args: tuple[Any, ...]) -> list[int]:
-    """Return the places of the arguments that an operator writes to."""
-    arguments = func._schema.arguments[: len(args)]
-    return [place for place, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write]
+def _names(storing: Storing) -> tuple[str, ...]:
+    """Return the names of the tensors that hold it."""
+    return ("packed", "absmax", "scales", "means") if storing.double_quant else ("packed", "absmax")
 
 
-class StoredExperts:
-    """Weights [E, N, K] of a grouped call, a few dense at a time; not a tensor.
-
-    Args:
-        packed: The parameter, [E, N, K] or [E, K, N].
-        is_transposed: Whether it is [E, K, N].
-    """
-
-    requires_grad = False
-
-    def __init__(self, packed: PackedExperts, is_transposed: bool) -> None:
-        self.packed, self.is_transposed = packed, is_transposed
-        E, *matrix = packed.shape
-        self.shape = torch.Size([E, *(reversed(matrix) if is_transposed else matrix)])
-        self.dtype, self.device = packed.dtype, packed.packed.device
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Return experts `first` to `last` - 1, [last - first, N, K] in `dtype`."""
-        made = self.packed.dense(first, last, dtype)
-        return made.mT if self.is_transposed else made
-
-    def groups(self, offsets: Tensor, rows: int, dtype: torch.dtype) -> Iterator[tuple[int, int, slice]]:
-        """Yield (first, last, their rows) of experts next to each other that all have rows and fit
-        the budget, dense in `dtype`; one of them fits always.
-
-        The offsets are read, which waits for a device: what has no rows is not dequantised.
-        """
-        _, N, K = self.shape
-        most = max(1, int(self.packed.workspace_mib * 2**20) // (N * K * dtype.itemsize))
-        ends = [0, *offsets.tolist()]
-        if sorted(ends) != ends or ends[-1] > rows:
-            raise ValueError(f"offsets must not fall and end at most at x's {rows} rows, got {ends[1:]}")
-        first = 0
-        while first < len(self):
-            last = first
-            while last < len(self) and last - first < most and ends[last] < ends[last + 1]:
-                last += 1
-            if last > first:
-                yield first, last, slice(ends[first], ends[last])
-            first = max(last, first + 1)
-
-    def computes_in(self, x: Tensor) -> torch.dtype:
-        """Return the dtype in which x is multiplied, without autocast: x's."""
-        return x.dtype
-
-    def output(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y as the experts give it: as it is."""
-        return y
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield what an operator writes to: an argument, each of a list (`_foreach_*`), `out`."""
+    for place, each in enumerate(func._schema.arguments):
+        if each.alias_info is not None and each.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(each.name)
+            yield from given if isinstance(given, (list, tuple)) else (given,)
 
 
 def _bitsandbytes() -> Any:

@@ -1,11 +1,6 @@
-"""Experts in 4 bits: bitsandbytes' own blocks, read by groups under a budget, kept through a
-model's life.
-"""
+"""Experts in 4 bits: bitsandbytes' own blocks, read by groups under a budget."""
 
 import copy
-import io
-import subprocess
-import sys
 from typing import Any
 
 import peft
@@ -15,7 +10,8 @@ from expert_models import E, H, adapted, assert_close, block, randomise, routed,
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from delora_kernels.bases.packed_experts import PackedExperts, StoredExperts
+from delora_kernels.bases.packed_experts import PackedExperts, Storing
+from delora_kernels.bases.stored_experts import StoredExperts
 from delora_kernels.diagnostics.allocations import allocations
 from delora_kernels.integrations.peft.fused import experts_known
 
@@ -41,9 +37,13 @@ def dense_copy(model: Any) -> Any:
     return made
 
 
+SHAPES = {"whole blocks": (5, 16, 24), "short blocks": (3, 7, 10), "odd": (2, 5, 9), "whole scales": (3, 64, 128)}
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(5, 16, 24), (3, 7, 10), (2, 5, 9)], ids=["whole blocks", "short blocks", "odd"])
-def test_blocks_are_bitsandbytes_own(shape: tuple[int, ...], quant_type: str, seed: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_blocks_are_bitsandbytes_own(shape: tuple[int, ...], quant_type: str, double_quant: bool, seed: int) -> None:
     """Every expert as bitsandbytes quantises it alone; any run of them is dequantised to the same
     bits.
     """
@@ -52,9 +52,10 @@ def test_blocks_are_bitsandbytes_own(shape: tuple[int, ...], quant_type: str, se
     torch.manual_seed(seed)
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(shape, dtype=dtype)
-        made = PackedExperts.quantised(weight, quant_type, 32, 256)
+        made = PackedExperts.quantised(weight, Storing(quant_type, 32, 256, double_quant))
         assert (made.shape, made.dtype, made.device) == (weight.shape, dtype, weight.device)
-        alone = [library.quantize_4bit(each.contiguous(), blocksize=32, quant_type=quant_type) for each in weight]
+        how = {"blocksize": 32, "quant_type": quant_type, "compress_statistics": double_quant}
+        alone = [library.quantize_4bit(each.contiguous(), **how) for each in weight]
         expected = torch.stack([library.dequantize_4bit(codes, state) for codes, state in alone])
         for first in range(shape[0]):
             assert torch.equal(made[first], expected[first])
@@ -86,7 +87,7 @@ def test_values_and_every_gradient(family: str, implementation: str, workspace_m
 
 
 def test_groups_have_tokens_and_fit_the_budget(seed: int) -> None:
-    weight = PackedExperts.quantised(torch.randn(6, 4, 8), "nf4", 32, 3 * 4 * 8 * 4 / 2**20)
+    weight = PackedExperts.quantised(torch.randn(6, 4, 8), Storing("nf4", 32, 3 * 4 * 8 * 4 / 2**20))
     stored = StoredExperts(weight, is_transposed=False)
     offsets = torch.tensor([2, 3, 5, 9, 9, 10])
     found = list(stored.groups(offsets, 12, torch.float32))
@@ -151,49 +152,6 @@ def test_nothing_dense_is_kept_or_left(seed: int) -> None:
         patch.setattr(PackedExperts, "dense", watched)
         step(model, routed(9, seed))
     assert seen == [0] * (2 * 2 * len(set(routed(9, seed)[1].flatten().tolist())))
-
-
-def test_life(seed: int) -> None:
-    """Copied, cast, saved and loaded, switched; written to by nobody."""
-    model = adapted(block(seed=seed), seed=seed + 1)
-    dk.quantize_experts(model)
-    dk.accelerate(model)
-    inputs = routed(9, seed)
-    theirs = step(model, inputs)
-    assert_close(step(copy.deepcopy(model), inputs), theirs, 0)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    other = adapted(block(seed=seed + 2), seed=seed + 3)
-    dk.quantize_experts(other)
-    dk.accelerate(other)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert_close(step(other, inputs), theirs, 0)
-    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(safe_merge=True)):
-        with pytest.raises(RuntimeError, match="can't be written to.*export the adapter"):
-            merge()
-        assert_close(step(model, inputs), theirs, 0)
-    with model.disable_adapter():
-        plain = step(model, inputs, trained=False)["y"]
-    assert (plain - theirs["y"]).abs().max() > 0.01 * plain.abs().max()
-    model.to(torch.bfloat16)
-    weight = experts_of(model)._parameters["down_proj"]
-    assert (type(weight), weight.dtype, weight.packed.dtype) == (PackedExperts, torch.bfloat16, torch.uint8)
-    x, chosen, weights = routed(9, seed, dtype=torch.bfloat16)
-    halved = step(model, (x, chosen, weights))
-    assert float((halved["y"].float() - theirs["y"]).abs().max()) < 0.05 * float(theirs["y"].abs().max())
-
-
-def test_a_fresh_process_loads_a_state_dict(tmp_path: Any) -> None:
-    made = block()
-    dk.quantize_experts(made)
-    torch.save(made.state_dict(), tmp_path / "state.pt")
-    code = (
-        "import sys, torch, delora_kernels; delora_kernels.quantize_experts; "
-        "print(type(torch.load(sys.argv[1], weights_only=True)['experts.down_proj']).__name__)"
-    )
-    found = subprocess.run([sys.executable, "-c", code, tmp_path / "state.pt"], capture_output=True, text=True)
-    assert found.stdout.strip() == "PackedExperts", found.stderr
 
 
 def test_copies_that_train_are_left(seed: int) -> None:

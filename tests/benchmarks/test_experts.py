@@ -14,6 +14,8 @@ from benchmarks.timing import Budget
 
 TINY = experts.ExpertsCase(T=9, E=6, top_k=2, H=16, inner=8, r=2)
 
+SIZES = ["--experts", "6", "--top-k", "2", "--hidden", "16", "--inner", "8", "--rank", "2", "--tokens", "9"]
+
 
 def test_passes_give_the_same_gradients() -> None:
     forwards, leaves = experts.passes(TINY, "cpu")
@@ -38,8 +40,7 @@ def test_skewed_routing() -> None:
 
 def test_command_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs" / "experts.json"
-    sizes = ["--experts", "6", "--top-k", "2", "--hidden", "16", "--inner", "8", "--rank", "2", "--tokens", "9"]
-    assert experts.main(["--device", "cpu", "--threads", "1", "--rounds", "3", *sizes, "--out", str(out)]) == 0
+    assert experts.main(["--device", "cpu", "--threads", "1", "--rounds", "3", *SIZES, "--out", str(out)]) == 0
     rows = {row["impl"]: row for row in json.loads(out.read_text())["rows"]}
     assert tuple(rows) == experts.IMPLEMENTATIONS
     assert rows["frozen"]["ratio_to_frozen"] == 1.0
@@ -59,6 +60,34 @@ def test_sweep_and_quick_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     assert experts.main(["--device", "cpu", "--threads", "1", "--quick"]) == 0
     assert tuple(seen) == experts.QUICK
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One command, a line for each case; the slow rivals where a pass takes no seconds."""
+    few = experts.ExpertsCase(T=9, E=6, top_k=2, H=16, inner=8, r=2)
+    many = experts.ExpertsCase(T=24, E=6, top_k=2, H=16, inner=8, r=2, skewed=True)
+    monkeypatch.setattr(experts, "TABLE", (few, many))
+    monkeypatch.setattr(experts, "FEW", 9)
+    monkeypatch.setattr(experts, "SECONDS", 0.0)
+    out = tmp_path / "experts.json"
+    assert experts.main(["--device", "cpu", "--threads", "1", "--table", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["impl"] for row in rows] == [*experts.IMPLEMENTATIONS, "frozen", "peft", "dk"]
+    assert [row["rounds"] for row in rows] == [5] * 8
+    printed = capsys.readouterr().out
+    assert "overhead gone" in printed
+    by = {(row["T"], row["impl"]): row for row in rows}
+    for T in (9, 24):
+        ratios = {name: by[T, name]["ratio_to_frozen"] for name in ("peft", "dk")}
+        assert all(f"{ratio:.2f}" in printed for ratio in ratios.values())
+        if ratios["peft"] > 1:
+            assert f"{1 - (ratios['dk'] - 1) / (ratios['peft'] - 1):.0%}" in printed
+    assert (
+        experts.main(["--device", "cpu", "--threads", "1", "--rounds", "1", "--summary", "--impl", "dk", *SIZES]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "kept, MiB" not in printed
+    assert "overhead gone" in printed
 
 
 def test_what_is_kept_and_allocated() -> None:

@@ -35,6 +35,7 @@ PUBLIC = {
         "flops",
         "functional",
         "import_goat",
+        "load_with_quantized_experts",
         "merge_mean_gate",
         "nn",
         "quantize_experts",

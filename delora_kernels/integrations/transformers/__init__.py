@@ -5,6 +5,14 @@ and that report how a mixture uses its experts; its models' experts in 4 bits.
 from delora_kernels.integrations.transformers.accelerate_callback import AccelerateCallback
 from delora_kernels.integrations.transformers.expert_callback import ExpertCallback
 from delora_kernels.integrations.transformers.experts_in_4bit import QuantizedExperts, quantize_experts
+from delora_kernels.integrations.transformers.experts_while_loading import load_with_quantized_experts
 from delora_kernels.integrations.transformers.training_report_callback import TrainingReportCallback
 
-__all__ = ["AccelerateCallback", "ExpertCallback", "QuantizedExperts", "TrainingReportCallback", "quantize_experts"]
+__all__ = [
+    "AccelerateCallback",
+    "ExpertCallback",
+    "QuantizedExperts",
+    "TrainingReportCallback",
+    "load_with_quantized_experts",
+    "quantize_experts",
+]

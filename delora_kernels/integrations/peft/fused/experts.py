@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from delora_kernels.bases.packed_experts import PackedExperts, StoredExperts
 from delora_kernels.bases.plain import any_module_has_hooks, has_other_forward, parameter, why_not_local, why_not_plain
+from delora_kernels.bases.stored_experts import StoredExperts, is_stored, why_not_stored
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.fused import verdicts
@@ -172,9 +172,10 @@ def _why_not_experts(experts: Any) -> str | None:
 def _projection(experts: Any, name: str) -> Projection | str:
     """Return a projection without its adapter, or what its tensors have against it."""
     weight, bias = parameter(experts, name), parameter(experts, f"{name}_bias") if experts.has_bias else None
-    packed = type(weight) is PackedExperts
-    if packed and weight.requires_grad:
-        return f"its {name} is stored in 4 bits, and is to train"
+    packed = is_stored(weight)
+    reason = why_not_stored(weight, name) if packed else None
+    if reason is not None:
+        return reason
     for tensor, what, dims in ((weight, name, 3), (bias, f"{name}_bias", 2)):
         if tensor is None or (packed and tensor is weight):
             continue

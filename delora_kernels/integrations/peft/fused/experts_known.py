@@ -34,6 +34,14 @@ READ = {
 is the decorator's default, or by the module's own method, or there is no gate.
 """
 
+QUANTISED = {
+    "integrations.mxfp4.Mxfp4GptOssExperts": ("MXFP4", "Mxfp4Config"),
+    "integrations.finegrained_fp8.FP8Experts": ("FP8", "FineGrainedFP8Config"),
+}
+"""Transformers' modules for quantised experts → what they hold, and the configuration that loads it
+dense.
+"""
+
 
 def why_not_known(experts: nn.Module) -> str | None:
     """Say why a module is no experts module whose forward is known, or None if it is."""
@@ -48,9 +56,25 @@ def computes_by_weight_dtype(experts: nn.Module) -> bool:
     return getattr(experts.__dict__.get("config"), "_experts_implementation", None) == "grouped_mm"
 
 
+def is_quantised(experts: nn.Module) -> bool:
+    """Whether a module is one of Transformers' for quantised experts."""
+    return _name(type(experts)) in QUANTISED
+
+
+def _name(kind: Any) -> str:
+    module = kind.__module__.removeprefix("transformers.").removeprefix("models.")
+    return f"{module}.{kind.__qualname__}"
+
+
 def _why_not(kind: Any, implementation: Any) -> str | None:
     """Judge a class under the implementation that its configuration names."""
-    name = f"{kind.__module__.removeprefix('transformers.models.')}.{kind.__qualname__}"
+    name = _name(kind)
+    if name in QUANTISED:
+        stored, configuration = QUANTISED[name]
+        return (
+            f"its experts are stored in {stored} ({kind.__qualname__}), which is not read here: load it with "
+            f"quantization_config={configuration}(dequantize=True), for 4 bits in load_with_quantized_experts"
+        )
     if moe is None or getattr(kind.forward, "__code__", None) is not _DECORATED:
         return f"the module that holds its parameter is {name}, no experts module of Transformers that is known"
     cells = zip(kind.forward.__code__.co_freevars, kind.forward.__closure__ or (), strict=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from delora_kernels.bases.packed_experts import PackedExperts
 from delora_kernels.bases.plain import why_not_local
+from delora_kernels.bases.stored_experts import StoredExperts, is_stored, why_not_stored
 from delora_kernels.integrations.peft.fused.experts import wrappers_of
 from delora_kernels.integrations.peft.fused.experts_known import why_not_known
 
@@ -65,7 +65,8 @@ def _by_formula(experts: Any, wrappers: list[Any], drawn: dict[str, Tensor], x: 
     for e in range(E):
         value = x[e].float()
         for place, name in enumerate(names):
-            W = getattr(experts, name)[e].float()
+            W = getattr(experts, name)
+            W = StoredExperts(W, False).dense(e, e + 1, torch.float32)[0] if is_stored(W) else W[e].float()
             W = W.T if experts.is_transposed else W
             for depth, wrapper in enumerate(wrappers):
                 if wrapper.parameter_name == name and not (wrapper.disable_adapters or wrapper.merged):
@@ -82,7 +83,7 @@ def _by_formula(experts: Any, wrappers: list[Any], drawn: dict[str, Tensor], x: 
 
 def _why_not_read(weight: Tensor) -> str | None:
     """Say why one expert's weight can't be read, or None."""
-    return None if type(weight) is PackedExperts else why_not_local(weight, "weight")
+    return why_not_stored(weight, "weight") if is_stored(weight) else why_not_local(weight, "weight")
 
 
 def _projections(experts: Any) -> tuple[str, str]:
