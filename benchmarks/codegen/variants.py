@@ -9,7 +9,7 @@ import torch
 
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.add_parts import BLOCK as PARTS_BLOCK
-from delora_kernels.backends.triton.add_parts import add_parts_kernel, finish_dy_kernel
+from delora_kernels.backends.triton.add_parts import MANY, add_parts_kernel, finish_dy_kernel
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
@@ -20,12 +20,15 @@ from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, LARGES
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import TURN, rank_update_kernel
 from delora_kernels.backends.triton.reflect import (
-    WHOLE,
+    CHUNK,
+    REGISTERS,
     across_kernel,
-    reflect_backward_chunked_kernel,
+    chunk_sums,
     reflect_backward_kernel,
+    reflect_chunked_kernel,
     reflect_kernel,
-    tile_of,
+    reflect_sums_kernel,
+    whole,
 )
 from delora_kernels.backends.triton.route import (
     blocks,
@@ -250,13 +253,15 @@ def _folds(small: str) -> Iterator[Variant]:
 
 def _passes() -> Iterator[Variant]:
     """Kernels without a product: sums of parts, scaling, masks."""
-    yield Variant("add_parts", "bf16", add_parts_kernel, {"PARTS": "fp32", "OUT": "bf16"}, {"BLOCK": PARTS_BLOCK}, {})
+    for config, at_once, block in (("bf16", 1, PARTS_BLOCK), ("bf16 many", *MANY)):
+        size = {"AT_ONCE": at_once, "BLOCK": block}
+        yield Variant("add_parts", config, add_parts_kernel, {"PARTS": "fp32", "OUT": "bf16"}, size, {})
     pointers = {"DV_PARTS": "fp32", "PRODUCT_PARTS": "fp32", "SUM_PARTS": "fp32", "DOT_PARTS": "fp32", "B": "bf16"}
     pointers |= {"COLUMN": "fp32", "DIVISOR": "fp32", "DV": "bf16", "DB": "fp32", "SUMS": "fp32", "DM": "fp32"}
     constants: dict[str, Any] = {f"WITH_{part}": True for part in ("DV", "PRODUCT", "SUMS", "DOTS", "COLUMN", "B")}
     pointers_of_total = {"OFFSETS": "i64", "PARTS": "fp32", "PRODUCT": "fp32", "SUMS": "fp32"}
-    size = {"WITH_PRODUCT": True, "WITH_SUMS": True, "BLOCK": GROUPED_BLOCK, "BE": BE}
-    yield Variant("grouped_total", "", grouped_total_kernel, pointers_of_total, size, {})
+    totals = {"WITH_PRODUCT": True, "WITH_SUMS": True, "BLOCK": GROUPED_BLOCK, "BE": BE}
+    yield Variant("grouped_total", "", grouped_total_kernel, pointers_of_total, totals, {})
     for BR in (16, 32, 512):
         size = {"BN": PARTS_BLOCK // BR, "BR": BR, "BLOCK": PARTS_BLOCK}
         yield Variant("finish_dy", f"R={BR}", finish_dy_kernel, pointers, constants | size, {})
@@ -325,28 +330,42 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
                 yield Variant("project_route", config, project_route_kernel, pointers, constants, plain.options)
 
 
-BLOCK_SIZES = (128, WHOLE, 14336)
-"""Features of a reflected block: several blocks' tokens in a tile, the largest whole block, one
-walked in chunks.
+BLOCK_SIZES = (8, 128, 2048, 4096, 8192, 14336, 28672)
+"""Features of a reflected block: several blocks' tokens in a tile, a token in a tile, walked in
+chunks.
 """
+
+
+def _reflecting(tile: tables.Tiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    size = {"BT": tile.tokens, "BD": tile.columns, "STAGES": tile.stages}
+    return size, {"num_warps": tile.warps, "maxnreg": REGISTERS}
 
 
 def _reflections() -> Iterator[Variant]:
     """ETHER's and ETHER+'s reflections and their gradients, bias and dx included."""
     for name in ("bf16+fp32", "fp32"):
         big, small = TYPES[name]
+        itemsize = DTYPES[big].itemsize
         for D in BLOCK_SIZES:
-            tile = tile_of(D)
-            size, options = {"BT": tile.tokens, "BD": tile.features}, {"num_warps": tile.warps}
             for v in ({}, {"V": small}):
                 config, with_v = f"{name} D={D}" + (" plus" if v else ""), {"WITH_V": bool(v)}
-                pointers = {"X": big, "U": small, "BIAS": big, "OUT": big} | v
-                constants = with_v | size | {"WITH_BIAS": True}
-                yield Variant("reflect", config, reflect_kernel, pointers, constants, options)
-                kernel = reflect_backward_kernel if D <= WHOLE else reflect_backward_chunked_kernel
-                pointers = {"DY": big, "X": big, "U": small, "DX": big, "PARTS": "fp32"} | v
-                constants, freed = with_v | size | {"WITH_DX": True}, options | {"maxnreg": tables.REGISTERS}
-                yield Variant("reflect_backward", config, kernel, pointers, constants, freed)
+                tile = whole(D, itemsize, itemsize)
+                kernel = reflect_chunked_kernel if tile is None else reflect_kernel
+                constants, options = _reflecting(CHUNK if tile is None else tile)
+                pointers = {"X": big, "U": small, "BIAS": big, "OUT": big, "ALONG": "fp32"} | v
+                constants |= with_v | {"WITH_BIAS": True, "WITH_OUT": True, "WITH_ALONG": True}
+                yield Variant("reflect", config, kernel, pointers, constants, options)
+                tile = whole(D, 2 * itemsize)
+                constants, options = _reflecting(chunk_sums(DTYPES[big]) if tile is None else tile)
+                pointers, constants = {"DY": big, "X": big, "PARTS": "fp32"}, constants | with_v
+                if tile is None:
+                    pointers |= {"A": "fp32", "B": "fp32"}
+                    constants |= {"LANES": tables.lanes(chunk_sums(DTYPES[big]), DTYPES[big])}
+                    yield Variant("reflect_sums", config, reflect_sums_kernel, pointers, constants, options)
+                else:
+                    pointers |= {"U": small, "DX": big} | v
+                    constants |= {"WITH_DX": True}
+                    yield Variant("reflect_backward", config, reflect_backward_kernel, pointers, constants, options)
     for v in ({}, {"V": "fp32", "DV": "fp32"}):
         pointers = {"G": "fp32", "U": "fp32", "DU": "fp32"} | v
-        yield Variant("across", "plus" if v else "", across_kernel, pointers, {"WITH_V": bool(v), "BD": 1024}, {})
+        yield Variant("across", "plus" if v else "", across_kernel, pointers, {"WITH_V": bool(v), "BD": 2048}, {})

@@ -65,7 +65,8 @@ def test_the_driver_gets_what_tritons_path_gives_it(
                     assert seen.direct - before == len(launched) - count > 0
     ran = {kernel.__name__ for kernel in launched}
     if form == forms.UPDATE:
-        assert set(KERNELS) - ran == {"mask_kernel", "rank_gemm_kernel", "reflect_backward_chunked_kernel"}
+        rest = {"mask_kernel", "rank_gemm_kernel", "reflect_chunked_kernel", "reflect_sums_kernel"}
+        assert set(KERNELS) - ran == rest
     assert ("rank_gemm_kernel" in ran) == (form == forms.OWN)
 
 
@@ -93,7 +94,7 @@ def test_what_changes_from_call_to_call_keeps_its_variant(seen: Seen) -> None:
     assert seen.direct == 3
     parts = torch.zeros(8)
     for count in (3, 1, 16, 2**31, 2**31 + 5):
-        seen.pair(launch.record(add_parts_kernel, BLOCK=1024), (1,), (parts, parts), (count, 5))
+        seen.pair(launch.record(add_parts_kernel, AT_ONCE=1, BLOCK=1024), (1,), (parts, parts), (count, 5))
     assert len({launched[2] for launched in seen.launches}) == 1
     assert {r.kernel.src.signature["parts"] for r in ready() if "M" in r.kernel.src.signature} == {
         "i32",
@@ -105,7 +106,7 @@ def test_each_constant_and_option_counts(seen: Seen) -> None:
     parts = torch.zeros(8)
     for _ in range(2):
         for constants in ({"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 64, "num_warps": 8}, {"BLOCK": 64, "num_stages": 8}):
-            seen.pair(launch.record(add_parts_kernel, **constants), (2, 3), (parts, parts), (3, 5))
+            seen.pair(launch.record(add_parts_kernel, AT_ONCE=1, **constants), (2, 3), (parts, parts), (3, 5))
     assert len(ready()) == seen.direct == 4
 
 
@@ -115,7 +116,7 @@ def test_each_block_and_dtype_of_a_descriptor_counts(seen: Seen) -> None:
     for _ in range(2):
         for matrix, block in ((0, [16, 32]), (0, [32, 16]), (1, [16, 32]), (2, [16, 32])):
             described = launch.TensorDescriptor.from_tensor(matrices[matrix], block)
-            seen.pair(launch.record(add_parts_kernel, BLOCK=64), (1,), (described, matrices[0]), (3, 5))
+            seen.pair(launch.record(add_parts_kernel, AT_ONCE=1, BLOCK=64), (1,), (described, matrices[0]), (3, 5))
     assert len(ready()) == 3
     assert seen.direct == 5
 
@@ -150,7 +151,7 @@ def test_current_stream_and_another_device(seen: Seen, monkeypatch: pytest.Monke
         seen.stand_in.stream = stream
         for index in (1, 2):
             pointers = (Pointer(index), None if index == 3 else Pointer(index))
-            launch.launch(launch.record(add_parts_kernel, BLOCK=64), (1,), pointers, (3, 5))
+            launch.launch(launch.record(add_parts_kernel, AT_ONCE=1, BLOCK=64), (1,), pointers, (3, 5))
             assert seen.launches[-1][1] == 100 * index + stream
             functions.append(seen.launches[-1][2])
     assert functions[:2] == functions[2:]
@@ -160,7 +161,7 @@ def test_current_stream_and_another_device(seen: Seen, monkeypatch: pytest.Monke
 
 def _direct(seen: Seen) -> bool:
     before = seen.direct
-    seen.pair(launch.record(add_parts_kernel, BLOCK=64), (1,), (torch.zeros(8), torch.zeros(8)), (3, 5))
+    seen.pair(launch.record(add_parts_kernel, AT_ONCE=1, BLOCK=64), (1,), (torch.zeros(8), torch.zeros(8)), (3, 5))
     return seen.direct > before
 
 
@@ -233,7 +234,7 @@ def test_it_forgets_before_it_grows_for_ever(seen: Seen, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "MOST", 3)
     parts = torch.zeros(8)
     for BLOCK in (2, 4, 8, 16, 32, 16):
-        seen.pair(launch.record(add_parts_kernel, BLOCK=BLOCK), (1,), (parts, parts), (3, 8))
+        seen.pair(launch.record(add_parts_kernel, AT_ONCE=1, BLOCK=BLOCK), (1,), (parts, parts), (3, 8))
     assert len(ready()) == 2
     assert seen.direct == 1
 
@@ -297,8 +298,9 @@ def test_the_benchmark_launches_every_kernel_both_ways(
     assert all((row["triton_us"], row["direct_us"]) == (500, 125) for row in rows)
     assert spent["triton"] == spent["direct"] == [row.get("launches", 1) for row in rows]
     kernels = {row["kernel"]: row["arguments"] for row in rows if "kernel" in row}
-    rest = {"rank_gemm_kernel", "reflect_backward_chunked_kernel", "mask_kernel", "grouped_total_kernel"}
+    rest = {"rank_gemm_kernel", "reflect_chunked_kernel", "reflect_sums_kernel"}
+    rest |= {"mask_kernel", "grouped_total_kernel"}
     assert set(KERNELS) - set(kernels) == rest  # of which the last needs more tokens
-    assert kernels["add_parts_kernel"] == 5
-    assert "| add_parts_kernel | 5 | 500.0 | 125.0 | 0.25 |" in capsys.readouterr().out
+    assert kernels["add_parts_kernel"] == 6
+    assert "| add_parts_kernel | 6 | 500.0 | 125.0 | 0.25 |" in capsys.readouterr().out
     assert all(module.launch is launch.launch for module in launch_overhead._launchers())

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test-interpreter)", allow_module_level=True)
 
 from delora_kernels.backends.dropout import MaskGroup
+from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.dropout import drop
 from delora_kernels.backends.triton.dy_sums import dy_sums
 from delora_kernels.backends.triton.rank_gemm import rank_gemm
@@ -58,8 +59,8 @@ def test_rows_far_apart(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("delora_kernels.backends.triton.rank_gemm.DESCRIPTORS_FROM", (99, 0))
     if name.endswith("chunked"):
         module = importlib.import_module("delora_kernels.backends.triton.reflect")
-        monkeypatch.setattr(module, "WHOLE", 0)
-        monkeypatch.setattr(module, "tile_of", lambda D: module.Tile(16, 16, 4))
+        monkeypatch.setattr(module, "LARGEST", 0)
+        monkeypatch.setattr(module, "CHUNK", tables.Tiles(16, 16, 4, 3))
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

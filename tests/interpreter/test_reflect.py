@@ -17,6 +17,7 @@ from traffic import Traffic
 from delora_kernels import functional as F
 from delora_kernels import ops, use_backend
 from delora_kernels.backends.triton import tables
+from delora_kernels.backends.triton.add_parts import add_parts
 from delora_kernels.testing.ops import formulas
 
 MODULE = importlib.import_module("delora_kernels.backends.triton.reflect")
@@ -26,8 +27,9 @@ MODULE = importlib.import_module("delora_kernels.backends.triton.reflect")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Blocks held at once, or walked in chunks of 16 features."""
     if request.param == "chunked":
-        monkeypatch.setattr(MODULE, "WHOLE", 0)
-        monkeypatch.setattr(MODULE, "tile_of", lambda D: MODULE.Tile(16, 16, 4))
+        monkeypatch.setattr(MODULE, "LARGEST", 0)
+        for tile in ("CHUNK", "SUMS"):
+            monkeypatch.setattr(MODULE, tile, tables.Tiles(16, 16, 4, 3))
     return str(request.param)
 
 
@@ -71,6 +73,15 @@ def test_random_sizes(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize("count", [8, 9, 64, 65, 200])
+def test_many_parts(count: int, seed: int) -> None:
+    """Of few elements, as the sums of a block come in: each part once, in an order that stays."""
+    parts = torch.randn(count, 3, 50, generator=torch.Generator().manual_seed(seed))
+    got, want = add_parts(parts, torch.float32), parts.double().sum(0)
+    assert (got - want).abs().max() <= count**0.5 * 2**-23 * parts.double().abs().sum(0).max()
+    assert torch.equal(got, add_parts(parts, torch.float32))
+
+
 Passes = tuple[dict[str, float], dict[str, float]]
 T, K, N = 96, 56, 72
 SIZES = {"x": T * K, "y": T * N, "W": N * K}
@@ -85,10 +96,11 @@ SIZES = {"x": T * K, "y": T * N, "W": N * K}
         ("output", ({"y": 1}, {"y": 1}), ({"y": 2}, {"y": 1}), (2, 4)),
     ],
 )
-@pytest.mark.usefixtures("way")
 def test_passes_and_launches(
-    side: str, forward: Passes, backward: Passes, launches: tuple[int, int], seed: int
+    way: str, side: str, forward: Passes, backward: Passes, launches: tuple[int, int], seed: int
 ) -> None:
+    if way == "chunked":  # a and b first, then the sums, which read both again
+        backward, launches = ({side: 2 * passes for side, passes in backward[0].items()}, backward[1]), (2, 6)
     generator = torch.Generator().manual_seed(seed)
     x, W = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((T, K), (N, K)))
     C, suffix = (K, "") if side == "input" else (N, "_out")

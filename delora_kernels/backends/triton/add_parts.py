@@ -13,10 +13,15 @@ from torch import Tensor
 
 from delora_kernels.backends.library_gemm import DyParts
 from delora_kernels.backends.triton.launch import Record, launch, planned, record
-from delora_kernels.backends.triton.tables import cdiv, power_of_2
+from delora_kernels.backends.triton.tables import MULTIPROCESSORS, cdiv, power_of_2
 
 BLOCK = 1024
 """Elements that a program adds up."""
+MANY = 64, 64
+"""Parts that are loaded together, and elements, where there are more parts than FEW, of so few
+elements that BLOCK of each would keep few multiprocessors busy.
+"""
+FEW = 8
 
 
 @triton.jit
@@ -36,14 +41,24 @@ def add(PARTS, OUT, i, parts, M):
 
 
 @triton.jit(do_not_specialize=["parts", "M"])
-def add_parts_kernel(PARTS, OUT, parts, M, BLOCK: tl.constexpr):
-    """BLOCK elements of OUT [M] = Σ_p PARTS[p]."""
-    add(PARTS, OUT, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), parts, M)
+def add_parts_kernel(PARTS, OUT, parts, M, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements of OUT [M] = Σ_p PARTS[p], of which AT_ONCE are loaded together."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if AT_ONCE == 1:
+        add(PARTS, OUT, i, parts, M)
+    else:
+        p = tl.arange(0, AT_ONCE).to(tl.int64)
+        sums = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+        for _ in range(0, parts, AT_ONCE):
+            sums += tl.load(PARTS + p[:, None] * M + i[None, :], (p[:, None] < parts) & (i[None, :] < M), 0.0)
+            p += AT_ONCE
+        tl.store(OUT + i, tl.sum(sums, 0).to(OUT.dtype.element_ty), i < M)
 
 
 @planned
-def _adding() -> Record:
-    made: Record = record(add_parts_kernel, BLOCK=BLOCK)
+def _adding(many: bool) -> Record:
+    at_once, block = MANY if many else (1, BLOCK)
+    made: Record = record(add_parts_kernel, AT_ONCE=at_once, BLOCK=block)
     return made
 
 
@@ -57,7 +72,8 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     out = parts.new_empty(shape, dtype=dtype)
     M = out.numel()
     if M:
-        launch(_adding(), (-(-M // BLOCK),), (parts, out), (count, M))
+        many = count > FEW and M <= MULTIPROCESSORS * BLOCK
+        launch(_adding(many), (-(-M // (MANY[1] if many else BLOCK)),), (parts, out), (count, M))
     return out
 
 
