@@ -2,7 +2,7 @@
 
 python -m benchmarks.report FILE...  # report.md and plots of each, into runs/report-<name>
 python -m benchmarks.report FILE --base OTHER        # what changed between two
-python -m benchmarks.report --readme  # write the figures of README and docs/goat.md from records
+python -m benchmarks.report --readme  # write the figures of README and docs from records
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.readme:
             for page in readme.PAGES:
-                page.write_text(readme.written(page.read_text(encoding="utf-8")), encoding="utf-8")
+                page.write_text(readme.written(page.read_text(encoding="utf-8"), page), encoding="utf-8")
         for path in args.files:
             _show(path, args.base, args.out or Path("runs") / f"report-{path.stem}")
     except (OSError, ValueError) as error:

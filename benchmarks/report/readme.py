@@ -1,5 +1,5 @@
-"""The figures of README and docs/goat.md, each between two comments that name a kind and the record
-it comes from.
+"""The figures of README and of pages in docs/, each between two comments that name a kind and the
+records it comes from.
 
     <!-- figures: layer-time benchmarks/results/cpu-xeon-2c/FILE.json -->
     ...
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.method_comparison import LABELS
 from benchmarks.record import load
+from benchmarks.report import what_people_run
 from benchmarks.report.by_case import Impls, by_case, condition, device_of, name_of, peft_of
 from benchmarks.report.mixtures import over_frozen
 from benchmarks.report.reflections import at_its_place
@@ -24,14 +25,14 @@ from benchmarks.report.tables import precision_text
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "goat.md")
+PAGES = (README, ROOT / "docs" / "measurements.md", ROOT / "docs" / "goat.md")
 _BLOCK = re.compile(
-    r"(?P<head><!-- figures: (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
+    r"(?P<head><!-- figures: (?P<kind>\S+)(?P<files>(?: \S+)+) -->\n).*?(?P<foot>\n<!-- end of figures -->)", re.S
 )
 
 
-def written(text: str) -> str:
-    """Return the text of a page with every figure as its record gives it.
+def written(text: str, page: Path = README) -> str:
+    """Return the text of `page` with every figure as its records give it.
 
     Raises:
         ValueError: a block names a kind of figure that there is not, or a record that is none.
@@ -40,7 +41,9 @@ def written(text: str) -> str:
     def fill(block: re.Match[str]) -> str:
         if block["kind"] not in KINDS:
             raise ValueError(f"a page names the figures {block['kind']!r}, there are {', '.join(KINDS)}")
-        return block["head"] + KINDS[block["kind"]](ROOT / block["file"]) + block["foot"]
+        figures = KINDS[block["kind"]](*(ROOT / file for file in block["files"].split()))
+        up = "../" * len(page.relative_to(ROOT).parts[1:])
+        return block["head"] + figures.replace("](benchmarks/", f"]({up}benchmarks/") + block["foot"]
 
     return _BLOCK.sub(fill, text)
 
@@ -165,7 +168,8 @@ def methods(path: Path) -> str:
     return "\n".join(lines)
 
 
-KINDS: dict[str, Callable[[Path], str]] = {
+KINDS: dict[str, Callable[..., str]] = {
+    "what-people-run": what_people_run.table,
     "layer-time": layer_time,
     "layer-memory": layer_memory,
     "layer-range": layer_range,
