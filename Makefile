@@ -1,5 +1,6 @@
 # make test   run the tests            make demo   fine-tune a real model, eager and fused side by side
 # make test METHOD=dora  those of one method: its name is in their file, function or parameters (METHOD="dora and merge")
+# make docs   the documentation as a site, its links checked: build/docs
 # make lint   ruff and mypy            make bench  time and weigh layers and a model against PEFT on this machine
 # make test-interpreter  the Triton kernels on CPU tensors, in Triton's interpreter
 # make test-cuda-host    the CUDA kernels on CPU tensors, compiled by g++, with sanitizers and without
@@ -35,7 +36,7 @@ export PYTHONDONTWRITEBYTECODE :=
 STORED_BASES := bitsandbytes torchao hqq einops termcolor compressed-tensors loguru
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo lint bench clean
+.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo docs lint bench clean
 
 ifneq ($(and $(METHOD),$(filter -k%,$(ARGS))),)
 $(error METHOD is a -k itself, and pytest heeds the last one alone: leave the -k out of ARGS, write METHOD="$(METHOD) and ...")
@@ -105,6 +106,11 @@ test-newest: .venv-newest/installed
 demo: .venv/demo
 	$(PY) -m benchmarks.finetune $(ARGS)
 
+# Its tools read the package's source and never import it.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "build/docs/index.html"
+
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -145,6 +151,11 @@ bench: .venv/installed
 	.venv-oldest/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable '.[bench,test]'
 	@touch $@
 
+.venv-docs/installed: requirements-docs.txt constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(INSTALL) --constraint constraints.txt --requirement requirements-docs.txt
+	@touch $@
+
 .venv-newest/installed: setup.py
 	$(PYTHON_NEWEST) -m venv --clear .venv-newest
 	@echo "Installing into .venv-newest: gigabytes, many minutes"
@@ -153,4 +164,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-stored-bases .venv-oldest .venv-oldest-peft .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-stored-bases .venv-oldest .venv-oldest-peft .venv-newest .venv-docs build dist *.egg-info

@@ -33,6 +33,7 @@ BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich"]
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "safetensors", "setuptools>=77", *TRL]
 TEST += ["triton>=3.3; platform_system == 'Linux'"]  # the CPU builds of torch come without
 TEST += ["onnxscript; python_version >= '3.11'"]  # torch.onnx.export asks for it; its tests skip without
+DOCS = (ROOT / "requirements-docs.txt").read_text(encoding="utf-8").split()
 DEV = [*BENCH, *TEST, "mypy", "ruff"]  # without the three libraries: PEFT 0.18 fails beside torchao 0.18
 
 
@@ -133,6 +134,7 @@ setup(
         "torchao": TORCHAO,
         "hqq": HQQ,
         "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
         "dev": DEV,
     },

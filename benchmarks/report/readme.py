@@ -31,6 +31,11 @@ _BLOCK = re.compile(
 )
 
 
+def blocks(text: str) -> list[str]:
+    """Return the kinds of figures that a page has, in order."""
+    return [block["kind"] for block in _BLOCK.finditer(text)]
+
+
 def written(text: str, page: Path = README) -> str:
     """Return the text of `page` with every figure as its records give it.
 

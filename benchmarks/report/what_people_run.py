@@ -19,8 +19,8 @@ def table(single: Path, small_model: Path, whole_model: Path, mixture: Path, ref
     """Return the table.
 
     Args:
-        single: A record with one layer of each method, in 16 bits under autocast, of two shapes: one
-            timed, one weighed.
+        single: A record with one layer of each method, in 16 bits under autocast, of two shapes:
+            one timed, one weighed.
         small_model: One with a small Llama, trained in float32 without checkpointing.
         whole_model: One of `make demo`.
         mixture: One with GOAT beside its authors' loop.

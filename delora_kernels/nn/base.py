@@ -289,7 +289,7 @@ class AdapterLinear(MergeableLinear):
 
     Args:
         in_features, out_features, bias, dropout_p, adapter_dtype, device, dtype: as in
-        `MergeableLinear`.
+            `MergeableLinear`.
         r: Rank, ≥ 1.
         experts: E: A is `[E, r, K]` and B `[E, N, r]`; None: one pair.
 

@@ -93,6 +93,7 @@ def test_metadata(metadata: Message) -> None:
         "torchao",
         "hqq",
         "bench",
+        "docs",
         "test",
         "dev",
     ]

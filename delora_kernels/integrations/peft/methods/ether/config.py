@@ -28,7 +28,7 @@ class EtherConfig(TargetedConfig):
             side).
         dropout: Probability of dropping an element of the whole layer's input, in training mode.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
-        PEFT's LoraConfig.
+            PEFT's LoraConfig.
 
     Raises:
         TypeError, ValueError: an option does not fit; the text names it and the remedy.
@@ -64,7 +64,7 @@ class EtherPlusConfig(TargetedConfig):
         init_weights: Start v at −u, where the layer is the base layer up to rounding, as the
             authors' code does. False: v random like u; for tests.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as
-        PEFT's LoraConfig.
+            PEFT's LoraConfig.
 
     Raises:
         TypeError, ValueError: an option does not fit; the text names it and the remedy.
