@@ -57,7 +57,9 @@ def small_models(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
         return transformers.LlamaForCausalLM(config).to(dtype)
 
     def vit(name: str, num_labels: int) -> Any:
-        config = transformers.ViTConfig(**_NAMES, num_hidden_layers=2, image_size=32, patch_size=16, num_labels=num_labels)
+        config = transformers.ViTConfig(
+            **_NAMES, num_hidden_layers=2, image_size=32, patch_size=16, num_labels=num_labels
+        )
         return transformers.ViTForImageClassification(config)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", llama)

@@ -1,10 +1,13 @@
-"""What README and the recipes show: every block of Python runs, every command is one, and the
-output that is shown is what is printed.
+"""What pages say, held to the code. README and the recipes: every block of Python runs, every
+command is one, and the output that is shown is what is printed; docs/differences.md: the tests and
+the switches that it names exist; docs/api: every public name has its place.
 """
 
+import ast
 import contextlib
 import gc
 import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -15,6 +18,7 @@ import pytest
 import torch
 from pages import ROOT, Block, blocks, run, small_models
 
+import delora_kernels
 from delora_kernels import __main__ as command_line
 
 pytest.importorskip("peft")
@@ -38,8 +42,8 @@ def python_blocks(page: str) -> list[Block]:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_readme_runs_and_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block on a model with SmolLM2-135M's layers and names, narrow; the second one, which
-    measures, on two of its layers.
+    """The first block on a model with SmolLM2-135M's layers and names, narrow; the second one,
+    which measures, on two of its layers.
     """
     first, second = python_blocks("README.md")
     small_models(monkeypatch, num_hidden_layers=30)
@@ -60,7 +64,12 @@ def test_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130
     assert "not measured" in text
-    assert text.index("```python") < text.index("make demo") < text.index("| you train |") < text.index("**It won't help**")
+    assert (
+        text.index("```python")
+        < text.index("make demo")
+        < text.index("| you train |")
+        < text.index("**It won't help**")
+    )
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -113,3 +122,57 @@ def test_commands_are_commands(page: str) -> None:
                     continue
                 found += 1
     assert found or page in RECIPES
+
+
+def rows_of_differences() -> list[list[str]]:
+    """The cells of the tables of docs/differences.md."""
+    lines = (ROOT / "docs/differences.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in rows if row[0] not in ("what", "---")]
+
+
+def test_differences_are_whole() -> None:
+    rows = rows_of_differences()
+    assert len(rows) > 25
+    assert {len(row) for row in rows} == {5}
+    assert len({row[0] for row in rows}) == len(rows)
+    untested = [row[0] for row in rows if "::" not in row[3]]
+    assert untested == ["few tokens a step, small layers; generating token by token"]
+
+
+@pytest.mark.parametrize("named", sorted({row[3].strip("`") for row in rows_of_differences() if "::" in row[3]}))
+def test_a_difference_has_its_test(named: str) -> None:
+    file, _, name = named.partition("::")
+    defined = {node.name for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    assert name in defined
+
+
+@pytest.mark.parametrize("switch", sorted({row[4].strip("`") for row in rows_of_differences() if row[4]}))
+def test_a_difference_has_its_switch(switch: str) -> None:
+    """A call of a public name with arguments that it takes, or a variable that the package
+    reads.
+    """
+    variable = re.fullmatch(r"(DELORA_KERNELS_\w+)=(\w+)", switch)
+    if variable:
+        sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "delora_kernels").rglob("*.py"))
+        assert f'"{variable[1]}"' in sources
+        return
+    call = ast.parse(switch, mode="eval").body
+    assert isinstance(call, ast.Call)
+    path = ast.unparse(call.func).split(".")
+    assert path[0] == "dk"
+    found: Any = delora_kernels
+    for name in path[1:]:
+        found = getattr(found, name)
+    signature = inspect.signature(found)
+    signature.bind(*call.args, **{str(keyword.arg): None for keyword in call.keywords})
+
+
+def test_every_public_name_is_on_a_page_of_the_api() -> None:
+    modules = ("delora_kernels", *(f"delora_kernels.{name}" for name in ("functional", "nn", "bases", "reference")))
+    shown = {
+        name for path in (ROOT / "docs/api").glob("*.md") for name in re.findall(r"^::: (\S+)", path.read_text(), re.M)
+    }
+    public = {f"{module}.{name}" for module in modules for name in importlib.import_module(module).__all__}
+    pages = {*modules, "delora_kernels.__version__", "delora_kernels.flops"}  # a page each, a string, its one function
+    assert shown == public - pages | {"delora_kernels.flops.register"}
