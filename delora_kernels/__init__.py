@@ -21,6 +21,7 @@ from delora_kernels.version import __version__
 if TYPE_CHECKING:
     from delora_kernels import bases, flops, nn, reference
     from delora_kernels.diagnostics.explain import explain
+    from delora_kernels.integrations.peft.before_loading import can_accelerate
     from delora_kernels.integrations.peft.compare import compare
     from delora_kernels.integrations.peft.delora_on_stored_bases import allow_delora_on_stored_bases
     from delora_kernels.integrations.peft.export.export_lora import export_lora
@@ -52,6 +53,7 @@ __all__ = [
     "accelerate",
     "allow_delora_on_stored_bases",
     "bases",
+    "can_accelerate",
     "compare",
     "expert_report",
     "explain",
@@ -87,6 +89,7 @@ _OURS = {
 _NEED_PEFT = {
     "accelerate": "peft.fused",
     "allow_delora_on_stored_bases": "peft.delora_on_stored_bases",
+    "can_accelerate": "peft.before_loading",
     "compare": "peft.compare",
     "restore": "peft.fused",
     "export_lora": "peft.export.export_lora",

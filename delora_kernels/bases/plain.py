@@ -2,7 +2,9 @@
 shards, patches.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +156,25 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
+class _WithoutData(threading.local):
+    """Whether this thread judges modules of the meta device, whose tensors have no data yet."""
+
+    on = False
+
+
+_without_data = _WithoutData()
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Judge tensors on the meta device as those that will be in their place."""
+    _without_data.on = True
+    try:
+        yield
+    finally:
+        _without_data.on = False
+
+
 class NotLocal(str):
     """The reason of a tensor that is not whole and plain now; later it may be."""
 
@@ -169,7 +190,7 @@ def why_not_local(tensor: Tensor, name: str) -> "NotLocal | None":
         return NotLocal(f"the {name} has dtype {tensor.dtype}")
     if tensor.layout != torch.strided:
         return NotLocal(f"the {name} has layout {tensor.layout}")
-    if tensor.is_meta:
+    if tensor.is_meta and not _without_data.on:
         return NotLocal(f"the {name} is on the meta device")
     if tensor.numel() == 0:
         return NotLocal(f"the {name} is empty (sharded away, or a layer without features)")

@@ -28,6 +28,7 @@ PUBLIC = {
         "accelerate",
         "allow_delora_on_stored_bases",
         "bases",
+        "can_accelerate",
         "compare",
         "expert_report",
         "explain",

@@ -24,6 +24,8 @@ class State(str, enum.Enum):
     RANK_TERM = "rank term fused"
     """The base layer runs its own forward, and the adapter's term, fused, is added."""
     OWN_FORWARD = "own forward"
+    EXPECTED = "expected"
+    """Before a model is loaded: to be fused if the base's numbers are those of its dense form."""
 
 
 class Verdict(NamedTuple):

@@ -49,7 +49,7 @@ def test_all_of_it_in_jsons_types(seed: int) -> None:
     ]
     assert layers["second"]["reason"] == "the base layer has hooks"
     assert [each["method"] for each in found["layers"]] == ["lora"] * 3
-    assert found["totals"] == {"layers": 3, "fused": 1, "declined": 2, "deferred": 0, "rank_term": 1}
+    assert found["totals"] == {"layers": 3, "fused": 1, "declined": 2, "deferred": 0, "expected": 0, "rank_term": 1}
     assert [type(layer["reason"]) for layer in found["layers"]] == [type(None), str, str]
 
 

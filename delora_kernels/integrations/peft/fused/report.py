@@ -26,7 +26,8 @@ class LayerReport:
             "ether+", or the layer's class where the library does not know it.
         reason: Why not all of the layer runs fused as things stand, or None: it does.
         deferred: Whether only a call can tell; `reason` says why.
-        state: "fused", "rank term fused" (beside the base layer's own forward) or "own forward".
+        state: "fused", "rank term fused" (beside the base layer's own forward), "own forward", or
+            before a model is loaded "expected" (to be fused).
         backend: The backend that takes its calls, as far as that is known before one; None: it is
             not, or PEFT's own forward runs.
     """
@@ -58,11 +59,13 @@ class Report:
         layers: One for each adapter layer.
         proofs: What was found when the kernels that the layers call proved themselves; empty where
             there were none to prove, as on a CPU.
+        before_loading: Whether this is what accelerate() would do, told by can_accelerate().
     """
 
     layers: tuple[LayerReport, ...]
     _groups: Callable[[], tuple[tuple[str, ...], ...]] = field(default=tuple, repr=False, compare=False)
     proofs: tuple[Proof, ...] = field(default=(), compare=False)
+    before_loading: bool = False
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -97,15 +100,17 @@ class Report:
 
         Returns:
             `schema`, a number; `versions` and `backends` of this machine (name → None if it can
-            run, else its reason and code); `backend`; `layers`, each {`name`, `method`, `state`,
-            `fused`, `deferred`, `backend`, `code`, `reason`}; `groups`, lists of names; `proofs`,
-            each {`backend`, `function`, `dtypes`, `device`, `seconds`, `code`, `reason`}; `totals`.
+            run, else its reason and code); `backend`; `before_loading`; `layers`, each {`name`,
+            `method`, `state`, `fused`, `deferred`, `backend`, `code`, `reason`}; `groups`, lists of
+            names; `proofs`, each {`backend`, `function`, `dtypes`, `device`, `seconds`, `code`,
+            `reason`}; `totals`, numbers of layers.
         """
         return {
             "schema": SCHEMA,
             "versions": {"delora_kernels": __version__, **{name: versions.installed(name) for name in versions.TABLE}},
             "backends": {name: _with_code(reason) for name, reason in unavailable_backends().items()},
             "backend": self.backend,
+            "before_loading": self.before_loading,
             "layers": [_layer_to_dict(layer) for layer in self.layers],
             "groups": [list(group) for group in self.groups],
             "proofs": [proof._asdict() | {"code": _code(proof.reason)} for proof in self.proofs],
@@ -114,6 +119,7 @@ class Report:
                 "fused": len(self.fused),
                 "declined": len(self.declined),
                 "deferred": len(self.deferred),
+                "expected": sum(layer.state == State.EXPECTED for layer in self.layers),
                 "rank_term": sum(layer.state == State.RANK_TERM for layer in self.layers),
             },
         }
@@ -123,7 +129,10 @@ class Report:
 
     def _first_line(self) -> str:
         methods = ", ".join(f"{count} {method}" for method, count in Counter(x.method for x in self.fused).items())
-        line = f"fused {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")
+        verb = "would fuse" if self.before_loading else "fused"
+        line = f"{verb} {len(self.fused)} of {len(self.layers)} adapter layers" + (f" ({methods})" if methods else "")
+        expected = sum(layer.state == State.EXPECTED for layer in self.layers)
+        line += f", and {expected} more are expected" if expected else ""
         counts = self._backends()
         if len(counts) > 1:
             named = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
@@ -134,7 +143,10 @@ class Report:
         lines = [self._first_line()]
         beside = tuple(layer for layer in self.declined if layer.state == State.RANK_TERM)
         unfused = tuple(layer for layer in self.declined if layer.state != State.RANK_TERM)
-        titles = {"not fused": unfused, "rank term alone fused": beside, "decided at each call": self.deferred}
+        expected = tuple(layer for layer in self.deferred if layer.state == State.EXPECTED)
+        later = tuple(layer for layer in self.deferred if layer.state != State.EXPECTED)
+        titles = {"not fused": unfused, "rank term alone fused": beside}
+        titles |= {"expected to be fused": expected, "decided at each call": later}
         for title, layers in titles.items():
             for reason, count in Counter(layer.reason for layer in layers).most_common():
                 names = [layer.name for layer in layers if layer.reason == reason]

@@ -164,6 +164,13 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
     return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
 
 
+def described(model: nn.Module, function: str) -> list[tuple[LayerReport, nn.Module]]:
+    """Describe every adapter layer of a model, which is not changed."""
+    layers = _adapter_layers(model, function)
+    outer = outermost(layer for _, layer in layers)
+    return [(_describe(name, layer, outer.get(layer))[0], layer) for name, layer in layers]
+
+
 def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerReport, Verdict]:
     """Describe a layer, and say how it runs; `outer` is the outermost wrapper of the experts that
     it adapts.
