@@ -131,6 +131,7 @@ OF_LAYERS: tuple[Reason, ...] = (
             "the {} is empty (sharded away, or a layer without features)",
             "the {} has no memory now (sharded away)",
             "its {} is {}-dimensional (sharded away)",
+            "its embedding is split among devices",
         ),
     ),
     Reason(

@@ -1,10 +1,10 @@
-"""The adapter's part of a convolution's output, in plain torch: one token-sized tensor in place of
-the product, its multiple and their sum.
+"""The adapter's part of a convolution's or an embedding's output, in plain torch: one tensor of the
+output's size in place of the product, its multiple and their sum.
 
     u = y + scale · B h;   with DoRA  c ⊙ (u − bias) + bias
 
-y [batch, N, ...] is the frozen convolution's output, h [batch, r, ...] that of A; c and bias
-broadcast along the channels. Autograd differentiates torch's own operations, as often as asked.
+y is the frozen layer's output, h that of A; c and bias broadcast along the channels. Autograd
+differentiates torch's own operations, as often as asked.
 """
 
 import torch
@@ -21,9 +21,7 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         B: `[N, r]`.
         scale: Factor of the term.
     """
-    if torch.is_autocast_enabled(y.device.type):
-        B, h = B.to(y.dtype), h.to(y.dtype)
-    if y.dtype == h.dtype == B.dtype and y.numel() > 0:
+    if _is_one_product(y, h, B):
         if y.is_contiguous():
             batches = B.expand(y.shape[0], *B.shape)
             return torch.baddbmm(y.flatten(2), batches, h.flatten(2), alpha=scale).view_as(y)
@@ -33,6 +31,20 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
             return rows.view_as(last).movedim(-1, 1)
     term = torch.matmul(B, h.flatten(2)).unflatten(2, y.shape[2:])
     return y + term * scale
+
+
+def add_row_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Add y + scale · h Bᵀ, as `add_channel_term`, of y `[..., N]` and h `[..., r]`."""
+    if _is_one_product(y, h, B):
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view_as(y)
+    return y + torch.matmul(h, B.t()) * scale
+
+
+def _is_one_product(y: Tensor, h: Tensor, B: Tensor) -> bool:
+    """Whether y + scale · B h is one operation that rounds once, in y's dtype."""
+    if torch.is_autocast_enabled(y.device.type):
+        return y.dtype == torch.get_autocast_dtype(y.device.type) and y.numel() > 0
+    return y.dtype == h.dtype == B.dtype and y.numel() > 0
 
 
 def rescale_channels(u: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from output_sized import Written
 from peft_models import assert_close, config, step
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import convolution
@@ -203,23 +203,6 @@ def test_compiled(method: str, seed: int) -> None:
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     ours = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, x).items()}
     assert_close(ours, theirs)
-
-
-class Written(TorchDispatchMode):
-    """Counts the output-sized tensors that operations write."""
-
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel, self.count = numel, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **kwargs or {})
-        made = out if isinstance(out, tuple | list) else (out,)
-        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
-        for each in made:
-            if isinstance(each, Tensor) and each.numel() == self.numel:
-                self.count += each.untyped_storage().data_ptr() not in given
-        return out
 
 
 @pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 2, 4), ("dora", 3, 8)])

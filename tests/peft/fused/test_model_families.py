@@ -27,7 +27,6 @@ transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
 VOCABULARY = 53
-EMBEDDING = "lora.layer.Embedding layers are not fused"
 EXPERTS = "lora.layer.ParamWrapper layers are not fused"
 
 
@@ -112,7 +111,7 @@ FAMILIES = {
     "llama-embeddings": Family(
         _decoder("Llama"),
         6,
-        {EMBEDDING: 1},
+        {},
         ("lora", "dora"),
         {"target_modules": [*ATTENTION[:2], "embed_tokens", "lm_head"]},
         groups=2,
@@ -123,7 +122,7 @@ FAMILIES = {
     "gemma2-tied": Family(
         _decoder("Gemma2", head_dim=8),
         4,
-        {EMBEDDING: 1},
+        {},
         ("lora",),
         {"target_modules": ["o_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True},
         groups=0,

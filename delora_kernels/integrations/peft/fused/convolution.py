@@ -9,26 +9,28 @@ more; here it is one, and for DoRA two. All of it is plain torch, so that progra
 exported, and gradients differentiated, as before.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 from torch import Tensor, nn
 
-from delora_kernels import ops
-from delora_kernels.bases.plain import NotLocal, has_other_forward, parameter, why_not_local, why_not_plain
-from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.bases.plain import NotLocal, parameter, why_not_local, why_not_plain
 from delora_kernels.functional.channel_term import add_channel_term, rescale_channels
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.in_torch import (
+    Fused,
+    constant_row_norm,
+    run_in_torch,
+    verdict_in_torch,
+    why_not_now,
+    why_not_scale,
+)
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
-from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
-from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict, log_once
+from delora_kernels.integrations.peft.verdict import Verdict
 
 CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 _TORCHS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,55 +82,30 @@ class _Adapter(NamedTuple):
 
 def verdict_of_convolution(layer: Any) -> Verdict:
     """Judge how a convolution with adapters runs as it stands."""
-    plan = _plan_of(layer)
-    return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
-
-
-def is_dora(layer: Any) -> bool:
-    """Whether an active adapter of a convolution is DoRA."""
-    return any(type(layer.lora_variant.get(name)) in _VARIANTS for name in layer.active_adapters)
+    return verdict_in_torch(_plan_of(layer))
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    _, reason, fused = verdict_of_convolution(layer)
-    if fused is not None:
-        reason = _why_not_call(layer, x, args, kwargs)
-        if reason is None:
-            return fused(x)
-    log_once("an accelerated convolution runs PEFT's own forward", str(reason))
-    return peft_forward(layer, x, *args, **kwargs)
+    return run_in_torch(layer, verdict_of_convolution(layer), _why_not_call, peft_forward, x, args, kwargs)
 
 
-def _why_not_call(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why this call needs PEFT's own forward, or None."""
-    if args or any(value is not None for value in kwargs.values()):
-        return f"it is called with {', '.join(kwargs) or 'positional arguments'}"
+def _why_not_call(layer: Any, x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}"
-    if x.dim() != layer._kernel_dim:
-        return "its input has no batch dimension"
-    return None
+    return None if x.dim() == layer._kernel_dim else "its input has no batch dimension"
 
 
-def _plan_of(layer: Any) -> Callable[[Tensor], Tensor] | str:
-    reason = verdicts.reasons["lora"] or why_not_peft() or why_not_class(_peft_class(layer))
+def _plan_of(layer: Any) -> Fused | str:
+    reason = why_not_now(layer, _peft_class(layer), layer.lora_A)
     if reason is not None:
         return reason
-    if layer._disable_adapters:
-        return DISABLED
-    if layer.merged_adapters:
-        return MERGED
-    if has_other_forward(layer):
-        return "it has a forward of its own"
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not names:
-        return INACTIVE
     adapters: list[_Adapter] = []
-    for name in names:
-        adapter = _adapter(layer, name)
-        if isinstance(adapter, str):
-            return adapter
-        adapters.append(adapter)
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            adapter = _adapter(layer, name)
+            if isinstance(adapter, str):
+                return adapter
+            adapters.append(adapter)
     return partial(_run, layer, adapters)
 
 
@@ -136,7 +113,8 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
     A, B, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     if type(B) not in _TORCHS:
         return _is_a("lora_B", B)
-    reason = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
+    reason: str | None = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
+    reason = reason or why_not_scale(scale)
     if reason is not None:
         return reason
     if B.bias is not None:
@@ -145,10 +123,6 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
         return "its convolution has groups"
     if B.weight.shape[2:].numel() != 1 or {*B.stride} != {1} or {*B.padding} != {0}:
         return "its lora_B is more than a product"
-    if not isinstance(scale, Real):
-        return f"its scaling is a {type(scale).__name__}"
-    if not -math.inf < float(scale) < math.inf:
-        return "its scaling is not finite"
     magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
     if isinstance(magnitude, str):
         return magnitude
@@ -200,17 +174,6 @@ def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
         x = layer._cast_input_dtype(x, parameter(A, "weight").dtype)
         y = add_channel_term(y, A(dropout(x)), B.flatten(1), scale)
         if magnitude is not None:
-            c = magnitude.flatten() / _norm(base.weight, parameter(A, "weight"), B, scale)
+            c = magnitude.flatten() / constant_row_norm(base.weight, parameter(A, "weight"), B, scale)
             y = rescale_channels(y, c, base.bias)
     return y.to(dtype)
-
-
-def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """‖W + scale · BA‖ [N] over all but the output channels, a constant; ∞ where it is 0, for there
-    is no direction to scale.
-    """
-    acc = accumulate_dtype(weight.dtype)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        rows, A, B = weight.flatten(1), A.flatten(1).to(acc), B.flatten(1).to(acc)
-        norm: Tensor = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
-        return norm.masked_fill(norm == 0, torch.inf)

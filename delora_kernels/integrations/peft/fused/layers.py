@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, ParamWrapper
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.delora_on_stored_bases import StoredDeloraLinear
 from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.convolution import FusedConv1d, FusedConv2d, FusedConv3d
+from delora_kernels.integrations.peft.fused.embedding import FusedEmbedding
 from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
 from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
@@ -84,6 +85,7 @@ _FUSED: dict[type, type] = {
     Conv1d: FusedConv1d,
     Conv2d: FusedConv2d,
     Conv3d: FusedConv3d,
+    Embedding: FusedEmbedding,
 }
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 _derived: dict[tuple[type, ...], type] = {}

@@ -1,18 +1,19 @@
 """accelerate() and restore(): find the adapter layers of a model, swap their classes, report."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
-from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, is_dora, verdict_of_convolution
+from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, verdict_of_convolution
+from delora_kernels.integrations.peft.fused.embedding import verdict_of_embedding
 from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
 from delora_kernels.integrations.peft.fused.grouping import Groups, check_groups, move_out, settle_in
 from delora_kernels.integrations.peft.fused.layers import (
@@ -35,8 +36,8 @@ def accelerate(
     prove: bool | None = None,
 ) -> Report:
     """Make PEFT's LoRA, rsLoRA, DoRA and DeLoRA layers on nn.Linear and Transformers' Conv1D, its
-    LoRA and DoRA layers on convolutions, and its LoRA adapters on the experts of expert models, run
-    fused, in place.
+    LoRA and DoRA layers on convolutions and embeddings, and its LoRA adapters on the experts of
+    expert models, run fused, in place.
 
     Outputs, gradients, parameters, state dict and PEFT's methods stay what they were; the numbers
     differ by rounding. Calling it again is harmless, and brings in layers that were added since.
@@ -184,11 +185,17 @@ def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerRepo
     elif outer is not None:
         verdict = verdict_of_experts(outer)
     else:
-        verdict = verdict_of_convolution(layer) if isinstance(layer, CONVOLUTIONS) else verdict_of(layer)
+        verdict = _judge(layer)(layer)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
     if isinstance(verdict.reason, NotLocal) and managed:
         return LayerReport(name, method, _SHARDED, deferred=True, state=verdict.state), verdict
     return LayerReport(name, method, verdict.reason, state=verdict.state), verdict
+
+
+def _judge(layer: nn.Module) -> Callable[[Any], Verdict]:
+    if isinstance(layer, CONVOLUTIONS):
+        return verdict_of_convolution
+    return verdict_of_embedding if isinstance(layer, Embedding) else verdict_of
 
 
 def _unknown(kind: type) -> str | None:
@@ -204,8 +211,8 @@ def _method(layer: Any) -> str:
         return "delora"
     if isinstance(layer, ParamWrapper):
         return "expert lora"
-    if isinstance(layer, CONVOLUTIONS):
-        return "dora" if is_dora(layer) else "lora"
+    if isinstance(layer, (*CONVOLUTIONS, Embedding)):
+        return "dora" if any(layer.use_dora.get(name) for name in layer.active_adapters) else "lora"
     if not lora_linear_of(layer):
         return class_name(type(layer))
     if verdicts.reasons["lora"] is not None:  # an untested PEFT, whose layer may lack what tells them apart

@@ -1,0 +1,106 @@
+"""What convolutions and embeddings are judged by alike: layers whose base runs as it is, and whose
+adapters are added to it by torch's own operations.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_kernels import ops
+from delora_kernels.bases.plain import has_other_forward
+from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.plan import why_not_class
+from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
+from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict, log_once
+
+Fused = Callable[[Tensor], Tensor]
+
+
+def verdict_in_torch(plan: Fused | str) -> Verdict:
+    """Return the verdict of a plan, or of the reason why there is none."""
+    return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
+
+
+def why_not_now(layer: Any, kind: type, adapters: Any) -> str | None:
+    """Say what a layer's state has against a fused run, or None.
+
+    Args:
+        layer: Of PEFT.
+        kind: Its class there.
+        adapters: Where it keeps its A, by adapter name.
+    """
+    reason = verdicts.reasons["lora"] or why_not_peft() or why_not_class(kind)
+    if reason is not None:
+        return reason
+    if layer._disable_adapters:
+        return DISABLED
+    if layer.merged_adapters:
+        return MERGED
+    if has_other_forward(layer):
+        return "it has a forward of its own"
+    return None if any(name in adapters for name in layer.active_adapters) else INACTIVE
+
+
+def why_not_scale(scale: Any) -> str | None:
+    """Say why a scaling can't be one's factor, or None."""
+    if not isinstance(scale, Real):
+        return f"its scaling is a {type(scale).__name__}"
+    return None if -math.inf < float(scale) < math.inf else "its scaling is not finite"
+
+
+def run_fused(run: Fused, x: Tensor) -> Tensor:
+    """Run what a plan found."""
+    return run(x)
+
+
+def run_in_torch(
+    layer: Any,
+    verdict: Verdict,
+    why_not_call: Callable[..., str | None],
+    peft_forward: Callable[..., Tensor],
+    x: Tensor,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Run a call fused, or by PEFT's own forward and say why in the log.
+
+    Args:
+        layer: The layer.
+        verdict: On it.
+        why_not_call: (layer, x) → why such an input needs PEFT's own forward, or None.
+        peft_forward: That forward.
+        x, args, kwargs: Of the call.
+    """
+    reason = verdict.reason
+    if verdict.run is not None:
+        more = args or any(value is not None for value in kwargs.values())
+        reason = f"it is called with {', '.join(kwargs) or 'positional arguments'}" if more else why_not_call(layer, x)
+        if reason is None:
+            return run_fused(verdict.run, x)
+    log_once("an accelerated layer runs PEFT's own forward", str(reason))
+    return peft_forward(layer, x, *args, **kwargs)
+
+
+def constant_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Compute DoRA's ‖W + scale · BA‖ by rows, without BA and without a gradient; ∞ where it is 0,
+    for there is no direction to scale.
+
+    Args:
+        weight: W, `[N, ...]`: a row is all but the first dimension.
+        A: `[r, ...]` likewise.
+        B: `[N, r]`, or with more dimensions of size 1.
+        scale: Factor of the update.
+
+    Returns:
+        `[N]`, in float32 or wider.
+    """
+    acc = accumulate_dtype(weight.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        rows, A, B = weight.flatten(1), A.flatten(1).to(acc), B.flatten(1).to(acc)
+        norm: Tensor = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
+        return norm.masked_fill(norm == 0, torch.inf)
