@@ -217,3 +217,32 @@ def test_output_sized_tensors(method: str, ours: int, theirs: int, seed: int) ->
         counts.append(written.count)
         dk.accelerate(made)
     assert counts == [theirs, ours]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_exported(method: str, strict: bool, seed: int) -> None:
+    """A program in plain torch."""
+    made, x = adapted(method, seed).eval(), images(seed)
+    layer = made.base_model.model.first
+    dk.accelerate(made, strict=True)
+    expected = layer(x)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), strict=strict)
+    assert "delora_kernels" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_transforms(seed: int) -> None:
+    """torch.func differentiates the layer as PEFT's."""
+    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    values = dict(made.named_parameters())
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(made, values, (x,))
+        return y.square().sum()
+
+    theirs = torch.func.grad(total)(values)
+    dk.accelerate(made, strict=True)
+    for name, ours in torch.func.grad(total)(values).items():
+        torch.testing.assert_close(ours, theirs[name], rtol=1e-10, atol=1e-10)

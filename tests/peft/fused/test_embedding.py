@@ -130,7 +130,7 @@ DECLINED: dict[str, tuple[str, Callable[[Any], object], str]] = {
     ),
     "split": (
         "lora",
-        lambda made: made.base_model.model.table.output_fns.update(default=lambda y: y * 2),
+        lambda made: setattr(made.base_model.model.table, "output_fns", {"default": lambda y: y * 2}),
         "its embedding is split among devices",
     ),
 }
@@ -188,3 +188,32 @@ def test_tensors_that_are_written(method: str, ours: tuple[int, int], theirs: tu
         counts.append(tuple(found))
         dk.accelerate(made)
     assert counts == [theirs, ours]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_exported(method: str, strict: bool, seed: int) -> None:
+    """A program in plain torch."""
+    made, x = adapted(method, seed).eval(), tokens(seed)
+    layer = made.base_model.model.table
+    dk.accelerate(made, strict=True)
+    expected = layer(x)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), strict=strict)
+    assert "delora_kernels" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+def test_transforms(seed: int) -> None:
+    """torch.func differentiates the layer as PEFT's."""
+    made, x = adapted("dora", seed, dtype=torch.float64), tokens(seed)
+    values = dict(made.named_parameters())
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(made, values, (x,))
+        return y.square().sum()
+
+    theirs = torch.func.grad(total)(values)
+    dk.accelerate(made, strict=True)
+    for name, ours in torch.func.grad(total)(values).items():
+        torch.testing.assert_close(ours, theirs[name], rtol=1e-10, atol=1e-10)

@@ -50,7 +50,7 @@ def settle_in(layers: Mapping[str, nn.Module], fresh: Collection[str], groups: b
     """
     if groups is True:
         families: dict[str, list[nn.Module]] = {}
-        for name in fresh:
+        for name in (each for each in fresh if hasattr(layers[each], "read_plan")):
             families.setdefault(name.rpartition(".")[0], []).append(layers[name])
         for siblings in families.values():
             if len(siblings) > 1:
