@@ -70,6 +70,7 @@ def _build_cuda(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     """Measure a model; the exit status."""
+    options.device = _of_this_rank(options.device)
     reason = _why_no_device(options.device)
     if reason is not None:
         return _refuse(reason, "compare")
@@ -85,6 +86,12 @@ def _compare(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(comparison.to_dict(), indent=1) if options.json else comparison)
     return 130 if comparison.interrupted else 0  # 128 + SIGINT, as a shell reports it
+
+
+def _of_this_rank(device: str) -> str:
+    """Return the device that a launcher means this process to use, where "cuda" leaves it open."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -251,5 +251,11 @@ OF_LAYERS: tuple[Reason, ...] = (
             "its factors do not fit the experts' weights",
         ),
     ),
+    Reason(
+        "bypassed",
+        "the layer's parent computes it past its forward, by Unsloth's or axolotl's LoRA kernels",
+        "choose one of the two: load the model without Unsloth, or set axolotl's lora_*_kernel to false",
+        ("its parent's {} is {}, which computes it past its own forward",),
+    ),
 )
 """What is on the list stays; new ones go to its end."""

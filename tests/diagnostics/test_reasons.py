@@ -21,7 +21,7 @@ dropout adapter-parts dora-cache layer-class patched hooks base-class no-plain-t
 peft-version packed-weight-unreadable packed-weight-broken base-quantises-input base-not-compared base-check-raised
 experts-unknown experts-parametrized experts-parameters call-arguments input-kind input-dtype transforms
 backend-not-here backend-not-for-cpu backend-limits kernels-wrong kernels-unproved
-base-check-later base-own-forward delora-on-stored-base convolution experts-stored
+base-check-later base-own-forward delora-on-stored-base convolution experts-stored bypassed
 """
 """The list as it was released: it is only ever continued."""
 

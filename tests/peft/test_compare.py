@@ -349,6 +349,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: 
     assert "r=4" in found["facts"]["model"]
 
 
+def test_under_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank measures on its own device, and the first one prints."""
+    tiny_llama.llama("lora", 0, blocks=1).config.save_pretrained(tmp_path)
+    arguments = ["compare", "--model", str(tmp_path), "--seq-len", "4", "--steps", "1", "--device"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main([*arguments, "cpu"]) == 0
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main([*arguments, "cuda"]) == 2
+    assert "--device cuda:1: this machine has 1 CUDA devices" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import expert_models
+import peft
 import peft_models
 import pytest
 import stand_in_backends
@@ -72,6 +73,28 @@ def test_several_adapters_are_one_call(stand_ins: dict[str, Any], seed: int) -> 
     assert {(case.function, case.rank) for case in proof._verdicts} == {("lora_linear", 32)}
     model(torch.randn(5, 12)).sum().backward()
     assert {case.rank for case in proof._verdicts} == {32}
+
+
+@pytest.mark.parametrize("method", ["goat", "ether"])
+def test_layers_of_the_librarys_own_methods(method: str, stand_ins: dict[str, Any], seed: int) -> None:
+    dk.register_peft_methods()
+    targets = {"target_modules": ["first", "third"]}
+    config: Any = (
+        dk.EtherConfig(**targets)
+        if method == "ether"
+        else dk.GoatConfig(r=2, num_experts=2, top_k=1, dropout=0.1, **targets)
+    )
+    torch.manual_seed(seed)
+    model: Any = peft.get_peft_model(peft_models.Small(False), config)
+    before = torch.get_rng_state()
+    report = dk.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(report).startswith(f"fused 2 of 2 adapter layers (2 {method}) on the triton backend")
+    known = dict(proof._verdicts)
+    for mode in (True, False):
+        model.train(mode)(torch.randn(5, 12)).sum().backward()
+    assert proof._verdicts == known
+    assert {case.function for case in known} == {"ether_linear" if method == "ether" else "moe_lora_linear"}
 
 
 def test_experts_are_one_call_of_their_outermost_wrapper(stand_ins: dict[str, Any], seed: int) -> None:

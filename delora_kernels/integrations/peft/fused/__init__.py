@@ -15,6 +15,7 @@ LoRA, DoRA or DeLoRA linear runs PEFT's own forward.
     experts_block.py the experts on their tokens, with adapters
     expected_calls.py the calls that a layer will make
     proving.py       their kernels prove themselves before training
+    bypassed.py      layers that their parents compute past their forward
     report.py        what accelerate() returns
 """
 

@@ -40,14 +40,23 @@ def calls_of(layer: nn.Module, verdict: Verdict, outer: nn.Module | None) -> lis
         calls = [_of_linear(layer, verdict.run)] if outer is None else list(_of_experts(outer))
     except (TypeError, ValueError, RuntimeError):  # a call that would raise: the layer's own says so
         return []
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
     found = [call for call in calls if call is not None]
-    return found + [_otherwise(call) for call in found if drops and hasattr(call, "seed")]
+    return found + [_otherwise(call) for call in found if _may_drop(layer) and hasattr(call, "seed")]
+
+
+def _may_drop(layer: Any) -> bool:
+    """Whether a layer drops in training: by a module, or by an option of the library's own
+    methods.
+    """
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+    return modules or any(getattr(config, "dropout", 0) for config in getattr(layer, "options", {}).values())
 
 
 def _of_linear(layer: Any, run: Any) -> AnyCall | None:
-    """Return the call that a linear's plan makes of x, without running it."""
+    """Return the call that a linear makes of x, without running it."""
     base = base_in(layer.get_base_layer())
+    if run is None and hasattr(type(layer), "fused_method"):
+        run = layer.forward  # of the library's own methods
     if run is None or isinstance(base, str):
         return None
     dtype = base.weight.dtype

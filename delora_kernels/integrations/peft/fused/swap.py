@@ -12,6 +12,7 @@ from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
+from delora_kernels.integrations.peft.fused.bypassed import why_bypassed
 from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, verdict_of_convolution
 from delora_kernels.integrations.peft.fused.embedding import verdict_of_embedding
 from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
@@ -128,7 +129,8 @@ def _judged(model: nn.Module, function: str, prove: bool | None) -> tuple[Report
         )
     groups = Groups({layer: name for name, layer in layers})
     outer = outermost(layer for _, layer in layers)
-    described = {name: _describe(name, layer, outer.get(layer)) for name, layer in layers}
+    parents = _parents(model)
+    described = {name: _describe(name, layer, outer.get(layer), parents.get(layer)) for name, layer in layers}
     judged = {name: (layer, described[name][1]) for name, layer in layers}
     calls = calls_by_layer(judged, outer)
     device = next((p.device.type for p in model.parameters()), "cpu")
@@ -169,10 +171,15 @@ def described(model: nn.Module, function: str) -> list[tuple[LayerReport, nn.Mod
     """Describe every adapter layer of a model, which is not changed."""
     layers = _adapter_layers(model, function)
     outer = outermost(layer for _, layer in layers)
-    return [(_describe(name, layer, outer.get(layer))[0], layer) for name, layer in layers]
+    return [(_describe(name, layer, outer.get(layer), None)[0], layer) for name, layer in layers]
 
 
-def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerReport, Verdict]:
+def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return each module's parent."""
+    return {child: parent for parent in model.modules() for child in parent.children()}
+
+
+def _describe(name: str, layer: Any, outer: nn.Module | None, parent: nn.Module | None) -> tuple[LayerReport, Verdict]:
     """Describe a layer, and say how it runs; `outer` is the outermost wrapper of the experts that
     it adapts.
     """
@@ -186,6 +193,9 @@ def _describe(name: str, layer: Any, outer: nn.Module | None) -> tuple[LayerRepo
         verdict = verdict_of_experts(outer)
     else:
         verdict = _judge(layer)(layer)
+    bypassed = why_bypassed(parent, name.rpartition(".")[2])
+    if bypassed is not None:
+        verdict = Verdict(State.OWN_FORWARD, bypassed)
     managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in layer.modules())
     if isinstance(verdict.reason, NotLocal) and managed:
         return LayerReport(name, method, _SHARDED, deferred=True, state=verdict.state), verdict

@@ -1,0 +1,89 @@
+"""Beside libraries that change a model's modules too: what the report says, and what runs."""
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import tiny_llama
+import torch
+from fused_count import counted
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+import delora_kernels as dk
+
+
+def function_of(module: str, name: str, body: Any) -> Any:
+    """A function as it would be of another library."""
+    body.__module__, body.__name__ = module, name
+    return body
+
+
+def block_of(model: Any) -> Any:
+    return model.base_model.model.model.layers[0]
+
+
+def liger_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """What Liger puts on an MLP: the product of gate and up is its own, the linears are called."""
+    y: Tensor = mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return y
+
+
+def test_liger_calls_the_layers(seed: int) -> None:
+    """Norms, rotary embedding, MLP product and loss are Liger's, the adapters' layers run fused."""
+    model = tiny_llama.llama("lora", seed, blocks=1)
+    plain = model(tiny_llama.tokens(seed, 2, 6)).logits
+    mlp = block_of(model).mlp
+    mlp.forward = MethodType(function_of("liger_kernel.transformers.swiglu", "forward", liger_mlp), mlp)
+    report = dk.accelerate(model)
+    assert len(report.fused) == 7
+    with counted() as passes:
+        found = model(tiny_llama.tokens(seed, 2, 6)).logits
+    assert len(passes) == 7
+    assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["unsloth.kernels.fast_lora", "axolotl.kernels.lora"])
+@pytest.mark.parametrize("bound", [True, False])
+def test_layers_that_are_computed_past_their_forward(library: str, bound: bool, seed: int) -> None:
+    """Unsloth's and axolotl's LoRA kernels: these layers are declined, the others fused."""
+    model = tiny_llama.llama("lora", seed, blocks=1)
+    block = block_of(model)
+
+    def apply(name: str, owner: Any, attribute: str) -> None:
+        given = function_of(library, name, lambda module, x: x)
+        setattr(owner, attribute, MethodType(given, owner) if bound else given)
+
+    apply("apply_lora_mlp_swiglu", block.mlp, "forward")
+    apply("apply_lora_qkv", block.self_attn, "apply_qkv")
+    apply("original_apply_o", block.self_attn, "apply_o")
+    report = dk.accelerate(model)
+    assert [layer.name.rpartition(".")[2] for layer in report.fused] == ["o_proj"]
+    assert {layer.code for layer in report.declined} == {"bypassed"}
+    root = library.partition(".")[0]
+    reasons = {layer.name.rpartition(".")[2]: layer.reason for layer in report.declined}
+    assert reasons["up_proj"] == (
+        f"its parent's forward is {root}'s apply_lora_mlp_swiglu, which computes it past its own forward"
+    )
+    assert str(reasons["q_proj"]).startswith(f"its parent's apply_qkv is {root}'s apply_lora_qkv")
+    with pytest.raises(RuntimeError, match="strict=True, but not every adapter layer can be fused"):
+        dk.accelerate(model, strict=True)
+
+
+def test_a_replaced_forward_of_pefts_layer(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """What Unsloth's compiled modules put there runs, and the report says so."""
+    seen: list[nn.Module] = []
+
+    def unsloth_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(layer)
+        y: Tensor = layer.base_layer(x)
+        return y
+
+    model = tiny_llama.llama("lora", seed, blocks=1)
+    monkeypatch.setattr(LoraLinear, "forward", unsloth_forward)
+    report = dk.accelerate(model)
+    assert {(layer.code, layer.reason) for layer in report.layers} == {
+        ("patched", "lora.layer.Linear.forward has been replaced")
+    }
+    model(tiny_llama.tokens(seed, 1, 3))
+    assert len(seen) == 7
