@@ -56,6 +56,13 @@ def rescale_channels(u: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
         bias: `[N]` or None.
     """
     shape = (-1, *(1,) * (u.dim() - 2))
-    if bias is None:
-        return u * c.view(shape)
-    return torch.addcmul(((1 - c) * bias).view(shape), u, c.view(shape))
+    return _rescaled(u, c.view(shape), None if bias is None else bias.view(shape))
+
+
+def rescale_rows(u: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the same of u `[..., N]`."""
+    return _rescaled(u, c, bias)
+
+
+def _rescaled(u: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    return u * c if bias is None else torch.addcmul((1 - c) * bias, u, c)

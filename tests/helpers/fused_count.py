@@ -11,7 +11,7 @@ from torch import Tensor
 
 from delora_kernels.autograd import function
 from delora_kernels.functional import straight
-from delora_kernels.integrations.peft.fused import in_torch
+from delora_kernels.integrations.peft.fused import in_torch, plan
 
 
 @contextmanager
@@ -32,4 +32,6 @@ def counted() -> Iterator[list[int]]:
         patch.setattr(function, "run", counting)
         patch.setattr(straight, "shared_direct", counting_all)
         patch.setattr(in_torch, "run_fused", lambda of, x: passes.append(1) or of(x))
+        one_by_one = plan.run_one_by_one
+        patch.setattr(plan, "run_one_by_one", lambda *arguments: passes.append(1) or one_by_one(*arguments))
         yield passes

@@ -80,6 +80,16 @@ def _merged_and_back(made: Any, method: str, _: Path) -> None:
     made.unmerge_adapter()
 
 
+def _lora_too(made: Any, method: str, _: Path) -> None:
+    add(made, "other", "lora", r=5, target_modules=["first", "third"])
+    made.base_model.set_adapter(["default", "other"])
+
+
+def _lora_first(made: Any, method: str, _: Path) -> None:
+    add(made, "other", "lora", r=5, target_modules=["first", "second"], lora_bias=True)
+    made.base_model.set_adapter(["other", "default"])
+
+
 def _one_merged(made: Any, method: str, _: Path) -> None:
     _several(made, method, _)
     made.merge_adapter(adapter_names=["other"])
@@ -185,10 +195,12 @@ CASES = {
     "active adapter deleted": Case(_deleted, 3),
     "only adapter deleted": Case(_all_deleted, 0),
     "several active": Case(_several, 3, ("lora", "rslora", "delora")),
-    "several active, DoRA": Case(_several, 1, ("dora",)),
+    "several active, DoRA": Case(_several, 3, ("dora",)),
+    "LoRA beside DoRA": Case(_lora_too, 3, ("dora",)),
+    "LoRA with a bias before DoRA": Case(_lora_first, 3, ("dora",)),
     "one of several merged": Case(_one_merged, 1),
     "one of several merged and unmerged": Case(_one_merged_and_back, 3, ("lora", "rslora", "delora")),
-    "one of several merged and unmerged, DoRA": Case(_one_merged_and_back, 1, ("dora",)),
+    "one of several merged and unmerged, DoRA": Case(_one_merged_and_back, 3, ("dora",)),
     "merged, then disabled once": Case(_merged_then_disabled_once, 3),
     "disabled": Case(_disabled, 0),
     "disabled and enabled": Case(_disabled_and_enabled, 3),

@@ -23,12 +23,12 @@ from delora_kernels.functional.channel_term import add_channel_term, rescale_cha
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
     Fused,
-    constant_row_norm,
     run_in_torch,
     verdict_in_torch,
     why_not_now,
     why_not_scale,
 )
+from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
 from delora_kernels.integrations.peft.verdict import Verdict
 

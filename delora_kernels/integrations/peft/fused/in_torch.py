@@ -7,14 +7,9 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from delora_kernels import ops
 from delora_kernels.bases.plain import has_other_forward
-from delora_kernels.checks import active_transform
-from delora_kernels.dtypes import accumulate_dtype
-from delora_kernels.functional.common import exporting
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.plan import why_not_class
 from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
@@ -86,27 +81,3 @@ def run_in_torch(
             return run_fused(verdict.run, x)
     log_once("an accelerated layer runs PEFT's own forward", str(reason))
     return peft_forward(layer, x, *args, **kwargs)
-
-
-def constant_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Compute DoRA's ‖W + scale · BA‖ by rows, without a gradient and (but in a program that is
-    exported, and under transforms) without BA; ∞ where it is 0, for there is no direction to scale.
-
-    Args:
-        weight: W, `[N, ...]`: a row is all but the first dimension.
-        A: `[r, ...]` likewise.
-        B: `[N, r]`, or with more dimensions of size 1.
-        scale: Factor of the update.
-
-    Returns:
-        `[N]`, in float32 or wider.
-    """
-    acc = accumulate_dtype(weight.dtype)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        rows, A, B = weight.flatten(1), A.flatten(1).to(acc), B.flatten(1).to(acc)
-        norm: Tensor
-        if exporting() or active_transform((weight, A, B)) is not None:
-            norm = torch.linalg.vector_norm(torch.addmm(rows.to(acc), B, A, alpha=scale), dim=1)
-        else:
-            norm = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
-        return norm.masked_fill(norm == 0, torch.inf)

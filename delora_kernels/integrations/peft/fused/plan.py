@@ -39,6 +39,7 @@ from delora_kernels.integrations.peft.fused.beside_base import (
     stack,
     sum_of_biases,
 )
+from delora_kernels.integrations.peft.fused.one_by_one import run_one_by_one
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.stored_bases import (
     StoredRun,
@@ -299,7 +300,10 @@ def _delora_adapter(layer: Any, name: str) -> Adapter | str:
 
 def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
-        if any("magnitude" in adapter.tensors for adapter in adapters):
+        rescales = [adapter for adapter in adapters if "magnitude" in adapter.tensors]
+        if rescales and isinstance(base, PlainBase) and not any(adapter.dropout_p for adapter in rescales):
+            return partial(run_one_by_one, adapters, base)
+        if rescales:
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
         return partial(_with_bias, partial(_stacked, as_they_are, adapters, base), adapters, {"bias": base.bias})
     adapter, tensors = adapters[0], adapters[0].tensors
