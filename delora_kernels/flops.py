@@ -9,6 +9,7 @@ A reflection counts: x·û and the update by û are products of every block with
 and whatever else goes element by element do not, here or there.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def _gemm(rows: int, inner: int, columns: int) -> int:
 
 
 def _row_norm(weight: Any, A_hat: Any, *_: Any) -> int:
-    return _gemm(weight[0], A_hat[0], weight[1])
+    return math.prod(weight[:-2]) * _gemm(weight[-2], A_hat[-2], weight[-1])
 
 
 def _project(x: Any, A_hat: Any, masks: Masks) -> int:

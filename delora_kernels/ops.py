@@ -77,11 +77,13 @@ def row_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DoRA's norm ‖W_o + scale · B̂_o Â‖₂ of every row o, c = m / ‖·‖ (0 where the norm is 0), both
     [N] (acc), and if `scaled` c ⊙ W [N, K] in W's dtype; without a magnitude m the last two have
-    size 0. B̂Â is never materialised whole.
+    size 0. B̂Â is never materialised whole. Of W, Â, B̂ and m of experts, [E, ...], all are [E, N];
+    `scaled` is not for them.
     """
+    rows = weight.shape[:-1]
     return (
-        _acc(weight, weight.shape[0]),
-        _acc(weight, 0 if magnitude is None else weight.shape[0]),
+        _acc(weight, *rows),
+        _acc(weight, *((0,) if magnitude is None else rows)),
         weight.new_empty(weight.shape if scaled else 0),
     )
 

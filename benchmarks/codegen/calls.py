@@ -23,8 +23,9 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 
 
 class Layer(NamedTuple):
-    """One adapted linear: method (a key of METHODS), sizes, rank (of each expert), experts and how
-    many of them a token takes; out-features of siblings that share its input.
+    """One adapted linear: method (a key of METHODS, or "grouped-lora": the experts of a model),
+    sizes, rank (of each expert), experts and how many of them a token takes; out-features of
+    siblings that share its input.
     """
 
     method: str
@@ -82,16 +83,19 @@ def looked_at() -> Iterator[Layer]:
         yield Layer("lora", 4096, 4096, r, dropout_p=0.1)
         yield Layer("lora", 4096, 4096, r, precision="bf16-fp32")
         yield Layer("dora", 4096, 4096, r, precision="bf16-fp32")
+        for dropout_p in (0.0, 0.1):
+            yield Layer("grouped-lora", 2048, 1536, r, E=128, k=8, dropout_p=dropout_p, T=4096)  # Qwen3-30B-A3B's
 
 
 def steps_of(layer: Layer, capability: tuple[int, int] = (9, 0)) -> list[Launch | Gemm | Other]:
     """Return what one forward and backward pass launches on a device of this compute capability."""
     case = Case(layer.method, "", layer.T, layer.K, layer.N, layer.r, layer.precision, E=layer.E, k=layer.k)
-    made = _blank(case)
-    dy, spec = made.pop("grad_out"), methods.METHODS[layer.method]
+    grouped = layer.method == "grouped-lora"
+    made = _experts(layer) if grouped else _blank(case)
+    dy, spec = made.pop("grad_out"), methods.METHODS["lora" if grouped else layer.method]
     if layer.dropout_p:
         made |= {"dropout_p": layer.dropout_p, "seed": 1}
-    function, gradients = getattr(functional, spec.function), [dy]
+    function, gradients = getattr(functional, "grouped_lora_linear" if grouped else spec.function), [dy]
     for name in ("x", *spec.trained):
         made[name].requires_grad_()
     if layer.siblings:
@@ -117,6 +121,18 @@ class _Shapes(methods.Draw):
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _experts(layer: Layer) -> dict[str, Any]:
+    """Return the inputs of an expert model's linear, its rows in equal parts, in memory that nobody
+    wrote.
+    """
+    E, K, N, r, rows = layer.E or 1, layer.K, layer.N, layer.r, layer.T * (layer.k or 1)
+    dtype, adapter_dtype, *_ = PRECISIONS[layer.precision]
+    made: dict[str, Any] = {"x": torch.empty(rows, K, dtype=dtype), "weight": torch.empty(E, N, K, dtype=dtype)}
+    made |= {"A": torch.empty(E, r, K, dtype=adapter_dtype), "B": torch.empty(E, N, r, dtype=adapter_dtype)}
+    offsets = torch.arange(1, E + 1) * (rows // E)
+    return made | {"offsets": offsets, "scale": methods.SCALE, "grad_out": torch.empty(rows, N, dtype=dtype)}
 
 
 def _blank(case: Case) -> dict[str, Any]:

@@ -110,7 +110,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "token_sums": ("", "vectors", "term", "dropout"),
     "dy_sums": ("", "dots"),
     "rank_update": ("", "prefill", "dropout", "turns"),
-    "row_norm": ("", "scaled", "low", "turns"),
+    "row_norm": ("", "scaled", "low", "turns", "experts"),
     "grouped_times_small": ("", "dropout"),
     "grouped_update": ("dropout",),
     "grouped_sums": ("vectors", "dropout"),
@@ -190,6 +190,7 @@ def _tabled(
         constants = dict.fromkeys(UNIT_STRIDES[kernel], 1) | {"INTERPRETED": False, "STAGES": tile.stages}
         constants |= {"BN": BN, "BK": BK, "BR": BR}
         constants |= {"WITH_COLUMN": True, "WITH_SCALED": features == "scaled", "ONE_TURN": features != "turns"}
+        constants |= {"EXPERTS": features == "experts"}
         pointers |= {"MAGNITUDE": small, "COLUMN": "fp32"} | ({"SCALED": big} if features == "scaled" else {})
         how, precision = (0, "ieee") if big == small else (3, "tf32x3")
     if drop:

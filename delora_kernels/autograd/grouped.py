@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from delora_kernels.autograd.function import Computed, differentiable
 from delora_kernels.autograd.grouped_stored import each_dense, grouped_backward, grouped_linear
@@ -106,11 +107,16 @@ def _factor(factor: Tensor | None, o: GroupedOptions) -> Tensor | None:
 
 
 def _row_norms(call: GroupedCall, A_hat: Tensor | None, B_hat: Tensor | None, stages: Any) -> Tensor:
-    """‖W_e + scale · B_e A_e‖ by rows, [E, N]: each W_e is read once, with rows or without."""
+    """‖W_e + scale · B_e A_e‖ by rows, [E, N]: each W_e is read once, with rows or without; by one
+    call where W is there as it is multiplied.
+    """
     assert A_hat is not None
     assert B_hat is not None
-    dtype, scale = call.options.compute_dtype, call.options.scale
-    each = zip(each_dense(call.weight, dtype), A_hat, B_hat, strict=True)
+    weight, dtype, scale = call.weight, call.options.compute_dtype, call.options.scale
+    if isinstance(weight, Tensor) and weight.dtype == dtype and not is_traceable_wrapper_subclass(weight):
+        norms: Tensor = stages.row_norm(weight, A_hat, B_hat, scale, None, False)[0]
+        return norms
+    each = zip(each_dense(weight, dtype), A_hat, B_hat, strict=True)
     return torch.stack([stages.row_norm(W, A, B, scale, None, False)[0] for W, A, B in each])
 
 

@@ -46,6 +46,7 @@ PASSES: dict[str, Callable[[Tensor, dict[str, Tensor]], Any]] = {
     "rank_gemm, W": lambda w, m: rank_gemm(m["x"][:, :T].contiguous(), w, m["h"], m["s"].t(), 0.5),
     "row_norm": lambda w, m: row_norm(w, m["s"].t(), m["h"], 0.5, torch.ones(T), True),
     "row_norm, W transposed": lambda w, m: row_norm(w.t(), m["h"].t(), m["s"], 0.5, None, False),
+    "row_norm of experts": lambda w, m: row_norm(w[:, None], m["a"], m["h"][:, None], 0.5, torch.ones(T, 1), False),
     "scaled": lambda x, m: scaled(x, torch.arange(1.0, C + 1), False),
     "drop": lambda x, m: drop(x, 0.2, torch.tensor(5)),
     "reflect": lambda x, m: reflect(x, m["u"], m["v"], None),
@@ -67,7 +68,7 @@ def test_rows_far_apart(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -
         return torch.randn(*shape, generator=generator).half()
 
     made = {"x": normal(T, C), "h": normal(T, R), "s": normal(C, R), "w": normal(C, C)}
-    made |= {"u": normal(2, C // 2), "v": normal(2, C // 2)}
+    made |= {"a": normal(T, R, C), "u": normal(2, C // 2), "v": normal(2, C // 2)}
     near = normal(T, C)
     far = torch.empty((T - 1) * APART + C, dtype=near.dtype).as_strided((T, C), (APART, 1))
     assert far[-1].data_ptr() - far.data_ptr() > 2**31 * far.element_size()

@@ -20,6 +20,7 @@ from delora_kernels import use_backend
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.grouped import grouped_times_small, grouped_update
 from delora_kernels.backends.triton.grouped_sums import grouped_sums
+from delora_kernels.backends.triton.row_norm import row_norm
 from delora_kernels.testing import METHODS, measure
 from delora_kernels.testing.errors import relative_error
 
@@ -27,10 +28,8 @@ from delora_kernels.testing.errors import relative_error
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several for an expert, and several experts in the rows of one."""
-    for name in ("grouped_times_small", "grouped_update", "grouped_sums"):
+    for name in [name for name in tables.TABLES if name.startswith("grouped_")]:
         monkeypatch.setitem(tables.TABLES, name, {"16": tables.Tiles(16, 16, 4, 1)})
-    for kinds in ("mixed", "fp32"):
-        monkeypatch.delitem(tables.TABLES, f"grouped_sums {kinds}")
 
 
 PASSES = Passes("triton", grouped_times_small, grouped_update, grouped_sums)
@@ -123,3 +122,22 @@ def test_method(method: str, dtype: str, seed: int) -> None:
     with use_backend("triton"):
         problem = METHODS[method].problem(30, 24, 20, 5, dtype=narrow, adapter_dtype=wide, seed=seed)
         assert [m for m in measure(problem) if not m.ok] == []
+
+
+def test_norms_of_all_experts_by_one_launch(seed: int) -> None:
+    """DoRA's: each W is read once, whatever the experts have of the rows; W as it lies, transposed
+    too.
+    """
+    T, K, N = 40, 24, 40
+    made = arguments(seed, T, K, N)
+    made["magnitude"] = torch.ones(E, N)
+    wide = made["weight"].float() + 0.5 * made["B"].float() @ made["A"].float()
+    for weight in (made["weight"], made["weight"].mT.contiguous().mT):
+        with Traffic({"W": E * N * K}) as traffic:
+            norm, c, _ = row_norm(weight, made["A"], made["B"], 0.5, made["magnitude"], False)
+        assert (traffic.launches, traffic.read["W"], traffic.written["W"]) == (1, 1, 0)
+        torch.testing.assert_close(norm, wide.norm(dim=2), rtol=1e-5, atol=0)
+        torch.testing.assert_close(c, 1 / wide.norm(dim=2), rtol=1e-5, atol=0)
+    with use_backend("triton"), Traffic({"W": E * N * K}) as traffic:
+        F.grouped_dora_linear(**made)
+    assert traffic.launches == 4  # norms, h, GEMM, update

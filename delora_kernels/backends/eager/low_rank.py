@@ -19,11 +19,16 @@ from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescale
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time: no cancellation,
-    no BA.
+    """Take the direct form, ‖W + scale · B̂Â‖ by rows, a chunk of rows at a time, of one expert
+    after the other: no cancellation, no BA.
     """
     acc = accumulate_dtype(weight.dtype)
-    norm = updated_norm(weight, A_hat.to(acc), B_hat.to(acc), scale)
+    if weight.dim() == 3:
+        norm = weight.new_empty(weight.shape[:2], dtype=acc)
+        for own, W, A, B in zip(norm, weight, A_hat, B_hat, strict=True):
+            own.copy_(updated_norm(W, A.to(acc), B.to(acc), scale))
+    else:
+        norm = updated_norm(weight, A_hat.to(acc), B_hat.to(acc), scale)
     c = norm.new_empty(0) if magnitude is None else quotient(magnitude.to(acc), norm)
     return norm, c, (_scaled(weight, c[:, None]) if scaled else weight.new_empty(0))
 

@@ -1,5 +1,5 @@
 """DoRA's norm ‖W + scale · B̂Â‖₂ of every row and c = m / norm, from one read of W; B̂Â exists a
-tile at a time.
+tile at a time. Of several experts' matrices by one launch, each its own.
 
 On request c ⊙ W too: its rows are read a second time right after the first, from the cache.
 """
@@ -39,8 +39,9 @@ def _add_term(
 @triton.jit
 def row_norm_kernel(
     W, A, B, MAGNITUDE, NORM, COLUMN, SCALED, N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sn, stride_sk, scale,
-    WITH_COLUMN: tl.constexpr, WITH_SCALED: tl.constexpr, ONE_TURN: tl.constexpr,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sn, stride_sk,
+    stride_we, stride_ae, stride_be, scale,
+    WITH_COLUMN: tl.constexpr, WITH_SCALED: tl.constexpr, EXPERTS: tl.constexpr, ONE_TURN: tl.constexpr,
     HOW: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -48,6 +49,12 @@ def row_norm_kernel(
     lies. A loop over ranks within the loop over K keeps W from being loaded ahead: ONE_TURN has
     none.
     """
+    if EXPERTS:
+        e = tl.program_id(1).to(tl.int64)
+        W, A, B = W + e * stride_we, A + e * stride_ae, B + e * stride_be
+        NORM += e * N
+        if WITH_COLUMN:
+            COLUMN, MAGNITUDE = COLUMN + e * N, MAGNITUDE + e * N
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     r = tl.arange(0, BR)
     squares = tl.zeros((BN, BK), tl.float32)
@@ -94,12 +101,13 @@ def shape(tile: Tiles, BR: int, N: int, programs: int) -> tuple[int, int]:
 
 @planned
 def _plan(
-    integers: tuple[int, ...], kinds: str, device: torch.device, tf32: bool, column: bool, scaled: bool
-) -> tuple[Record, tuple[int]]:
+    integers: tuple[int, ...], E: int, kinds: str, device: torch.device, tf32: bool, column: bool, scaled: bool
+) -> tuple[Record, tuple[int, int]]:
     """Return the record and the grid of a launch.
 
     Args:
         integers: As the kernel takes them.
+        E: Experts; 0: a single W.
         kinds: What `dtypes` says of W and the factors.
         device: Of W.
         tf32: Of the product.
@@ -108,31 +116,36 @@ def _plan(
     N, _, R, *_ = integers
     BR = rank_tile("row_norm", R)
     tile = tiles("row_norm", BR, capability(device), kinds)
-    BN, BK = shape(tile, BR, N, multiprocessors(device))
+    BN, BK = shape(tile, BR, N * max(1, E), multiprocessors(device))
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays
     # float32
     how = WIDE if kinds == "mixed" else PLAIN
     made = record(
-        row_norm_kernel, integers, WITH_COLUMN=column, WITH_SCALED=scaled, ONE_TURN=R <= BR,
+        row_norm_kernel, integers, WITH_COLUMN=column, WITH_SCALED=scaled, EXPERTS=E > 0, ONE_TURN=R <= BR,
         HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,
         BN=BN, BK=BK, BR=BR, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    return made, (cdiv(N, BN),)
+    return made, (cdiv(N, BN), max(1, E))
 
 
 def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W has any
-    strides.
+    """‖W + scale · B̂Â‖ by rows and c = m / ‖·‖, [N] float32, and c ⊙ W [N, K]; W has any strides.
+    Of experts, [E, N].
     """
-    (N, K), R = weight.shape, A_hat.shape[0]
+    (*E, N, K), R = weight.shape, A_hat.shape[-2]
     magnitude = None if magnitude is None else magnitude.contiguous()
-    norm = weight.new_empty(N, dtype=torch.float32)
-    column = norm.new_empty(0 if magnitude is None else N)
+    norm = weight.new_empty((*E, N), dtype=torch.float32)
+    column = norm.new_empty(0 if magnitude is None else norm.shape)
     out = weight.new_empty((N, K) if scaled else 0)
-    strides = (*weight.stride(), *A_hat.stride(), *B_hat.stride(), *(out.stride() if scaled else (0, 0)))
+    if norm.numel() == 0:
+        return norm, column, out
+    each = [(0,) * (3 - M.dim()) + M.stride() for M in (weight, A_hat, B_hat)]
+    strides = [stride for _, *own in each for stride in own] + list(out.stride() if scaled else (0, 0))
+    strides += [stride for stride, *_ in each]
     kinds = "mixed" if not (B_hat.dtype == A_hat.dtype == weight.dtype) else dtypes(weight.dtype)
-    made, grid = _plan((N, K, R, *strides), kinds, weight.device, in_tf32(weight.dtype), magnitude is not None, scaled)
+    has = magnitude is not None, scaled
+    made, grid = _plan((N, K, R, *strides), E[0] if E else 0, kinds, weight.device, in_tf32(weight.dtype), *has)
     launch(made, grid, (weight, A_hat, B_hat, magnitude, norm, column, out), (), (scale,))
     return norm, column, out

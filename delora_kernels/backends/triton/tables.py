@@ -43,7 +43,9 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "rank_update mixed": {"16": Tiles(64, 64, 8, 2), "32": Tiles(64, 64, 8, 2), "64": Tiles(64, 32, 4, 2)},
     "rank_update fp32": {"16": Tiles(64, 64, 8, 2), "32": Tiles(64, 64, 8, 2), "64": Tiles(64, 32, 8, 2)},
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "grouped_times_small mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
+    "grouped_update mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "grouped_sums mixed": {"16": Tiles(32, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "grouped_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
@@ -66,6 +68,9 @@ HOPPER: dict[str, dict[str, Tiles]] = {
     "rank_update": {"16": Tiles(64, 64, 4, 3), "32": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 3)},
     "dy_sums scaled": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 128, 4, 2)},
     "dy_sums mixed": {"16": Tiles(64, 128, 4, 3), "32": Tiles(64, 64, 4, 3)},
+    "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 128, 4, 3), "128": Tiles(64, 64, 4, 3)},
+    "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 4, 3)},
+    "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
 }
 """The same for compute capability 9.0, whose wgmma reads both operands where they were loaded to:
 elsewhere tiles of that size would not fit the registers.

@@ -151,6 +151,10 @@ def _row_norm(d: OpDraw) -> Variants:
     for scaled in (False, True):
         yield made | {"magnitude": d.small(d.N), "scaled": scaled}
     yield made | {"weight": d.base(d.K, d.N).t(), "magnitude": d.small(d.N), "scaled": True}
+    E = EXPERTS
+    experts = made | {"A_hat": d.small(E, d.R, d.K), "B_hat": d.small(d.N, d.R, E).permute(2, 0, 1)}
+    yield experts | {"weight": d.base(E, d.N, d.K)}
+    yield experts | {"weight": d.base(E, d.K, d.N).mT, "magnitude": d.small(E, d.N)}
 
 
 def _project(d: OpDraw) -> Variants:

@@ -85,7 +85,7 @@ def row_norm(
     weight: Tensor, A_hat: Tensor, B_hat: Tensor, scale: float, magnitude: Tensor | None, scaled: bool
 ) -> Results:
     """‖W_o + scale · B̂_o Â‖₂ for every row o, c = m / ‖·‖, c ⊙ W."""
-    norm = (weight + scale * _mm(B_hat, A_hat)).norm(dim=1)
+    norm = (weight + scale * _mm(B_hat, A_hat)).norm(dim=-1)
     c = None if magnitude is None else _divide(magnitude, norm)
     return norm, c, None if c is None or not scaled else c[:, None] * weight
 
