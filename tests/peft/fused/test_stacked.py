@@ -163,16 +163,28 @@ def test_compiles(x: Tensor, seed: int) -> None:
         assert_close({name.removeprefix("_orig_mod."): value for name, value in ours.items()}, theirs)
 
 
-def test_dora_among_them_runs_pefts_forward(x: Tensor, seed: int) -> None:
-    """PEFT's DoRA rescales what the adapters before it gave, so that their order counts."""
-    made = model("lora", seed, dtype=torch.float64)
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("order", [("default", "second"), ("second", "default")])
+def test_dora_among_them(order: tuple[str, str], bfloat16: bool, x: Tensor, seed: int) -> None:
+    """PEFT's DoRA rescales what the adapters before it gave: their order counts."""
+    dtype = torch.bfloat16 if bfloat16 else torch.float64
+    made = model("lora", seed, dtype=dtype)
     made.add_adapter("second", config("dora", target_modules=["first"]))
+    made.base_model.set_adapter(list(order))
+    theirs = step(made, x.to(dtype))
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x.to(dtype)), theirs, dtype)
+
+
+def test_dropout_of_a_dora_among_them_is_pefts(x: Tensor, seed: int) -> None:
+    """It runs the base once more, on what is left of its input."""
+    made = model("lora", seed)
+    made.add_adapter("second", config("dora", dropout_p=0.5, target_modules=["first"]))
     made.base_model.set_adapter(["default", "second"])
-    theirs = step(made, x.double())
-    report = dk.accelerate(made)
-    (declined,) = report.declined
+    theirs = step(made, x, seed)
+    (declined,) = dk.accelerate(made).declined
     assert declined.reason == "it has 2 active adapters and one is DoRA, which rescales what the others gave"
-    assert_close(step(made, x.double()), theirs, torch.float64)
+    assert_close(step(made, x, seed), theirs)
 
 
 def test_delora_factors(seed: int) -> None:
