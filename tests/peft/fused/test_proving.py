@@ -3,6 +3,7 @@ one, and that nothing else changes.
 """
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import expert_models
@@ -62,6 +63,15 @@ def test_under_autocast_other_kernels_are_proved(stand_ins: dict[str, Any], seed
     with torch.autocast("cpu", torch.bfloat16):
         dk.warmup(model)
     assert {case.compute_dtype for case in proof._verdicts} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", ""])
+def test_the_callback_knows_the_trainers_autocast(dtype: str, stand_ins: dict[str, Any], seed: int) -> None:
+    args: Any = SimpleNamespace(bf16=dtype == "bf16", fp16=dtype == "fp16")
+    state: Any = SimpleNamespace(is_world_process_zero=False)
+    dk.AccelerateCallback().on_init_end(args, state, Any, model=peft_models.model("lora", seed))
+    expected = {"bf16": torch.bfloat16, "fp16": torch.float16, "": torch.float32}[dtype]
+    assert {case.compute_dtype for case in proof._verdicts} == {expected}
 
 
 def test_several_adapters_are_one_call(stand_ins: dict[str, Any], seed: int) -> None:
