@@ -57,9 +57,10 @@ def _apiary(method: str, seed: int) -> Any:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
-@pytest.mark.parametrize("units", ["blocks", "one of the layers"])
-@pytest.mark.parametrize("method", METHODS)
-def test_fsdp2(method: str, units: str, seed: int, process_group: None, shared: list[int], planned: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("method", "unit"), [*((method, "block") for method in METHODS), ("lora", "q"), ("delora", "k")]
+)
+def test_fsdp2(method: str, unit: str, seed: int, process_group: None, shared: list[int], planned: list[int]) -> None:
     """Blocks that are gathered whole run their groups; a layer that is a unit of its own, whose
     weights are there in its own call alone, runs alone and takes its group along.
     """
@@ -70,14 +71,14 @@ def test_fsdp2(method: str, units: str, seed: int, process_group: None, shared: 
     report = dk.accelerate(made, strict=True)
     mesh = init_device_mesh("cpu", (1,))
     for block in made.base_model.model:
-        fully_shard(block if units == "blocks" else block.attention.k, mesh=mesh)
+        fully_shard(block if unit == "block" else getattr(block.attention, unit), mesh=mesh)
     fully_shard(made, mesh=mesh)
     warm_up(made, seed)
     shared.clear()
     planned.clear()
     found = {name: _whole(value) for name, value in step(made, batch(seed)).items()}
     check_same(found, step(plain, batch(seed)), 1e-12)
-    assert shared + planned == ([3, 2] * 2 if units == "blocks" else [2] * 2)
+    assert shared + planned == ([3, 2] * 2 if unit == "block" else [2] * 2)
     assert {f"base_model.model.{number}.gate" for number in range(2)} <= {group[0] for group in report.groups}
 
 
