@@ -10,6 +10,9 @@ layer: benchmarks/layer/addmm.py) and `dk`. Their layers share the frozen weight
 
     gone = 1 − (ms − frozen) / (peft − frozen)
 
+The row `arithmetic` says how much can be gone: the frozen model's time and that of the method's own
+products, sums and AdamW, run bare on the same shapes (benchmarks/arithmetic.py).
+
 An interval holds 95 % of what the same rounds give when they are drawn anew (bootstrap): a figure
 whose interval is wide says that the machine was busy, not what the code does.
 """
@@ -30,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import delora_kernels as dk
+from benchmarks.arithmetic import Bare
 from benchmarks.layer.addmm import addmm
 from benchmarks.layer.methods import METHODS
 from benchmarks.machine import machine_info
@@ -39,6 +43,9 @@ from benchmarks.whole_model import adapted, twin
 from delora_kernels.diagnostics.overhead import gone, interval
 
 IMPLEMENTATIONS = ("frozen", "peft", "addmm", "dk")
+ARITHMETIC = "arithmetic"
+"""Names the row of what no implementation can leave out.
+"""
 
 
 class Step:
@@ -134,13 +141,17 @@ def speed_in_words(ratio: float, low: float, high: float) -> str:
 
 
 def measure(case: ModelCase, device: str, budget: Budget) -> list[dict[str, Any]]:
-    """Return a row for each implementation: ms, over the frozen model, the part of PEFT's overhead
-    that is gone.
+    """Return a row for each implementation and for the arithmetic: ms, over the frozen model, the
+    part of PEFT's overhead that is gone.
     """
     base, tokens = adapted(case, device, case.blocks), random_tokens(case, device)
+    bare = Bare(base, case.method, tokens)
     steps = {name: Step(base, case.method, name, tokens) for name in IMPLEMENTATIONS}
-    times = {name: [ms for ms, _ in spent] for name, spent in rounds(steps, clock_of(device), budget).items()}
-    rivals = dict.fromkeys(("addmm", "dk"), "peft")
+    passes = steps | {"products": bare.products, ARITHMETIC: bare.step}
+    times = {name: [ms for ms, _ in spent] for name, spent in rounds(passes, clock_of(device), budget).items()}
+    each_round = zip(times["frozen"], times[ARITHMETIC], times.pop("products"), strict=True)
+    times[ARITHMETIC] = [frozen + whole - products for frozen, whole, products in each_round]
+    rivals = dict.fromkeys(("addmm", "dk", ARITHMETIC), "peft")
     return [case.columns() | {"impl": name} | compared(times, name, rivals.get(name)) for name in times]
 
 
@@ -189,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget = Budget(seconds=0, least=options.rounds, most=options.rounds, warmup=3)
     for method in options.method or ("lora", "dora", "delora"):
         rows += measure(ModelCase(method, precision="fp32", **sizes), options.device, budget)
-        Console().print(table(rows[-len(IMPLEMENTATIONS) :]))
+        Console().print(table(rows[-len(IMPLEMENTATIONS) - 1 :]))
     write(rows, options)
     return 0
 

@@ -7,7 +7,9 @@ Below a few hundred tokens a layer's time is what the host takes from one produc
 pass is forward and backward of one layer in fp32, x needing its gradient: `frozen` (nn.Linear),
 `peft`, `addmm` (benchmarks/layer/addmm.py) and `dk` (PEFT's layer, accelerated) in turn, on the
 same tensors. The first row of a method is a layer so small that all of it is host time. The last
-line is the geometric mean of dk over addmm over the other rows.
+line is the geometric mean of dk over addmm over the other rows. Beside times, which hang on the
+machine, stands how often a pass calls torch (its operators, views included, but not what those call
+themselves).
 """
 
 import math
@@ -20,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import delora_kernels as dk
 from benchmarks.cases import Case
@@ -64,18 +67,27 @@ def passes(case: Case, device: str) -> dict[str, Callable[[], None]]:
     return {name: lambda forward=forward: step(forward) for name, forward in forwards.items()}  # type: ignore[misc]
 
 
+def calls_of_torch(run: Callable[[], None]) -> int:
+    """Return how many operators of torch a pass calls, not counting what those call themselves."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        run()
+    events = [event for event in seen.events() if event.name.startswith("aten::")]
+    return sum(event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::") for event in events)
+
+
 def measure(case: Case, device: str, budget: Budget) -> list[dict[str, Any]]:
     """Return a row for each implementation: µs, over the frozen layer, over addmm with its
     interval.
     """
-    times = {
-        name: [ms for ms, _ in spent] for name, spent in rounds(passes(case, device), clock_of(device), budget).items()
-    }
+    made = passes(case, device)
+    times = {name: [ms for ms, _ in spent] for name, spent in rounds(made, clock_of(device), budget).items()}
     rows = []
     for name, spent in times.items():
         over_addmm = interval(lambda medians, name=name: medians[name] / medians["addmm"], times)  # type: ignore[misc]
         row: dict[str, Any] = {"method": case.method, "impl": name, "T": case.T, "K": case.K, "N": case.N, "r": case.r}
         row |= {"dtype": case.precision, "median_ms": statistics.median(spent), "rounds": len(spent)}
+        row["calls_of_torch"] = calls_of_torch(made[name])
         row["ratio_to_frozen"] = row["median_ms"] / statistics.median(times["frozen"])
         rows.append(row | {"ratio_to_addmm": over_addmm[0], "addmm_interval": over_addmm[1:]})
     return rows
@@ -122,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().print(table(found))
         ours, theirs = geometric_mean(found), geometric_mean(found, "peft")
         print(f"{method}: geometric mean of dk over addmm {ours:.3f}, of peft {theirs:.3f}")
+        calls = ", ".join(f"{row['impl']} {row['calls_of_torch']}" for row in found[-len(IMPLEMENTATIONS) :])
+        print(f"{method}: calls of torch in a pass: {calls}")
         rows += found
     write(rows, options)
     return 0

@@ -19,9 +19,9 @@ from delora_kernels.autograd.function import is_batched, refuse_second_derivativ
 from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends import eager as eager_backend
 from delora_kernels.backends.eager import low_rank as eager
-from delora_kernels.backends.eager.fold import fold, fold_backward, folded
+from delora_kernels.backends.eager.fold import fold, refolded, unfold
 from delora_kernels.call import Call, Options
-from delora_kernels.op_arguments import Folded, Start, Strength
+from delora_kernels.op_arguments import Start, Strength
 
 _NO_START = Start()
 _STANDS_FOR = ("fold", "row_norm", "project", "expand", "expand_backward", "input_backward", "fold_backward")
@@ -68,8 +68,8 @@ class _Lora(torch.autograd.Function):
             return _by_stages(ctx, dy, x, Saved(x=rows(x), weight=weight, h=h, A=A, B=B))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
         dv = torch.mm(dy, B)
-        dB = eager.token_product(dy, h, scale)
-        dA = eager.product(dv.t(), tokens, scale)
+        dB = eager.token_product(dy, h, scale, B)
+        dA = eager.product(dv.t(), tokens, scale, A)
         dx = torch.mm(dy, weight).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB
 
@@ -96,10 +96,10 @@ class _Dora(torch.autograd.Function):
             return _by_stages(ctx, dy, x, kept)
         dy, scale, tokens, c_column = rows(dy), ctx.o.scale, rows(x), c[:, None]
         dv = torch.mm(dy, B * c_column)
-        dB = eager.token_product(dy, h, scale)
+        dB = eager.token_product(dy, h, scale, B)
         dm = eager.quotient(eager.token_dots(dy, base).add_((dB * B).sum(1)), norm)
         dB *= c_column
-        dA = eager.product(dv.t(), tokens, scale)
+        dA = eager.product(dv.t(), tokens, scale, A)
         dx = eager.scaled_gemm(dy, weight, c).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB, dm, None
 
@@ -123,13 +123,12 @@ class _Delora(torch.autograd.Function):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, lam=lam, weight_norm=weight_norm, a=a, b=b)
             return _by_stages(ctx, dy, x, kept)
         dy, tokens = rows(dy), rows(x)
-        A_hat, B_hat = folded(A, B, a, b, lam, weight_norm, ctx.o.eps)
-        dv = torch.mm(dy, B_hat)
+        pair = refolded(A, B, a, b, lam, weight_norm, ctx.o.eps)
+        dv = torch.mm(dy, pair.B_hat)
         dB_hat = eager.token_product(dy, h, 1.0)
         dA_hat = torch.mm(dv.t(), tokens)
-        found, strength = Folded(A, B, a, b), Strength(lam, weight_norm, ctx.o.eps)
-        dA, dB, dlam = fold_backward(dA_hat, dB_hat, found, strength)
-        dx = torch.mm(dy, weight).addmm_(dv, A_hat) if ctx.needs_input_grad[1] else None
+        dA, dB, dlam = unfold(dA_hat, dB_hat, A, B, weight_norm, pair)
+        dx = torch.mm(dy, weight).addmm_(dv, pair.A_hat) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
 
 

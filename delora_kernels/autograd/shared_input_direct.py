@@ -20,9 +20,9 @@ from delora_kernels.autograd.function import refuse_second_derivatives
 from delora_kernels.autograd.low_rank_direct import frozen_linear, is_ordinary, rows, shaped
 from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends.eager import low_rank as eager
-from delora_kernels.backends.eager.fold import fold, fold_backward, folded
+from delora_kernels.backends.eager.fold import fold, refolded, unfold
 from delora_kernels.call import Call, Options
-from delora_kernels.op_arguments import Folded, Start, Strength
+from delora_kernels.op_arguments import Start, Strength
 
 _NO_START = Start()
 _INPUTS = {"lora_linear": 4, "dora_linear": 5, "delora_linear": 6}
@@ -98,20 +98,20 @@ class _SharedInput(torch.autograd.Function):
         dv_parts = dict(zip(factors, _columns(dv, list(factors.values())), strict=True))
         dx, dB_hats = None, {}
         for i, dy in live:
-            (weight, *_), (_, B_hat, c), scale = members[i], factors[i], ctx.options[i].scale
+            (weight, *_), (_, B_hat, c, _), scale = members[i], factors[i], ctx.options[i].scale
             small = B_hat if c is None else B_hat * c[:, None]
             torch.addmm(dv_parts[i], dy, small, beta=0, alpha=scale, out=dv_parts[i])
-            dB_hats[i] = eager.token_product(dy, parts[i], scale)
+            dB_hats[i] = eager.token_product(dy, parts[i], scale, members[i][2])
             if need_x:
                 dx = _added(dx, dy, weight, c)
         dA_hat = torch.mm(dv.t(), tokens)
         if dx is not None:
-            dx.addmm_(dv, torch.cat([A_hat for A_hat, _, _ in factors.values()]))
-        dA_hats = dict(zip(factors, dA_hat.split([len(A_hat) for A_hat, _, _ in factors.values()]), strict=True))
+            dx.addmm_(dv, torch.cat([A_hat for A_hat, *_ in factors.values()]))
+        dA_hats = dict(zip(factors, dA_hat.split([len(A_hat) for A_hat, *_ in factors.values()]), strict=True))
         grads: list[Any] = [None, None, None if dx is None else shaped(dx, x)]
         for i, (o, member) in enumerate(zip(ctx.options, members, strict=True)):
             if i in factors:
-                grads += _gradients_of(o, member, dys[i], dA_hats[i], dB_hats[i])
+                grads += _gradients_of(o, member, dys[i], dA_hats[i], dB_hats[i], factors[i][-1])
             else:
                 grads += [None] * _INPUTS[o.method]
         return tuple(grads)
@@ -132,13 +132,14 @@ def _columns(matrix: Tensor, pairs: Sequence[Sequence[Any]]) -> tuple[Tensor, ..
     return matrix.split([len(pair[0]) for pair in pairs], dim=1)
 
 
-def _factors(o: Options, member: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Â, B̂ and c of a member, from what is kept of it."""
+def _factors(o: Options, member: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+    """Â, B̂, c and the folded pair of a member, from what is kept of it."""
     _, A, B, *rest = member
     if o.method == "delora_linear":
         lam, weight_norm, a, b = rest
-        return *folded(A, B, a, b, lam, weight_norm, o.eps), None
-    return A, B, (rest[0] if rest else None)
+        pair = refolded(A, B, a, b, lam, weight_norm, o.eps)
+        return pair.A_hat, pair.B_hat, None, pair
+    return A, B, (rest[0] if rest else None), None
 
 
 def _added(dx: Tensor | None, dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -146,13 +147,14 @@ def _added(dx: Tensor | None, dy: Tensor, weight: Tensor, c: Tensor | None) -> T
     return torch.mm(*eager.scaled_pair(dy, weight, c)) if dx is None else dx.addmm_(*eager.scaled_pair(dy, weight, c))
 
 
-def _gradients_of(o: Options, member: Sequence[Any], dy: Any, dA_hat: Tensor, dB_hat: Tensor) -> tuple[Any, ...]:
+def _gradients_of(
+    o: Options, member: Sequence[Any], dy: Any, dA_hat: Tensor, dB_hat: Tensor, pair: Any
+) -> tuple[Any, ...]:
     """Return the gradients of a member's inputs."""
     _, A, B, *rest = member
     if o.method == "delora_linear":
-        lam, weight_norm, a, b = rest
-        strength = Strength(lam, weight_norm, o.eps)
-        dA, dB, dlam = fold_backward(dA_hat, dB_hat, Folded(A, B, a, b), strength)
+        lam, weight_norm, *_ = rest
+        dA, dB, dlam = unfold(dA_hat, dB_hat, A, B, weight_norm, pair)
         return None, None, dA, dB, dlam.view(lam.shape), None
     if o.method == "dora_linear":
         c, norm, base = rest

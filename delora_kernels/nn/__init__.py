@@ -14,6 +14,7 @@ from delora_kernels.nn.grouped import GroupedDeLoRALinear, GroupedDoRALinear, Gr
 from delora_kernels.nn.lora import LoRALinear
 from delora_kernels.nn.moe import MoELoRALinear, set_loss_scale
 from delora_kernels.nn.parameter_groups import lambda_parameter_groups, router_parameter_groups
+from delora_kernels.nn.siblings import adapted_linears
 
 __all__ = [
     "AdapterLinear",
@@ -29,6 +30,7 @@ __all__ = [
     "LoRALinear",
     "MergeableLinear",
     "MoELoRALinear",
+    "adapted_linears",
     "convert",
     "lambda_parameter_groups",
     "load_ether_checkpoint",

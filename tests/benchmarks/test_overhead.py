@@ -82,7 +82,17 @@ def test_command_writes_a_record(
     ]
     assert overhead.main([*arguments, "--device", "cpu", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [row["impl"] for row in rows] == list(overhead.IMPLEMENTATIONS)
+    assert [row["impl"] for row in rows] == [*overhead.IMPLEMENTATIONS, overhead.ARITHMETIC]
     assert rows[0]["ratio_to_frozen"] == 1
-    assert [row["overhead_gone"] is None for row in rows] == [True, True, False, False]
-    assert capsys.readouterr().out.count("%") == 6  # a part and its interval, of two
+    assert [row["overhead_gone"] is None for row in rows] == [True, True, False, False, False]
+    assert capsys.readouterr().out.count("%") == 9  # a part and its interval, of three
+
+
+def test_arithmetic_is_what_the_frozen_model_and_the_bare_method_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bare frozen products are in the frozen model's time already."""
+    spent = {"frozen": 10.0, "peft": 16.0, "addmm": 15.0, "dk": 14.0, "products": 7.0, overhead.ARITHMETIC: 9.0}
+    monkeypatch.setattr(overhead, "rounds", lambda passes, *_: {name: [(spent[name], None)] * 3 for name in passes})
+    rows = overhead.measure(ModelCase("lora", precision="fp32", **SIZES), "cpu", overhead.Budget())
+    assert [row["median_ms"] for row in rows] == [10, 16, 15, 14, 12]
+    assert rows[-1]["ratio_to_frozen"] == 1.2
+    assert rows[-1]["overhead_gone"] == 1 - 2 / 6

@@ -30,6 +30,19 @@ def test_passes_give_the_same_gradients(method: str, monkeypatch: pytest.MonkeyP
         assert (other - found[0]).abs().max() <= 1e-5 * found[0].abs().max()
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
+def test_calls_of_torch(method: str) -> None:
+    """No more than a bare autograd Function makes, which computes h again but has no check of a
+    norm of 0; the count itself is of the operators alone.
+    """
+    passes = small_layers.passes(Case(method, "16x24", T=6, K=16, N=24, r=4, precision="fp32"), "cpu")
+    calls = {name: small_layers.calls_of_torch(run) for name, run in passes.items()}
+    assert calls["dk"] <= calls["addmm"] + (method == "dora")
+    assert calls["dk"] < calls["peft"]
+    x = torch.zeros(2, 3)
+    assert small_layers.calls_of_torch(lambda: (torch.mm(x, x.t()), x.sum(0))) == 3  # type: ignore[arg-type, return-value]
+
+
 def test_mean_is_geometric_and_leaves_the_smallest_out() -> None:
     rows: list[dict[str, Any]] = [
         {"impl": "dk", **dict(zip("TKN", small_layers.SMALLEST, strict=True)), "ratio_to_addmm": 100.0}

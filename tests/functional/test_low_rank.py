@@ -75,6 +75,7 @@ def test_every_subset_of_requires_grad(variant: str, seed: int) -> None:
 def test_chunks_cover_every_row(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors larger than one chunk: the last, shorter chunk counts too."""
     monkeypatch.setattr("delora_kernels.backends.eager.chunks.CPU_ELEMENTS", 40)
+    monkeypatch.setattr("delora_kernels.backends.eager.low_rank._IN_CACHE", 40)
     maker = Maker(seed)
     for variant in VARIANTS:
         arguments = maker.arguments(variant, T=23, K=11, N=13)

@@ -64,6 +64,7 @@ PUBLIC = {
         "LoRALinear",
         "MergeableLinear",
         "MoELoRALinear",
+        "adapted_linears",
         "convert",
         "lambda_parameter_groups",
         "load_ether_checkpoint",

@@ -1,5 +1,8 @@
 """DeLoRA's fold and its inverse for gradients, in plain torch: O(R(K + N)), never token-sized."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,28 +27,79 @@ def fold(
         A0_hat, B0_hat = folded(frozen_A, frozen_B, a0, b0, lam if frozen_lam is None else frozen_lam, weight_norm, eps)
         A_hat, B_hat = torch.cat([A_hat, A0_hat]), torch.cat([B_hat, B0_hat.neg_()], dim=1)
         a, b = torch.cat([a, a0]), torch.cat([b, b0])
-    return A_hat.to(dtype), B_hat.to(dtype), a, b
+    if dtype != acc:
+        A_hat, B_hat = A_hat.to(dtype), B_hat.to(dtype)
+    return A_hat, B_hat, a, b
 
 
 def _norms(A: Tensor, B: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.linalg.vector_norm(A.to(acc), dim=1), torch.linalg.vector_norm(B.to(acc), dim=0)
+    if A.dtype != acc or B.dtype != acc:
+        A, B = A.to(acc), B.to(acc)
+    return torch.linalg.vector_norm(A, dim=1), torch.linalg.vector_norm(B, dim=0)
 
 
 def folded(
     A: Tensor, B: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight_norm: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Â, B̂ of a pair whose norms are known, in the norms' dtype."""
-    A_hat = (A * _reciprocal(a, eps)[:, None]).mul_(weight_norm)
-    return A_hat, B * (lam.to(b.dtype).reshape(()) / A.shape[0] * _reciprocal(b, eps))
+    A_hat = (A / _clamped(a, eps).unsqueeze(1)).mul_(weight_norm)
+    return A_hat, B * (_per_rank(lam, b, len(A)) / _clamped(b, eps))
 
 
-def _reciprocal(norm: Tensor, eps: float) -> Tensor:
-    """1 / max(norm, eps); 0 for a norm of 0 without a clamp: a vector of length 0 has no
-    direction.
+def _per_rank(lam: Tensor, norm: Tensor, r: int) -> Tensor:
+    """λ / r in the dtype of a norm, without dimensions."""
+    return (lam if lam.dtype == norm.dtype else lam.to(norm.dtype)).reshape(()) / r
+
+
+def _clamped(norm: Tensor, eps: float) -> Tensor:
+    """max(norm, eps); ∞ for a norm of 0 without a clamp: a vector of length 0 has no direction."""
+    return norm.clamp_min(eps) if eps > 0 else norm.masked_fill(norm == 0, math.inf)
+
+
+class Pair(NamedTuple):
+    """A pair folded again for its backward pass, and what `unfold` takes besides.
+
+    Args:
+        A_hat, B_hat: Â [r, K], B̂ [N, r].
+        lengths: What A's rows and B's columns were divided by [2, r].
+        unclamped: Where that is their norm [2, r].
+        strength: λ / r.
+        factor: B̂ over B [r].
+        column: A over Â, but for W's norms [r, 1].
     """
-    if eps > 0:
-        return norm.clamp(min=eps).reciprocal_()
-    return torch.where(norm == 0, torch.zeros_like(norm), norm.reciprocal())
+
+    A_hat: Tensor
+    B_hat: Tensor
+    lengths: Tensor
+    unclamped: Tensor
+    strength: Tensor
+    factor: Tensor
+    column: Tensor
+
+
+def refolded(A: Tensor, B: Tensor, a: Tensor, b: Tensor, lam: Tensor, weight_norm: Tensor, eps: float) -> Pair:
+    """Return the pair again, of one dtype, from the norms that were kept."""
+    norms = torch.stack((a, b))
+    lengths, strength = _clamped(norms, eps), _per_rank(lam, b, len(a))
+    length_a, length_b = lengths.unbind()
+    column, factor = length_a.unsqueeze(1), strength / length_b
+    return Pair((A / column).mul_(weight_norm), B * factor, lengths, norms >= eps, strength, factor, column)
+
+
+def unfold(
+    dA_hat: Tensor, dB_hat: Tensor, A: Tensor, B: Tensor, weight_norm: Tensor, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA, dB in the memory of dÂ and dB̂, and dλ, of a pair that one h = x Âᵀ went through.
+
+    There ⟨dÂ, Â⟩ = ⟨dv, h⟩ = ⟨dB̂, B̂⟩, rank by rank, so that only one of them is summed.
+    """
+    _, _, lengths, unclamped, strength, factor, column = pair
+    along = (dB_hat * B).sum(0).div_(lengths[1])
+    dlam = along.mean()
+    share_a, share_b = (along.mul_(strength) / lengths).div_(lengths).mul_(unclamped).unbind()
+    dB = dB_hat.mul_(factor).addcmul_(B, share_b, value=-1)
+    dA = dA_hat.mul_(weight_norm).div_(column).addcmul_(A, share_a.unsqueeze(1), value=-1)
+    return dA, dB, dlam
 
 
 def fold_backward(
@@ -73,7 +127,7 @@ def frozen_dlam(dB_hat: Tensor, frozen_B: Tensor, b: Tensor, eps: float) -> Tens
     trained ones in dB̂ and b.
     """
     r0 = frozen_B.shape[1]
-    return (dB_hat[:, -r0:] * frozen_B * _reciprocal(b[-r0:], eps)).sum() / r0
+    return (dB_hat[:, -r0:] * frozen_B / _clamped(b[-r0:], eps)).sum() / r0
 
 
 def _normalise_backward(grad: Tensor, factor: Tensor, norm: Tensor, eps: float, dim: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +135,7 @@ def _normalise_backward(grad: Tensor, factor: Tensor, norm: Tensor, eps: float, 
 
     Without an active clamp the part of the gradient along the factor drops out.
     """
-    inverse = _reciprocal(norm, eps)
+    inverse = _clamped(norm, eps).reciprocal_()
     along = (grad * factor).sum(dim).mul_(inverse)
     remaining = (along * inverse).mul_(inverse).mul_(norm >= eps)
     return (grad * inverse.unsqueeze(dim)).addcmul_(factor, remaining.unsqueeze(dim), value=-1), along

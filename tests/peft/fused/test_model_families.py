@@ -1,5 +1,5 @@
-"""accelerate() on ten model families built from small configs: every adapter layer fused or named,
-PEFT's numbers.
+"""accelerate() on a dozen families of models from small configs: every adapter layer fused or
+named, PEFT's numbers.
 
 A row of FAMILIES records how many adapter layers PEFT makes and how many of them run fused, so that
 a layer which stops being fused without a word fails. Models run in float64 against PEFT's own
@@ -41,6 +41,7 @@ class Family:
         methods: Methods that PEFT has for its layers.
         options: More of the adapters' config.
         pixels: The input is images, not tokens.
+        sound: The input is features of sound, and tokens.
         float32_inside: Its norms round to float32 whatever its dtype is.
         groups: How many groups of layers share an input.
     """
@@ -51,6 +52,7 @@ class Family:
     methods: tuple[str, ...] = ("lora", "dora", "delora")
     options: dict[str, Any] = field(default_factory=dict)
     pixels: bool = False
+    sound: bool = False
     float32_inside: bool = True
     groups: int = 4
 
@@ -101,6 +103,19 @@ def _t5() -> nn.Module:
     return made
 
 
+def _neox() -> nn.Module:
+    return _causal("GPTNeoX", vocab_size=VOCABULARY, max_position_embeddings=16, **_ENCODER)()
+
+
+def _whisper() -> nn.Module:
+    sizes: dict[str, Any] = {"d_model": 24, "num_mel_bins": 6, "max_source_positions": 5, "vocab_size": VOCABULARY}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 3, f"{part}_ffn_dim": 40}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    made: nn.Module = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **tokens))
+    return made
+
+
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MIXTRAL = _decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")
@@ -141,6 +156,17 @@ FAMILIES = {
         groups=2,
     ),
     "t5": Family(_t5, 32, options={"target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}, groups=6),
+    # q, k, v of three kinds of attention, but q of the cross-attention reads the decoder's states
+    "whisper": Family(
+        _whisper,
+        32,
+        options={"target_modules": "all-linear"},
+        sound=True,
+        float32_inside=False,
+        groups=6,
+    ),
+    # one linear for q, k and v, and the MLP has a norm of its own
+    "gpt-neox": Family(_neox, 8, options=ALL, float32_inside=False, groups=0),
     "mixtral": Family(MIXTRAL, 8, options={"target_modules": ATTENTION}, groups=2),
     "mixtral-experts": Family(
         MIXTRAL,
@@ -182,7 +208,11 @@ def step(made: Any, family: Family, seed: int) -> dict[str, Tensor]:
     else:
         tokens = torch.randint(1, VOCABULARY, (2, 7), generator=generator)
         more = {"labels": tokens[:, :5].contiguous()} if family.build is _t5 else {}
-        logits = made(input_ids=tokens, **more).logits
+        if family.sound:
+            features = torch.randn(2, 6, 10, generator=generator).to(next(made.parameters()).dtype)
+            logits = made(input_features=features, decoder_input_ids=tokens).logits
+        else:
+            logits = made(input_ids=tokens, **more).logits
     weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
     (logits.double() * weights).sum().backward()
     grads = gradients(made)
