@@ -96,7 +96,8 @@ def _uri_of(path: Path) -> str:
     """Return where the site has a file, or a folder, of the repository."""
     if _in_docs(path):
         return path.relative_to(ROOT / "docs").as_posix()
-    uri = f"{FOLDER}/{path.relative_to(ROOT).as_posix()}"
+    names = [name.lstrip(".") for name in path.relative_to(ROOT).parts]  # mkdocs leaves hidden ones out
+    uri = "/".join([FOLDER, *names])
     if path.is_dir():
         return f"{uri}/README.md" if (path / "README.md").exists() else f"{uri}/files.md"
     return uri if path.suffix in _AS_THEY_ARE else f"{uri}.md"
