@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # each file's end does, below
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:

@@ -47,9 +47,9 @@ def test_the_wheel_has_the_library_where_it_is_asked_for(tmp_path: Path) -> None
     """It then serves every Python 3; a pure one made later in the same folder has no left-over
     library.
     """
-    source = copy_source(tmp_path)
+    source = copy_source(tmp_path, ("delora_kernels", "csrc"))
     home = str(toolkit(tmp_path / "cuda"))
-    done = build(source, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", DELORA_KERNELS_CUDA="1")
+    done = build(source, "--wheel", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", DELORA_KERNELS_CUDA="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tag, texts = wheel_of(source)
     assert tag.startswith("py3-none-")

@@ -15,7 +15,7 @@ import delora_kernels as dk
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oldest_peft
-STEPS = 30
+STEPS = 15
 
 
 def llama(method: str, seed: int, dtype: torch.dtype, checkpointing: bool) -> Any:
