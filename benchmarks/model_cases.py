@@ -40,7 +40,7 @@ class ModelCase:
     r: int
     precision: str
     checkpointing: bool = False
-    limit_mib: int | None = None
+    limit_mib: float | None = None
     compiled: bool = False
 
     @property

@@ -53,7 +53,8 @@ OPS: dict[str, _Op] = {}
 def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     """Return the ops of one backend, each without its last argument: its kernels themselves, or
     where a compiler, tracer, dispatch mode or tensor subclass must see the calls, the registered
-    ops.
+    ops. These also get tensors whose numbers are not the ones in memory (torch's negative bit, as
+    the imaginary part of a conjugate has it) as torch's dispatcher makes them: real negatives.
 
     Autograd does not see the kernels: this is for the inside of an autograd Function, with autocast
     off.
@@ -65,7 +66,7 @@ def stages(backend: str, tensors: Iterable[Tensor | None]) -> Any:
     ):
         return _registered[backend]
     for tensor in tensors:
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or (tensor is not None and tensor.is_neg()):
             return _registered[backend]
     return backends.loaded[backend]  # the call's choice has loaded it
 

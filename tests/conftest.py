@@ -9,6 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # each file's end does, below
+
+STARTING_PROCESSES = ("test_another_device.py", "test_custom_models.py", "test_distributed.py", "test_examples.py")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
@@ -22,6 +26,13 @@ def pytest_collection() -> Iterator[None]:
     gc.set_threshold(5_000, 50, 20)
     gc.enable()
     return collected
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start processes with PEFT come first, so that one of two processes makes the
+    server of helpers/forked.py, which imports for seconds, and the other never does.
+    """
+    items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,7 +90,8 @@ class Plan:
         if self.leading is not None:
             dy = douts[0]  # reshape: of a batch of gradients, nothing else works
             douts = (dy.reshape(math.prod(self.leading), dy.shape[-1]), *douts[1:])
-        if torch.is_grad_enabled() or not function.unseen() or any(map(function.is_batched, douts)):
+        odd = any([function.is_batched(each) or each.is_neg() for each in douts])  # noqa: C419, for torch 2.7
+        if odd or torch.is_grad_enabled() or not function.unseen():
             return self._gradients_by_stages(saved, douts, depends_on)
         tensors = (*saved, *douts)
         key = tape.looks(tensors), self.wide and allow_tf32()
@@ -122,7 +123,7 @@ def _apply(family: Any) -> Any:
 
 def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
     """Return, in a row, all of these tensors that a call may depend on; None where one is no plain
-    tensor, or nothing is replayed.
+    tensor with its own numbers in memory (torch's negative bit), or nothing is replayed.
     """
     if not tape.enabled:
         return None
@@ -130,7 +131,7 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
     for t in tensors:
         if t is None:
             facts.append(None)
-        elif t.__class__ not in _PLAIN or t.layout is not torch.strided:
+        elif t.__class__ not in _PLAIN or t.layout is not torch.strided or t.is_neg():
             return None
         else:
             facts += (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.storage_offset() & 7, t.requires_grad)

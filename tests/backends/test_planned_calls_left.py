@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from delora_kernels.autograd import replayed
 from delora_kernels.functional import planned
 
 pytestmark = pytest.mark.usefixtures("plans")
@@ -33,6 +34,7 @@ def changes() -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         "a dtype": becomes("A", lambda A: A.bfloat16()),
         "the layout": lambda made: made | {"A": made["A"].detach().to_sparse()},
         "a class": becomes("B", Derived),
+        "the negative bit": becomes("x", lambda x: torch._neg_view(-x)),
         "a frozen factor": lambda made: made | {"A": made["A"].detach()},
         "a frozen x": lambda made: made | {"x": made["x"].detach()},
         "a trained W": lambda made: made | {"weight": made["weight"].detach().requires_grad_()},
@@ -120,6 +122,24 @@ def test_a_transform_is_refused_as_ever(seed: int) -> None:
     made = draw("lora", seed + 9)
     with pytest.raises(RuntimeError, match="does not support torch.func transforms"):
         torch.func.vmap(lambda x: forward("lora", made | {"x": x}))(made["x"].detach())
+
+
+def test_a_gradient_with_the_negative_bit_is_not_replayed(
+    seed: int, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn("lora", seed)
+    by_stages, whole = [], replayed.Plan._gradients_by_stages
+
+    def seen(*given: Any) -> Any:
+        by_stages.append(given)
+        return whole(*given)
+
+    monkeypatch.setattr(replayed.Plan, "_gradients_by_stages", seen)
+    made = draw("lora", seed + 9)
+    dy = torch.randn(forward("lora", made).shape).bfloat16()
+    found = [torch.autograd.grad(forward("lora", made), made["A"], each) for each in (dy, torch._neg_view(-dy))]
+    assert len(by_stages) == 1
+    same(list(found[0]), list(found[1]))
 
 
 def test_where_a_tensor_begins_in_its_storage_is_looked_at(seed: int, taken: list[Any]) -> None:

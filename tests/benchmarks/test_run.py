@@ -175,7 +175,7 @@ def model_case(method: str, **others: Any) -> whole_model.ModelCase:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_a_whole_model(method: str, checkpointing: bool) -> None:
-    case = model_case(method, checkpointing=checkpointing, limit_mib=1)
+    case = model_case(method, checkpointing=checkpointing, limit_mib=0.5)
     rows = whole_model.measure_model(case, "cpu", CpuClock(), Budget(0, 3, 3, 1))
     for row in rows:
         assert row["status"] == "ok", row["note"]

@@ -117,13 +117,19 @@ def test_check_from_the_shell() -> None:
 
 
 def test_check_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Of a few ops and methods: the check from the shell has them all."""
     capsys.readouterr()  # the seed
     monkeypatch.setattr(check, "SIZES", check.SIZES[:1])
+    some_ops, methods = ("project", "weight_grad", "dropout_mask"), ("lora", "dora", "ether")
+    calls = {f"{name}_linear": functional.CALLS[f"{name}_linear"] for name in methods}
+    monkeypatch.setattr(check, "METHODS", {name: METHODS[name] for name in methods})
+    monkeypatch.setattr(functional, "CALLS", calls)
+    monkeypatch.setattr(ops, "NAMES", some_ops)
     assert main(["check", "--json", "--dtype", "float32", "--dtype", "bfloat16", "--seed", str(seed)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["environment"] == json.loads(json.dumps(environment()))
     assert (report["ok"], report["seed"]) == (True, seed)
-    assert {row["method"] for row in report["rows"]} == {f"op {name}" for name in ops.NAMES} | set(METHODS)
+    assert {row["method"] for row in report["rows"]} == {f"op {name}" for name in some_ops} | set(methods)
     assert {row["dtype"] for row in report["rows"]} == {"float32", "bfloat16", "bfloat16+float32", "bool"}
     assert {row["what"] for row in report["rows"] if row["method"] == "dora"} == {
         *("y", "dx", "dweight", "dbias", "dA", "dB", "dmagnitude"),

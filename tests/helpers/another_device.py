@@ -3,9 +3,9 @@ in disguise.
 
 `install` registers it as "other" for this process (PrivateUse1); inside `Other()` every op on its
 tensors is checked as CUDA checks it (a CPU tensor beside them, but for 0-d ones and indices, is an
-error) and run on what they hide. Run as a program it does what `check` and proofs do on a GPU: each
-function forward and backward, each op, and PEFT's GOAT, ETHER and accelerated layers, made and
-trained there; or, for a backend with kernels, each op. `check` runs it so.
+error) and run on what they hide. `check` does there, in a process of its own, what checks and
+proofs do on a GPU: each function forward and backward, each op, and PEFT's GOAT, ETHER and
+accelerated layers, made and trained there; or, for a backend with kernels, each op.
 """
 
 import dataclasses
@@ -14,10 +14,12 @@ import os
 import pkgutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from forked import context
 from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -270,23 +272,35 @@ def _step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def check(seed: int, backend: str = "eager") -> None:
-    """Run this file in a process of its own: a registered device is one that Transformers would
-    find.
+    """Check all of it in a process of its own: a registered device is one that Transformers would
+    find. That of the eager backend has PEFT, which takes seconds to import; kernels need neither
+    PEFT nor, under sanitizers, a fork.
     """
+    if backend == "eager":
+        with context().Pool(1) as pool:
+            pool.apply_async(everything, (seed, backend)).get(timeout=500)
+        return
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__, str(seed), backend]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=500)
     assert done.returncode == 0, done.stderr
 
 
-if __name__ == "__main__":
+def everything(seed: int, backend: str) -> None:
+    """Make this process one that has the device, and check a backend there."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     install()
     judge_outside()
-    if sys.argv[2] == "eager":
+    if backend == "eager":
         with Other():
             functions()
-            layers(int(sys.argv[1]))
+            layers(seed)
     else:
-        bring_kernels(sys.argv[2])
+        bring_kernels(backend)
     with Other():
-        ops(int(sys.argv[1]), sys.argv[2])
+        ops(seed, backend)
+
+
+if __name__ == "__main__":
+    everything(int(sys.argv[1]), sys.argv[2])

@@ -15,7 +15,9 @@ from fake_nvcc import FAILS, KNOWN, calls, gpus, toolkit
 from package_source import ROOT, build, copy_source
 
 from delora_kernels import __version__
+from delora_kernels.__main__ import main
 from delora_kernels.backends.cuda import build as cuda_build
+from delora_kernels.backends.cuda import library as cuda_library
 from delora_kernels.backends.cuda.build import LIBRARY, BuildError, choose_targets, find_nvcc, visible_gpus
 
 pytest.importorskip("build")
@@ -47,9 +49,9 @@ def test_the_wheel_has_the_library_where_it_is_asked_for(tmp_path: Path) -> None
     """It then serves every Python 3; a pure one made later in the same folder has no left-over
     library.
     """
-    source = copy_source(tmp_path)
+    source = copy_source(tmp_path, ("delora_kernels", "csrc"))
     home = str(toolkit(tmp_path / "cuda"))
-    done = build(source, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", DELORA_KERNELS_CUDA="1")
+    done = build(source, "--wheel", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX", DELORA_KERNELS_CUDA="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tag, texts = wheel_of(source)
     assert tag.startswith("py3-none-")
@@ -64,7 +66,7 @@ def test_the_wheel_has_the_library_where_it_is_asked_for(tmp_path: Path) -> None
     for made in (tmp_path / "dist").iterdir():
         made.unlink()
     stale = source / "build/lib/delora_kernels"
-    stale.mkdir(parents=True)
+    stale.mkdir(parents=True, exist_ok=True)
     (stale / LIBRARY).write_text("old")
     done = build(source, "--wheel", CUDA_HOME=home)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -99,15 +101,25 @@ def test_an_install_never_compiles_by_itself_and_build_cuda_does_later(tmp_path:
     assert done.returncode == 1
     assert f"found {installed / IN_WHEEL}, which does not load" in done.stderr
 
-    done = build_cuda(installed, PATH="/usr/bin:/bin", CUDA_HOME=str(home))
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
+
+def test_what_build_cuda_compiles_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = toolkit(tmp_path / "cuda")
+    for name, value in {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cuda_library, "new_path", lambda: tmp_path / "library")
+    assert main(["build-cuda"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
         "python -m delora_kernels build-cuda: no GPU is visible to compile for (there is no nvidia-smi): name the "
         "architectures, as in --arch '8.0 9.0+PTX' or TORCH_CUDA_ARCH_LIST='8.0 9.0+PTX'; all: every one"
     ]
-    assert (
-        "for sm_75 sm_90 compute_90, " in build_cuda(installed, "--arch", "7.5", "9.0+PTX", CUDA_HOME=str(home)).stdout
-    )
+    assert not (tmp_path / "library").exists()
+    main(["build-cuda", "--arch", "7.5", "9.0+PTX"])
+    assert "for sm_75 sm_90 compute_90, " in capsys.readouterr().out
+    assert (tmp_path / "library").exists()
 
 
 def test_a_demanded_library_that_can_not_be_compiled_stops_the_install(tmp_path: Path) -> None:

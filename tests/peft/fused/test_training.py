@@ -15,7 +15,7 @@ import delora_kernels as dk
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oldest_peft
-STEPS = 30
+STEPS = 15
 
 
 def llama(method: str, seed: int, dtype: torch.dtype, checkpointing: bool) -> Any:
@@ -68,7 +68,7 @@ def test_same_loss_curve(method: str, precision: str, seed: int) -> None:
             report = dk.accelerate(made, strict=True)
             assert len(report.fused) == 7
         # DeLoRA learns directions: its factors must turn
-        lr = 3e-2 if method == "delora" else 3e-3
+        lr = 6e-2 if method == "delora" else 3e-3
         curves[run] = losses(
             made, batches, autocast=dtype == torch.bfloat16, lr=lr, nudged_by=eps if run == "nudged" else 0.0
         )
