@@ -15,7 +15,15 @@ NOT_MEASURED = "not measured"
 METHODS = ("lora", "dora", "delora")
 
 
-def table(single: Path, small_model: Path, whole_model: Path, mixture: Path, reflection: Path) -> str:
+def table(
+    single: Path,
+    small_model: Path,
+    whole_model: Path,
+    mixture: Path,
+    reflection: Path,
+    stored: Path | None = None,
+    experts: Path | None = None,
+) -> str:
     """Return the table.
 
     Args:
@@ -25,10 +33,12 @@ def table(single: Path, small_model: Path, whole_model: Path, mixture: Path, ref
         whole_model: One of `make demo`.
         mixture: One with GOAT beside its authors' loop.
         reflection: One with ETHER+ beside its authors' form.
+        stored: One of `benchmarks.stored_bases`, with nf4; None: not measured.
+        experts: One of `benchmarks.experts`; None: not measured.
     """
     rows = [*_layers(single), *_models(small_model), _demo(whole_model)]
-    rows.append(_row("LoRA, DoRA or DeLoRA on nf4 (QLoRA)", NOT_MEASURED, "[counted](docs/stored-bases.md)"))
-    rows.append(_row("LoRA on the experts of an expert model", NOT_MEASURED, NOT_MEASURED))
+    rows += _stored(stored) if stored is not None else [_row("LoRA, DoRA or DeLoRA on nf4", *[NOT_MEASURED] * 2)]
+    rows += _experts(experts) if experts is not None else [_row("LoRA on experts", *[NOT_MEASURED] * 2)]
     rows.append(_first(mixture, "goat", "goat-eager", lambda key: key.r == 4 and key.E == 8))
     rows.append(_first(reflection, "ether-plus", "authors", lambda key: key.n_blocks == 1))
     return "\n".join([HEAD, *rows])
@@ -68,6 +78,25 @@ def _demo(path: Path) -> str:
     tokens = config["batch_size"] * config["seq_len"]
     part, kept = f"{fused['median_ms'] / eager['median_ms']:.2f}", f"{eager['kept_mib']:.0f} → {fused['kept_mib']:.0f}"
     return _row(f"{name_of(config['method'])}: SmolLM2-135M, bf16, steps of {tokens} tokens", part, kept)
+
+
+def _stored(path: Path) -> Iterator[str]:
+    rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["form"] == "nf4"]
+    for method in METHODS:
+        own = {row["impl"]: row for row in rows if row["method"] == method}
+        what = f"{name_of(method)}: one layer on an nf4 base, {own['dk']['dtype']}, {own['dk']['T']} tokens"
+        yield _row(what, _part(own["peft"], own["dk"]), _kept(own["peft"], own["dk"]))
+
+
+def _experts(path: Path) -> Iterator[str]:
+    """A row for each number of tokens, evenly routed, of the first number of experts."""
+    rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if not row["skewed"]]
+    E = rows[0]["E"]
+    for T in dict.fromkeys(row["T"] for row in rows if row["E"] == E):
+        own = {row["impl"]: row for row in rows if (row["E"], row["T"]) == (E, T)}
+        if "peft" in own:
+            what = f"LoRA: {E} experts of a Qwen3-MoE block, fp32, {T} tokens"
+            yield _row(what, _part(own["peft"], own["dk"]), _kept(own["peft"], own["dk"]))
 
 
 def _first(path: Path, method: str, authors: str, wanted: Callable[[Key], bool]) -> str:
