@@ -89,7 +89,7 @@ def _stored(path: Path) -> Iterator[str]:
 
 
 def _experts(path: Path) -> Iterator[str]:
-    """A row for each number of tokens, evenly routed, of the first number of experts."""
+    """Yield a row for each number of tokens, evenly routed, of the first number of experts."""
     rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if not row["skewed"]]
     E = rows[0]["E"]
     for T in dict.fromkeys(row["T"] for row in rows if row["E"] == E):
