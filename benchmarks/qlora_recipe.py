@@ -153,7 +153,7 @@ def measure(base: Any, method: str, checkpointing: str, kind: str, options: Any)
     runs = {name: partial(step, options.sequence) for name, step in steps.items()}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(runs, clock_of(device), budget).items()}
     medians = {name: statistics.median(spent) for name, spent in times.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in steps:
         row: dict[str, Any] = {"method": method, "checkpointing": checkpointing, "batches": kind, "impl": name}
         row |= {"blocks": options.blocks, "sequence": options.sequence, "rows": ROWS, "r": options.rank}

@@ -38,7 +38,7 @@ def input_gradient(
         c, two_term: Of one DoRA: as `Frozen` says.
     """
     if not weights:
-        return stages.input_backward(dys[0], Frozen(None, c, two_term), branch, masks)  # type: ignore[no-any-return]
+        return stages.input_backward(dys[0], Frozen(None, c, two_term), branch, masks)
     batched = not torch.compiler.is_compiling() and any(map(is_batched, dys))
     whole = two_term or batched or torch.compiler.is_compiling()
     (dy, rows, make), *others = [

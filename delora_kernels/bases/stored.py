@@ -172,6 +172,8 @@ FORMS: dict[str, Any] = {
     "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
     "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
+    "gptqmodel.nn_modules.qlinear.torch.TorchLinear": ("gptqmodel_linear", "GptqmodelBase"),
+    "gptqmodel.nn_modules.qlinear.torch.TorchQuantLinear": ("gptqmodel_linear", "GptqmodelBase"),
     "hqq.core.quantize.HQQLinear": ("hqq_linear", "HqqBase"),
     "torchao.quantization.Float8Tensor": ("torchao_weight", "TorchaoWeight"),
     "torchao.quantization.Int8Tensor": ("torchao_weight", "TorchaoWeight"),
