@@ -24,6 +24,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=300)
 
+
 FORMS = set(stored_forms.FORMS)
 
 
