@@ -92,7 +92,7 @@ test-smollm2: .venv/demo
 test-stored-bases: .venv-stored-bases/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-stored-bases $(PY) $(PYTEST) $(XDIST) tests/bases tests/peft/fused/test_stored_bases*.py \
 		tests/peft/fused/test_delora_on_stored_bases.py tests/peft/methods/test_stored_bases.py tests/benchmarks/test_stored_bases.py \
-		tests/benchmarks/test_qlora_recipe.py $(ARGS)
+		tests/benchmarks/test_qlora_recipe.py tests/diagnostics/test_check_stored_bases.py $(ARGS)
 
 test-oldest-peft: .venv-oldest-peft/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) $(XDIST) tests/peft tests/transformers $(ARGS)

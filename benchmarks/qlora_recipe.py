@@ -8,16 +8,18 @@ A Llama of random weights is stored in nf4 with double quantisation and loaded a
 does, prepared by `peft.prepare_model_for_kbit_training`, and gets adapters on all its linears. A
 step is `--accumulate` forward and backward passes and one of bitsandbytes' 8-bit AdamW (paged on a
 GPU); padded batches have rows of different lengths with a mask, packed ones documents in one row
-with position_ids. Three models take turns: the frozen 4-bit one (its gradient goes back to the
-embeddings, and it has no optimizer), PEFT's, and the same accelerated. Peaks are bytes beyond what
-was there before a step; with --limit-mib the longest sequence is searched whose step stays within
-that many.
+with position_ids. With --dtype bf16 a step runs under autocast, as Trainer(bf16=True) runs it.
+Three models take turns: the frozen 4-bit one (its gradient goes back to the embeddings, and it has
+no optimizer), PEFT's, and the same accelerated. Peaks are bytes beyond what was there before a
+step; with --limit-mib the longest sequence is searched whose step stays within that many.
 """
 
 import copy
+import math
 import statistics
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +35,7 @@ import delora_kernels as dk
 from benchmarks.memory import MIB, allocations
 from benchmarks.overhead import interval, parser_of, write
 from benchmarks.timing import Budget, clock_of, rounds
-from benchmarks.whole_model import longest_sequence
+from benchmarks.whole_model import GRANULE
 
 IMPLEMENTATIONS = ("frozen", "peft", "dk")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,17 +109,18 @@ def batches(kind: str, sequence: int, count: int, device: str) -> Iterator[dict[
         yield {name: value.to(device) for name, value in batch.items()}
 
 
-def step_of(model: Any, name: str, kind: str, accumulate: int, device: str) -> Callable[[int], float]:
-    """Return a model's training step, a function of the sequence's length that gives the mean
-    loss.
-    """
+def step_of(
+    model: Any, name: str, kind: str, accumulate: int, device: str, dtype: str = "fp32"
+) -> Callable[[int], float]:
+    """Return a model's training step: the sequence's length → mean loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained, device) if name != "frozen" else None
 
     def step(sequence: int) -> float:
         total = 0.0
         for batch in batches(kind, sequence, accumulate, device):
-            loss = model(**batch, use_cache=False).loss / accumulate
+            with torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32"):
+                loss = model(**batch, use_cache=False).loss / accumulate
             loss.backward()
             total += float(loss.detach())
         if optimizer is not None:
@@ -144,13 +147,14 @@ def measure(base: Any, method: str, checkpointing: str, kind: str, options: Any)
     """Return a row for each of the three: ms, over the frozen model and PEFT, peak, longest."""
     device = options.device
     made = models(base, method, checkpointing, options.rank)
-    steps = {name: step_of(model, name, kind, options.accumulate, device) for name, model in made.items()}
+    how = (kind, options.accumulate, device, options.dtype)
+    steps = {name: step_of(model, name, *how) for name, model in made.items()}
     budget = Budget(seconds=0, least=options.rounds, most=options.rounds, warmup=1)
     runs = {name: partial(step, options.sequence) for name, step in steps.items()}
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(runs, clock_of(device), budget).items()}
     medians = {name: statistics.median(spent) for name, spent in times.items()}
-    rows = []
-    for name, step in steps.items():
+    rows: list[dict[str, Any]] = []
+    for name in steps:
         row: dict[str, Any] = {"method": method, "checkpointing": checkpointing, "batches": kind, "impl": name}
         row |= {"blocks": options.blocks, "sequence": options.sequence, "rows": ROWS, "r": options.rank}
         row |= {"accumulate": options.accumulate, "dtype": options.dtype, "optimizer": optimizer_name(device)}
@@ -160,14 +164,49 @@ def measure(base: Any, method: str, checkpointing: str, kind: str, options: Any)
         row |= {"peak_mib": allocations(runs[name], device).peak / MIB, "limit_mib": options.limit_mib}
         row["longest_sequence"] = None
         if options.limit_mib is not None:
-            within = partial(_fits, step, device=device, limit=options.limit_mib * MIB)
-            row["longest_sequence"] = longest_sequence(within, options.sequence)
+            # of two passes the second finds gradients there, as all that follow do
+            short = step_of(made[name], name, kind, min(2, options.accumulate), device, options.dtype)
+            first = rows[-1]["longest_sequence"] if rows else options.sequence
+            row["longest_sequence"] = longest_within(options.limit_mib * MIB, partial(_peak, short, device), first)
         rows.append(row)
     return rows
 
 
-def _fits(step: Callable[[int], float], sequence: int, device: str, limit: int) -> bool:
-    return allocations(lambda: step(sequence), device).peak <= limit
+def _peak(step: Callable[[int], float], device: str, sequence: int) -> int:
+    return allocations(partial(step, sequence), device, warm=True).peak
+
+
+def longest_within(limit: float, peak: Callable[[int], float], start: int, most: int = 2**17) -> int:
+    """Return the longest multiple of GRANULE whose peak is within the limit; 0: none is.
+
+    Peaks grow with the length and its square: the next to try is where a parabola through three of
+    them meets the limit.
+
+    Args:
+        limit, peak: Bytes; length → bytes.
+        start: The first length that is tried.
+        most: The last one.
+    """
+    low, high = 0, most // GRANULE + 1
+    found: dict[int, float] = {}
+    at = min(max(1, start // GRANULE), high - 1)
+    while high - low > 1:
+        found[at] = peak(at * GRANULE)
+        low, high = (at, high) if found[at] <= limit else (low, at)
+        near = sorted(found, key=lambda length: abs(found[length] - limit))[:3]
+        points = {length: found[length] for length in near} if len(found) > 1 else {0: 0.0, **found}
+        end = high if high in found else max(2, 4 * low)
+        fits = bisect_right(range(low, end), limit, key=partial(_through, points))
+        at = min(max(low + fits - 1, low + 1), high - 1)
+    return low * GRANULE
+
+
+def _through(points: dict[int, float], at: int) -> float:
+    """Return the value at `at` of the polynomial through `points`."""
+    return sum(
+        value * math.prod((at - other) / (length - other) for other in points if other != length)
+        for length, value in points.items()
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -27,50 +27,27 @@ import delora_kernels as dk
 from benchmarks.memory import MIB, allocations, kept_bytes
 from benchmarks.overhead import gone, interval, parser_of, write
 from benchmarks.timing import Budget, clock_of, rounds
+from delora_kernels.diagnostics import stored_forms
 
 IMPLEMENTATIONS = ("frozen", "peft", "dk")
 SHAPES = ((512, 1024, 1024), (512, 576, 1536))
 """T, K, N."""
 
 
-def nf4(linear: nn.Linear) -> nn.Module:
-    """Return a linear in bitsandbytes' nf4, its block scales quantised again."""
-    import bitsandbytes as bnb
-
-    made: Any = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, linear.weight.dtype, quant_type="nf4")
-    made.weight.data = linear.weight.data.cpu()
-    stored: nn.Module = made.to(linear.weight.device)
-    return stored
-
-
-def hqq4(linear: nn.Linear) -> nn.Module:
-    """Return a linear in HQQ's 4 bits."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    options = BaseQuantizeConfig(nbits=4, group_size=64)
-    dtype, device = linear.weight.dtype, str(linear.weight.device)
-    made: nn.Module = HQQLinear(linear.float(), options, compute_dtype=dtype, device=device)
-    return made
-
-
-def int8(linear: nn.Linear) -> nn.Module:
-    """Return a linear with torchao's int8 weight-only tensor."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = nn.Sequential(linear)
-    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
-    return model[0]
-
-
-FORMS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"nf4": nf4, "hqq-4": hqq4, "torchao-int8": int8}
-"""Name → nn.Linear → the same, stored, with its dtype to multiply in."""
+FORMS: dict[str, Callable[[nn.Linear, str], nn.Module]] = {
+    "nf4": partial(stored_forms.bitsandbytes_4bit, nested=True),
+    "hqq-4": stored_forms.hqq,
+    "torchao-int8": stored_forms.torchao,
+}
+"""Name → (nn.Linear, device) → the same, stored, with its dtype to multiply in."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def layer(form: str, method: str, K: int, N: int, r: int, device: str, dtype: str) -> Any:
     """Return PEFT's layer of random weights and float32 factors."""
     torch.manual_seed(0)
-    base = FORMS[form](nn.Linear(K, N, bias=False, device=device, dtype=DTYPES[dtype]).requires_grad_(False))
+    linear = nn.Linear(K, N, bias=False, device=device, dtype=DTYPES[dtype]).requires_grad_(False)
+    base = FORMS[form](linear, device)
     model = nn.Sequential(base)
     model.is_loaded_in_4bit = form == "nf4"  # type: ignore[assignment]
     config: Any
@@ -161,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for form in options.form or FORMS:
         try:
-            FORMS[form](nn.Linear(64, 64, bias=False, device=options.device).requires_grad_(False))
+            FORMS[form](nn.Linear(64, 64, bias=False).requires_grad_(False), options.device)
         except ImportError as error:
             print(f"{form}: left out, {error}")
             continue

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from delora_kernels.autograd.function import Computed
+from delora_kernels.autograd.input_gradient import input_gradient
 from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import (
     Branch,
     Folded,
-    Frozen,
     Masks,
     RankTerm,
     Rescaled,
@@ -137,12 +137,12 @@ def gradients(o: Options, need: Call, saved: Any, stages: Any, dy: Tensor) -> di
     grad, dv, A_hat, dB_hat = gradients_of_dy(o, need, saved, stages, dy)
     dA_hat = None
     if need.x or need.A:
-        weight = dense(saved.weight, o.compute_dtype) if need.x else None
-        frozen = Frozen(weight, saved.c, o.two_term)
         branch = Branch(
             dv, A_hat if need.x else None, rows(saved.x) if need.A else None, dv.shape[1] - o.frozen_rank, o.scale
         )
-        grad["x"], dA_hat = stages.input_backward(dy, frozen, branch, Masks(o.ranks, o.dropout_p, saved.seed))
+        masks, weights = Masks(o.ranks, o.dropout_p, saved.seed), (saved.weight,) if need.x else ()
+        how = (o.compute_dtype, branch, masks, saved.c, o.two_term)
+        grad["x"], dA_hat = input_gradient(stages, (dy,), weights, *how)
     grad.update(gradients_of_factors(o, need, saved, stages, dA_hat, dB_hat))
     if need.weight:
         grad["weight"] = stages.weight_grad(dy, rows(saved.x), saved.c, *_u_dropout(o, saved.seed))

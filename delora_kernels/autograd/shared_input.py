@@ -19,6 +19,7 @@ from torch import Tensor
 from delora_kernels import ops
 from delora_kernels.autograd import function
 from delora_kernels.autograd.function import is_batched, refuse_second_derivatives
+from delora_kernels.autograd.input_gradient import input_gradient
 from delora_kernels.autograd.low_rank import AdaptedLinear, is_plain
 from delora_kernels.autograd.low_rank_stages import (
     Saved,
@@ -29,9 +30,8 @@ from delora_kernels.autograd.low_rank_stages import (
     rows,
 )
 from delora_kernels.autograd.shared_input_direct import shared_direct
-from delora_kernels.bases.plain import dense
 from delora_kernels.call import Call, Options
-from delora_kernels.op_arguments import Branch, Frozen, Masks
+from delora_kernels.op_arguments import Branch, Masks
 
 _FIELDS = Call._fields[1:-1]
 
@@ -98,7 +98,7 @@ class _SharedInput(torch.autograd.Function):
         key = None if any(base is not None for base in ctx.stored) else partial(_key, _gradients, ctx)
 
         def computed() -> tuple[Any, ...]:
-            return _gradients(ctx, x, members, dys, stages, batched)
+            return _gradients(ctx, x, members, dys, stages)
 
         with torch.no_grad():
             grads: tuple[Any, ...] = function.done(computed, key, inputs, stages, found[0].device.type)
@@ -152,7 +152,7 @@ def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Te
 
 
 def _gradients(
-    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], stages: Any, batched: bool
+    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], stages: Any
 ) -> tuple[Any, ...]:
     flat: list[Any] = [None] * len(ctx.dtypes)
     live = [i for i, dy in enumerate(dys) if dy is not None]
@@ -160,7 +160,7 @@ def _gradients(
     member, dy = [members[i] for i in live], [dys[i] for i in live]
     given: Any = zip(o, need, member, [stages] * len(live), dy, strict=True)
     read = [gradients_of_dy(*each) for each in given]
-    dx, dA_hats = _input_gradients(o, need[0], x, member, stages, dy, read, batched)
+    dx, dA_hats = _input_gradients(o, need[0], x, member, stages, dy, read)
     for place, i in enumerate(live):
         found, _, _, dB_hat = read[place]
         found.update(gradients_of_factors(o[place], need[place], member[place], stages, dA_hats[place], dB_hat))
@@ -179,7 +179,6 @@ def _input_gradients(
     stages: Any,
     dy: Sequence[Any],
     read: Sequence[Any],
-    batched: bool,
 ) -> tuple[Any, Sequence[Tensor | None]]:
     """dx [T, K] or None, and dÂ of each member, from one read of x."""
     if not need.x and x is None:
@@ -188,13 +187,10 @@ def _input_gradients(
     dvs = [dv if same else dv * each.scale for (_, dv, _, _), each in zip(read, o, strict=True)]
     widths = [dv.shape[-1] for dv in dvs]
     A_hat = torch.cat([found[2] for found in read]) if need.x else None
-    weights: list[Any] = [dense(each.weight, o[0].compute_dtype) if need.x else None for each in member]
     branch = Branch(
         torch.cat(dvs, dim=-1), A_hat, None if x is None else rows(x), sum(widths), o[0].scale if same else 1.0
     )
     masks = _masks(o, widths, [each.seed for each in member])
-    dx, dA_hat = stages.input_backward(dy[0], Frozen(weights[0]), branch, masks)
-    if need.x:
-        for more, weight in zip(dy[1:], weights[1:], strict=True):
-            dx = torch.addmm(dx, more, weight) if batched else dx.addmm_(more, weight)
+    weights = [each.weight for each in member] if need.x else []
+    dx, dA_hat = input_gradient(stages, dy, weights, o[0].compute_dtype, branch, masks)
     return dx if need.x else None, [None] * len(o) if x is None else dA_hat.split(widths, dim=-2)

@@ -16,6 +16,7 @@ A base has
     numeric_check.py       whether a module's own forward is x Wᵀ + bias of the W that a form reads
     bitsandbytes_4bit.py   bitsandbytes' nf4 and fp4
     hqq_linear.py          HQQ
+    gptqmodel_linear.py    GPTQModel's torch kernel
     torchao_weight.py      torchao's weight-only tensors
     packed_experts.py      bitsandbytes' 4-bit blocks for the 3-D weights of expert models
 """

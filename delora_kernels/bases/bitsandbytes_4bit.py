@@ -5,16 +5,21 @@ lost and the module has kept is put back, the compute dtype is settled by the fi
 to it and y back. Not done: it writes the bias in the compute dtype; here it is cast at each call.
 """
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import modules as bitsandbytes_modules
 from bitsandbytes.nn.modules import Linear4bit, Params4bit, fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import why_not_local
-from delora_kernels.bases.stored import CASTABLE, Broken, StoredBase
+from delora_kernels.bases.stored import CASTABLE, Broken, Parts, StoredBase
+
+HALVED = 2**20
+"""Bytes of a dense W from which a backward pass in float32 makes one half of it after the other."""
 
 
 class Bitsandbytes4bit(StoredBase):
@@ -95,6 +100,31 @@ class Bitsandbytes4bit(StoredBase):
         made = dtype if dtype in CASTABLE else torch.float32
         weight: Tensor = dequantize_4bit(self.packed, QuantState(**self.state, dtype=made))
         return weight if made == dtype else weight.to(dtype)
+
+    def dense_parts(self, dtype: torch.dtype) -> Parts:
+        """Say how to make W, in float32 the rows of either half: what a GEMM sums of the two is
+        rounded as what it sums of one. The block scales of both are made once.
+        """
+        (N, K), block = self.shape, self.state["blocksize"]
+        whole_blocks = block // math.gcd(K, block)  # rows
+        rows = N // 2 // whole_blocks * whole_blocks
+        if dtype != torch.float32 or 4 * N * K < HALVED or K % 2 or rows == 0:
+            return super().dense_parts(dtype)
+        absmax, state2 = self.state["absmax"], self.state["state2"]
+        if state2 is not None:
+            absmax = dequantize_blockwise(absmax, state2).add_(self.state["offset"])
+        halves = (slice(0, rows), slice(rows, N))
+        return [(half, partial(self._dense_rows, half, absmax)) for half in halves]
+
+    def _dense_rows(self, rows: slice, absmax: Tensor) -> Tensor:
+        (_, K), block = self.shape, self.state["blocksize"]
+        first, last = rows.start * K, rows.stop * K
+        packed = self.packed.view(torch.uint8).view(-1)[first // 2 : last // 2, None]
+        absmax = absmax.view(-1)[first // block : -(-last // block)]
+        same = {name: self.state[name] for name in ("code", "blocksize", "quant_type")}
+        shape = torch.Size((rows.stop - rows.start, K))
+        made: Tensor = dequantize_4bit(packed, QuantState(absmax, shape, dtype=torch.float32, **same))
+        return made
 
     def computes_in(self, x: Tensor) -> torch.dtype:
         """Return the compute dtype, which the first float32 or bfloat16 input settles."""

@@ -20,10 +20,15 @@ its first use.
 """
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Parts = list[tuple[slice | None, Callable[[], Tensor]]]
+"""Rows of W, or None for all of them, and what makes them dense: one part after the other."""
 
 
 class StoredBase:
@@ -67,6 +72,12 @@ class StoredBase:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return W [N, K] in `dtype`, a new tensor that nobody else holds."""
         raise NotImplementedError
+
+    def dense_parts(self, dtype: torch.dtype) -> Parts:
+        """Say how to make W in `dtype` where it need not be whole at once; each part is a new
+        tensor that nobody else holds.
+        """
+        return [(None, partial(self.dense, dtype))]
 
     def computes_in(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which the module's own forward multiplies x, without autocast; where
@@ -161,6 +172,8 @@ FORMS: dict[str, Any] = {
     "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
     "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes_4bit", "Bitsandbytes4bit"),
+    "gptqmodel.nn_modules.qlinear.torch.TorchLinear": ("gptqmodel_linear", "GptqmodelBase"),
+    "gptqmodel.nn_modules.qlinear.torch.TorchQuantLinear": ("gptqmodel_linear", "GptqmodelBase"),
     "hqq.core.quantize.HQQLinear": ("hqq_linear", "HqqBase"),
     "torchao.quantization.Float8Tensor": ("torchao_weight", "TorchaoWeight"),
     "torchao.quantization.Int8Tensor": ("torchao_weight", "TorchaoWeight"),

@@ -5,5 +5,6 @@ environment.py   `python -m delora_kernels`: versions, devices, backends and why
                  run
 explain.py       which backend a call takes, and why
 proof.py         kernels prove themselves on a device before an automatic choice takes them
+stored_forms.py  stored bases of the installed libraries, for the check
 versions.py      the supported versions of other software
 """

@@ -25,11 +25,12 @@ class Allocations:
     peak: int
 
 
-def allocations(run: Callable[[], Any], device: str = "cpu") -> Allocations:
-    """Weigh one pass on `device`; it runs once before, for what is allocated once and kept (library
-    workspaces).
+def allocations(run: Callable[[], Any], device: str = "cpu", warm: bool = False) -> Allocations:
+    """Weigh one pass on `device`; unless its like is `warm`, it runs once before, for what is
+    allocated once and kept (library workspaces).
     """
-    run()
+    if not warm:
+        run()
     gc.collect()
     return _on_gpu(run) if device.startswith("cuda") else _on_cpu(run)
 

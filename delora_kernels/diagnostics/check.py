@@ -4,6 +4,7 @@ judged in float64.
 op fold … dropout_mask    against its formula (testing.naive_ops)
 each method               y and every gradient against the reference; in float64 finite differences
                           too
+base nf4 … float8         stored bases of the installed libraries (stored_forms.py)
 """
 
 import math
@@ -17,6 +18,7 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 
 from delora_kernels import backends, dispatch, functional, ops
+from delora_kernels.diagnostics import stored_forms
 from delora_kernels.testing import (
     METHODS,
     OPS,
@@ -53,7 +55,7 @@ class Row:
     """One result of one op or method.
 
     Args:
-        method: Name in `METHODS`, or `op <name>`.
+        method: Name in `METHODS`, `op <name>` or `base <name>`.
         what: Which result: y, a gradient, an output of the op, `gradcheck`; `raised` if there is
             none.
         dtype: Of the base, and after a + of the adapters where it differs.
@@ -62,7 +64,8 @@ class Row:
             number.
         limit: The largest error that passes; None where there is no number.
         eager: The error of eager PyTorch on the same inputs; None where there is no number.
-        status: `ok`, `FAIL`, or `skipped` where the requested backend does not take such calls.
+        status: `ok`, `FAIL`, or `skipped` where the requested backend does not take such calls, a
+            library is not installed, or its bases run their own forward.
         note: What is wrong, or why it was skipped.
     """
 
@@ -128,8 +131,25 @@ def jobs(device: str, dtypes: Iterable[str], seed: int) -> Iterator[Job]:
             yield Job(method.name, _label(dtype, adapter_dtype), backend, run)
             if dtype == torch.float64:
                 yield Job(method.name, "float64", backend, partial(_check_gradients, method, device, seed))
+    yield from _stored_jobs(device, [pairs_of[0][0] for pairs_of in map(DTYPES.__getitem__, dtypes)], seed)
     for function in sorted(functional.CALLS.keys() - {method.function for method in METHODS.values()}):
         yield Job(function, "", lambda: ("", None), partial(_no_check, function))
+
+
+def _stored_jobs(device: str, dtypes: Iterable[torch.dtype], seed: int) -> Iterator[Job]:
+    """One for each form and dtype; one alone of a form that is not here. No form has float64."""
+    narrow = [dtype for dtype in dtypes if dtype != torch.float64]
+    for name in stored_forms.FORMS:
+        missing = stored_forms.why_not(name)
+        for dtype in narrow[: None if missing is None else 1]:
+
+            def backend(dtype: torch.dtype = dtype, missing: str | None = missing) -> tuple[str, str | None]:
+                return ("", missing) if missing else _backend(METHODS["lora"], device, dtype, torch.float32)
+
+            def run(_: str, name: str = name, dtype: torch.dtype = dtype) -> Iterator[Judged]:
+                return stored_forms.check(name, device, dtype, seed)
+
+            yield Job(f"base {name}", "" if missing else _label(dtype, dtype), backend, run)
 
 
 def run_job(job: Job) -> list[Row]:
@@ -147,6 +167,8 @@ def run_job(job: Job) -> list[Row]:
                 for row in _worse(job, backend, problem, worst):
                     if _is_worse(row, worst):
                         worst[row.what] = row
+    except stored_forms.NotFused as reason:
+        return [Row(job.method, "", job.dtype, backend, None, None, None, "skipped", str(reason))]
     except Exception as error:
         note = f"{type(error).__name__}: {' '.join(str(error).split())}"
         worst["raised"] = Row(job.method, "raised", job.dtype, backend, None, None, None, "FAIL", note)

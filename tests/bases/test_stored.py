@@ -56,6 +56,34 @@ def test_half_precision(form: str, dtype: torch.dtype, seed: int) -> None:
         assert failures(problem(method, base, dtype, torch.float32, seed, 21)) == [], method
 
 
+HALVED = ["nf4", "nf4-nested", "fp4-nested-bf16-storage", "nf4-from-bf16"]
+
+
+@pytest.mark.parametrize("form", HALVED)
+def test_a_float32_backward_makes_one_half_after_the_other(form: str, seed: int, monkeypatch: Any) -> None:
+    """Of a large W: together they are W bit for bit, also where blocks go over rows; every
+    gradient.
+    """
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'delora-kernels[bnb]'")
+    from delora_kernels.bases import bitsandbytes_4bit
+
+    for N, K in ((48, 40), (65, 64), (33, 96), (17, 200), (8, 70)):
+        base = read(stored(form, N, K, seed, dtype=torch.float32))
+        assert [rows for rows, _ in base.dense_parts(torch.float32)] == [None]
+        with monkeypatch.context() as patch:
+            patch.setattr(bitsandbytes_4bit, "HALVED", 4 * N * K)
+            parts = base.dense_parts(torch.float32)
+            assert [rows for rows, _ in base.dense_parts(torch.bfloat16)] == [None]
+            patch.setattr(bitsandbytes_4bit, "HALVED", 4 * N * K + 1)
+            assert [rows for rows, _ in base.dense_parts(torch.float32)] == [None]
+        assert torch.equal(torch.cat([make() for _, make in parts]), base.dense(torch.float32))
+        assert len(parts) == (1 if N == 8 else 2)  # 8 rows of 70 have no whole block in a half
+    monkeypatch.setattr(bitsandbytes_4bit, "HALVED", 0)
+    base = read(stored(form, 48, 40, seed, dtype=torch.float32))
+    for method in ("lora", "dora", "delora", "dora-dropout", "moe"):
+        assert failures(problem(method, base, torch.float32, torch.float32, seed, 37)) == [], method
+
+
 def test_torchao_weights_that_quantise_their_input(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their own word, and by the numeric check without it."""
     pytest.importorskip("torchao", reason="needs torchao: pip install 'delora-kernels[torchao]'")

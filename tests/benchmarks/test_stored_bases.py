@@ -50,7 +50,7 @@ def test_every_form_is_weighed(form: str, library: str) -> None:
 
 
 def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def missing(linear: torch.nn.Linear) -> torch.nn.Module:
+    def missing(linear: torch.nn.Linear, device: str) -> torch.nn.Module:
         raise ImportError("No module named 'hqq'")
 
     monkeypatch.setitem(stored_bases.FORMS, "hqq-4", missing)

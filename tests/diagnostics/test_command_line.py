@@ -15,7 +15,7 @@ import delora_kernels
 from delora_kernels import backends, dispatch, functional, ops
 from delora_kernels.__main__ import main
 from delora_kernels.backends import eager
-from delora_kernels.diagnostics import check, versions
+from delora_kernels.diagnostics import check, stored_forms, versions
 from delora_kernels.diagnostics.environment import as_text, environment
 from delora_kernels.testing import METHODS
 
@@ -23,6 +23,9 @@ from delora_kernels.testing import METHODS
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=300)
+
+
+FORMS = set(stored_forms.FORMS)
 
 
 def test_environment_from_the_shell() -> None:
@@ -98,6 +101,9 @@ def test_check_from_the_shell() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     first, header, *rows, summary = done.stdout.splitlines()
+    stored, rows = ([row for row in rows if row.startswith("base ") == is_base] for is_base in (True, False))
+    assert {row[5:24].strip() for row in stored} == FORMS
+    assert all(row.endswith("  ok") or "  skipped: " in row for row in stored)
     assert first == "device cpu, seed 0"
     assert header.split() == ["method", "what", "dtype", "backend", "error", "limit", "part", "ok"]
     assert all(0 <= int(part) <= 100 for row in rows for part in re.findall(r" (\d+)%  ok$", row))

@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "nn": {"functional", "autograd", "ops", "op_arguments", "bases", "checks", "dtypes"},
     "routing": {"functional", "nn", "checks"},
     "testing": {"functional", "reference", "dispatch", "ops", "op_arguments", "call", "dtypes"},
-    "diagnostics": {"testing", "functional", "dispatch", "backends", "ops", "call", "dtypes", "version"},
+    "diagnostics": {"testing", "functional", "dispatch", "backends", "bases", "ops", "call", "dtypes", "version"},
     "integrations": {
         "diagnostics",
         "testing",

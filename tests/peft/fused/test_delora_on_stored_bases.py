@@ -64,6 +64,17 @@ def test_delora(form: str, x: Tensor, seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("allowed")
+def test_compiled_without_a_break(x: Tensor, seed: int) -> None:
+    """Forward and backward in one graph each: y and every gradient."""
+    made = adapted("nf4-nested", "delora", seed, dtype=torch.float32)
+    dk.accelerate(made, strict=True)
+    expected = step(made, x)
+    torch._dynamo.reset()
+    made.compile(fullgraph=True, backend="aot_eager")
+    assert_close(step(made, x), expected)
+
+
+@pytest.mark.usefixtures("allowed")
 def test_delora_elsewhere_is_pefts_own(x: Tensor, seed: int) -> None:
     torch.manual_seed(seed)
     made = peft.get_peft_model(nn.Sequential(nn.Linear(32, 8)), config("delora", target_modules=["0"]))

@@ -146,6 +146,64 @@ def test_siblings_share_x(form: str, dtype: torch.dtype, x: Tensor, seed: int, m
     assert all(t.numel() <= x.numel() for t in kept)
 
 
+def test_siblings_are_dense_one_after_the_other(x: Tensor, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense W is gone before the next is made, forward and backward, of halves too."""
+    from delora_kernels.bases import bitsandbytes_4bit
+
+    torch.manual_seed(seed)
+    make, options = FORMS["nf4-nested"]
+    inner = Three(lambda: make(32, 32, **options | {"dtype": torch.float32}))
+    made = peft.get_peft_model(inner, config("lora", target_modules=["q", "k", "v"]))
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    step(made, x)
+    alive: list[Any] = []
+    seen: list[int] = []
+    own = bitsandbytes_4bit.dequantize_4bit
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(sum(not weak.expired() for weak in alive))
+        W: Tensor = own(*arguments)
+        alive.append(torch.multiprocessing.reductions.StorageWeakRef(W.untyped_storage()))
+        return W
+
+    monkeypatch.setattr(bitsandbytes_4bit, "dequantize_4bit", watched)
+    assert_close(step(made, x), theirs)
+    assert seen == [0] * 6
+    monkeypatch.setattr(bitsandbytes_4bit, "HALVED", 0)
+    assert_close(step(made, x), theirs)
+    assert seen == [0] * (6 + 3 + 6)
+
+
+def test_siblings_cast_x_once_and_keep_that(x: Tensor, seed: int) -> None:
+    """Under autocast, around bases of 16 bits: PEFT casts x for each base and each branch, and
+    keeps a copy for each branch.
+    """
+    torch.manual_seed(seed)
+    make, options = FORMS["nf4-nested"]
+    inner = Three(lambda: make(24, 32, **options | {"dtype": torch.bfloat16}))
+    made = peft.get_peft_model(inner, config("lora", target_modules=["q", "k", "v"]))
+
+    def casts_and_copies() -> tuple[int, int]:
+        given = x.clone().requires_grad_() * 1  # autocast keeps what it has cast of a leaf
+        kept: dict[int, Tensor] = {}
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as record,
+        ):
+            made(given)
+        sizes = [event.input_shapes[0] for event in record.events() if event.name == "aten::_to_copy"]
+        copies = sum(t.numel() == x.numel() and t.dtype == torch.bfloat16 for t in kept.values())
+        return sum(size in ([3, 5, 32], [15, 32]) for size in sizes), copies
+
+    assert casts_and_copies() == (6, 3)
+    dk.accelerate(made, strict=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(made, x)  # in which siblings are found
+    assert casts_and_copies() == (1, 1)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_recipe_of_a_four_bit_model(method: str, seed: int, tmp_path: Path) -> None:
     """Loading, preparation, checkpointing, accumulation, AdamW: PEFT's losses."""

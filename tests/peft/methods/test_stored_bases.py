@@ -114,6 +114,17 @@ def test_two_adapters_autocast_and_wide_tokens(method: str, x: Tensor, seed: int
     assert_close(ours, theirs, torch.bfloat16)
 
 
+@pytest.mark.parametrize("method", ["goat", "ether", "ether_plus"])
+def test_compiled_without_a_break(method: str, x: Tensor, seed: int) -> None:
+    """Forward and backward in one graph each: y and every gradient."""
+    made = adapted(method, "nf4-nested", seed)
+    dk.accelerate(made, strict=True)
+    expected = step(made, x)
+    torch._dynamo.reset()
+    made.compile(fullgraph=True, backend="aot_eager")
+    assert_close(step(made, x), expected)
+
+
 def eight_bit(seed: int) -> Any:
     torch.manual_seed(seed)
     made: Any = nn.Module()

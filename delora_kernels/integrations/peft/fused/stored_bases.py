@@ -1,8 +1,8 @@
 """PEFT's LoRA layers on stored bases: which classes they are, and how one runs fused.
 
-PEFT has a class of its own for each library that stores weights (bitsandbytes, HQQ, torchao); they
-hold the same parts as its LoRA linear and add the same branch. Nothing here imports those
-libraries: a class is known by its name.
+PEFT has a class of its own for each library that stores weights (bitsandbytes, GPTQModel, HQQ,
+torchao); they hold the same parts as its LoRA linear and add the same branch. Nothing here imports
+those libraries: a class is known by its name.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 CLASSES = {
     "peft.tuners.lora.bnb.Linear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.gptq.GPTQLoraLinear",
     "peft.tuners.lora.hqq.HqqLoraLinear",
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 }
