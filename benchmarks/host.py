@@ -8,8 +8,9 @@ kernels: Triton's end where the driver would be called, the CUDA library's in a 
 takes any arguments (benchmarks/stand_in.py). What is left is the library's own time, with that of
 torch and of library GEMMs so small that a CPU makes them in a few microseconds. A pass is forward
 (under autocast, where the precision says so), backward, and the gradients given back: of `frozen`
-(a linear), `addmm` (a bare autograd Function, benchmarks/layer/addmm.py), and of our function on
-each backend, in turn. Intervals hold 95 % of what the rounds give when they are drawn anew.
+(a linear), `addmm` (a bare autograd Function, benchmarks/layer/addmm.py), of our function on each
+backend, and with --layers of PEFT's module (`peft`) and of the same one after accelerate()
+(`dk-layer`), in turn. Intervals hold 95 % of what the rounds give when they are drawn anew.
 
 Calls are those of Python functions and, behind them, of C functions that Python code calls: unlike
 the time they have no noise.
@@ -33,12 +34,12 @@ from torch import Tensor
 
 from benchmarks.cases import PRECISIONS, Case
 from benchmarks.layer.addmm import addmm
-from benchmarks.layer.methods import METHODS, inputs
+from benchmarks.layer.methods import METHODS, inputs, peft_layer
 from benchmarks.machine import machine_info
 from benchmarks.overhead import interval
 from benchmarks.stand_in import cuda_standing_in, standing_in
 from benchmarks.timing import Budget, rounds
-from delora_kernels import functional, use_backend
+from delora_kernels import accelerate, functional, use_backend
 
 BACKENDS = ("triton", "cuda", "eager")
 SHOWN = ("lora", "dora", "delora", "moe")
@@ -104,7 +105,7 @@ def on(backend: str) -> Iterator[None]:
         yield
 
 
-def passes(method: str, precision: str, device: str) -> dict[str, Callable[[], None]]:
+def passes(method: str, precision: str, device: str, layers: bool = False) -> dict[str, Callable[[], None]]:
     """Return name → forward and backward, the gradients given back."""
     mixture = {"E": 4, "k": 2} if method in ("moe", "goat") else {}
     case = Case(method, "{K}x{N}".format(**SIZES), **SIZES, **mixture, precision=precision)  # type: ignore[arg-type]
@@ -119,6 +120,11 @@ def passes(method: str, precision: str, device: str) -> dict[str, Callable[[], N
     }
     if mixture:
         del forwards["addmm"]
+    if layers and METHODS[method].peft_config is not None:
+        plain, ours = peft_layer(case, made), peft_layer(case, made)
+        accelerate(torch.nn.Sequential(ours), strict=True)
+        forwards |= {"peft": lambda: plain(made["x"]), "dk-layer": lambda: ours(made["x"])}
+        leaves += [each for layer in (plain, ours) for each in layer.parameters() if each.requires_grad]
 
     def step(forward: Callable[[], Any]) -> None:
         if autocast:
