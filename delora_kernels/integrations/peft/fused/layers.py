@@ -29,7 +29,7 @@ from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_pl
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
-from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run
+from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run, run_delora, run_lora
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
 from delora_kernels.integrations.peft.verdict import log_once
@@ -43,9 +43,9 @@ class FusedLoraLinear(LoraLinear):
             call = read_lora(self, x)
             if call is not None:
                 return run(self, x, call)
-            found = lora_run(self, x)
-            if found is not None:
-                return run_planned(self, x, found)
+            y = run_lora(self, x)
+            if y is not None:
+                return y
         return _forward(self, LoraLinear.forward, x, args, kwargs)
 
     read_call, read_run = staticmethod(read_lora), staticmethod(lora_run)
@@ -68,9 +68,9 @@ class FusedDeloraLinear(DeloraLinear):
             call = read_delora(self, x)
             if call is not None:
                 return run(self, x, call)
-            found = delora_run(self, x)
-            if found is not None:
-                return run_planned(self, x, found)
+            y = run_delora(self, x)
+            if y is not None:
+                return y
         return _forward(self, DeloraLinear.forward, x, args, kwargs)
 
     read_call, read_run = staticmethod(read_delora), staticmethod(delora_run)

@@ -51,12 +51,15 @@ def lora_parts(layer: Any) -> tuple[float, Any, Any, Any, Any, Any] | None:
         return None
     if any_module_has_hooks() or _any_replaced(_CALLED_BY_LORA):
         return None
-    A, B, base_tensors = A_linear._parameters, B_linear._parameters, base._parameters
-    if A.get("bias", _MISSING) is not None or B.get("bias", _MISSING) is not None:
+    A_tensors, B_tensors = A_linear._parameters, B_linear._parameters
+    if A_tensors.get("bias", _MISSING) is not None or B_tensors.get("bias", _MISSING) is not None:
         return None
-    weight, bias = base_tensors.get("weight"), base_tensors.get("bias", _MISSING)
+    tensors: Any = base._parameters.get("weight"), base._parameters.get("bias", _MISSING)
+    tensors += A_tensors.get("weight"), B_tensors.get("weight")
+    if not _are_parameters(*tensors):
+        return None
     if variant is None:
-        return scale, weight, bias, A.get("weight"), B.get("weight"), None
+        return scale, *tensors, None
     magnitudes = parts["lora_magnitude_vector"]
     if type(variant) is not DoraLinearVariant or type(magnitudes) is not nn.ModuleDict:
         return None
@@ -66,7 +69,7 @@ def lora_parts(layer: Any) -> tuple[float, Any, Any, Any, Any, Any] | None:
     if verdicts.reasons["dora"] is not None or _any_replaced(_CALLED_BY_DORA) or caches_dora_norms(layer):
         return None
     magnitude = owner._parameters.get("weight")
-    return scale, weight, bias, A.get("weight"), B.get("weight"), _MISSING if magnitude is None else magnitude
+    return (scale, *tensors, magnitude) if type(magnitude) is nn.Parameter else None
 
 
 def delora_parts(layer: Any) -> tuple[int, Any, Any, Any, Any, Any, Any] | None:
@@ -86,9 +89,12 @@ def delora_parts(layer: Any) -> tuple[int, Any, Any, Any, Any, Any, Any] | None:
         return None
     if not is_plain(base) or "forward" in layer.__dict__ or any_module_has_hooks() or _any_replaced(_CALLED_BY_DELORA):
         return None
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", _MISSING)
-    factors = A_dict._parameters[name], B_dict._parameters[name], lams._parameters[name]
-    return layer.r[name], weight, bias, *factors, norms._buffers[name]
+    tensors: Any = base._parameters.get("weight"), base._parameters.get("bias", _MISSING)
+    tensors += A_dict._parameters[name], B_dict._parameters[name]
+    lam = lams._parameters[name]
+    if type(lam) is not nn.Parameter or not _are_parameters(*tensors):
+        return None
+    return layer.r[name], *tensors, lam, norms._buffers[name]
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -100,6 +106,11 @@ def is_plain(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _are_parameters(weight: Any, bias: Any, A: Any, B: Any) -> bool:
+    """Whether these are what nn.Linear keeps: no subclass, no view in the place of a parameter."""
+    return type(weight) is type(A) is type(B) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
 
 
 def _only(active: Any) -> Any:

@@ -15,19 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn, strided
 
-from delora_kernels import functional
+from delora_kernels import dispatch, functional
 from delora_kernels.autograd.function import unseen
+from delora_kernels.backends import tape
 from delora_kernels.bases.stored import CASTABLE
 from delora_kernels.checks import FLOATS
+from delora_kernels.functional.planned import at_a_glance
 from delora_kernels.integrations.peft.fused import straight
+from delora_kernels.integrations.peft.fused.groups import place_of, run_planned
 from delora_kernels.integrations.peft.fused.look import delora_parts, lora_parts
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 
 _FLOATS, _PLAIN = set(FLOATS), {Tensor, nn.Parameter}
+_EPS = 1e-4
+"""PEFT's clamp, and the function's default."""
 
 
-def lora_run(layer: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Find x → y of a LoRA or DoRA linear, or None where plan.py has to judge it.
+def run_lora(layer: Any, x: Tensor) -> Tensor | None:
+    """Run a LoRA or DoRA linear, or None where plan.py has to judge it.
 
     Args:
         layer: The layer.
@@ -37,6 +42,49 @@ def lora_run(layer: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     if parts is None:
         return None
     scale, weight, bias, A, B, magnitude = parts
+    if _may_be_known(layer, x, weight):
+        rest = () if magnitude is None else (magnitude,)
+        name = "dora_linear" if rest else "lora_linear"
+        _, y = at_a_glance(name, (x, weight, bias, A, B, *rest), 0.0, scale)
+        if y is not None:
+            return y
+    found = _lora_run(x, *parts)
+    return None if found is None else run_planned(layer, x, found)
+
+
+def run_delora(layer: Any, x: Tensor) -> Tensor | None:
+    """Run a DeLoRA linear, or None where plan.py has to judge it; arguments as `run_lora`."""
+    parts = delora_parts(layer) if _is_usual(x) else None
+    if parts is None:
+        return None
+    rank, weight, bias, A, B, lam, norm = parts
+    if _may_be_known(layer, x, weight) and _are_strength(rank, A, lam, norm, x.device):
+        _, y = at_a_glance("delora_linear", (x, weight, bias, A, B, None, lam, norm), 0.0, _EPS)
+        if y is not None:
+            return y if y.dtype is x.dtype else y.to(x.dtype)
+    found = _delora_run(x, *parts)
+    return None if found is None else run_planned(layer, x, found)
+
+
+def lora_run(layer: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Find x → y of a LoRA or DoRA linear without running it, or None where plan.py has to judge
+    it; arguments as `run_lora`.
+    """
+    parts = lora_parts(layer) if _is_usual(x) else None
+    return None if parts is None else _lora_run(x, *parts)
+
+
+def delora_run(layer: Any, x: Tensor) -> PlannedRun | None:
+    """Find x → y of a DeLoRA linear without running it, or None where plan.py has to judge it;
+    arguments as `run_lora`.
+    """
+    parts = delora_parts(layer) if _is_usual(x) else None
+    return None if parts is None else _delora_run(x, *parts)
+
+
+def _lora_run(
+    x: Tensor, scale: float, weight: Any, bias: Any, A: Any, B: Any, magnitude: Any
+) -> Callable[[Tensor], Tensor] | None:
     if not _fit(x, weight, bias, A, B):
         return None
     arguments = {"weight": weight, "A": A, "B": B, "scale": scale, "bias": bias, "dropout_p": 0.0}
@@ -47,53 +95,78 @@ def lora_run(layer: Any, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return partial(functional.dora_linear, magnitude=magnitude, **arguments)
 
 
-def delora_run(layer: Any, x: Tensor) -> PlannedRun | None:
-    """Find x → y of a DeLoRA linear, or None where plan.py has to judge it; arguments as
-    `lora_run`.
-    """
-    parts = delora_parts(layer) if _is_usual(x) else None
-    if parts is None:
-        return None
-    rank, weight, bias, A, B, lam, norm = parts
-    if not _fit(x, weight, bias, A, B) or rank != A.shape[0] or not _is_whole(lam, 1, x.device):
-        return None
-    if not _is_whole(norm, 1, x.device, Tensor) or norm.requires_grad or not norm.data_ptr():
+def _delora_run(x: Tensor, rank: int, weight: Any, bias: Any, A: Any, B: Any, lam: Any, norm: Any) -> PlannedRun | None:
+    if not (_fit(x, weight, bias, A, B) and _are_strength(rank, A, lam, norm, x.device)):
         return None
     arguments = {"weight": weight, "A": A, "B": B, "lam": lam, "weight_norm": norm, "bias": bias, "dropout_p": 0.0}
     return PlannedRun(functional.delora_linear, functional.CALLS["delora_linear"], arguments, True)
 
 
 def _is_usual(x: Any) -> bool:
-    """Whether x is plain memory, and nobody watches what is made of it."""
+    """Whether x is plain memory, and no compiler reads this."""
     return (
         not torch.compiler.is_compiling()
         and straight.enabled
         and x.__class__ in _PLAIN
         and (x.is_cuda or x.is_cpu)
-        and x.layout is strided
-        and x.dim() > 1
         and not x.is_nested
-        and unseen()
     )
 
 
-def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
-    """Whether these are whole tensors on one device, x of a dtype that the base takes."""
-    device = x.device
-    if not (_is_whole(weight, 2, device) and _is_whole(A, 2, device) and _is_whole(B, 2, device)):
-        return False
-    if bias is not None and not _is_whole(bias, 1, device):
-        return False
+def _may_be_known(layer: Any, x: Tensor, weight: Tensor) -> bool:
+    """Whether the call may be planned: of a layer that runs alone, and of a base that takes x."""
+    place = place_of(layer)
+    return (
+        (x.is_cuda or dispatch._requested is not None)
+        and bool(tape.calls)
+        and (place is None or (place.group is None and not place.family.watched))
+        and _takes(weight, x)
+    )
+
+
+def _takes(weight: Tensor, x: Tensor) -> bool:
+    """Whether x is of a dtype that a base of this weight takes."""
     if x.dtype is weight.dtype:
         return True
-    return torch.is_autocast_enabled(device.type) and x.dtype in CASTABLE and weight.dtype in CASTABLE
+    return x.dtype in CASTABLE and weight.dtype in CASTABLE and torch.is_autocast_enabled(x.device.type)
 
 
-def _is_whole(tensor: Any, dim: int, device: torch.device, kind: Any = nn.Parameter) -> bool:
+def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
+    """Whether nobody watches, and these are whole tensors on one device, x of a dtype that the base
+    takes.
+    """
+    device = x.device
+    return (
+        unseen()
+        and x.layout is strided
+        and x.dim() > 1
+        and _is_whole(weight, 2, device)
+        and _is_whole(A, 2, device)
+        and _is_whole(B, 2, device)
+        and (bias is None or _is_whole(bias, 1, device))
+        and _takes(weight, x)
+    )
+
+
+def _are_strength(rank: int, A: Tensor, lam: Tensor, norm: Any, device: torch.device) -> bool:
+    """Whether λ and the weight's norms are whole, and A of the rank that PEFT's forward divides
+    by.
+    """
+    return (
+        A.dim() == 2
+        and A.shape[0] == rank
+        and _is_whole(lam, 1, device)
+        and type(norm) is Tensor
+        and _is_whole(norm, 1, device)
+        and not norm.requires_grad
+        and norm.data_ptr() != 0
+    )
+
+
+def _is_whole(tensor: Tensor, dim: int, device: torch.device) -> bool:
     """Whether it is all that its owner means: no shard, no stored form, nothing left empty."""
     return (
-        type(tensor) is kind
-        and tensor.dtype in _FLOATS
+        tensor.dtype in _FLOATS
         and tensor.layout is strided
         and tensor.dim() == dim
         and tensor.numel() > 0

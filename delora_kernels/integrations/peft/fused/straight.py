@@ -40,7 +40,7 @@ def read_lora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
         return None
     if magnitude is None:
         return straight_call(x, weight, bias, A, B, scale) if all_trained(A, B) else None
-    if type(magnitude) is not nn.Parameter or magnitude.shape != (weight.shape[0],) or not _alike(magnitude, x):
+    if magnitude.shape != (weight.shape[0],) or not _alike(magnitude, x):
         return None
     return straight_call(x, weight, bias, A, B, scale, magnitude) if all_trained(A, B, magnitude) else None
 
@@ -55,7 +55,7 @@ def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
     rank, weight, bias, A, B, lam, norm = parts
     if not _fit(x, weight, bias, A, B) or rank != A.shape[0]:
         return None
-    if type(lam) is not nn.Parameter or lam.shape != (1,) or not _alike(lam, x):
+    if lam.shape != (1,) or not _alike(lam, x):
         return None
     if type(norm) is not Tensor or norm.shape != (weight.shape[1],) or norm.requires_grad or not _alike(norm, x):
         return None
@@ -64,10 +64,7 @@ def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
 
 def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     """Whether these are whole tensors of one dtype on the CPU that belong together."""
-    kind = nn.Parameter
-    if not type(weight) is type(A) is type(B) is kind or type(x) not in (Tensor, kind):
-        return False
-    if x.dtype not in (float32, float64) or weight.requires_grad:
+    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in (float32, float64) or weight.requires_grad:
         return False
     if x.dim() < 2 or x.layout is not strided or x.is_nested or not _alike(weight, x):
         return False
@@ -79,7 +76,7 @@ def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     r = A.shape[0]
     if r == 0 or N == 0 or K == 0 or A.shape != (r, K) or B.shape != (N, r):
         return False
-    return bias is None or (type(bias) is kind and not bias.requires_grad and bias.shape == (N,) and _alike(bias, x))
+    return bias is None or (not bias.requires_grad and bias.shape == (N,) and _alike(bias, x))
 
 
 def _alike(tensor: Tensor, x: Tensor) -> bool:
