@@ -57,19 +57,58 @@ def at_a_glance(
     Returns:
         The key, None where there is none; and y, None where the call has to be made.
     """
-    for number in (dropout_p, *numbers):
-        if number.__class__ is not float:
-            return None, None
-    if dropout_p != 0.0:
+    x = tensors[0]
+    if not _drops_nothing(dropout_p, numbers) or not _is_usual(x):
         return None, None
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
-    # a meta tensor has no autocast; one row without a dimension for it is planned as a matrix
-    if device not in _DEVICES or tensors[0].dim() < 2:
-        return None, None
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    key = key_of(name, tensors, (autocast, *numbers))
+    key = key_of(name, tensors, (_autocast_of(x), *numbers))
     outputs = None if key is None else replayed.run(key, tensors + _NOTHING[len(tensors) :])
     return key, None if outputs is None else outputs[0]
+
+
+def linears_at_a_glance(
+    x: Any, members: Sequence[tuple[str, tuple[Tensor | None, ...], Any, tuple[Any, ...]]]
+) -> tuple[tuple[Any, ...] | None, tuple[Tensor, ...] | None]:
+    """Run linears of one x by their unchecked arguments, as `at_a_glance` runs one.
+
+    Args:
+        x: Their input.
+        members: Of each the name of its function, its tensors behind x, `dropout_p`, all other
+            arguments.
+
+    Returns:
+        The key, None where there is none; and y_i, None where the calls have to be made.
+    """
+    if (dispatch._requested is None and getattr(x, "is_cpu", True)) or not _is_usual(x):
+        return None, None
+    tensors: tuple[Any, ...] = (x,)
+    numbers: list[Any] = [_autocast_of(x)]
+    for name, own, dropout_p, others in members:
+        if not _drops_nothing(dropout_p, others):
+            return None, None
+        tensors += own + _NOTHING[len(own) + 1 :]
+        numbers += (name, *others)
+    key = key_of("linears", tensors, tuple(numbers))
+    return key, None if key is None else replayed.run(key, tensors)
+
+
+def _drops_nothing(dropout_p: Any, numbers: tuple[Any, ...]) -> bool:
+    """Whether all of these are floats, and no element is dropped."""
+    for number in (dropout_p, *numbers):
+        if number.__class__ is not float:
+            return False
+    return bool(dropout_p == 0.0)
+
+
+def _is_usual(x: Any) -> bool:
+    """Whether x may be a planned call's: a meta tensor has no autocast, and one row without a
+    dimension for it is planned as a matrix.
+    """
+    return isinstance(x, Tensor) and x.device.type in _DEVICES and x.dim() > 1
+
+
+def _autocast_of(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 _DEVICES = ("cpu", "cuda")
