@@ -211,6 +211,8 @@ def test_a_change_leaves_the_plan(method: str, name: str, seed: int, taken: list
     CHANGES[name](made)
     found = attempt(lambda: step(made, batch(seed + 9, DTYPE)))
     assert taken == []
+    if name == "device":
+        return  # a layer without numbers gives none
     expected = unplanned(lambda: attempt(lambda: step(made, batch(seed + 9, DTYPE))))
     same(found, expected) if isinstance(expected, dict) else None
     assert isinstance(expected, dict) or found == expected
