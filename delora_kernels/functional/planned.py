@@ -57,10 +57,10 @@ def at_a_glance(
     Returns:
         The key, None where there is none; and y, None where the call has to be made.
     """
-    x = tensors[0]
-    if not _drops_nothing(dropout_p, numbers) or not _is_usual(x):
+    autocast = _autocast(tensors[0], (dropout_p, *numbers))
+    if autocast is _NEVER:
         return None, None
-    key = key_of(name, tensors, (_autocast_of(x), *numbers))
+    key = key_of(name, tensors, (autocast, *numbers))
     outputs = None if key is None else replayed.run(key, tensors + _NOTHING[len(tensors) :])
     return key, None if outputs is None else outputs[0]
 
@@ -78,39 +78,38 @@ def linears_at_a_glance(
     Returns:
         The key, None where there is none; and y_i, None where the calls have to be made.
     """
-    if (dispatch._requested is None and getattr(x, "is_cpu", True)) or not _is_usual(x):
+    if dispatch._requested is None and getattr(x, "is_cpu", True):
         return None, None
     tensors: tuple[Any, ...] = (x,)
-    numbers: list[Any] = [_autocast_of(x)]
+    numbers: list[Any] = []
     for name, own, dropout_p, others in members:
-        if not _drops_nothing(dropout_p, others):
+        autocast = _autocast(x, (dropout_p, *others))
+        if autocast is _NEVER:
             return None, None
         tensors += own + _NOTHING[len(own) + 1 :]
-        numbers += (name, *others)
+        numbers += (name, autocast, *others)
     key = key_of("linears", tensors, tuple(numbers))
     return key, None if key is None else replayed.run(key, tensors)
 
 
-def _drops_nothing(dropout_p: Any, numbers: tuple[Any, ...]) -> bool:
-    """Whether all of these are floats, and no element is dropped."""
-    for number in (dropout_p, *numbers):
-        if number.__class__ is not float:
-            return False
-    return bool(dropout_p == 0.0)
+def _autocast(x: Any, numbers: tuple[Any, ...]) -> Any:
+    """Return the dtype that autocast casts x to, or None; `_NEVER` where a call is not planned.
 
-
-def _is_usual(x: Any) -> bool:
-    """Whether x may be a planned call's: a meta tensor has no autocast, and one row without a
-    dimension for it is planned as a matrix.
+    Args:
+        x: Its input: a meta tensor has no autocast, and one row without a dimension for it is
+            planned as a matrix.
+        numbers: All its numbers, its dropout first.
     """
-    return isinstance(x, Tensor) and x.device.type in _DEVICES and x.dim() > 1
-
-
-def _autocast_of(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
+    for number in numbers:
+        if number.__class__ is not float:
+            return _NEVER
+    device = x.device.type if isinstance(x, Tensor) else ""
+    if numbers[0] != 0.0 or device not in _DEVICES or x.dim() < 2:
+        return _NEVER
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+_NEVER = object()
 _DEVICES = ("cpu", "cuda")
 _NOTHING = (None,) * (len(Call._fields) - 1)
 
