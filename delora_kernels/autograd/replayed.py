@@ -137,6 +137,11 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
     return facts
 
 
+def is_any_planned() -> bool:
+    """Whether any call is planned."""
+    return bool(tape.calls)
+
+
 def run(key: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Tensor, ...] | None:
     """Run a call whose kind is known; None of any other.
 

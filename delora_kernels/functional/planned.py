@@ -42,6 +42,11 @@ def key_of(what: Any, tensors: Sequence[Any], numbers: Any) -> tuple[Any, ...] |
     return what, requested, torch.is_grad_enabled(), wide, numbers, *facts
 
 
+def may_be_planned(x: Tensor) -> bool:
+    """Whether a call of x may be among those that are planned."""
+    return (x.is_cuda or dispatch._requested is not None) and replayed.is_any_planned()
+
+
 def at_a_glance(
     name: str, tensors: tuple[Any, ...], dropout_p: Any, *numbers: Any
 ) -> tuple[tuple[Any, ...] | None, Tensor | None]:

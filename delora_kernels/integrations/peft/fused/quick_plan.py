@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn, strided
 
-from delora_kernels import dispatch, functional
+from delora_kernels import functional
 from delora_kernels.autograd.function import unseen
-from delora_kernels.backends import tape
 from delora_kernels.bases.stored import CASTABLE
 from delora_kernels.checks import FLOATS
-from delora_kernels.functional.planned import at_a_glance
+from delora_kernels.functional.planned import at_a_glance, may_be_planned
 from delora_kernels.integrations.peft.fused import straight
 from delora_kernels.integrations.peft.fused.groups import place_of, run_planned
 from delora_kernels.integrations.peft.fused.look import delora_parts, lora_parts
@@ -117,8 +116,7 @@ def _may_be_known(layer: Any, x: Tensor, weight: Tensor) -> bool:
     """Whether the call may be planned: of a layer that runs alone, and of a base that takes x."""
     place = place_of(layer)
     return (
-        (x.is_cuda or dispatch._requested is not None)
-        and bool(tape.calls)
+        may_be_planned(x)
         and (place is None or (place.group is None and not place.family.watched))
         and _takes(weight, x)
     )
