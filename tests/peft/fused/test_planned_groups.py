@@ -247,6 +247,21 @@ def test_deterministic_mode(method: str, seed: int, taken: list[int]) -> None:
         torch.use_deterministic_algorithms(before)
 
 
+def test_plans_of_single_calls_leave_a_group_whole(seed: int, taken: list[int]) -> None:
+    """Layers of the same kinds that run alone are planned, too: how a call ran is its place's to
+    say, for its recomputation.
+    """
+    alone = model("lora", seed, inner=Siblings, dtype=DTYPE)
+    dk.accelerate(alone, group=False)
+    for number in range(4):
+        warm_up_in(alone, number)
+    assert taken == []
+    made = group("lora", seed)
+    taken.clear()
+    step(made, batch(seed, DTYPE))
+    assert taken == [3]
+
+
 def test_batched_and_second_gradients(seed: int, taken: list[int]) -> None:
     made = group("lora", seed)
     taken.clear()
