@@ -1,6 +1,7 @@
 """What a call costs the host: microseconds and Python calls of a forward and backward pass.
 
     python -m benchmarks.host                 # in front of stand-ins: no GPU is asked for
+    python -m benchmarks.host --layers        # PEFT's modules too, before and after accelerate()
     python -m benchmarks.host --method lora --precision bf16 --rounds 200 --out runs/host.json
 
 On a GPU a layer of few tokens takes as long as its host takes to launch it. Here nobody runs the
@@ -8,8 +9,9 @@ kernels: Triton's end where the driver would be called, the CUDA library's in a 
 takes any arguments (benchmarks/stand_in.py). What is left is the library's own time, with that of
 torch and of library GEMMs so small that a CPU makes them in a few microseconds. A pass is forward
 (under autocast, where the precision says so), backward, and the gradients given back: of `frozen`
-(a linear), `addmm` (a bare autograd Function, benchmarks/layer/addmm.py), and of our function on
-each backend, in turn. Intervals hold 95 % of what the rounds give when they are drawn anew.
+(a linear), `addmm` (a bare autograd Function, benchmarks/layer/addmm.py), of our function on each
+backend, and with --layers of PEFT's module (`peft`) and of the same one after accelerate()
+(`layer`), in turn. Intervals hold 95 % of what the rounds give when they are drawn anew.
 
 Calls are those of Python functions and, behind them, of C functions that Python code calls: unlike
 the time they have no noise.
@@ -33,12 +35,12 @@ from torch import Tensor
 
 from benchmarks.cases import PRECISIONS, Case
 from benchmarks.layer.addmm import addmm
-from benchmarks.layer.methods import METHODS, inputs
+from benchmarks.layer.methods import METHODS, inputs, peft_layer
 from benchmarks.machine import machine_info
 from benchmarks.overhead import interval
 from benchmarks.stand_in import cuda_standing_in, standing_in
 from benchmarks.timing import Budget, rounds
-from delora_kernels import functional, use_backend
+from delora_kernels import accelerate, functional, use_backend
 
 BACKENDS = ("triton", "cuda", "eager")
 SHOWN = ("lora", "dora", "delora", "moe")
@@ -104,7 +106,7 @@ def on(backend: str) -> Iterator[None]:
         yield
 
 
-def passes(method: str, precision: str, device: str) -> dict[str, Callable[[], None]]:
+def passes(method: str, precision: str, device: str, layers: bool = False) -> dict[str, Callable[[], None]]:
     """Return name → forward and backward, the gradients given back."""
     mixture = {"E": 4, "k": 2} if method in ("moe", "goat") else {}
     case = Case(method, "{K}x{N}".format(**SIZES), **SIZES, **mixture, precision=precision)  # type: ignore[arg-type]
@@ -119,6 +121,11 @@ def passes(method: str, precision: str, device: str) -> dict[str, Callable[[], N
     }
     if mixture:
         del forwards["addmm"]
+    if layers and METHODS[method].peft_config is not None:
+        plain, ours = peft_layer(case, made), peft_layer(case, made)
+        accelerate(torch.nn.Sequential(ours), strict=True)
+        forwards |= {"peft": lambda: plain(made["x"]), "layer": lambda: ours(made["x"])}
+        leaves += [each for layer in (plain, ours) for each in layer.parameters() if each.requires_grad]
 
     def step(forward: Callable[[], Any]) -> None:
         if autocast:
@@ -133,11 +140,11 @@ def passes(method: str, precision: str, device: str) -> dict[str, Callable[[], N
     return {name: lambda forward=forward: step(forward) for name, forward in forwards.items()}  # type: ignore[misc]
 
 
-def measure(method: str, backend: str, precision: str, budget: Budget) -> list[dict[str, Any]]:
+def measure(method: str, backend: str, precision: str, budget: Budget, layers: bool = False) -> list[dict[str, Any]]:
     """Return a row for each implementation: µs, Python calls, over addmm with its interval."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with on(backend):
-        steps = passes(method, precision, device)
+        steps = passes(method, precision, device, layers)
         for _ in range(5):  # kernels are compiled, what is looked up once is, and calls are planned
             for step in steps.values():
                 step()
@@ -146,7 +153,8 @@ def measure(method: str, backend: str, precision: str, budget: Budget) -> list[d
     times = {name: [ms for ms, _ in spent] for name, spent in found.items()}
     rows = []
     for name, spent in times.items():
-        row: dict[str, Any] = {"method": method, "impl": name if name != "dk" else f"dk-{backend}"}
+        own = name in ("dk", "layer")
+        row: dict[str, Any] = {"method": method, "impl": f"{name}-{backend}" if own else name}
         row |= {"backend": backend, "precision": precision, **SIZES, "rounds": len(spent)}
         row |= {"host_us": 1e3 * statistics.median(spent)}
         row |= {"python_calls": calls[name].python, "c_calls": calls[name].c, "ratio_to_addmm": None}
@@ -159,17 +167,30 @@ def measure(method: str, backend: str, precision: str, budget: Budget) -> list[d
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the rows as people read them, one for each method and backend."""
+    layers = any(row["impl"] == "peft" for row in rows)
     shown = Table("method", "backend", "frozen, µs", "addmm, µs", "dk, µs", "dk / addmm", "calls: addmm", "dk")
+    for column in ("PEFT, µs", "layer, µs", "layer / addmm", "calls: PEFT", "layer") if layers else ():
+        shown.add_column(column)
     for method, backend in dict.fromkeys((row["method"], row["backend"]) for row in rows):
-        found = {row["impl"]: row for row in rows if (row["method"], row["backend"]) == (method, backend)}
-        of = [found.get(name) for name in ("frozen", "addmm", f"dk-{backend}")]
-        spent = ["" if row is None else f"{row['host_us']:.0f}" for row in of]
-        calls = ["" if row is None else f"{row['python_calls']} + {row['c_calls']}" for row in of[1:]]
-        ours, ratio = found[f"dk-{backend}"], ""
-        if ours["ratio_to_addmm"] is not None:
-            ratio = "{:.2f} ({:.2f} to {:.2f})".format(ours["ratio_to_addmm"], *ours["addmm_interval"])
-        shown.add_row(method, backend, *spent, ratio, *calls)
+        of = {row["impl"]: row for row in rows if (row["method"], row["backend"]) == (method, backend)}
+        cells = [_spent(of.get("frozen")), *_compared(of.get("addmm"), of[f"dk-{backend}"])]
+        if layers:
+            cells += _compared(of.get("peft"), of.get(f"layer-{backend}"))
+        shown.add_row(method, backend, *cells)
     return shown
+
+
+def _spent(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['host_us']:.0f}"
+
+
+def _compared(rival: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> list[str]:
+    """µs of both, ours over addmm, the calls of both."""
+    ratio = ""
+    if ours is not None and ours["ratio_to_addmm"] is not None:
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(ours["ratio_to_addmm"], *ours["addmm_interval"])
+    calls = ["" if row is None else f"{row['python_calls']} + {row['c_calls']}" for row in (rival, ours)]
+    return [_spent(rival), _spent(ours), ratio, *calls]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help=f"default: {' '.join(SHOWN)}")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all of them")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16-autocast", help="default: %(default)s")
+    parser.add_argument("--layers", action="store_true", help="PEFT's modules too, before and after accelerate()")
     parser.add_argument("--rounds", type=int, default=60, help="default: 60, of 20 passes each")
     parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     options = parser.parse_args(argv)
@@ -186,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for method in options.method or SHOWN:
         for backend in options.backend or BACKENDS:
-            rows += measure(method, backend, options.precision, budget)
-    Console(width=120).print(table(rows))
+            rows += measure(method, backend, options.precision, budget, options.layers)
+    Console(width=200 if options.layers else 120).print(table(rows))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"machine": machine_info("cuda" if torch.cuda.is_available() else "cpu"), "rows": rows}

@@ -27,7 +27,7 @@ MOST_BACKWARD = 16
 Replay = Callable[..., Any]
 _PLAIN = {Tensor, torch.nn.Parameter}
 
-_unsafe_view: Callable[..., Tensor] = torch.ops.aten._unsafe_view.default
+unsafe_view: Callable[..., Tensor] = torch.ops.aten._unsafe_view.default
 """Of a tensor that nobody else holds: the same in another shape, to autograd a tensor of its own.
 """
 
@@ -83,7 +83,7 @@ class Plan:
         if self.leading is None:
             return outputs
         y = outputs[0]
-        return _unsafe_view(y, (*self.leading, y.shape[-1])), *outputs[1:]
+        return unsafe_view(y, (*self.leading, y.shape[-1])), *outputs[1:]
 
     def gradients(self, saved: Sequence[Any], douts: tuple[Tensor, ...], depends_on: Any) -> Sequence[Any]:
         """Return the gradient of each field of the call, by replay where that is known."""
@@ -136,6 +136,11 @@ def facts_of(tensors: Iterable[Any]) -> list[Any] | None:
         else:
             facts += (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.storage_offset() & 7, t.requires_grad)
     return facts
+
+
+def is_any_planned() -> bool:
+    """Whether any call is planned."""
+    return bool(tape.calls)
 
 
 def run(key: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Tensor, ...] | None:

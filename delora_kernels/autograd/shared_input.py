@@ -11,7 +11,7 @@ all are plain, they run one by one.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,61 +57,119 @@ def _shares(call: Call, first: Call) -> bool:
     return call.A.requires_grad is first.A.requires_grad
 
 
+class SharedKind(NamedTuple):
+    """What a backward pass of linears of one x knows of them besides tensors.
+
+    Args:
+        backend: Name of the backend that ran them.
+        options: Of each call.
+        shape, dtype: Of their x.
+        needs: Of each call: for each field, whether its gradient is wanted.
+        wanted: For each field of the calls behind x, one call after the other, the dtype of its
+            gradient; None where none is wanted.
+    """
+
+    backend: str
+    options: tuple[Options, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    needs: tuple[Call, ...]
+    wanted: tuple[torch.dtype | None, ...]
+
+
+def kind_of(backend: str, options: tuple[Options, ...], x: Tensor, flat: Sequence[Any], need: Sequence[bool]) -> Any:
+    """Return the kind of calls of x whose other fields stand in `flat`; `need` is of x, then of
+    these.
+    """
+    wanted = tuple([value.dtype if wanted else None for value, wanted in zip(flat, need[1:], strict=True)])
+    return SharedKind(
+        backend, options, x.shape, x.dtype, tuple(_members(need[0], need[1:], [False] * len(options))), wanted
+    )
+
+
+def forward_key(kind: SharedKind) -> tuple[Any, ...]:
+    """Return all that decides what the forward pass does, besides its tensors."""
+    return _key(_computed, kind)
+
+
 class _SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, options: tuple[Options, ...], x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         calls = _members(x, flat, options)
-        ctx.needs = _members(ctx.needs_input_grad[2], ctx.needs_input_grad[3:], [False] * len(options))
-        ctx.backend, ctx.options, ctx.x = backend, options, (x.shape, x.dtype)
-        ctx.dtypes = [value.dtype if need else None for value, need in zip(flat, ctx.needs_input_grad[3:], strict=True)]
+        ctx.kind = kind = kind_of(backend, options, x, flat, ctx.needs_input_grad[2:])
         tensors = [each for each in (x, *flat) if each is None or isinstance(each, Tensor)]
         stages = ops.stages(backend, tensors)
 
         def found() -> tuple[list[Tensor], list[Saved], Tensor]:
             wide = x if x.dtype == options[0].compute_dtype else x.to(options[0].compute_dtype)
-            return *_computed(calls, wide, ctx.needs, stages), wide
+            return *_computed(calls, wide, kind.needs, stages), wide
 
-        key = partial(_key, _computed, ctx) if len(tensors) == 1 + len(flat) else None
+        key = partial(forward_key, kind) if len(tensors) == 1 + len(flat) else None
         outputs, saved, wide = function.done(found, key, tuple(tensors), stages, x.device.type)
-        kept = wide if any(need.A for need in ctx.needs) else None
         ctx.depends_on = [each for call in calls for each in (call.A, call.B, call.lam)]
         ctx.stored = [None if isinstance(call.weight, Tensor) else call.weight for call in calls]
         saved = [m if base is None else m._replace(weight=None) for m, base in zip(saved, ctx.stored, strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, *[value for member in saved for value in member])
+        ctx.save_for_backward(*kept_of(kind, saved, wide))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, *flat = saved = ctx.saved_tensors  # asked for once: checkpointing gives them out once
-        width = len(Saved._fields)
-        members = [Saved(*flat[start : start + width]) for start in range(0, len(flat), width)]
-        for i, base in enumerate(ctx.stored):
-            if base is not None:
-                members[i] = members[i]._replace(weight=base)
-        found = [dy for dy in dys if dy is not None]
-        if not found:
-            return (None,) * (3 + len(ctx.dtypes))
-        batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
-        inputs = (*dys, *saved)
-        stages = ops.registered(ctx.backend) if batched else ops.stages(ctx.backend, inputs)
-        key = None if any(base is not None for base in ctx.stored) else partial(_key, _gradients, ctx)
-
-        def computed() -> tuple[Any, ...]:
-            return _gradients(ctx, x, members, dys, stages)
-
-        with torch.no_grad():
-            grads: tuple[Any, ...] = function.done(computed, key, inputs, stages, found[0].device.type)
-        if not torch.is_grad_enabled():
-            return grads
-        tied = (*found, *saved, *ctx.depends_on)
-        return refuse_second_derivatives(ctx.options[0].method, grads, tied)
+        saved = ctx.saved_tensors  # asked for once: checkpointing gives them out once
+        return None, None, *input_gradients(ctx.kind, ctx.stored, saved, dys, ctx.depends_on)
 
 
-def _key(what: Any, ctx: Any) -> tuple[Any, ...]:
-    """Return all that decides what a pass does, besides its tensors."""
-    needs = tuple(ctx.needs), tuple(ctx.dtypes), ctx.x
-    return what, ctx.backend, ctx.options, needs, function.products_in_tf32(ctx.options[0])
+def kept_of(kind: SharedKind, saved: Sequence[Saved], x: Tensor) -> list[Any]:
+    """Return what is kept for backward, in a row: x, where a factor's gradient reads it, and each
+    member's.
+    """
+    return [x if any([need.A for need in kind.needs]) else None, *[value for member in saved for value in member]]  # noqa: C419
+
+
+def input_gradients(
+    kind: SharedKind, stored: Sequence[Any], saved: Sequence[Any], dys: Sequence[Tensor | None], depends_on: Any
+) -> tuple[Any, ...]:
+    """Return the gradient of x and of each other field, None where none is wanted or none came
+    back; differentiated again they raise.
+
+    Args:
+        kind: The calls'.
+        stored: The stored base that stands for each member's weight, or None.
+        saved: What was kept.
+        dys: The outputs' gradients, [T, N_i], None where none came back.
+        depends_on: Tensors that the gradients are computed from besides `saved`.
+    """
+    x, *flat = saved
+    width = len(Saved._fields)
+    members = [Saved(*flat[start : start + width]) for start in range(0, len(flat), width)]
+    for i, base in enumerate(stored):
+        if base is not None:
+            members[i] = members[i]._replace(weight=base)
+    found = [dy for dy in dys if dy is not None]
+    if not found:
+        return (None,) * (1 + len(kind.wanted))
+    batched = not torch.compiler.is_compiling() and any(map(is_batched, found))
+    inputs = (*dys, *saved)
+    stages = ops.registered(kind.backend) if batched else ops.stages(kind.backend, inputs)
+    key = None if any(base is not None for base in stored) else partial(backward_key, kind)
+
+    def computed() -> tuple[Any, ...]:
+        return _gradients(kind, x, members, dys, stages)
+
+    with torch.no_grad():
+        grads: tuple[Any, ...] = function.done(computed, key, inputs, stages, found[0].device.type)
+    if not torch.is_grad_enabled():
+        return grads
+    return refuse_second_derivatives(kind.options[0].method, grads, (*found, *saved, *depends_on))
+
+
+def backward_key(kind: SharedKind) -> tuple[Any, ...]:
+    """Return all that decides what the backward pass does, besides its tensors."""
+    return _key(_gradients, kind)
+
+
+def _key(what: Any, kind: SharedKind) -> tuple[Any, ...]:
+    return what, kind, function.products_in_tf32(kind.options[0])
 
 
 def _members(x: Any, flat: Sequence[Any], options: Sequence[Any]) -> list[Call]:
@@ -120,7 +178,7 @@ def _members(x: Any, flat: Sequence[Any], options: Sequence[Any]) -> list[Call]:
     return [Call._make((x, *flat[i * width : (i + 1) * width], o)) for i, o in enumerate(options)]
 
 
-def _computed(calls: list[Call], x: Tensor, needs: list[Call], stages: Any) -> tuple[list[Tensor], list[Saved]]:
+def _computed(calls: list[Call], x: Tensor, needs: Sequence[Call], stages: Any) -> tuple[list[Tensor], list[Saved]]:
     """Return y_i [T, N_i] and what is kept of each member besides x."""
     found = [folded_of(call, call.options, stages) for call in calls]
     A_hat = torch.cat([each[0] for each in found])
@@ -152,11 +210,11 @@ def _masks(options: Sequence[Options], widths: Sequence[int], seeds: Sequence[Te
 
 
 def _gradients(
-    ctx: Any, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], stages: Any
+    kind: SharedKind, x: Tensor | None, members: list[Saved], dys: Sequence[Tensor | None], stages: Any
 ) -> tuple[Any, ...]:
-    flat: list[Any] = [None] * len(ctx.dtypes)
+    flat: list[Any] = [None] * len(kind.wanted)
     live = [i for i, dy in enumerate(dys) if dy is not None]
-    o, need = [ctx.options[i] for i in live], [ctx.needs[i] for i in live]
+    o, need = [kind.options[i] for i in live], [kind.needs[i] for i in live]
     member, dy = [members[i] for i in live], [dys[i] for i in live]
     given: Any = zip(o, need, member, [stages] * len(live), dy, strict=True)
     read = [gradients_of_dy(*each) for each in given]
@@ -165,10 +223,9 @@ def _gradients(
         found, _, _, dB_hat = read[place]
         found.update(gradients_of_factors(o[place], need[place], member[place], stages, dA_hats[place], dB_hat))
         for at, field in enumerate(_FIELDS, i * len(_FIELDS)):
-            if ctx.dtypes[at] is not None:
-                flat[at] = found[field].to(ctx.dtypes[at])  # type: ignore[union-attr]
-    shape, dtype = ctx.x
-    return None, None, None if dx is None else dx.view(*dx.shape[:-2], *shape).to(dtype), *flat
+            if kind.wanted[at] is not None:
+                flat[at] = found[field].to(kind.wanted[at])  # type: ignore[union-attr]
+    return None if dx is None else dx.view(*dx.shape[:-2], *kind.shape).to(kind.dtype), *flat
 
 
 def _input_gradients(

@@ -185,7 +185,7 @@ class Recorder(TorchFunctionMode):
         self.unknown: str | None = None
         for name, tensor in zip(self.arguments, inputs, strict=True):
             if tensor is not None:
-                if id(tensor) in self.names:
+                if id(tensor) in self.names and tensor.numel():
                     self.unknown = "a tensor that is two of the inputs"
                 self.names[id(tensor)] = name
         self.noting = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels import checks, dispatch
-from delora_kernels.autograd import function, replayed
+from delora_kernels.autograd import function, replayed, shared_replayed
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.shared_input import run_shared
 from delora_kernels.call import AnyCall, Call, Options
@@ -74,12 +74,14 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def run_linears(calls: Sequence[Call], shape: Sequence[int]) -> tuple[Tensor, ...]:
+def run_linears(calls: Sequence[Call], shape: Sequence[int], key: Any = None) -> tuple[Tensor, ...]:
     """Run calls of low-rank methods of one x as one, or in plain torch where a program is exported.
 
     Args:
         calls: The calls.
         shape: Of x as it came, [..., K].
+        key: What `linears_at_a_glance` returned: by which they are found from now on, if they are
+            planned.
     """
     if exporting():
         return tuple(plain_torch.run(call, shape)[0] for call in calls)
@@ -87,6 +89,8 @@ def run_linears(calls: Sequence[Call], shape: Sequence[int]) -> tuple[Tensor, ..
     if any(name != chosen[0] for name in chosen):  # a rank that only one of them takes
         return tuple(run(AdaptedLinear, call, shape)[0] for call in calls)
     outputs = run_shared(calls, chosen[0])
+    if key is not None:
+        shared_replayed.learn(key, calls, chosen[0])
     bases: list[Any] = [call.weight for call in calls]
     x = calls[0].x
     found = [y if isinstance(of, Tensor) else of.output(y, x) for of, y in zip(bases, outputs, strict=True)]

@@ -11,7 +11,7 @@ from delora_kernels import checks, dispatch
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.call import Call
 from delora_kernels.functional.common import low_rank_call, run, run_linears
-from delora_kernels.functional.planned import at_a_glance, learn_glance
+from delora_kernels.functional.planned import at_a_glance, learn_glance, linears_at_a_glance
 
 
 def lora_linear(
@@ -109,16 +109,20 @@ def lora_linears(
         RuntimeError: the requested backend can't take the call.
     """
     count = _count("lora_linears", weights=weights, A=A, B=B, biases=biases, scale=scale, dropout_p=dropout_p)
+    scales = scale if isinstance(scale, Sequence) else [scale] * count
+    dropouts = dropout_p if isinstance(dropout_p, Sequence) else [dropout_p] * count
+    given = [*zip(weights, biases or [None] * count, A, B, dropouts, scales, strict=True)]
+    key, outputs = linears_at_a_glance(x, [("lora_linear", each[:4], each[4], each[5:]) for each in given])
+    if outputs is not None:
+        return outputs
     calls = []
-    for i in range(count):
-        scale_i, p_i = (each[i] if isinstance(each, Sequence) else each for each in (scale, dropout_p))
-        bias = None if biases is None else biases[i]
+    for i, (weight, bias, A_i, B_i, p_i, scale_i) in enumerate(given):
         try:
             own = None if seed is None else seed + i
-            calls.append(lora_call(x, weights[i], A[i], B[i], scale_i, bias, dropout_p=p_i, seed=own))
+            calls.append(lora_call(x, weight, A_i, B_i, scale_i, bias, dropout_p=p_i, seed=own))
         except (TypeError, ValueError) as error:
             raise type(error)(f"lora_linears, linear {i}: {error}") from None
-    return run_linears(calls, x.shape)
+    return run_linears(calls, x.shape, key)
 
 
 def _count(name: str, **given: Any) -> int:

@@ -42,6 +42,11 @@ def key_of(what: Any, tensors: Sequence[Any], numbers: Any) -> tuple[Any, ...] |
     return what, requested, torch.is_grad_enabled(), wide, numbers, *facts
 
 
+def may_be_planned(x: Tensor) -> bool:
+    """Whether a call of x may be among those that are planned."""
+    return (x.is_cuda or dispatch._requested is not None) and replayed.is_any_planned()
+
+
 def at_a_glance(
     name: str, tensors: tuple[Any, ...], dropout_p: Any, *numbers: Any
 ) -> tuple[tuple[Any, ...] | None, Tensor | None]:
@@ -57,21 +62,59 @@ def at_a_glance(
     Returns:
         The key, None where there is none; and y, None where the call has to be made.
     """
-    for number in (dropout_p, *numbers):
-        if number.__class__ is not float:
-            return None, None
-    if dropout_p != 0.0:
+    autocast = _autocast(tensors[0], (dropout_p, *numbers))
+    if autocast is _NEVER:
         return None, None
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
-    # a meta tensor has no autocast; one row without a dimension for it is planned as a matrix
-    if device not in _DEVICES or tensors[0].dim() < 2:
-        return None, None
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     key = key_of(name, tensors, (autocast, *numbers))
     outputs = None if key is None else replayed.run(key, tensors + _NOTHING[len(tensors) :])
     return key, None if outputs is None else outputs[0]
 
 
+def linears_at_a_glance(
+    x: Any, members: Sequence[tuple[str, tuple[Tensor | None, ...], Any, tuple[Any, ...]]]
+) -> tuple[tuple[Any, ...] | None, tuple[Tensor, ...] | None]:
+    """Run linears of one x by their unchecked arguments, as `at_a_glance` runs one.
+
+    Args:
+        x: Their input.
+        members: Of each the name of its function, its tensors behind x, `dropout_p`, all other
+            arguments.
+
+    Returns:
+        The key, None where there is none; and y_i, None where the calls have to be made.
+    """
+    if dispatch._requested is None and getattr(x, "is_cpu", True):
+        return None, None
+    tensors: tuple[Any, ...] = (x,)
+    numbers: list[Any] = []
+    for name, own, dropout_p, others in members:
+        autocast = _autocast(x, (dropout_p, *others))
+        if autocast is _NEVER:
+            return None, None
+        tensors += own + _NOTHING[len(own) + 1 :]
+        numbers += (name, autocast, *others)
+    key = key_of("linears", tensors, tuple(numbers))
+    return key, None if key is None else replayed.run(key, tensors)
+
+
+def _autocast(x: Any, numbers: tuple[Any, ...]) -> Any:
+    """Return the dtype that autocast casts x to, or None; `_NEVER` where a call is not planned.
+
+    Args:
+        x: Its input: a meta tensor has no autocast, and one row without a dimension for it is
+            planned as a matrix.
+        numbers: All its numbers, its dropout first.
+    """
+    for number in numbers:
+        if number.__class__ is not float:
+            return _NEVER
+    device = x.device.type if isinstance(x, Tensor) else ""
+    if numbers[0] != 0.0 or device not in _DEVICES or x.dim() < 2:
+        return _NEVER
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+_NEVER = object()
 _DEVICES = ("cpu", "cuda")
 _NOTHING = (None,) * (len(Call._fields) - 1)
 

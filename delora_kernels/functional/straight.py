@@ -28,9 +28,9 @@ def unwatched(x: Any) -> bool:
     return not (
         torch.compiler.is_compiling()
         or not getattr(x, "is_cpu", False)
-        or not unseen()
         or torch.is_autocast_enabled("cpu")
         or not is_left_open()
+        or not unseen()
         or ops_replaced()
     )
 

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from planned_calls import planning
 
-from delora_kernels import use_backend
 from delora_kernels.autograd import replayed
-from delora_kernels.backends import eager, tape
 
 
 @pytest.fixture
@@ -20,12 +19,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plans() -> Iterator[None]:
     """Eager calls are planned as those of kernels are; none is known before."""
-    monkeypatch.setattr(eager, "begin", lambda device: 0, raising=False)
-    monkeypatch.setattr(tape, "_known", {})
-    monkeypatch.setattr(tape, "calls", {})
-    with use_backend("eager"):
+    with planning():
         yield
 
 

@@ -1,16 +1,30 @@
 """Calls that are planned, with plans and without: what they are made of, what they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from delora_kernels import functional as F
-from delora_kernels.backends import tape
+from delora_kernels import use_backend
+from delora_kernels.backends import eager, tape
 
 T, K, N, R = 6, 24, 40, 4
 METHODS = ("lora", "dora", "delora")
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Eager calls are planned as those of kernels are; none is known before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "begin", lambda device: 0, raising=False)
+        patch.setattr(tape, "_known", {})
+        patch.setattr(tape, "calls", {})
+        with use_backend("eager"):
+            yield
 
 
 class Derived(torch.nn.Parameter):

@@ -154,35 +154,38 @@ def begin(device: int) -> int | None:
 def bound(name: str, *arguments: Tensor | float | bool | None) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
     """Return this launch as a function of what `begin` returned and of tensors of the same dtypes
     and strides, on the same device; and its tensors.
+
+    The function is written out, as one call of the launcher.
     """
     tensors = tuple(value for value in arguments if isinstance(value, Tensor))
-    kinds = list(zip(LAUNCHERS[name], arguments, strict=True))
-    usual = [_CONVERT.get(kind, _as_it_is)(value) for kind, value in kinds]
-    usual += [_in_tf32(tensors[0])] if name in PRODUCTS else []
-    places = [(place, _around(usual[place])) for place, (_, value) in enumerate(kinds) if isinstance(value, Tensor)]
+    made: dict[str, Any] = {"library": library, "failed": _failed, "Matrix": Matrix, "Vector": Vector}
+    given: list[str] = []
+    for place, (kind, value) in enumerate(zip(LAUNCHERS[name], arguments, strict=True)):
+        usual = _CONVERT.get(kind, _as_it_is)(value)
+        if isinstance(value, Tensor):
+            given.append(_written(usual, f"t{sum(isinstance(each, Tensor) for each in arguments[:place])}"))
+        else:
+            made[f"c{place}"] = usual
+            given.append(f"c{place}")
+    given += [str(_in_tf32(tensors[0]))] if name in PRODUCTS else []
+    names = [f"t{place}" for place in range(len(tensors))]
+    source = f"""
+def launch_again(stream, {", ".join(names)}):
+    status = library().dk_{name}({", ".join(given)}, stream)
+    if status:
+        failed({name!r}, ({", ".join(names)},), status)
+"""
+    exec(source, made)
+    return made["launch_again"], tensors
 
-    def launch_again(stream: int, *tensors: Tensor) -> None:
-        values = list(usual)
-        for (place, make), tensor in zip(places, tensors, strict=True):
-            values[place] = make(tensor.data_ptr())
-        status = getattr(library(), f"dk_{name}")(*values, stream)
-        if status:
-            _failed(name, tensors, status)
 
-    for place, _ in places:
-        usual[place] = None  # no pointer is kept
-    return launch_again, tensors
-
-
-def _around(value: Any) -> Callable[[int], Any]:
-    """Return pointer → the argument that differs from `value` in the pointer alone."""
+def _written(value: Any, tensor: str) -> str:
+    """Return how straight code writes an argument like `value`, of the pointer of `tensor`."""
     if isinstance(value, Matrix):
-        row, column, dtype = value.row_stride, value.column_stride, value.dtype
-        return lambda pointer: Matrix(pointer, row, column, dtype)
+        return f"Matrix({tensor}.data_ptr(), {value.row_stride}, {value.column_stride}, {value.dtype})"
     if isinstance(value, Vector):
-        stride, dtype = value.stride, value.dtype
-        return lambda pointer: Vector(pointer, stride, dtype)
-    return _as_it_is
+        return f"Vector({tensor}.data_ptr(), {value.stride}, {value.dtype})"
+    return f"{tensor}.data_ptr()"
 
 
 def _as_it_is(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """What the tests of fused layers share."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from planned_calls import planning
 from torch import Tensor
 
+from delora_kernels.autograd import replayed
 from delora_kernels.autograd.low_rank import StraightLinear
 from delora_kernels.functional import common, straight
 
@@ -49,3 +52,20 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(common, "run_shared", counting)
     return found
+
+
+@pytest.fixture
+def by_plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The method of every call that ran by its plan; eager calls are planned as those of kernels
+    are.
+    """
+    found: list[str] = []
+    run = replayed.Plan.computed
+
+    def computed(plan: Any, *given: Any) -> Any:
+        found.append(plan.kind.options.method)
+        return run(plan, *given)
+
+    monkeypatch.setattr(replayed.Plan, "computed", computed)
+    with planning():
+        yield found

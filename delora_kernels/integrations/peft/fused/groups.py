@@ -21,9 +21,9 @@ from torch.compiler import is_compiling
 
 from delora_kernels.call import Call
 from delora_kernels.functional.straight import run_straight, surroundings
+from delora_kernels.integrations.peft.fused.look import is_plain
 from delora_kernels.integrations.peft.fused.one_call import PlannedCall, PlannedRun, StraightCall, same_inputs
 from delora_kernels.integrations.peft.fused.outstanding import Outstanding, in_backward
-from delora_kernels.integrations.peft.fused.straight import is_plain
 
 PLACE = "_shared_input"
 """Where a layer keeps its `Place`: in its __dict__, which no state dict reads."""

@@ -29,6 +29,7 @@ from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_pl
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
+from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run, run_delora, run_lora
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
 from delora_kernels.integrations.peft.verdict import log_once
@@ -38,10 +39,16 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA or DoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = None if args or kwargs else read_lora(self, x)
-        return _forward(self, LoraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
+        if not (args or kwargs):
+            call = read_lora(self, x)
+            if call is not None:
+                return run(self, x, call)
+            y = run_lora(self, x)
+            if y is not None:
+                return y
+        return _forward(self, LoraLinear.forward, x, args, kwargs)
 
-    read_call = staticmethod(read_lora)
+    read_call, read_run = staticmethod(read_lora), staticmethod(lora_run)
 
     def read_plan(self, x: Tensor) -> PlannedRun | None:
         return _planned_run(self, x)
@@ -57,10 +64,16 @@ class FusedDeloraLinear(DeloraLinear):
     """PEFT's DeLoRA linear with a fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = None if args or kwargs else read_delora(self, x)
-        return _forward(self, DeloraLinear.forward, x, args, kwargs) if call is None else run(self, x, call)
+        if not (args or kwargs):
+            call = read_delora(self, x)
+            if call is not None:
+                return run(self, x, call)
+            y = run_delora(self, x)
+            if y is not None:
+                return y
+        return _forward(self, DeloraLinear.forward, x, args, kwargs)
 
-    read_call = staticmethod(read_delora)
+    read_call, read_run = staticmethod(read_delora), staticmethod(delora_run)
     read_plan = FusedLoraLinear.read_plan
 
     _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
@@ -178,6 +191,10 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
 
 def _planned_run(layer: Any, x: Tensor) -> PlannedRun | None:
     """Read what computes `layer`, if it is one call of a public function."""
+    read_run = getattr(type(layer), "read_run", None)
+    found = None if read_run is None else read_run(layer, x)
+    if found is not None:
+        return found if isinstance(found, PlannedRun) else None
     _, _, fused = verdict_of(layer)
     if fused is None or _why_not_call(layer, fused, x, (), {}) is not None:
         return None

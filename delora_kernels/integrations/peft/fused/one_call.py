@@ -14,6 +14,7 @@ from delora_kernels.autograd.function import unseen
 from delora_kernels.bases.stored import StoredBase
 from delora_kernels.call import Call
 from delora_kernels.functional.common import run_linears
+from delora_kernels.functional.planned import linears_at_a_glance
 from delora_kernels.functional.straight import run_shared, run_straight
 
 
@@ -68,6 +69,15 @@ class PlannedRun:
     def __call__(self, x: Tensor) -> Tensor:
         return self.finish(self.function(x, **self.arguments), x)
 
+    def parts(self) -> tuple[str, tuple[Any, ...], Any, tuple[Any, ...]]:
+        """Return its name, its tensors in a `Call`'s order, its dropout, its other numbers."""
+        given = self.arguments
+        tensors: tuple[Any, ...] = given["weight"], given["bias"], given["A"], given["B"]
+        if "lam" in given:
+            tensors += None, given["lam"], given["weight_norm"]
+        numbers = (given["scale"],) if "scale" in given else ()
+        return self.function.__name__, tensors, given["dropout_p"], numbers
+
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the layer's output of what the function gave."""
         return y.to(x.dtype) if self.keeps_dtype else y
@@ -99,8 +109,10 @@ class PlannedCall:
     def together(calls: Sequence[Any]) -> tuple[Tensor, ...]:
         """Run calls of one x."""
         x = calls[0].x
-        made = [each.planned.make(x, **each.planned.arguments) for each in calls]
-        outputs = run_linears(made, x.shape)
+        key, outputs = linears_at_a_glance(x, [each.planned.parts() for each in calls])
+        if outputs is None:
+            made = [each.planned.make(x, **each.planned.arguments) for each in calls]
+            outputs = run_linears(made, x.shape, key)
         return tuple(each.planned.finish(y, x) for each, y in zip(calls, outputs, strict=True))
 
     @staticmethod
