@@ -118,7 +118,9 @@ def _plan(
     BR = rank_tile("dy_sums", R)
     tile = tiles("dy_sums", BR, capability(device), wider(big, small, h))
     chunks, steps = cdiv(N, tile.columns), cdiv(T, tile.tokens)
-    part = cdiv(steps, splits(chunks, steps, side_by_side(device))) * tile.tokens
+    # one that has twice of what a multiprocessor needs in flight leaves no room for another
+    in_flight = (tile.stages - 1) * tile.tokens * tile.columns * big.itemsize // 2
+    part = cdiv(steps, splits(chunks, steps, side_by_side(device, in_flight))) * tile.tokens
     how, how_h = dot_split(big, small), dot_split(big, h)
     made = record(
         dy_sums_kernel, integers, WITH_SUMS=sums, WITH_DOTS=dots, WITH_COLUMN=column,
