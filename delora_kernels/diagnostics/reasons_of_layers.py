@@ -179,6 +179,10 @@ OF_LAYERS: tuple[Reason, ...] = (
             "its scales are quantised or offloaded themselves",
             "its torchao weight requires a gradient",
             "its torchao weight has shape {} on {}",
+            "its base layer is not quantised yet, or its codes were taken away",
+            "its codes are on the meta device, or not on one device",
+            "its g_idx has {} elements for {} in-features",
+            "its base layer has an adapter of GPTQModel's own",
         ),
     ),
     Reason(
