@@ -77,7 +77,8 @@ class SharedPlan:
             T = math.prod(self.leading)
             dys = [None if dy is None else dy.reshape(T, dy.shape[-1]) for dy in dys]
         found = [dy for dy in dys if dy is not None]
-        if not found or torch.is_grad_enabled() or not function.unseen() or any(map(function.is_batched, found)):
+        odd = any([function.is_batched(each) or each.is_neg() for each in found])  # noqa: C419, for torch 2.7
+        if not found or odd or torch.is_grad_enabled() or not function.unseen():
             return shared_input.input_gradients(self.kind, self.stored, saved, dys, depends_on)
         tensors = (*dys, *saved)
         key = tape.looks(tensors), self.wide and allow_tf32()
