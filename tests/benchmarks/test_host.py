@@ -50,7 +50,8 @@ def test_command_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[s
 LIMITS = {"lora": 253, "dora": 293, "delora": 290, "moe": 392}
 """Method → most calls, Python and C, of a forward and backward pass on the Triton backend, of which
 about 100 are autograd's and autocast's; 1200 (LoRA) to 1770 (a mixture) before passes were
-replayed, 342 to 431 before calls were planned; a look at the negative bit of each tensor is 7 to 15 of them.
+replayed, 342 to 431 before calls were planned; a look at each tensor's negative bit is 7 to 15 of
+them.
 """
 
 
