@@ -171,14 +171,25 @@ def run(function: Any, call: Any, backend: str, shape: Sequence[int]) -> tuple[T
     """
     y = function.direct(call, backend)
     if y is not None:
-        return (y if y.dim() == len(shape) else y.view(*shape[:-1], y.shape[-1]),)
+        return (in_shape(y, shape),)
     if torch.is_grad_enabled() and any_requires_grad(call):
         outputs = function.apply(backend, *call)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     else:
         outputs = function.computed(backend, tuple(call), (False,) * len(call)).outputs
     y = outputs[0]
-    return outputs if len(shape) == 2 else (y.view(*shape[:-1], y.shape[-1]), *outputs[1:])
+    return outputs if len(shape) == 2 else (in_shape(y, shape), *outputs[1:])
+
+
+def in_shape(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an output with x's leading dimensions; made without gradients it is no view: into one
+    nothing that requires them could be written.
+    """
+    if y.dim() == len(shape):
+        return y
+    size = (*shape[:-1], y.shape[-1])
+    shaped: Tensor = y.view(size) if torch.is_grad_enabled() else torch.ops.aten._unsafe_view(y, size)
+    return shaped
 
 
 def unseen() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from delora_kernels.autograd.function import Computed, differentiable
+from delora_kernels.autograd.function import Computed, differentiable, is_batched
 from delora_kernels.backends.eager.low_rank import add_rank_term, factor_grad, project, rank_gradients
 from delora_kernels.bases.plain import dense
 from delora_kernels.call import MixedCall, MixedOptions
@@ -62,6 +62,8 @@ def _gradients(o: MixedOptions, need: MixedCall, saved: Any, stages: Any, dy: Te
     x: Any = None if saved.x is None else _rows(saved.x)
     if need.weight:
         grad["weight"] = torch.mm(dy.t(), x)
+    if not torch.compiler.is_compiling() and is_batched(dy):
+        return grad | _out_of_place(o, need, saved, x, A, B, dy)
     dx = torch.mm(dy, dense(saved.weight, o.compute_dtype)) if need.x else None
     R, wide = sum(o.ranks), accumulate_dtype(o.rank_dtype)
     dA = x.new_zeros((R, x.shape[1]), dtype=wide) if need.A else None
@@ -77,6 +79,28 @@ def _gradients(o: MixedOptions, need: MixedCall, saved: Any, stages: Any, dy: Te
         if dx is not None:
             add_rank_term(dx_s[rows], dv, A[ranks], scale)
     return grad | {"A": dA, "B": dB, "x": None if dx is None else _given_back(dx_s, dx, saved.order)}
+
+
+def _out_of_place(o: MixedOptions, need: MixedCall, saved: Any, x: Any, A: Any, B: Any, dy: Tensor) -> dict[str, Any]:
+    """Return the same gradients of a batch of dy, which can't be summed into what is no batch."""
+    wide, ends = accumulate_dtype(o.rank_dtype), [sum(o.ranks[: i + 1]) for i in range(len(o.ranks))]
+    dA: list[Any] = [None] * len(ends)
+    dB: list[Any] = [None] * len(ends)
+    dx = torch.mm(dy, dense(saved.weight, o.compute_dtype)) if need.x else None
+    dy_s, x_s = _taken(dy, saved.order), _taken(x, saved.order)
+    for rows, ranks, scale in o.segments:
+        i, dy_i = ends.index(ranks.stop), dy_s[rows].to(wide) * scale
+        dv = None if B is None else torch.mm(dy_i, B[:, ranks].to(wide))
+        if need.B:
+            part = torch.mm(dy_i.t(), saved.h[rows, : ranks.stop - ranks.start].to(wide))
+            dB[i] = part if dB[i] is None else dB[i] + part
+        if need.A and dv is not None:
+            part = torch.mm(dv.t(), x_s[rows].to(wide))
+            dA[i] = part if dA[i] is None else dA[i] + part
+        if dx is not None and dv is not None:
+            places = torch.arange(len(dy), device=dy.device)[rows] if saved.order is None else saved.order[rows]
+            dx = dx.index_add(0, places, torch.mm(dv, A[ranks].to(wide)).to(dx.dtype))
+    return {"A": torch.cat(dA) if need.A else None, "B": torch.cat(dB, dim=1) if need.B else None, "x": dx}
 
 
 def _in_dtype(factor: Tensor | None, dtype: torch.dtype) -> Any:

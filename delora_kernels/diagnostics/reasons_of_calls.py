@@ -110,7 +110,7 @@ OF_CALLS: tuple[Reason, ...] = (
     ),
     Reason(
         "convolution",
-        "what an adapter does on this convolution is not fused",
+        "what an adapter does on this convolution or embedding is not fused",
         "nothing: PEFT's own forward runs it; one group, no bias of its own, DoRA without dropout run fused",
         (
             "its convolution has groups",
@@ -118,6 +118,7 @@ OF_CALLS: tuple[Reason, ...] = (
             "its lora_B is more than a product",
             "DoRA's dropout runs a second convolution",
             "its base layer is a {}, whose weight DoRA reads",
+            "its embedding renormalises what it looks up (max_norm)",
         ),
     ),
     Reason(

@@ -161,7 +161,7 @@ OF_LAYERS: tuple[Reason, ...] = (
             "PEFT {} is {}",
             "PEFT is {}",
             "{} and its {} layer differs: {}",
-            "PEFT {} is {}: its layers on stored bases are not fused",
+            "PEFT {} is {}: {} are not fused",
             "PEFT {} is {}: its factors of experts may be packed otherwise",
         ),
     ),

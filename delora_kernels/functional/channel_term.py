@@ -24,25 +24,34 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     if _is_one_product(y, h, B):
         if y.is_contiguous():
             batches = B.expand(y.shape[0], *B.shape)
-            return torch.baddbmm(y.flatten(2), batches, h.flatten(2), alpha=scale).view_as(y)
+            return _shaped(torch.baddbmm(y.flatten(2), batches, h.flatten(2), alpha=scale), y)
         last = y.movedim(1, -1)
         if last.is_contiguous():
             rows = torch.addmm(last.flatten(0, -2), h.movedim(1, -1).flatten(0, -2), B.t(), alpha=scale)
-            return rows.view_as(last).movedim(-1, 1)
+            made = _shaped(rows, last).movedim(-1, 1)
+            return made if torch.is_grad_enabled() else made.clone()
     term = torch.matmul(B, h.flatten(2)).unflatten(2, y.shape[2:])
     return y + term * scale
 
 
 def add_row_term(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     """Add y + scale · h Bᵀ, as `add_channel_term`, of y `[..., N]` and h `[..., r]`."""
-    if _is_one_product(y, h, B):
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view_as(y)
+    if y.dim() > 1 and _is_one_product(y, h, B):
+        return _shaped(torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale), y)
     return y + torch.matmul(h, B.t()) * scale
+
+
+def _shaped(made: Tensor, like: Tensor) -> Tensor:
+    """Return a product in another shape and not as a view of it: into a view that was made without
+    gradients nothing that requires them can be written.
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view(made, like.shape)
+    return shaped
 
 
 def _is_one_product(y: Tensor, h: Tensor, B: Tensor) -> bool:
     """Whether y + scale · B h is one operation that rounds once, in y's dtype."""
-    if torch.is_autocast_enabled(y.device.type):
+    if torch.is_autocast_enabled(y.device.type) and torch.float64 not in (h.dtype, B.dtype):
         return y.dtype == torch.get_autocast_dtype(y.device.type) and y.numel() > 0
     return y.dtype == h.dtype == B.dtype and y.numel() > 0
 

@@ -61,7 +61,7 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
     outputs = None if key is None else replayed.run(key, call[:-1])
     if outputs is not None:
         y = outputs[0]  # of call.x, whose rows may be those of an x of other leading dimensions
-        return outputs if y.dim() == len(shape) else (y.view(*shape[:-1], y.shape[-1]), *outputs[1:])
+        return outputs if y.dim() == len(shape) else (function.in_shape(y, shape), *outputs[1:])
     if exporting():
         outputs = plain_torch.run(call, shape)
     else:

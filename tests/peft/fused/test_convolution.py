@@ -11,6 +11,7 @@ import torch
 from output_sized import Written
 from peft_models import assert_close, config, step
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import convolution
@@ -246,3 +247,67 @@ def test_transforms(seed: int) -> None:
     dk.accelerate(made, strict=True)
     for name, ours in torch.func.grad(total)(values).items():
         torch.testing.assert_close(ours, theirs[name], rtol=1e-10, atol=1e-10)
+
+
+def test_forward_mode(seed: int) -> None:
+    """DoRA's norm is a constant of forward mode too: as PEFT's, and as backward."""
+    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    dk.accelerate(made, strict=True)
+    values = {name: p.detach() for name, p in made.named_parameters() if "lora_" in name}
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(made, values, (x,))
+        return y.square().sum()
+
+    along = torch.func.jvp(total, (values,), (values,))[1]
+    grads = torch.func.grad(total)(values)
+    expected = torch.stack([(grads[name] * values[name]).sum() for name in values]).sum()
+    torch.testing.assert_close(along, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_of_all_modules_see_every_call(seed: int) -> None:
+    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    dk.accelerate(made, strict=True)
+    kinds: list[str] = []
+    handle = register_module_forward_hook(lambda module, *_: kinds.append(type(module).__name__))
+    made.base_model.model.first(x)
+    handle.remove()
+    assert any(kind.startswith("Dora") for kind in kinds)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_written_into_after_no_grad(method: str, seed: int) -> None:
+    """As PEFT's output: it is no view."""
+    made, x = adapted(method, seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    dk.accelerate(made, strict=True)
+    with torch.no_grad():
+        y = made.base_model.model.first(x)
+    y[0] = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dropout_left_in_training(method: str, seed: int) -> None:
+    """Of a layer in eval: PEFT's DoRA asks the layer, its LoRA the dropout."""
+    made, x = adapted(method, seed, lora_dropout=0.5).eval(), images(seed)
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    theirs = step(made, x, seed)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x, seed), theirs)
+
+
+def test_float64_adapters_under_autocast(seed: int) -> None:
+    made, x = adapted("lora", seed, dtype=torch.float64), images(seed)
+    for name in ("first", "second"):
+        getattr(made.base_model.model, name).base_layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = step(made, x)
+        dk.accelerate(made, strict=True)
+        assert_close(step(made, x), theirs, torch.bfloat16)
+
+
+def test_no_group_is_made_of_them(seed: int) -> None:
+    with pytest.raises(ValueError, match="no fused linear"):
+        dk.accelerate(adapted("lora", seed), group=[["base_model.model.first", "base_model.model.second"]])

@@ -12,6 +12,7 @@ import torch
 from output_sized import Written
 from peft_models import assert_close, config
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import delora_kernels as dk
 from delora_kernels.integrations.peft.fused import embedding
@@ -217,3 +218,57 @@ def test_transforms(seed: int) -> None:
     dk.accelerate(made, strict=True)
     for name, ours in torch.func.grad(total)(values).items():
         torch.testing.assert_close(ours, theirs[name], rtol=1e-10, atol=1e-10)
+
+
+def test_forward_mode(seed: int) -> None:
+    """DoRA's norm is a constant of forward mode too: as PEFT's, and as backward."""
+    made, x = adapted("dora", seed, dtype=torch.float64), tokens(seed)
+    dk.accelerate(made, strict=True)
+    values = {name: p.detach() for name, p in made.named_parameters() if "lora_" in name}
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(made, values, (x,))
+        return y.square().sum()
+
+    along = torch.func.jvp(total, (values,), (values,))[1]
+    grads = torch.func.grad(total)(values)
+    expected = torch.stack([(grads[name] * values[name]).sum() for name in values]).sum()
+    torch.testing.assert_close(along, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_of_all_modules_see_every_call(seed: int) -> None:
+    made, x = adapted("dora", seed, dtype=torch.float64), tokens(seed)
+    dk.accelerate(made, strict=True)
+    kinds: list[str] = []
+    handle = register_module_forward_hook(lambda module, *_: kinds.append(type(module).__name__))
+    made.base_model.model.table(x)
+    handle.remove()
+    assert any(kind.startswith("Dora") for kind in kinds)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_written_into_after_no_grad(method: str, seed: int) -> None:
+    """As PEFT's output: it is no view."""
+    made, x = adapted(method, seed, dtype=torch.float64), tokens(seed)
+    dk.accelerate(made, strict=True)
+    with torch.no_grad():
+        y = made.base_model.model.table(x)
+    y[0] = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    assert y.requires_grad
+
+
+def test_a_single_token(seed: int) -> None:
+    made, x = adapted("lora", seed), torch.tensor(3)
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs)
+
+
+def test_a_renormalised_table_is_left_to_peft(seed: int) -> None:
+    """max_norm scales what is looked up of A in place, before or after DoRA's norm reads it."""
+    made, x = adapted("dora", seed), tokens(seed)
+    made.base_model.model.table.base_layer.max_norm = 0.5
+    plain = copy.deepcopy(made)
+    report = dk.accelerate(made)
+    assert "max_norm" in str(report.layers[0].reason)
+    assert torch.equal(made(x), plain(x))

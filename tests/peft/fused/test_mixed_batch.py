@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft_models import assert_close, model
 from peft_pairs import TARGETS, add
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from delora_kernels.integrations.peft.fused import mixed_batch
+from delora_kernels.integrations.peft.fused import mixed_batch, stored_bases
 
 NAMES = ["other", "__base__", "default", "other", "third", "default"]
 
@@ -131,3 +132,48 @@ def test_the_call_after_it_is_an_ordinary_one(seed: int) -> None:
     x = torch.randn(6, 3, 12, dtype=torch.float64)
     results(made, x, NAMES)
     torch.testing.assert_close(made(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_adapter_called_base_is_nobodys(seed: int) -> None:
+    """As PEFT takes it: a sample of "__base__" has none, whatever adapters there are."""
+    made, _ = pair(seed)
+    add(made, "__base__", "lora")
+    layer, x = made.base_model.model.first, torch.randn(2, 3, 12, dtype=torch.float64)
+    assert torch.equal(layer(x, adapter_names=["__base__"] * 2), layer.base_layer(x))
+
+
+def test_a_replaced_method_runs(seed: int, fused: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = pair(seed)
+    layer, x = made.base_model.model.first, torch.randn(6, 3, 12, dtype=torch.float64)
+    monkeypatch.setattr(LoraLayer, "_mixed_batch_forward", lambda *_, **__: x)
+    assert layer(x, adapter_names=NAMES) is x
+    assert not fused
+
+
+def test_an_untested_peft_runs_its_own(seed: int, fused: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of an untested version compares single adapters alone."""
+    monkeypatch.setattr(stored_bases.versions, "status", lambda *_: "newer")
+    monkeypatch.setattr(stored_bases.versions, "in_words", lambda *_: "newer than the tested ones")
+    made, plain = pair(seed)
+    x = torch.randn(6, 3, 12, dtype=torch.float64)
+    assert torch.equal(made(x, adapter_names=NAMES), plain(x, adapter_names=NAMES))
+    assert not fused
+    report = dk.accelerate(model("lora", seed, lora_bias=True))
+    assert {layer.code for layer in report.layers} == {"peft-version"}
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_batched_gradients(length: int, seed: int) -> None:
+    """is_grads_batched=True, of short samples and long ones."""
+    made, plain = pair(seed)
+    found = []
+    for both in (made, plain):
+        for name, parameter in both.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        x = torch.randn(6, length, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        y = both(x.requires_grad_(), adapter_names=NAMES).sum((1, 2))
+        layer = both.base_model.model.first
+        leaves = [x, layer.lora_A["other"].weight, layer.lora_B["default"].weight, layer.lora_A["third"].weight]
+        found.append(torch.autograd.grad(y, leaves, torch.eye(6, dtype=torch.float64), is_grads_batched=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

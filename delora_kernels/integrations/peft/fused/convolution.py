@@ -47,7 +47,7 @@ class FusedConv1d(Conv1d):
         return _forward(self, Conv1d.forward, x, args, kwargs)
 
     def _get_name(self) -> str:
-        return type(self).__mro__[1].__name__  # PEFT's layer status reads the type off the repr
+        return "Conv1d"  # PEFT's layer status reads the type off the repr
 
 
 class FusedConv2d(Conv2d):
@@ -56,7 +56,8 @@ class FusedConv2d(Conv2d):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, Conv2d.forward, x, args, kwargs)
 
-    _get_name = FusedConv1d._get_name
+    def _get_name(self) -> str:
+        return "Conv2d"
 
 
 class FusedConv3d(Conv3d):
@@ -65,7 +66,8 @@ class FusedConv3d(Conv3d):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _forward(self, Conv3d.forward, x, args, kwargs)
 
-    _get_name = FusedConv1d._get_name
+    def _get_name(self) -> str:
+        return "Conv3d"
 
 
 class _Adapter(NamedTuple):
@@ -172,7 +174,8 @@ def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
     dtype = y.dtype
     for A, dropout, B, scale, magnitude in adapters:
         x = layer._cast_input_dtype(x, parameter(A, "weight").dtype)
-        y = add_channel_term(y, A(dropout(x)), B.flatten(1), scale)
+        h = A(dropout(x) if magnitude is None else x)  # PEFT's DoRA asks the layer whether it trains, not its dropout
+        y = add_channel_term(y, h, B.flatten(1), scale)
         if magnitude is not None:
             c = magnitude.flatten() / constant_row_norm(base.weight, parameter(A, "weight"), B, scale)
             y = rescale_channels(y, c, base.bias)

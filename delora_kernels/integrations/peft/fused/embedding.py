@@ -96,6 +96,8 @@ def _magnitude(layer: Any, name: str) -> Tensor | str:
         return f"its LoRA variant {type(variant).__name__} is not fused"
     if type(owner) is not DoraEmbeddingLayer:
         return f"its magnitude is a {type(owner).__name__}"
+    if layer.get_base_layer().max_norm is not None:
+        return "its embedding renormalises what it looks up (max_norm)"
     if caches_dora_norms(layer):
         return "PEFT's cache of DoRA norms is on"
     reason: str | None = why_not_class(type(variant)) or why_not_class(type(owner)) or why_not_plain(owner, "magnitude")

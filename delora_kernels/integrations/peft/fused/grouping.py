@@ -33,7 +33,7 @@ def check_groups(groups: Any, names: Collection[str]) -> None:
             raise TypeError(f"{where} must {expected}, of two layers or more, got {group!r}")
         for name in group:
             if name not in names:
-                raise ValueError(f"{where} names {name!r}, no fused layer of this model; print(report) shows them")
+                raise ValueError(f"{where} names {name!r}, no fused linear of this model; print(report) shows them")
             if name in seen:
                 raise ValueError(f"{where} names {name!r} twice; a layer is in one group at most")
             seen.add(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from delora_kernels.bases.plain import has_other_forward
+from delora_kernels.bases.plain import any_module_has_hooks, has_other_forward
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.plan import why_not_class
 from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
@@ -31,7 +31,7 @@ def why_not_now(layer: Any, kind: type, adapters: Any) -> str | None:
         kind: Its class there.
         adapters: Where it keeps its A, by adapter name.
     """
-    reason = verdicts.reasons["lora"] or why_not_peft() or why_not_class(kind)
+    reason = verdicts.reasons["lora"] or why_not_peft("convolutions and embeddings") or why_not_class(kind)
     if reason is not None:
         return reason
     if layer._disable_adapters:
@@ -40,6 +40,8 @@ def why_not_now(layer: Any, kind: type, adapters: Any) -> str | None:
         return MERGED
     if has_other_forward(layer):
         return "it has a forward of its own"
+    if any_module_has_hooks():
+        return "hooks are registered for all modules"
     return None if any(name in adapters for name in layer.active_adapters) else INACTIVE
 
 

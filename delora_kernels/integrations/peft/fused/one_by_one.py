@@ -63,4 +63,4 @@ def constant_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
             norm = torch.linalg.vector_norm(torch.addmm(rows.to(acc), B, A, alpha=scale), dim=1)
         else:
             norm = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
-        return norm.masked_fill(norm == 0, torch.inf)
+        return norm.masked_fill(norm == 0, torch.inf).detach()  # a constant of forward mode too

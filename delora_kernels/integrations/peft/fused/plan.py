@@ -302,7 +302,7 @@ def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
         rescales = [adapter for adapter in adapters if "magnitude" in adapter.tensors]
         if rescales and isinstance(base, PlainBase) and not any(adapter.dropout_p for adapter in rescales):
-            return partial(run_one_by_one, adapters, base)
+            return why_not_peft("several adapters with a DoRA among them") or partial(run_one_by_one, adapters, base)
         if rescales:
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
         return partial(_with_bias, partial(_stacked, as_they_are, adapters, base), adapters, {"bias": base.bias})
@@ -312,7 +312,7 @@ def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
     if "magnitude" in tensors:
         return partial(functional.dora_linear, magnitude=tensors["magnitude"], **arguments)
     if "lora_bias" in tensors:
-        return partial(_with_bias, functional.lora_linear, adapters, arguments)
+        return why_not_peft("adapters with a bias") or partial(_with_bias, functional.lora_linear, adapters, arguments)
     return PlannedRun(functional.lora_linear, functional.CALLS["lora_linear"], arguments)
 
 

@@ -41,15 +41,15 @@ def class_with_forward(kind: type) -> type:
     return next(each for each in kind.__mro__ if "forward" in vars(each))
 
 
-def why_not_peft() -> str | None:
-    """Say why the installed PEFT's layers on stored bases are left alone, or None: their options
-    are known of tested versions alone.
+def why_not_peft(what: str = "its layers on stored bases") -> str | None:
+    """Say why `what` of the installed PEFT is left alone, or None: it is known of tested versions
+    alone.
     """
     version = versions.installed("peft")
     state = versions.status("peft", version)
     if state == versions.TESTED:
         return None
-    return f"PEFT {version or ''} is {versions.in_words('peft', state)}: its layers on stored bases are not fused"
+    return f"PEFT {version or ''} is {versions.in_words('peft', state)}: {what} are not fused"
 
 
 @dataclass(frozen=True)

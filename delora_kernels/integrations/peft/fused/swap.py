@@ -77,7 +77,7 @@ def accelerate(
         raise RuntimeError(f"accelerate: strict=True, but not every adapter layer can be fused: {report}")
     if strict and any(proof.reason is not None for proof in report.proofs):
         raise RuntimeError(f"accelerate: strict=True, but kernels failed when they proved themselves: {report}")
-    check_groups(group, fused)
+    check_groups(group, {name for name, layer in fused.items() if hasattr(fused_class(type(layer)), "read_plan")})
     fresh = [name for name, layer in fused.items() if fused_class(type(layer)) is not type(layer)]
     for layer in fused.values():
         swap_class(layer, fused_class(type(layer)))
