@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from delora_kernels.bases.packed_experts import PackedExperts, Storing
+from delora_kernels.bases.stored import dotted_name
 
 
 class StoredExperts:
@@ -102,7 +103,7 @@ _found: dict[tuple[Any, ...], str | None] = {}
 
 
 def _is_torchao(weight: Any) -> bool:
-    return type(weight).__module__.startswith("torchao.") and hasattr(weight, "dequantize")
+    return dotted_name(type(weight)).startswith("torchao.") and hasattr(weight, "dequantize")
 
 
 def _difference(weight: Any) -> str | None:
