@@ -90,9 +90,9 @@ def lora_by_sample_call(
         expected = f"{x.shape[0]} entries, one for each sample of x"
         raise checks.fail(ValueError, _NAME, "adapters", expected, len(adapters), "pass None for a sample without one")
     for each in adapters:
-        if each is not None and (
-            isinstance(each, bool) or not isinstance(each, Integral) or int(each) not in range(len(A))
-        ):
+        if each is None:
+            continue
+        if isinstance(each, bool) or not isinstance(each, Integral) or int(each) not in range(len(A)):
             expected = f"places from 0 to {len(A) - 1}, or None"
             raise checks.fail(ValueError, _NAME, "adapters", expected, each, "pass the place of each sample's adapter")
     used = sorted({each for each in adapters if each is not None})
