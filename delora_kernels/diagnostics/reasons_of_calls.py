@@ -135,5 +135,11 @@ OF_CALLS: tuple[Reason, ...] = (
             "its {} is torchao's {}, {}",
         ),
     ),
+    Reason(
+        "dora-on-stored-base",
+        "before loading: PEFT's DoRA raises on such a base",
+        "train LoRA on it, or store the base otherwise; docs/stored-bases.md has the forms with DoRA",
+        ("PEFT makes no DoRA layer on {}",),
+    ),
 )
 """What is on the list stays; new ones go to its end."""

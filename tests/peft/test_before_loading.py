@@ -69,6 +69,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch: pytest.Monkey
 
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+NO_DORA = (State.OWN_FORWARD, "dora-on-stored-base")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,10 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
         ({"quant_method": "hqq"}, (State.EXPECTED, "base-check-later"), (State.EXPECTED, "base-check-later")),
         ({"load_in_8bit": True}, (State.RANK_TERM, "base-own-forward"), (State.OWN_FORWARD, "base-own-forward")),
         ({"quant_method": "fp8"}, (State.RANK_TERM, "base-own-forward"), (State.OWN_FORWARD, "base-own-forward")),
-        ({"quant_method": "gptq"}, (State.OWN_FORWARD, "layer-class"), (State.OWN_FORWARD, "layer-class")),
+        ({"quant_method": "gptq"}, (State.RANK_TERM, "base-own-forward"), NO_DORA),
+        ({"quant_method": "gptq", "backend": "triton"}, (State.RANK_TERM, "base-own-forward"), NO_DORA),
+        ({"quant_method": "gptq", "backend": "torch"}, (State.EXPECTED, "base-check-later"), NO_DORA),
+        ({"quant_method": "awq"}, (State.OWN_FORWARD, "layer-class"), (State.OWN_FORWARD, "layer-class")),
     ],
 )
 def test_bases_in_few_bits(quantization: dict[str, Any], lora: Any, dora: Any) -> None:

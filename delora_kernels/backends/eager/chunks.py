@@ -15,8 +15,8 @@ DEVICE_ELEMENTS = 1 << 22
 than a launch takes.
 """
 
-WHOLE_ELEMENTS = 1 << 20
-"""Elements up to which a CPU's chunks grow where they are views: 4 MiB in float32. Where there is
+WHOLE_ELEMENTS = 3 << 17
+"""Elements up to which a CPU's chunks grow where they are views: 1.5 MiB in float32. Where there is
 no copy, each cut costs more, a wait of the threads for each other, than caches that cores share.
 """
 

@@ -36,10 +36,12 @@ class Stored(NamedTuple):
     Args:
         holder: Dotted name of the class that holds the weight, as `bases.register` takes it.
         layer: Dotted name of PEFT's LoRA layer around it; "": its LoRA linear.
+        dora: Whether PEFT makes that layer with DoRA.
     """
 
     holder: str
     layer: str = ""
+    dora: bool = True
 
 
 def can_accelerate(
@@ -149,8 +151,10 @@ def _settings(given: Any) -> Mapping[str, Any] | None:
     return {**settings, "quant_method": str(getattr(method, "value", method)), "given": given}
 
 
+_GPTQ_LAYER = "peft.tuners.lora.gptq.GPTQLoraLinear"
+_GPTQ_TORCH = Stored("gptqmodel.nn_modules.qlinear.torch.TorchLinear", _GPTQ_LAYER, dora=False)
 _LAYERS = {
-    "gptq": Stored("a GPTQ linear", "peft.tuners.lora.gptq.GPTQLoraLinear"),
+    "gptq": Stored("a GPTQ linear not known to be of GPTQModel's torch kernel", _GPTQ_LAYER, dora=False),
     "awq": Stored("an AWQ linear", "peft.tuners.lora.awq.AwqLoraLinear"),
     "aqlm": Stored("an AQLM linear", "peft.tuners.lora.aqlm.AqlmLoraLinear"),
     "eetq": Stored("an EETQ linear", "peft.tuners.lora.eetq.EetqLoraLinear"),
@@ -158,6 +162,10 @@ _LAYERS = {
     "fp8": Stored("transformers.integrations.finegrained_fp8.FP8Linear"),
     "compressed-tensors": Stored("an nn.Linear with compressed-tensors' forward"),
 }
+_TORCH_KERNEL = ("torch", "gptq_torch")
+"""GPTQModel's names of its torch kernel; left to itself it chooses by device, bits and what else is
+installed.
+"""
 _TORCHAO = {"Int8WeightOnlyConfig": "Int8Tensor", "Float8WeightOnlyConfig": "Float8Tensor"}
 """torchao's configs of one form → the tensor that holds the weight."""
 
@@ -172,6 +180,8 @@ def _stored(settings: Mapping[str, Any]) -> Stored:
         tensor = _TORCHAO.get(kind)
         holder = f"torchao.quantization.{tensor}" if tensor else f"a torchao weight of {kind}"
         return Stored(holder, "peft.tuners.lora.torchao.TorchaoLoraLinear")
+    if method == "gptq" and settings.get("backend") in _TORCH_KERNEL:
+        return _GPTQ_TORCH
     if method in _LAYERS:
         return _LAYERS[method]
     got, remedy = repr(method), "load the model, and print(accelerate(model))"
@@ -208,6 +218,8 @@ def _on_stored(report: LayerReport, layer: Any, stored: Stored, left_out: set[st
     elif own is None and stored.layer and stored.layer not in CLASSES:
         kind = stored.layer.removeprefix("peft.tuners.")
         return _otherwise(report, State.OWN_FORWARD, f"{kind} layers are not fused")
+    if report.method == "dora" and not stored.dora:
+        return _otherwise(report, State.OWN_FORWARD, f"PEFT makes no DoRA layer on {_named(stored.holder)}")
     if own is None and stored.layer and report.method != "delora" and (reason := why_not_peft()) is not None:
         return _otherwise(report, State.OWN_FORWARD, reason)
     if stored.holder in FORMS:

@@ -95,3 +95,15 @@ def test_what_computes_more_runs_itself(change: Any, reason: str, seed: int) -> 
         ours = step(made, x)
         dk.restore(made)
         assert_close(ours, step(made, x))
+
+
+def test_another_kernel_and_dora(seed: int) -> None:
+    """As can_accelerate() says before loading."""
+    torch.manual_seed(seed)
+    base = gptq(N, K)
+    other = type("MarlinLinear", (type(base),), {})
+    other.__module__ = "gptqmodel.nn_modules.qlinear.marlin"
+    base.__class__ = other
+    assert [each.state for each in dk.accelerate(layer(base)).layers] == ["rank term fused"]
+    with pytest.raises(ValueError, match="does not support DoRA"):
+        GPTQLoraLinear(gptq(N, K), "first", peft.LoraConfig(r=4, use_dora=True), r=4)
