@@ -170,24 +170,40 @@ def test_what_the_times_give() -> None:
     assert given["columns"]["frozen"]["over_frozen"] == pytest.approx((1.0, 1.0, 1.0))
 
 
-def test_a_wrong_layer_is_named(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+@pytest.mark.parametrize("fault", ["output", "gradient"])
+def test_a_wrong_layer_is_named(fault: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A wrong output shows in the model's and in gradients of all layers; a wrong gradient of one
+    factor in nothing but that gradient, twice too large here.
+    """
     model, batch = llama("lora", seed)
     wrong = model.base_model.model.model.layers[0].mlp.up_proj
-    right = layers._forward, layers.read_lora
+    right, calls = layers.FusedLoraLinear.forward, []
 
-    def read(layer: Any, x: Tensor, **options: Any) -> Any:
-        return None if layer is wrong else right[1](layer, x, **options)
+    def forward(layer: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        y = right(layer, x, *rest, **options)
+        if layer is not wrong:
+            return y
+        calls.append(layer)
+        if fault == "output":
+            return 1.5 * y
+        with torch.no_grad():
+            h = layer.scaling["default"] * layer.lora_A["default"](x)
+        again: Tensor = layer.lora_B["default"](h)
+        return y + (again - again.detach())
 
-    def forward(layer: Any, *rest: Any) -> Tensor:
-        y = right[0](layer, *rest)
-        return 1.5 * y if layer is wrong else y
-
-    monkeypatch.setattr(layers, "read_lora", read)
-    monkeypatch.setattr(layers.FusedLoraLinear, "read_call", staticmethod(read))
-    monkeypatch.setattr(layers, "_forward", forward)
+    monkeypatch.setattr(layers.FusedLoraLinear, "forward", forward)
     found = {each.what: each.error for each in dk.compare(model, batch, steps=1).differences}
-    assert found["output"] > 1e-3
-    assert any("gradient of" in what and error > 1e-2 for what, error in found.items())
+    assert calls
+    *_, (worst, error) = found.items()
+    if fault == "output":
+        assert found["output"] > 1e-3
+        assert worst.startswith("gradient of")
+        assert error > 1e-2
+    else:
+        name = next(name for name, module in model.named_modules() if module is wrong)
+        assert worst == f"gradient of {name}.lora_B.default.weight"
+        assert error == pytest.approx(1.0, rel=1e-3)
+        assert found["output"] < 1e-5
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callable[[Any, int], bool]) -> None:
