@@ -3,8 +3,8 @@ changes it.
 
     python examples/read_the_report.py
 
-The model has a layer of each kind: fused; of a type that is not fused; with a hook; with a bias in
-its adapter.
+The model has layers of each kind: fused; of a kind that is not fused, a convolution with groups;
+with a hook.
 """
 
 import logging
@@ -18,18 +18,20 @@ import delora_kernels as dk
 
 
 class Model(nn.Module):
-    """Token table, two linears, a head."""
+    """Token table, a convolution over neighbours, two linears, a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(50, 16)
+        self.mix = nn.Conv1d(16, 16, 3, padding=1, groups=2)
         self.up = nn.Linear(16, 32)
         self.down = nn.Linear(32, 16)
         self.head = nn.Linear(16, 50)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits `[..., 50]` of token ids `[...]`."""
-        logits: torch.Tensor = self.head(self.down(self.up(self.table(ids)).relu()))
+        """Logits `[B, T, 50]` of token ids `[B, T]`."""
+        mixed = self.mix(self.table(ids).mT).mT
+        logits: torch.Tensor = self.head(self.down(self.up(mixed).relu()))
         return logits
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     # those below it
     logging.basicConfig(stream=sys.stdout, format="log %(levelname)s %(name)s: %(message)s")
     torch.manual_seed(0)
-    targets = ["table", "up", "down", "head"]
+    targets = ["mix", "up", "down", "head"]
     model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=targets))
     down = model.base_model.model.down
     handle = down.base_layer.register_forward_hook(lambda *_: None)
@@ -62,7 +64,7 @@ def main() -> None:
     handle.remove()
     print(dk.accelerate(model))
 
-    print("\n== and a layer that a call finds changed runs PEFT's own forward, which is logged once")
+    print("\n== what runs PEFT's own forward is logged, once for each reason: also a layer that a call finds changed")
     ids = torch.randint(50, (2, 8))
     before = model(ids)
     down.lora_B["default"].register_forward_hook(lambda module, args, output: output)  # harmless, but who knows
