@@ -5,7 +5,8 @@ and device, and holds packed [E, N K / 2] and absmax [E, N K / blocksize], of do
 this in 8 bits, with a scale for 256 of them and a mean for each expert. bitsandbytes has no such
 parameter (its linears are modules, and its parametrization makes the whole of it dense at every
 look). One expert of it (`weight[3]`) is dequantised alone, to a copy; any other computation sees
-all of it, dequantised; nothing can be written to it.
+all of it, dequantised. A write to it raises; slices and views of it are dense copies, and what is
+written to such a copy is lost with it.
 """
 
 import importlib
@@ -143,6 +144,23 @@ class PackedExperts(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.storing})"
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """Return it without its history; assigned may be another one alone, which it then holds."""
+        own: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return own
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if not isinstance(new, PackedExperts):
+            raise RuntimeError(READ_ONLY)  # torch would change the shape, and leave the numbers
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        for name in _names(self.storing):
+            delattr(self, name)
+        for name, part in zip(_names(new.storing), new.parts(), strict=True):
+            setattr(self, name, part)
+        self.storing = new.storing
+
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(READ_ONLY)  # it would go to the copy that indexing gives
 
@@ -205,3 +223,6 @@ def _bitsandbytes() -> Any:
         raise ImportError(
             f"experts in 4 bits need bitsandbytes: pip install 'delora-kernels[bnb]' ({error})"
         ) from error
+
+
+torch.serialization.add_safe_globals([PackedExperts, Storing])  # for torch.load of a state dict

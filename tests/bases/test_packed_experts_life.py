@@ -64,7 +64,7 @@ def test_a_fresh_process_loads_a_state_dict(tmp_path: Any) -> None:
     dk.quantize_experts(made)
     torch.save(made.state_dict(), tmp_path / "state.pt")
     code = (
-        "import sys, torch, delora_kernels; delora_kernels.quantize_experts; "
+        "import sys, torch, delora_kernels; "
         "print(type(torch.load(sys.argv[1], weights_only=True)['experts.down_proj']).__name__)"
     )
     found = subprocess.run([sys.executable, "-c", code, tmp_path / "state.pt"], capture_output=True, text=True)
@@ -96,6 +96,8 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "foreach of lists": lambda packed, other: torch._foreach_copy_([packed], [other]),
     "one expert": _set,
     "added to one expert": _add_to_one,
+    "assigned to .data": lambda packed, other: setattr(packed, "data", other),
+    "assigned to .data in another shape": lambda packed, other: setattr(nn.Parameter(packed, False), "data", other[0]),
     "an optimiser": lambda packed, other: _step(packed, other, False),
     "an optimiser's foreach": lambda packed, other: _step(packed, other, True),
 }
@@ -110,6 +112,42 @@ def test_writes_are_refused(write: str, double_quant: bool, seed: int) -> None:
     before = packed + 0
     with torch.no_grad(), pytest.raises(RuntimeError, match="can't be written to.*export the adapter"):
         WRITES[write](packed, other)
+    assert torch.equal(packed + 0, before)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["once", "twice"])
+def test_data_of_another_one(double_quant: bool, seed: int) -> None:
+    """Assigned to `.data`, numbers, dtype and shape are the other one's, quantised as it is."""
+    numbers = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(seed))
+    packed = nn.Parameter(PackedExperts.quantised(numbers, Storing("nf4", 32)), requires_grad=False)
+    other = PackedExperts.quantised(-numbers[:2].bfloat16(), Storing("nf4", 64, 256, double_quant))
+    packed.data = other
+    assert (type(packed), packed.shape, packed.dtype) == (PackedExperts, other.shape, torch.bfloat16)
+    assert torch.equal(packed + 0, other + 0)
+    assert torch.equal(packed.data[1], other[1])
+    assert packed.storing == other.storing
+
+
+SLICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one expert": lambda weight: weight[1],
+    "some": lambda weight: weight[0:2],
+    "flat": lambda weight: weight.view(-1),
+    "transposed": lambda weight: weight.mT,
+    "narrowed": lambda weight: weight.narrow(0, 0, 1),
+    "unbound": lambda weight: weight.unbind(0)[1],
+}
+
+
+@pytest.mark.parametrize("of", SLICES)
+def test_slices_are_dense_copies(of: str, seed: int) -> None:
+    """What docs/experts.md says of them: plain tensors, and the weight does not see a write."""
+    numbers = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(seed))
+    packed = PackedExperts.quantised(numbers, Storing("nf4", 32))
+    before = packed + 0
+    part = SLICES[of](packed)
+    assert type(part) is Tensor
+    assert torch.equal(part, SLICES[of](before))
+    part.zero_()
     assert torch.equal(packed + 0, before)
 
 
