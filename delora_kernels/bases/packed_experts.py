@@ -145,7 +145,7 @@ class PackedExperts(Tensor):
         return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.storing})"
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Return it without its history; assigned may be another one alone, which it then holds."""
         own: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
         return own

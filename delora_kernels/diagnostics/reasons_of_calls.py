@@ -98,9 +98,13 @@ OF_CALLS: tuple[Reason, ...] = (
     ),
     Reason(
         "base-own-forward",
-        "before loading: the base will be stored in a form that is not read",
-        "nothing: it will run its own forward; docs/stored-bases.md has the forms that are read",
-        ("its base will be {}, which runs its own forward",),
+        "before loading: the base will be stored in a form that is not read, or not in every kernel of it",
+        "nothing: it will run its own forward, GPTQ's if another kernel than torch's is chosen; docs/stored-bases.md "
+        "has the forms that are read",
+        (
+            "its base will be {}, which runs its own forward",
+            "its base will be {}, which runs its own forward unless it is {}",
+        ),
     ),
     Reason(
         "delora-on-stored-base",

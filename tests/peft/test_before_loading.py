@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft_models import METHODS, config
 from torch import nn
+from transformers.quantizers import AutoHfQuantizer, quantizers_utils
 
 import delora_kernels as dk
 from delora_kernels.bases import plain
@@ -99,7 +100,7 @@ def test_bases_in_few_bits(quantization: dict[str, Any], lora: Any, dora: Any) -
 
 
 def test_transformers_configs_and_what_they_leave_out(seed: int) -> None:
-    options: dict[str, Any] = {"load_in_4bit": True, "llm_int8_skip_modules": ["mlp"]}
+    options: dict[str, Any] = {"load_in_4bit": True, "llm_int8_skip_modules": ["model.layers.0.mlp"]}
     found = dk.can_accelerate(llama(), config("lora", **LINEARS), transformers.BitsAndBytesConfig(**options))
     states = {layer.name.rpartition(".")[2]: layer.state for layer in found.layers}
     assert [name for name, state in states.items() if state == State.FUSED] == ["gate_proj", "up_proj", "down_proj"]
@@ -107,6 +108,86 @@ def test_transformers_configs_and_what_they_leave_out(seed: int) -> None:
     targets = {"target_modules": ["lm_head", "q_proj"], "task_type": "CAUSAL_LM"}
     head = dk.can_accelerate(llama(), config("lora", **targets), NF4).layers
     assert [layer.state for layer in head] == [State.EXPECTED, State.FUSED]
+
+
+def left_dense(model_config: Any, quantization: dict[str, Any], **lora: Any) -> set[str]:
+    targets = {"target_modules": [*PROJECTIONS, "lm_head"], "task_type": "CAUSAL_LM"}
+    layers = dk.can_accelerate(model_config, peft.LoraConfig(**targets | lora), quantization).layers
+    return {layer.name.removeprefix("base_model.model.") for layer in layers if layer.state == State.FUSED}
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOLD: tuple[Any, ...] = (
+    None,
+    [],
+    ["proj"],
+    ["self_attn"],
+    ["layers.1"],
+    ["model.layers.1"],
+    ["model.layers.1."],
+    ["model.layers.*.self_attn"],
+    ["q_proj", "lm_head"],
+)
+
+
+@pytest.mark.parametrize("told", TOLD, ids=str)
+def test_what_bitsandbytes_leaves_dense(told: Any) -> None:
+    """As Transformers itself replaces linears, with more than 10 blocks."""
+    pytest.importorskip("transformers", "5")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'delora-kernels[bnb]'")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=told)
+    config = llama(num_hidden_layers=11)
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    AutoHfQuantizer.from_config(quantization)._process_model_before_weight_loading(model, device_map=None)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    dense = {name for name, module in linears.items() if not isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert left_dense(config, NF4 | {"llm_int8_skip_modules": told}) == dense
+
+
+def test_what_is_kept_in_float32_is_left_dense() -> None:
+    """T5's `wo`, told or not; a classifier's head, the last module, without a word."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    lora = {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+    for told in (None, ["nothing"]):
+        found = left_dense(transformers.T5Config(**sizes), NF4 | {"llm_int8_skip_modules": told}, **lora)
+        assert {name.rpartition(".")[2] for name in found} == {"wo"}
+        assert len(found) == 2
+    classifier = llama(architectures=["LlamaForSequenceClassification"])
+    assert left_dense(classifier, NF4, target_modules=["q_proj", "score"], task_type=None) == {"score"}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dense"),
+    [
+        ({"ignore": ["re:.*(q|k)_proj$", "lm_head"]}, {"q_proj", "k_proj", "lm_head"}),
+        ({"ignore": ["re:q_proj", "self_attn", "proj"]}, set()),
+        ({"ignore": ["Linear"]}, {*PROJECTIONS, "lm_head"}),
+        ({"quant_method": "fp8", "ignored_layers": "q_proj"}, {"q_proj"}),
+        ({"quant_method": "awq", "modules_to_not_convert": ["q_proj"]}, {"q_proj", "lm_head"}),
+        ({"quant_method": "hqq", "skip_modules": ["self_attn.q_proj", "k_proj"]}, {"q_proj"}),
+        ({"quant_method": "hqq"}, {"lm_head"}),
+    ],
+)
+def test_what_others_leave_dense(quantization: dict[str, Any], dense: set[str]) -> None:
+    """compressed-tensors by names, classes and patterns, AWQ the head besides, HQQ by its tags."""
+    found = left_dense(llama(), {"quant_method": "compressed-tensors"} | quantization)
+    assert {name.rpartition(".")[2] for name in found} == dense
+
+
+def test_the_older_rule_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name's end, a whole name, or parts that follow each other."""
+    monkeypatch.delattr(quantizers_utils, "should_convert_module", raising=False)
+    for told, dense in ((["q_proj"], {"q_proj"}), (["proj"], set()), (["mlp"], {"gate_proj", "up_proj", "down_proj"})):
+        found = left_dense(llama(), NF4 | {"llm_int8_skip_modules": told})
+        assert {name.rpartition(".")[2] for name in found} == dense
+
+
+def test_a_gptq_kernel_is_named_or_chosen_at_loading() -> None:
+    for backend, unless in ((None, True), ("auto", True), ("triton", False)):
+        settings = {"quant_method": "gptq", "backend": backend}
+        reason = dk.can_accelerate(llama(), config("lora", **LINEARS), settings).layers[0].reason
+        assert str(reason).endswith("unless it is GPTQModel's torch kernel") == unless
 
 
 def test_delora_on_bases_in_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +226,16 @@ def test_another_task_and_a_folder(tmp_path: Path) -> None:
     ("change", "error", "text"),
     [
         ({"model_config": 3}, TypeError, "can_accelerate: model_config must be a Transformers config"),
+        (
+            {"model_config": "/no/such/folder"},
+            ValueError,
+            "model_config must be one that Transformers finds, got '/no/",
+        ),
+        (
+            {"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+            ValueError,
+            "can_accelerate: model must hold PEFT adapter layers, got a PeftModelForCausalLM without any",
+        ),
         ({"model_config": transformers.PretrainedConfig()}, ValueError, "model_config must be of a model"),
         (
             {"model_config": llama(hidden_act="no such")},

@@ -7,6 +7,7 @@ found out when it is loaded, so such layers are "expected" to be fused, and no m
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.delora.model import DeloraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import quantizers_utils
+from transformers.quantizers.base import HfQuantizer
 
 from delora_kernels import checks
 from delora_kernels.bases.plain import without_data
@@ -37,11 +40,13 @@ class Stored(NamedTuple):
         holder: Dotted name of the class that holds the weight, as `bases.register` takes it.
         layer: Dotted name of PEFT's LoRA layer around it; "": its LoRA linear.
         dora: Whether PEFT makes that layer with DoRA.
+        unless: What is read of it all the same, if loading chooses that; "": nothing is.
     """
 
     holder: str
     layer: str = ""
     dora: bool = True
+    unless: str = ""
 
 
 def can_accelerate(
@@ -65,8 +70,8 @@ def can_accelerate(
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: Transformers has no such model, PEFT can't adapt it, or the quantisation is not
-            known; the text says which.
+        ValueError: Transformers has no such model, PEFT can't adapt it or puts no layers into it
+            (prompt learning), or the quantisation is not known; the text says which.
     """
     config = _model_config(model_config)
     if not isinstance(peft_config, PeftConfig):
@@ -88,7 +93,11 @@ def _model_config(given: Any) -> transformers.PretrainedConfig:
     if isinstance(given, transformers.PretrainedConfig):
         return copy.deepcopy(given)
     if isinstance(given, str | PathLike):
-        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(given)
+        try:
+            config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(given)
+        except (OSError, ValueError) as error:
+            got, remedy = f"{str(given)!r} ({type(error).__name__}: {error})", "look at the name or the folder"
+            raise checks.fail(ValueError, _NAME, "model_config", "one that Transformers finds", got, remedy) from error
         return config
     expected, remedy = "a Transformers config, or what one is loaded from", "pass AutoConfig.from_pretrained(...)"
     raise checks.fail(TypeError, _NAME, "model_config", expected, type(given).__name__, remedy)
@@ -154,7 +163,12 @@ def _settings(given: Any) -> Mapping[str, Any] | None:
 _GPTQ_LAYER = "peft.tuners.lora.gptq.GPTQLoraLinear"
 _GPTQ_TORCH = Stored("gptqmodel.nn_modules.qlinear.torch.TorchLinear", _GPTQ_LAYER, dora=False)
 _LAYERS = {
-    "gptq": Stored("a GPTQ linear not known to be of GPTQModel's torch kernel", _GPTQ_LAYER, dora=False),
+    "gptq": Stored(
+        "a GPTQ linear of the kernel that is chosen at loading",
+        _GPTQ_LAYER,
+        dora=False,
+        unless="GPTQModel's torch kernel",
+    ),
     "awq": Stored("an AWQ linear", "peft.tuners.lora.awq.AwqLoraLinear"),
     "aqlm": Stored("an AQLM linear", "peft.tuners.lora.aqlm.AqlmLoraLinear"),
     "eetq": Stored("an EETQ linear", "peft.tuners.lora.eetq.EetqLoraLinear"),
@@ -163,8 +177,9 @@ _LAYERS = {
     "compressed-tensors": Stored("an nn.Linear with compressed-tensors' forward"),
 }
 _TORCH_KERNEL = ("torch", "gptq_torch")
-"""GPTQModel's names of its torch kernel; left to itself it chooses by device, bits and what else is
-installed.
+_ANY_KERNEL = (None, "auto", "auto_trainable")
+"""GPTQModel's names of its torch kernel, and of none: left to itself it chooses by device, bits and
+what else is installed.
 """
 _TORCHAO = {"Int8WeightOnlyConfig": "Int8Tensor", "Float8WeightOnlyConfig": "Float8Tensor"}
 """torchao's configs of one form → the tensor that holds the weight."""
@@ -180,8 +195,9 @@ def _stored(settings: Mapping[str, Any]) -> Stored:
         tensor = _TORCHAO.get(kind)
         holder = f"torchao.quantization.{tensor}" if tensor else f"a torchao weight of {kind}"
         return Stored(holder, "peft.tuners.lora.torchao.TorchaoLoraLinear")
-    if method == "gptq" and settings.get("backend") in _TORCH_KERNEL:
-        return _GPTQ_TORCH
+    if method == "gptq" and (backend := settings.get("backend")) not in _ANY_KERNEL:
+        other = Stored(f"a GPTQ linear of the kernel {backend}", _GPTQ_LAYER, dora=False)
+        return _GPTQ_TORCH if backend in _TORCH_KERNEL else other
     if method in _LAYERS:
         return _LAYERS[method]
     got, remedy = repr(method), "load the model, and print(accelerate(model))"
@@ -189,19 +205,54 @@ def _stored(settings: Mapping[str, Any]) -> Stored:
     raise checks.fail(ValueError, _NAME, "quantization_config", f"of one of {expected}", got, remedy)
 
 
-_LEFT_OUT = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules", "ignored_layers", "ignore")
+_LEFT_OUT = (
+    "llm_int8_skip_modules",
+    "modules_to_not_convert",
+    "linear_weights_not_to_quantize",
+    "skip_modules",
+    "ignored_layers",
+    "ignore",
+)
 
 
 def _left_out(settings: Mapping[str, Any], model: nn.Module) -> set[str]:
-    """Return the names of the linears that the quantisation leaves dense: those that it is told,
-    else the model's head.
+    """Return the names of the linears that the quantisation leaves dense."""
+    given = next((settings[key] for key in _LEFT_OUT if settings.get(key) is not None), None)
+    told: list[str] | None = [given] if isinstance(given, str) else None if given is None else list(given)
+    method = settings["quant_method"]
+    linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if method == "compressed-tensors":
+        return {name for name, kind in linears.items() if any(_is_ignored(name, kind, each) for each in told or ())}
+    if method == "hqq":  # by its own tags: names without "model", "layers" and numbers
+        skipped = {"lm_head"} if told is None else {*told}
+        return {name for name in linears if _hqq_tag(name) in skipped}
+    kept: Any = getattr(model, "_keep_in_fp32_modules", None)
+    patterns = HfQuantizer.get_modules_to_not_convert(model, told, kept, add_default_skips=method == "awq")
+    return {name for name in linears if not _converts(name, patterns)}
+
+
+def _converts(name: str, patterns: list[str]) -> bool:
+    """Return whether Transformers stores a linear in few bits: by its own rule, which it has as a
+    function since its version 5; before, each quantisation had a copy of the older rule.
     """
-    told = [name for key in _LEFT_OUT for name in settings.get(key) or ()]
-    if not told:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return {name for name, module in model.named_modules() if module is head}
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    return {name for name in names if any(f".{part}." in f".{name}." for part in told)}
+    own = getattr(quantizers_utils, "should_convert_module", None)
+    if own is not None:
+        return bool(own(name, patterns))
+    last = name.rpartition(".")[2]
+    return last not in patterns and not any(f"{key}." in name or key == name for key in patterns)
+
+
+def _is_ignored(name: str, kind: type[nn.Module], target: str) -> bool:
+    """Return whether compressed-tensors' `ignore` has a module: a name, a class, or "re:" and a
+    pattern of names from their start.
+    """
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target == name or target in {each.__name__ for each in kind.__mro__}
+
+
+def _hqq_tag(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("model", "layers") and not part.isnumeric())
 
 
 def _on_stored(report: LayerReport, layer: Any, stored: Stored, left_out: set[str]) -> LayerReport:
@@ -227,7 +278,8 @@ def _on_stored(report: LayerReport, layer: Any, stored: Stored, left_out: set[st
         return _otherwise(report, State.EXPECTED, reason)
     beside: State = getattr(type(layer), "beside_base", State.RANK_TERM)
     beside = State.OWN_FORWARD if report.method == "dora" else beside
-    return _otherwise(report, beside, f"its base will be {_named(stored.holder)}, which runs its own forward")
+    reason = f"its base will be {_named(stored.holder)}, which runs its own forward"
+    return _otherwise(report, beside, reason + (f" unless it is {stored.unless}" if stored.unless else ""))
 
 
 def _named(holder: str) -> str:

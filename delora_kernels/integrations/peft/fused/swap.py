@@ -121,12 +121,7 @@ def _judged(model: nn.Module, function: str, prove: bool | None) -> tuple[Report
     """Judge every adapter layer and prove its kernels → the report, and the layers that are or can
     be swapped by name.
     """
-    layers = _adapter_layers(model, function)
-    if not layers:
-        raise ValueError(
-            f"{function}: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
-            "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
-        )
+    layers = _some_adapter_layers(model, function)
     groups = Groups({layer: name for name, layer in layers})
     outer = outermost(layer for _, layer in layers)
     parents = _parents(model)
@@ -167,9 +162,19 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
     return [(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)]
 
 
+def _some_adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Module]]:
+    layers = _adapter_layers(model, function)
+    if layers:
+        return layers
+    raise ValueError(
+        f"{function}: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
+        "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
+    )
+
+
 def described(model: nn.Module, function: str) -> list[tuple[LayerReport, nn.Module]]:
     """Describe every adapter layer of a model, which is not changed."""
-    layers = _adapter_layers(model, function)
+    layers = _some_adapter_layers(model, function)
     outer = outermost(layer for _, layer in layers)
     return [(_describe(name, layer, outer.get(layer), None)[0], layer) for name, layer in layers]
 
