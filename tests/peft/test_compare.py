@@ -390,3 +390,26 @@ def test_command_line_refuses(arguments: list[str], text: str, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert error.startswith("python -m delora_kernels compare: ")
     assert text in error
+
+
+class InADict(nn.Module):
+    """A model whose output is a plain dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {"loss": y.square().mean(), "logits": y}
+
+
+def test_an_output_that_is_a_dictionary(seed: int) -> None:
+    """Its loss and its logits are taken by their keys."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(InADict(), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["layer"]))
+    x = torch.randn(5, 6)
+    found = Problem(model, x, None).results()
+    assert torch.equal(found["loss"], model(x)["loss"])
+    assert torch.equal(found["output"], model(x)["logits"])
+    assert not dk.compare(model, x, steps=1).interrupted

@@ -311,3 +311,13 @@ def test_float64_adapters_under_autocast(seed: int) -> None:
 def test_no_group_is_made_of_them(seed: int) -> None:
     with pytest.raises(ValueError, match="no fused linear"):
         dk.accelerate(adapted("lora", seed), group=[["base_model.model.first", "base_model.model.second"]])
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_factor_without_data_is_not_fused(method: str, part: str, seed: int) -> None:
+    made = adapted(method, seed)
+    getattr(made.base_model.model.first, part).to("meta")
+    first, second = dk.accelerate(made).layers
+    assert (first.fused, first.code, first.reason) == (False, "meta-device", f"the {part} is on the meta device")
+    assert second.fused

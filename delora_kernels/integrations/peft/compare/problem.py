@@ -128,7 +128,7 @@ class Problem:
         self.reset()
         loss, output = self.forward_backward()
         found = {"loss": loss}
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        logits = output if isinstance(output, Tensor) else _part(output, "logits", None)
         if isinstance(logits, Tensor) and logits.dim() > 0:
             found["output"] = logits.detach().cpu()
         for name, parameter in self._parameters.items():
@@ -164,7 +164,7 @@ class Problem:
         return ", ".join(words)
 
     def _scalar(self, output: Any) -> Tensor:
-        value = self._loss(output) if self._loss is not None else getattr(output, "loss", output)
+        value = self._loss(output) if self._loss is not None else _part(output, "loss", output)
         if isinstance(value, Tensor) and value.numel() == 1:
             return value.reshape(())
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -182,6 +182,11 @@ class Problem:
             for layer in layers if frozen else ():
                 stack.callback(layer.register_forward_hook(_needs_gradient).remove)
             yield
+
+
+def _part(output: Any, name: str, default: Any) -> Any:
+    """Return what a model's output holds under a name, as a key or an attribute."""
+    return output.get(name, default) if isinstance(output, Mapping) else getattr(output, name, default)
 
 
 def _adapter_layers(model: nn.Module) -> list[Any]:

@@ -116,6 +116,8 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
     if type(B) not in _TORCHS:
         return _is_a("lora_B", B)
     reason: str | None = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
+    if type(A) in _TORCHS:  # another one runs as it is
+        reason = reason or why_not_local(A.weight, "lora_A")
     reason = reason or why_not_scale(scale)
     if reason is not None:
         return reason
