@@ -215,7 +215,7 @@ _LEFT_OUT = (
 )
 
 
-def _left_out(settings: Mapping[str, Any], model: nn.Module) -> set[str]:
+def _left_out(settings: Mapping[str, Any], model: Any) -> set[str]:
     """Return the names of the linears that the quantisation leaves dense."""
     given = next((settings[key] for key in _LEFT_OUT if settings.get(key) is not None), None)
     told: list[str] | None = [given] if isinstance(given, str) else None if given is None else list(given)
