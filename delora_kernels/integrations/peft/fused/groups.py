@@ -202,9 +202,8 @@ class _Held(threading.local):
         held = self._outputs.get(layer)
         if held is None or self._x() is not x or self._around != surroundings(x):
             return None
-        now: StraightCall | PlannedCall | None = call
-        if held.is_planned and not isinstance(call, PlannedCall):
-            now = PlannedCall.of(layer, x)  # its leader was planned: the same call, read as the leader read it
+        # with a leader that was planned, all were: also one that comes by the straight way
+        now = PlannedCall.of(layer, x) if held.is_planned and isinstance(call, StraightCall) else call
         if now is None:
             return None
         inputs = now.inputs()
