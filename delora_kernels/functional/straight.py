@@ -52,9 +52,17 @@ def _options(method: str, scale: float, eps: float, dtype: torch.dtype) -> Optio
     return Options(method, scale, eps, (), (0.0,), False, False, 0, dtype, dtype)
 
 
-def all_trained(*trained: Tensor) -> bool:
-    """Whether the gradient of each of `trained` is wanted, or none is."""
-    return not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in trained)
+def all_trained(training: bool, *trained: Tensor) -> bool:
+    """Whether the gradient of each of `trained` is wanted, or none is.
+
+    In training a pass without gradients is judged as one with them: reentrant checkpointing runs it
+    again so, and is to find the same bits.
+
+    Args:
+        training: Whether their layer is in training.
+        trained: Its factors and vectors.
+    """
+    return not (training or torch.is_grad_enabled()) or all(tensor.requires_grad for tensor in trained)
 
 
 def straight_call(

@@ -126,6 +126,18 @@ def test_groups_that_are_given(seed: int, shared: list[int]) -> None:
     assert not any(hasattr(module, "_shared_input") for module in made.modules())
 
 
+@pytest.mark.parametrize(("first", "found"), [("k", []), ("v", ["qk"]), ("kv", ["kv"]), ("qv", ["qv"])])
+def test_a_first_pass_through_some(first: str, found: list[str], seed: int) -> None:
+    """A layer that comes round again ends the watching, whatever it is given."""
+    made, plain = (model("lora", seed, inner=Siblings) for _ in range(2))
+    report = dk.accelerate(made)
+    for order in (first, *["qkv"] * 3, first, "vkq"):
+        for each in (made, plain):
+            each.base_model.model.order = order
+        check_same(step(made, batch(seed)), step(plain, batch(seed)), 1e-12)
+    assert ["".join(name[-1] for name in group) for group in report.groups] == found
+
+
 @pytest.mark.parametrize(
     ("group", "error", "words"),
     [

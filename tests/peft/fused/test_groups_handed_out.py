@@ -108,6 +108,7 @@ def test_changes_to_a_member(change: str, seed: int, shared: list[int]) -> None:
 
 
 BETWEEN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "nothing": lambda *_: None,
     "x changed in place": lambda _, x: x.mul_(1.0),
     "a factor replaced": lambda layers, _: setattr(
         layers.k.lora_A["default"], "weight", nn.Parameter(layers.k.lora_A["default"].weight.detach() * 2)
@@ -119,23 +120,33 @@ BETWEEN: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("first", ["straight", "planned"])
 @pytest.mark.parametrize("what", BETWEEN)
-def test_changes_between_two_siblings(what: str, seed: int) -> None:
-    """What is held for k is not handed out once anything else than rounding would differ."""
+def test_changes_between_two_siblings(
+    what: str, first: str, seed: int, shared: list[int], planned: list[int], taken: list[str]
+) -> None:
+    """What is held for k is not handed out once anything else than rounding would differ; a first
+    one whose bias is trained is planned, and the others with it.
+    """
     results = []
     for accelerated in (True, False):
         made = model("lora", seed, inner=Siblings)
+        layers, x = made.base_model.model, batch(seed)
+        layers.q.base_layer.bias.requires_grad_(first == "planned")
         if accelerated:
             dk.accelerate(made)
             warm_up(made)
-        layers, x = made.base_model.model, batch(seed)
         q = layers.q(x)
+        if accelerated:
+            assert (shared if first == "straight" else planned) == [3, 3]
+            taken.clear()
         with torch.no_grad():
             if what == "a factor changed in place":
                 layers.k.lora_A["default"].weight.mul_(2)
             BETWEEN[what](layers, x)
         k = layers.k(x)
         results.append({"q": q.detach(), "k": k.detach()})
+        assert not accelerated or (taken == []) is (what in ("nothing", "disabled"))
     check_same(*results, 1e-12)
 
 

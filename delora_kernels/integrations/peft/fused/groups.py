@@ -95,10 +95,10 @@ class Family:
             return
         with self._lock:
             same = self._x is not None and self._x() is x and self._version == x._version
-            if same and all(ref() is not layer for ref in self._runs[-1]):
-                self._runs[-1].append(weakref.ref(layer))
-            elif any(ref() is layer for run in self._runs for ref in run):
+            if any(ref() is layer for run in self._runs for ref in run):
                 self._settle()
+            elif same:
+                self._runs[-1].append(weakref.ref(layer))
             elif self.watched:
                 self._x, self._version = weakref.ref(x), x._version
                 self._runs.append([weakref.ref(layer)])
@@ -158,9 +158,9 @@ class Group:
     def miss(self, unclaimed: Mapping[Any, "_Output"]) -> None:
         """Remember layers whose outputs nobody called for."""
         if not in_backward():  # where checkpointing stops as soon as it has what it needs
-            for layer, (_, _, y) in unclaimed.items():
+            for layer, held in unclaimed.items():
                 self._missed.add(layer)
-                self._ran.add(layer, y)
+                self._ran.add(layer, held.y)
 
     def leave_out_the_missed(self) -> None:
         """Go on without them, as soon as no forward pass that ran with them can be run again."""
@@ -175,10 +175,11 @@ class Group:
 
 
 class _Output(NamedTuple):
-    """What is held for a layer: what its call is made of besides x, those tensors' versions, its
-    y.
+    """What is held for a layer: whether its call was planned, what it is made of besides x, those
+    tensors' versions, its y.
     """
 
+    is_planned: bool
     inputs: tuple[Any, ...]
     versions: list[int]
     y: Tensor
@@ -201,7 +202,11 @@ class _Held(threading.local):
         held = self._outputs.get(layer)
         if held is None or self._x() is not x or self._around != surroundings(x):
             return None
-        inputs = call.inputs()
+        # with a leader that was planned, all were: also one that comes by the straight way
+        now = PlannedCall.of(layer, x) if held.is_planned and isinstance(call, StraightCall) else call
+        if now is None:
+            return None
+        inputs = now.inputs()
         if not same_inputs(held.inputs, inputs) or held.versions != _versions(inputs):
             return None
         del self._outputs[layer]
@@ -237,7 +242,7 @@ def _together(group: Group, x: Tensor, calls: Mapping[Any, Any]) -> Tensor:
     outputs = {}
     for layer, other in zip(rest, others, strict=True):
         inputs = calls[layer].inputs()
-        outputs[layer] = _Output(inputs, _versions(inputs), other)
+        outputs[layer] = _Output(isinstance(calls[layer], PlannedCall), inputs, _versions(inputs), other)
     _held.put(group, x, outputs)
     group.ran(leader, y)
     return y

@@ -39,10 +39,12 @@ def read_lora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
     if not _fit(x, weight, bias, A, B):
         return None
     if magnitude is None:
-        return straight_call(x, weight, bias, A, B, scale) if all_trained(A, B) else None
+        return straight_call(x, weight, bias, A, B, scale) if all_trained(layer.training, A, B) else None
     if magnitude.shape != (weight.shape[0],) or not _alike(magnitude, x):
         return None
-    return straight_call(x, weight, bias, A, B, scale, magnitude) if all_trained(A, B, magnitude) else None
+    return (
+        straight_call(x, weight, bias, A, B, scale, magnitude) if all_trained(layer.training, A, B, magnitude) else None
+    )
 
 
 def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
@@ -59,7 +61,9 @@ def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
         return None
     if type(norm) is not Tensor or norm.shape != (weight.shape[1],) or norm.requires_grad or not _alike(norm, x):
         return None
-    return straight_call(x, weight, bias, A, B, 1.0, None, lam, norm) if all_trained(A, B, lam) else None
+    return (
+        straight_call(x, weight, bias, A, B, 1.0, None, lam, norm) if all_trained(layer.training, A, B, lam) else None
+    )
 
 
 def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
