@@ -223,6 +223,3 @@ def _bitsandbytes() -> Any:
         raise ImportError(
             f"experts in 4 bits need bitsandbytes: pip install 'delora-kernels[bnb]' ({error})"
         ) from error
-
-
-torch.serialization.add_safe_globals([PackedExperts, Storing])  # for torch.load of a state dict

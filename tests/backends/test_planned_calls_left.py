@@ -2,16 +2,14 @@
 before.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from call_surroundings import Seeing, SeeingFunctions, in_tf32
 from planned_calls import Derived, K, T, draw, forward, learn, outcome, same, unplanned
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_kernels.autograd import replayed
 from delora_kernels.functional import planned
@@ -72,26 +70,6 @@ def test_what_equals_a_number_is_still_refused(given: dict[str, Any], seed: int)
         outcome("lora", draw("lora", seed, scale=1.0, dropout_p=0.0))
     with pytest.raises(TypeError, match=f"{next(iter(given))} must be a number"):
         forward("lora", draw("lora", seed, scale=1.0) | given)
-
-
-@contextmanager
-def in_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class SeeingFunctions(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 SURROUNDINGS: dict[str, Callable[[], Any]] = {

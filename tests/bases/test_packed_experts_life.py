@@ -64,7 +64,7 @@ def test_a_fresh_process_loads_a_state_dict(tmp_path: Any) -> None:
     dk.quantize_experts(made)
     torch.save(made.state_dict(), tmp_path / "state.pt")
     code = (
-        "import sys, torch, delora_kernels; "
+        "import sys, torch; from delora_kernels import quantize_experts; "
         "print(type(torch.load(sys.argv[1], weights_only=True)['experts.down_proj']).__name__)"
     )
     found = subprocess.run([sys.executable, "-c", code, tmp_path / "state.pt"], capture_output=True, text=True)

@@ -156,3 +156,11 @@ LEFT = (
         for name, hook in HOOKS.items()
     ]
 )
+
+REGISTERS = (
+    "register_module_forward_hook",
+    "register_module_forward_pre_hook",
+    "register_module_full_backward_hook",
+    "register_module_full_backward_pre_hook",
+)
+"""torch's functions that register hooks for all modules."""

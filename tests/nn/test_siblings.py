@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from nn_modules import KINDS, make
+from shared_calls import sizes_of_shared_calls
 from torch import Tensor, nn
 
-from delora_kernels.functional import common
 from delora_kernels.nn import EtherLinear, GoatLinear, adapted_linears
 
+taken = pytest.fixture(sizes_of_shared_calls)
 PLAIN = ("lora", "dora", "delora")
 
 
@@ -18,20 +19,6 @@ def gradients(outputs: Any, x: Tensor, modules: list[nn.Module]) -> list[Any]:
     total = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs)
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, leaves, allow_unused=True))
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many linears each shared call took."""
-    found: list[int] = []
-    run = common.run_shared
-
-    def counting(calls: Any, backend: str) -> tuple[Tensor, ...]:
-        found.append(len(calls))
-        return run(calls, backend)
-
-    monkeypatch.setattr(common, "run_shared", counting)
-    return found
 
 
 @pytest.mark.parametrize("kinds", [PLAIN, ("lora",) * 3, ("delora", "delora"), tuple(KINDS)], ids=str)

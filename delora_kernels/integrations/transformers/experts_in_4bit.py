@@ -17,6 +17,8 @@ from delora_kernels.integrations.peft.fused.experts_known import is_quantised, w
 
 _NAME = "quantize_experts"
 
+torch.serialization.add_safe_globals([PackedExperts, Storing])  # for torch.load of a state dict
+
 
 @dataclass(frozen=True)
 class QuantizedExperts:

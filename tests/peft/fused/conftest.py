@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 from planned_calls import planning
+from shared_calls import sizes_of_shared_calls
 from torch import Tensor
 
 from delora_kernels.autograd import replayed
 from delora_kernels.autograd.low_rank import StraightLinear
-from delora_kernels.functional import common, straight
+from delora_kernels.functional import straight
 
 
 @pytest.fixture
@@ -40,18 +41,8 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of a group took whose calls plan.py made."""
-    found: list[int] = []
-    run = common.run_shared
-
-    def counting(calls: Any, backend: str) -> tuple[Tensor, ...]:
-        found.append(len(calls))
-        return run(calls, backend)
-
-    monkeypatch.setattr(common, "run_shared", counting)
-    return found
+planned = pytest.fixture(sizes_of_shared_calls)
+"""How many layers each call of a group took whose calls plan.py made."""
 
 
 @pytest.fixture

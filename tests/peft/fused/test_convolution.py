@@ -1,51 +1,19 @@
 """PEFT's LoRA and DoRA on convolutions, accelerated: PEFT's numbers, fewer token-sized tensors."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
+from adapted_convolutions import KINDS, adapted, images
 from output_sized import Written
 from peft_models import assert_close, config, step
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import nn
 
 import delora_kernels as dk
-from delora_kernels.integrations.peft.fused import convolution
 
-KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 METHODS = ("lora", "rslora", "dora")
-
-
-class Net(nn.Module):
-    """Two convolutions: strided with a bias, 1 × 1 without one."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        self.first = KINDS[dims](3, 8, 3, stride=2, padding=1)
-        self.second = KINDS[dims](8, 5, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(nn.functional.gelu(self.first(x)))
-        return y
-
-
-def adapted(method: str, seed: int, dims: int = 2, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    targets = {"target_modules": ["first", "second"]}
-    made = peft.get_peft_model(Net(dims).to(dtype), config(method, **targets | options))
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "magnitude" in name:
-                parameter *= 0.5 + torch.rand_like(parameter)
-    return made
-
-
-def images(seed: int, dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, 3, *(7,) * dims, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dims", KINDS)
@@ -63,18 +31,6 @@ def test_pefts_numbers(method: str, dims: int, seed: int) -> None:
     assert list(made.state_dict()) == names
     assert dk.restore(made) == 2
     assert_close(step(made, x), theirs, torch.float64)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_dtypes(method: str, dtype: torch.dtype, autocast: bool, seed: int) -> None:
-    """float32 factors on a bfloat16 base too."""
-    made, x = adapted(method, seed, dtype=dtype), images(seed, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        theirs = step(made, x)
-        dk.accelerate(made, strict=True)
-        assert_close(step(made, x), theirs, torch.bfloat16 if autocast else dtype)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -172,18 +128,6 @@ def test_a_hooked_base_runs_its_hooks(seed: int) -> None:
     assert_close(step(made, x), theirs)
 
 
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copied", "pickled"]
-)
-def test_copies_stay_fused(way: Callable[[Any], Any], seed: int) -> None:
-    made, x = adapted("dora", seed), images(seed)
-    dk.accelerate(made, strict=True)
-    again = way(made)
-    assert type(again.base_model.model.first) is convolution.FusedConv2d
-    assert torch.equal(again(x), made(x))
-    assert made.get_layer_status() == again.get_layer_status()
-
-
 def test_merged_and_back(seed: int) -> None:
     made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
     dk.accelerate(made, strict=True)
@@ -192,18 +136,6 @@ def test_merged_and_back(seed: int) -> None:
     torch.testing.assert_close(made(x), y, rtol=1e-10, atol=1e-10)
     made.unmerge_adapter()
     torch.testing.assert_close(made(x), y, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_compiled(method: str, seed: int) -> None:
-    """One graph, PEFT's numbers."""
-    torch._dynamo.reset()
-    made, x = adapted(method, seed), images(seed)
-    theirs = step(made, x)
-    dk.accelerate(made, strict=True)
-    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
-    ours = {name.removeprefix("_orig_mod."): value for name, value in step(compiled, x).items()}
-    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 2, 4), ("dora", 3, 8)])
@@ -218,72 +150,6 @@ def test_output_sized_tensors(method: str, ours: int, theirs: int, seed: int) ->
         counts.append(written.count)
         dk.accelerate(made)
     assert counts == [theirs, ours]
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_exported(method: str, strict: bool, seed: int) -> None:
-    """A program in plain torch."""
-    made, x = adapted(method, seed).eval(), images(seed)
-    layer = made.base_model.model.first
-    dk.accelerate(made, strict=True)
-    expected = layer(x)
-    with torch.no_grad():
-        program = torch.export.export(layer, (x,), strict=strict)
-    assert "delora_kernels" not in str(program.graph)
-    torch.testing.assert_close(program.module()(x), expected)
-
-
-def test_transforms(seed: int) -> None:
-    """torch.func differentiates the layer as PEFT's."""
-    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
-    values = dict(made.named_parameters())
-
-    def total(values: dict[str, Tensor]) -> Tensor:
-        y: Tensor = torch.func.functional_call(made, values, (x,))
-        return y.square().sum()
-
-    theirs = torch.func.grad(total)(values)
-    dk.accelerate(made, strict=True)
-    for name, ours in torch.func.grad(total)(values).items():
-        torch.testing.assert_close(ours, theirs[name], rtol=1e-10, atol=1e-10)
-
-
-def test_forward_mode(seed: int) -> None:
-    """DoRA's norm is a constant of forward mode too: as PEFT's, and as backward."""
-    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
-    dk.accelerate(made, strict=True)
-    values = {name: p.detach() for name, p in made.named_parameters() if "lora_" in name}
-
-    def total(values: dict[str, Tensor]) -> Tensor:
-        y: Tensor = torch.func.functional_call(made, values, (x,))
-        return y.square().sum()
-
-    along = torch.func.jvp(total, (values,), (values,))[1]
-    grads = torch.func.grad(total)(values)
-    expected = torch.stack([(grads[name] * values[name]).sum() for name in values]).sum()
-    torch.testing.assert_close(along, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_hooks_of_all_modules_see_every_call(seed: int) -> None:
-    made, x = adapted("dora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
-    dk.accelerate(made, strict=True)
-    kinds: list[str] = []
-    handle = register_module_forward_hook(lambda module, *_: kinds.append(type(module).__name__))
-    made.base_model.model.first(x)
-    handle.remove()
-    assert any(kind.startswith("Dora") for kind in kinds)
-
-
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_written_into_after_no_grad(method: str, seed: int) -> None:
-    """As PEFT's output: it is no view."""
-    made, x = adapted(method, seed, dtype=torch.float64), images(seed, dtype=torch.float64)
-    dk.accelerate(made, strict=True)
-    with torch.no_grad():
-        y = made.base_model.model.first(x)
-    y[0] = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    assert y.requires_grad
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -6,20 +6,19 @@ torch are replayed with real numbers. What they are compared with is the same ca
 with plans off.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from layer_changes import LEFT
+from call_surroundings import Seeing, SeeingFunctions, in_tf32
+from layer_changes import LEFT, REGISTERS
 from peft.tuners.lora import dora as peft_dora
 from straight_layers import METHODS, K, T, layer_of, outcome, same
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_kernels.backends import tape
 from delora_kernels.integrations.peft.fused import layers, straight, verdicts
@@ -154,31 +153,11 @@ def test_a_change_is_seen(method: str, name: str, change: Callable[[Any], Any], 
     assert len(by_plan) == 1 + (name in NO_CHANGE)
 
 
-class _Functions(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class _Dispatches(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _in_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 CONTEXTS: dict[str, Callable[[], Any]] = {
-    "function mode": _Functions,
-    "dispatch mode": _Dispatches,
+    "function mode": SeeingFunctions,
+    "dispatch mode": Seeing,
     "autocast": autocast,
-    "tf32": _in_tf32,
+    "tf32": in_tf32,
     "no_grad": torch.no_grad,
     "forward-mode level": torch.autograd.forward_ad.dual_level,
 }
@@ -246,14 +225,6 @@ def test_dropout(method: str, seed: int, by_plan: list[str]) -> None:
     same(*twice(layer, x))
     next(module for name, module in layer.named_modules() if name.endswith("dropout.default")).p = 0.0
     assert check_found(layer, x)
-
-
-REGISTERS = (
-    "register_module_forward_hook",
-    "register_module_forward_pre_hook",
-    "register_module_full_backward_hook",
-    "register_module_full_backward_pre_hook",
-)
 
 
 @pytest.mark.parametrize("register", REGISTERS)

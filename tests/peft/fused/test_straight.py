@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_changes import LEFT
+from layer_changes import LEFT, REGISTERS
 from peft.tuners.lora import dora as peft_dora
 from straight_layers import METHODS, K, T, judged_twice, layer_of, outcome, same
 from torch import Tensor, nn
@@ -120,14 +120,6 @@ def test_dropout(
     dropout.inplace = True
     same(*judged_twice(layer, x, monkeypatch))
     assert len(taken) == (dropout_p == 0) + 1
-
-
-REGISTERS = (
-    "register_module_forward_hook",
-    "register_module_forward_pre_hook",
-    "register_module_full_backward_hook",
-    "register_module_full_backward_pre_hook",
-)
 
 
 @pytest.mark.parametrize("register", REGISTERS)

@@ -10,7 +10,6 @@ exported, and gradients differentiated, as before.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
@@ -22,10 +21,9 @@ from delora_kernels.bases.plain import NotLocal, parameter, why_not_local, why_n
 from delora_kernels.functional.channel_term import add_channel_term, rescale_channels
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
-    Fused,
+    plan_in_torch,
     run_in_torch,
     verdict_in_torch,
-    why_not_now,
     why_not_scale,
 )
 from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
@@ -84,7 +82,7 @@ class _Adapter(NamedTuple):
 
 def verdict_of_convolution(layer: Any) -> Verdict:
     """Judge how a convolution with adapters runs as it stands."""
-    return verdict_in_torch(_plan_of(layer))
+    return verdict_in_torch(plan_in_torch(layer, _peft_class(layer), layer.lora_A, _adapter, _run))
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -95,20 +93,6 @@ def _why_not_call(layer: Any, x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter):
         return f"its input is a {type(x).__name__}"
     return None if x.dim() == layer._kernel_dim else "its input has no batch dimension"
-
-
-def _plan_of(layer: Any) -> Fused | str:
-    reason = why_not_now(layer, _peft_class(layer), layer.lora_A)
-    if reason is not None:
-        return reason
-    adapters: list[_Adapter] = []
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            adapter = _adapter(layer, name)
-            if isinstance(adapter, str):
-                return adapter
-            adapters.append(adapter)
-    return partial(_run, layer, adapters)
 
 
 def _adapter(layer: Any, name: str) -> _Adapter | str:

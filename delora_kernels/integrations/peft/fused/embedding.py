@@ -7,7 +7,6 @@ PEFT makes an output-sized tensor of the product with B, one of its multiple and
 DoRA it builds BA, of the size of the whole table, at every call.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 from peft.tuners.lora.dora import DoraEmbeddingLayer
@@ -19,10 +18,9 @@ from delora_kernels.bases.plain import why_not_local, why_not_plain
 from delora_kernels.functional.channel_term import add_row_term
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
-    Fused,
+    plan_in_torch,
     run_in_torch,
     verdict_in_torch,
-    why_not_now,
     why_not_scale,
 )
 from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
@@ -54,25 +52,11 @@ class _Adapter(NamedTuple):
 
 def verdict_of_embedding(layer: Any) -> Verdict:
     """Judge how an embedding with adapters runs as it stands."""
-    return verdict_in_torch(_plan_of(layer))
+    return verdict_in_torch(plan_in_torch(layer, Embedding, layer.lora_embedding_A, _adapter, _run))
 
 
 def _why_not_call(layer: Any, x: Tensor) -> str | None:
     return None if type(x) in (Tensor, nn.Parameter) else f"its input is a {type(x).__name__}"
-
-
-def _plan_of(layer: Any) -> Fused | str:
-    reason = why_not_now(layer, Embedding, layer.lora_embedding_A)
-    if reason is not None:
-        return reason
-    adapters: list[_Adapter] = []
-    for name in layer.active_adapters:
-        if name in layer.lora_embedding_A:
-            adapter = _adapter(layer, name)
-            if isinstance(adapter, str):
-                return adapter
-            adapters.append(adapter)
-    return partial(_run, layer, adapters)
 
 
 def _adapter(layer: Any, name: str) -> _Adapter | str:

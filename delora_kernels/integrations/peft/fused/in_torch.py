@@ -4,6 +4,7 @@ adapters are added to it by torch's own operations.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -21,6 +22,29 @@ Fused = Callable[[Tensor], Tensor]
 def verdict_in_torch(plan: Fused | str) -> Verdict:
     """Return the verdict of a plan, or of the reason why there is none."""
     return Verdict(State.OWN_FORWARD, plan) if isinstance(plan, str) else Verdict(State.FUSED, None, plan)
+
+
+def plan_in_torch(
+    layer: Any, kind: type, known: Any, read: Callable[[Any, str], Any], run: Callable[..., Tensor]
+) -> Fused | str:
+    """Find what computes a layer from its input, or the reason why it must be PEFT's own forward.
+
+    Args:
+        layer, kind, known: As `why_not_now` takes them.
+        read: (layer, name) → one active adapter, or the reason why it is not fused.
+        run: (layer, adapters, x) → the output.
+    """
+    reason = why_not_now(layer, kind, known)
+    if reason is not None:
+        return reason
+    adapters: list[Any] = []
+    for name in layer.active_adapters:
+        if name in known:
+            adapter = read(layer, name)
+            if isinstance(adapter, str):
+                return adapter
+            adapters.append(adapter)
+    return partial(run, layer, adapters)
 
 
 def why_not_now(layer: Any, kind: type, adapters: Any) -> str | None:
