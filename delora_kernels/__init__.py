@@ -13,13 +13,14 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from delora_kernels import dispatch, functional, renamed
+from delora_kernels import dispatch, renamed
+from delora_kernels import ops as ops  # registers them: a saved program that calls them needs this import alone
 from delora_kernels.diagnostics import proof
 from delora_kernels.dispatch import use_backend
 from delora_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from delora_kernels import bases, flops, nn, reference
+    from delora_kernels import bases, flops, functional, nn, reference
     from delora_kernels.diagnostics.explain import explain
     from delora_kernels.integrations.peft.before_loading import can_accelerate
     from delora_kernels.integrations.peft.compare import compare
@@ -75,7 +76,7 @@ __all__ = [
     "watch_training",
 ]
 
-_MODULES = ("bases", "flops", "nn", "reference")
+_MODULES = ("bases", "flops", "functional", "nn", "reference")
 """Modules that are imported when they are asked for: importing the package is to cost little."""
 
 _OURS = {

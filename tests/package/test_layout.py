@@ -54,7 +54,18 @@ LAYERS: dict[str, set[str]] = {
         "reference",
         "version",
     },
-    "__init__": {"diagnostics", "routing", "nn", "functional", "reference", "dispatch", "renamed", "version", "flops"},
+    "__init__": {
+        "diagnostics",
+        "routing",
+        "nn",
+        "functional",
+        "reference",
+        "dispatch",
+        "ops",
+        "renamed",
+        "version",
+        "flops",
+    },
     "__main__": {"integrations", "diagnostics", "dispatch", "backends", "version"},
 }
 """Layer → the layers that it may import, besides itself; each stands above all that it imports."""
