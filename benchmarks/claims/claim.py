@@ -28,8 +28,8 @@ class Claim(NamedTuple):
         title: a heading of docs/claims.md.
         source: the paper, and where in it.
         minutes: of one core, for what `runs` wants beyond claims before it in `CLAIMS`.
-        runs: what it still wants, of a record that may lack some or all of it: asked again until
-            all runs are there, so that later runs may depend on earlier ones.
+        runs: what it wants, of a record that may lack some or all of it: asked again after each
+            run, so that later runs may depend on earlier ones; the first missing one is next.
         lines: the verdicts, whatever is missing ("can't tell: incomplete").
         draw: the figure, of what is there; None: nothing to draw yet.
         core: whether `--core` has it.
@@ -51,15 +51,19 @@ def missing(claim: Claim, record: Record, rules: Rules) -> list[Run]:
 
 
 def study(claims: Sequence[Claim], record: Record, rules: Rules) -> None:
-    """Carry out what is missing, claim after claim, each run kept when it is done."""
+    """Carry out what is missing, claim after claim, method after method, each run kept when it is
+    done.
+    """
     from tqdm import tqdm
 
     for claim in claims:
-        while wanted := missing(claim, record, rules):
-            bar = tqdm(wanted, desc=claim.name, unit="run", disable=None)
-            for run in bar:
+        with tqdm(desc=claim.name, unit="run", disable=None) as bar:
+            while wanted := missing(claim, record, rules):
+                bar.total = bar.n + len(wanted)  # as far as it is known
+                run = wanted[0]
                 bar.set_postfix_str(f"{run.row} q={run.q} seed {run.seed}")
                 record.add(run, carry_out(run))
+                bar.update()
 
 
 def incomplete(sweeps: Sequence[Sweep]) -> str | None:

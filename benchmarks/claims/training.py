@@ -64,7 +64,7 @@ def carry_out(run: Run) -> dict[str, Any]:
     model = adapted(run.row, task.model, run.rank, run.seed, run.fused)
     batches = torch.Generator().manual_seed(run.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     found: dict[str, Any] = {"validation": [], "test": [], "loss": [], "watched": {}}
     losses: list[float] = []
     seen, busy = Seen(model, task.model), 0.0

@@ -62,6 +62,7 @@ def relative_norm(seen: Seen) -> float:
     return float((moved / sum(float(linear.weight.square().sum()) for _, linear in pairs)) ** 0.5)
 
 
+@torch.no_grad()
 def bound(layer: Any) -> float:
     """Return a DeLoRA layer's bound of ‖ΔW‖_F: λ max n, with the paper's start (λ + λ₀) max n."""
     if isinstance(layer, DeLoRALinear):
