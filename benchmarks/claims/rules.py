@@ -48,6 +48,9 @@ LEAST_DROP = 0.05
 LEAST_DOUBLINGS = 0.5
 """Least difference of two growths of ‖ΔW‖_F / ‖W‖_F that counts, in factors of two."""
 
+LEAST_COST = 0.05
+"""Least share of a step's time that counts."""
+
 ABOVE = 4.0
 """How far above the chosen rate the drop is taken: the paper sees LoRA and DoRA degrade at 4x."""
 

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.claims.task import Task
 from benchmarks.claims.vit import TARGETS
+from benchmarks.memory import kept_bytes
 from delora_kernels.nn import DeLoRALinear
 
 
 class Seen(NamedTuple):
-    """What a watch sees: the adapted model, and the frozen one that it was made of."""
+    """What a watch sees: the adapted model, the frozen one that it was made of, the task."""
 
     model: nn.Module
     frozen: nn.Module
+    task: Task
 
 
 class Watch(NamedTuple):
@@ -76,7 +79,15 @@ def part_of_bound(seen: Seen) -> float:
     return max(float(delta(layer, linear).norm()) / bound(layer) for layer, linear in layers(seen).values())
 
 
+def kept_kib(seen: Seen) -> float:
+    """Return what a forward pass keeps for backward, parameters and buffers left out, in KiB."""
+    batches = torch.Generator().manual_seed(0)
+    but = [*seen.model.parameters(), *seen.model.buffers()]
+    return kept_bytes(lambda: seen.task.loss(seen.model, batches), but) / 1024
+
+
 WATCHES: dict[str, Watch] = {
+    "kept": Watch(kept_kib),
     "norms": Watch(relative_norm),
     "bound": Watch(part_of_bound, every_step=True),
 }

@@ -141,7 +141,7 @@ def test_delta_is_what_the_layer_does(row: str, seed: int) -> None:
     frozen = digits.smoke(1).model
     model = adapted(row, frozen, 4, seed)
     torch.manual_seed(seed)
-    for name, (layer, linear) in layers(Seen(model, frozen)).items():
+    for name, (layer, linear) in layers(Seen(model, frozen, digits.smoke(1))).items():
         with torch.no_grad():
             for parameter in layer.parameters():
                 if parameter.requires_grad:
@@ -151,7 +151,7 @@ def test_delta_is_what_the_layer_does(row: str, seed: int) -> None:
         scale = float(wanted.norm() + (x.double() @ linear.weight.double().T).norm())
         got = x.double() @ delta(layer, linear).double().T
         assert float((got - wanted).norm()) <= 64 * torch.finfo(torch.float32).eps * scale, name
-    assert relative_norm(Seen(model, frozen)) > 1e-3
+    assert relative_norm(Seen(model, frozen, digits.smoke(1))) > 1e-3
 
 
 @pytest.mark.parametrize("row", ["delora", "delora-paper", "normalised"])
@@ -161,7 +161,7 @@ def test_bound_by_hand(row: str, seed: int) -> None:
     """
     frozen = digits.smoke(1).model
     model = adapted(row, frozen, 4, seed)
-    pairs = list(layers(Seen(model, frozen)).values())
+    pairs = list(layers(Seen(model, frozen, digits.smoke(1))).values())
     means = [float(linear.weight.norm(dim=0).mean()) for _, linear in pairs]
     for layer, linear in pairs:
         most = sum(means) / len(means) if row == "normalised" else float(linear.weight.norm(dim=0).max())
@@ -171,7 +171,7 @@ def test_bound_by_hand(row: str, seed: int) -> None:
             for layer, _ in pairs:
                 layer.A.copy_(layer.A[:1].expand_as(layer.A))  # type: ignore[operator, union-attr]
                 layer.B.fill_(1.0)  # type: ignore[operator, union-attr]
-        assert part_of_bound(Seen(model, frozen)) == pytest.approx(1.0, rel=1e-4)
+        assert part_of_bound(Seen(model, frozen, digits.smoke(1))) == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("row", sorted(ROWS))
