@@ -1,0 +1,93 @@
+"""What is looked at while a run trains: each a function of the model, and when it is called.
+
+A watch that is called at every step gives one number, of which the largest is kept; the others
+give a JSON value at every mark of the run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.claims.task import Task
+from benchmarks.claims.vit import TARGETS
+from benchmarks.memory import kept_bytes
+from delora_kernels.nn import DeLoRALinear
+
+
+class Seen(NamedTuple):
+    """What a watch sees: the adapted model, the frozen one that it was made of, the task."""
+
+    model: nn.Module
+    frozen: nn.Module
+    task: Task
+
+
+class Watch(NamedTuple):
+    """A function of what is seen, and whether it is called at every step."""
+
+    look: Callable[[Seen], Any]
+    every_step: bool = False
+
+
+def layers(seen: Seen) -> dict[str, tuple[nn.Module, nn.Linear]]:
+    """Return the adapted layers by their names in the frozen model, each beside its frozen one."""
+    found = {name.removeprefix("base_model.model."): module for name, module in seen.model.named_modules()}
+    return {
+        name: (found[name], linear)
+        for name, linear in seen.frozen.named_modules()
+        if isinstance(linear, nn.Linear) and name.rpartition(".")[2] in TARGETS
+    }
+
+
+@torch.no_grad()
+def delta(layer: nn.Module, linear: nn.Linear) -> Tensor:
+    """Return ΔW `[N, K]`: what the layer does to an identity matrix, less what the frozen one does.
+
+    Args:
+        layer: adapted, additive or multiplicative, but not routed by tokens; or a trained linear.
+        linear: the frozen one.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight - linear.weight
+    was = layer.training
+    eye = torch.eye(linear.in_features)
+    moved = layer.eval()(eye) - linear(eye)
+    layer.train(was)
+    return moved.T
+
+
+def relative_norm(seen: Seen) -> float:
+    """Return ‖ΔW‖_F / ‖W‖_F of all adapted layers together."""
+    pairs = list(layers(seen).values())
+    moved = sum(float(delta(layer, linear).square().sum()) for layer, linear in pairs)
+    return float((moved / sum(float(linear.weight.square().sum()) for _, linear in pairs)) ** 0.5)
+
+
+@torch.no_grad()
+def bound(layer: Any) -> float:
+    """Return a DeLoRA layer's bound of ‖ΔW‖_F: λ max n, with the paper's start (λ + λ₀) max n."""
+    if isinstance(layer, DeLoRALinear):
+        start = 0.0 if layer.frozen_lam is None else abs(float(layer.frozen_lam))
+        return (abs(float(layer.lam)) + start) * float(layer.weight_norm.max())
+    return abs(float(layer.delora_lambda["default"])) * float(layer.delora_w_norm["default"].max())
+
+
+def part_of_bound(seen: Seen) -> float:
+    """Return the largest ‖ΔW‖_F of an adapted layer over its bound."""
+    return max(float(delta(layer, linear).norm()) / bound(layer) for layer, linear in layers(seen).values())
+
+
+def kept_kib(seen: Seen) -> float:
+    """Return what a forward pass keeps for backward, parameters and buffers left out, in KiB."""
+    batches = torch.Generator().manual_seed(0)
+    but = [*seen.model.parameters(), *seen.model.buffers()]
+    return kept_bytes(lambda: seen.task.loss(seen.model, batches), but) / 1024
+
+
+WATCHES: dict[str, Watch] = {
+    "kept": Watch(kept_kib),
+    "norms": Watch(relative_norm),
+    "bound": Watch(part_of_bound, every_step=True),
+}
