@@ -103,6 +103,7 @@ class MoECall(NamedTuple):
         B: [E, N, r].
         router: [E, K], or None where the gates are given.
         gates: [T, E] in float32 or float64, or None.
+        magnitude: [N] for DoRA over the mixture, else None.
         scale: [E] in float32 or float64, each expert's factor.
         frozen_A, frozen_B, residual: the subtracted pairs, [J, r₀, K], [J, N, r₀], constants, and
             their factors [J].
@@ -120,6 +121,7 @@ class MoECall(NamedTuple):
     B: Tensor
     router: Tensor | None
     gates: Tensor | None
+    magnitude: Tensor | None
     scale: Tensor
     frozen_A: Tensor | None
     frozen_B: Tensor | None

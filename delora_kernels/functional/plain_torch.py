@@ -102,6 +102,7 @@ def _mixture(call: MoECall, x: Tensor, weight: Tensor, bias: Tensor | None) -> t
         bias=bias,
         token_mask=None if call.token_share is None else call.token_share > 0,
         residual=1.0 if call.residual is None else call.residual,
+        magnitude=call.magnitude,
         dropout_mask=_mask(call, x),
     )
     return y, stats.fraction, stats.probability, stats.z
