@@ -109,6 +109,35 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
     return steps
 
 
+def siblings(T: int, K: int, outputs: Sequence[int], r: int, element: int, form: str = "d") -> list[Step]:
+    """Several additive layers of one x as one call, forward and backward: x is read once for all
+    their A, and once for all dA; dx is one buffer, which every dy W adds to.
+
+    Args:
+        T, K, r: Sizes; r of each.
+        outputs: Out-features of each.
+        element: Bytes of an element of x and W.
+        form: Key of FORMS.
+    """
+    x, R = element * T * K, r * len(outputs)
+    steps = [step for N in outputs for step in frozen(T, K, N, element, True)]
+    steps.append(Step("h = x Âᵀ", x, 2.0 * T * R * K))
+    for N in outputs:
+        y, rank = element * T * N, 2.0 * T * r * N
+        steps.append(Step("y += h B̂ᵀ", FORMS[form] * y, rank))
+        steps.append(Step("dv, dB", y if r <= ONE_READ else 2 * y, 2 * rank))
+    steps.append(Step("dA", x, 2.0 * T * R * K))
+    steps.append(Step("dx += dh Â", FORMS[form] * x, 2.0 * T * R * K))
+    return steps
+
+
+def added_up(T: int, K: int, count: int, element: int) -> list[Step]:
+    """Return what autograd does where `count` linears share an x: it adds the dx of each to those
+    before it.
+    """
+    return [Step("dx += dx of the next", 3 * element * T * K, 0.0)] * (count - 1)
+
+
 def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int, factors: bool = False) -> int:
     """Kept for backward beside x: h; the folded or cast `factors`, where a backend keeps them; one
     [T, N] for DoRA or where an output is reflected.
