@@ -56,6 +56,12 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
         (r"per expert: (\d+) tensors", 100, 100),
         (rf"merged, relative difference: {NUMBER}", 0.0, 1e-5),
     ],
+    "weight_changes": [
+        (rf"\nfull +{NUMBER}", 1e-4, 1e-1),
+        (rf"\nDoRA +\S+ +{NUMBER}", 1e-2, 1.0),
+        (rf"\nDeLoRA +\S+ +\S+ +{NUMBER}", 1e-2, 1.0),
+        (r"\n(\d+) weights measured at 4 steps, correlation of ΔD and ΔM \+0", 14, 14),
+    ],
     "check_in_ci": [(r"(\d+) results on ", 50, 1000), (r"nearest to its limit: .+: (\d+)% of it\nok", 1, 100)],
     "read_the_report": [
         (r"strict=True, but not every adapter layer can be fused: fused (\d) of 4", 2, 2),
