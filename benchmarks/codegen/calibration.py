@@ -8,6 +8,7 @@ has the bandwidth of its datasheet; a copy reaches the same part of it.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -138,14 +139,14 @@ def _figures() -> list[Figure]:
         found.append(
             Figure(
                 f"layer norm, 4096 x {columns} fp32", us, "H100", liger,
-                lambda columns=columns: _norm(4096, columns, torch.float32, rms=False), None,
+                partial(_norm, 4096, columns, torch.float32, rms=False), None,
             )
         )  # fmt: skip
     for columns, us in ((8192, 30.3), (16384, 63.9)):
         found.append(
             Figure(
                 f"RMS norm, 2048 x {columns} bf16", us, "H100 NVL", older,
-                lambda columns=columns: _norm(2048, columns, torch.bfloat16, rms=True), None,
+                partial(_norm, 2048, columns, torch.bfloat16, rms=True), None,
             )
         )  # fmt: skip
     found += [
