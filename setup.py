@@ -30,6 +30,7 @@ BNB = [*PEFT, "bitsandbytes>=0.50"]
 TORCHAO = [*PEFT, "torchao>=0.18"]
 HQQ = [*PEFT, "hqq>=0.2.8"]
 BENCH = [*PEFT, "gguf>=0.10", "matplotlib", "pytest-benchmark", "rich"]
+CLAIMS = [*BENCH, "scikit-learn>=1.0"]  # for its file of digits alone: python -m benchmarks.claims
 TEST = ["build", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "safetensors", "setuptools>=77", *TRL]
 TEST += ["triton>=3.3; platform_system == 'Linux'"]  # the CPU builds of torch come without
 TEST += ["onnxscript; python_version >= '3.11'"]  # torch.onnx.export asks for it; its tests skip without
@@ -134,6 +135,7 @@ setup(
         "torchao": TORCHAO,
         "hqq": HQQ,
         "bench": BENCH,
+        "claims": CLAIMS,
         "docs": DOCS,
         "test": TEST,
         "dev": DEV,

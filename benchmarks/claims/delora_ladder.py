@@ -52,7 +52,7 @@ def lines(record: Record, rules: Rules) -> list[Line]:
 def _step(before: Sweep, after: Sweep) -> list[Line]:
     seeds = before.rules.seeds
     claims = (f"{after.label} scores more than {before.label}", f"{after.label}: a wider range than {before.label}")
-    papers = (f"paper: DINO {DINO[after.row]:.3f} after {DINO[before.row]:.3f} (table 1)", "not in the paper")
+    papers = (f"DINO {DINO[after.row]:.3f} after {DINO[before.row]:.3f} (table 1)", "not in the paper")
     if cannot := incomplete((before, after)):
         return [Line(claim, paper, "", cannot) for claim, paper in zip(claims, papers, strict=True)]
     scores = [[sweep.test(seed) for seed in seeds] for sweep in (after, before)]

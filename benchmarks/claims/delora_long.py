@@ -24,7 +24,7 @@ FACTORS = (0, 2)
 MOST_DOUBLINGS = 20.0
 """What a growth counts at most, and where the weights are no longer finite."""
 
-SEES = "paper: LoRA and DoRA depart all the time, DeLoRA reaches its boundary and stays (figure 3)"
+SEES = "figure 3: LoRA and DoRA depart all the time, DeLoRA reaches its boundary and stays"
 
 
 def marks(rules: Rules) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ def _lines(a: Sweep, b: Sweep, factor: int, where: str) -> list[Line]:
     rules = a.rules
     claims = (
         f"{a.label} loses less than {b.label} by training {rules.long}x as long, at {where}",
-        f"{a.label}'s ‖ΔW‖ grows less than {b.label}'s from then on, at {where}",
+        f"‖ΔW‖ of {a.label} grows less than that of {b.label} from then on, at {where}",
     )
     cannot = incomplete((a, b))
     if not cannot and not all(long_run(s, factor, seed) in s.record for s in (a, b) for seed in rules.seeds):

@@ -54,9 +54,9 @@ LEAST_COST = 0.05
 ABOVE = 4.0
 """How far above the chosen rate the drop is taken: the paper sees LoRA and DoRA degrade at 4x."""
 
-ROUNDING = 1e-3
-"""By how much ‖ΔW‖ over its bound may pass 1: ΔW is measured as the layer's float32 output on an
-identity matrix less W, whose rounding is about 1e-6 of ‖W‖, with λ down to a thousandth of it.
+ROUNDING = 1e-5
+"""What ‖ΔW‖ may be off by, as a part of ‖W‖: it is the layer's float32 output on an identity matrix
+less the frozen layer's, each of which is rounded to 6e-8 of W and the bias some three times.
 """
 
 # 97.5 % quantiles of Student's t by degrees of freedom.

@@ -18,6 +18,8 @@ from benchmarks.claims.watches import WATCHES, Seen
 
 TASKS: dict[str, Callable[[int], Task]] = {"digits-1": digits, "drawn-1": smoke}
 LAST = 20
+BEYOND = 1e9
+"""What infinity is written as: JSON has none."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         for name in run.watch:
             if WATCHES[name].every_step:
                 most = found["watched"].get(name, 0.0)
-                value = WATCHES[name].look(seen)
-                found["watched"][name] = max(most, value if math.isfinite(value) else 0.0)
+                found["watched"][name] = max(most, min(WATCHES[name].look(seen), BEYOND))
             elif done in run.marks:
                 found["watched"].setdefault(name, []).append(_finite(WATCHES[name].look(seen)))
         if done in run.marks:

@@ -4,12 +4,14 @@ A watch that is called at every step gives one number, of which the largest is k
 give a JSON value at every mark of the run.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.claims.rules import ROUNDING
 from benchmarks.claims.task import Task
 from benchmarks.claims.vit import TARGETS
 from benchmarks.memory import kept_bytes
@@ -75,8 +77,16 @@ def bound(layer: Any) -> float:
 
 
 def part_of_bound(seen: Seen) -> float:
-    """Return the largest ‖ΔW‖_F of an adapted layer over its bound."""
-    return max(float(delta(layer, linear).norm()) / bound(layer) for layer, linear in layers(seen).values())
+    """Return the largest ‖ΔW‖_F of an adapted layer, less what rounding may be of it, over its
+    bound.
+    """
+    parts = [0.0]
+    for layer, linear in layers(seen).values():
+        beyond_rounding = float(delta(layer, linear).norm()) - ROUNDING * float(linear.weight.norm())
+        limit = bound(layer)
+        if not beyond_rounding <= 0:
+            parts.append(beyond_rounding / limit if limit else math.inf)
+    return math.inf if any(math.isnan(part) for part in parts) else max(parts)
 
 
 def kept_kib(seen: Seen) -> float:

@@ -19,9 +19,22 @@ from benchmarks.claims import delora_bound, delora_rate, digits
 from benchmarks.claims.__main__ import main
 from benchmarks.claims.claim import study
 from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.page import filled
 from benchmarks.claims.record import Record
 from benchmarks.claims.rows import ROWS, adapted
-from benchmarks.claims.rules import CANNOT_TELL, DOES_NOT, HOLDS, SMOKE, Rules, censored, interval, more, no_less, rate
+from benchmarks.claims.rules import (
+    CANNOT_TELL,
+    DOES_NOT,
+    HOLDS,
+    SMOKE,
+    STUDY,
+    Rules,
+    censored,
+    interval,
+    more,
+    no_less,
+    rate,
+)
 from benchmarks.claims.sweep import Sweep
 from benchmarks.claims.task import Problem
 from benchmarks.claims.training import Run, carry_out
@@ -172,6 +185,12 @@ def test_bound_by_hand(row: str, seed: int) -> None:
                 layer.A.copy_(layer.A[:1].expand_as(layer.A))  # type: ignore[operator, union-attr]
                 layer.B.fill_(1.0)  # type: ignore[operator, union-attr]
         assert part_of_bound(Seen(model, frozen, digits.smoke(1))) == pytest.approx(1.0, rel=1e-4)
+        with torch.no_grad():
+            pairs[0][0].lam.zero_()  # type: ignore[operator, union-attr]
+        assert part_of_bound(Seen(model, frozen, digits.smoke(1))) == pytest.approx(1.0, rel=1e-4)  # of the others
+        with torch.no_grad():
+            pairs[0][0].A.fill_(math.nan)  # type: ignore[operator, union-attr]
+        assert part_of_bound(Seen(model, frozen, digits.smoke(1))) == math.inf
 
 
 @pytest.mark.parametrize("row", sorted(ROWS))
@@ -250,3 +269,18 @@ def test_command_goes_on_where_it_was_stopped(
     assert len(done) == 10
     assert main(["no-claim"]) == 2
     assert "there are" in capsys.readouterr().err
+
+
+def test_page_says_what_its_record_says() -> None:
+    """Tables and marks of docs/claims.md, made anew; each claim has its place, each figure its
+    file.
+    """
+    root = Path(__file__).parents[2]
+    page = (root / "docs/claims.md").read_text(encoding="utf-8")
+    record = Record(root / "benchmarks/results/cpu-epyc-2c/claims.jsonl")
+    assert len(record) > 0
+    for name in CLAIMS:
+        assert page.count(f"<!-- claim: {name} -->") == 1
+    assert filled(page, list(CLAIMS.values()), record, STUDY, root / "docs/claims") == page
+    for picture in (root / "docs/claims").glob("*.png"):
+        assert f"(claims/{picture.name})" in page
