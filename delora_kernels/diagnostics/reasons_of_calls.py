@@ -14,6 +14,7 @@ OF_CALLS: tuple[Reason, ...] = (
             "it is called with {} adapter_names for an input of shape {}",
             "it is called with adapter_names while dropout drops",
             "it is called with adapter_names, and an adapter is more than A and B",
+            "it is called with {} alora_offsets for an input of shape {}",
         ),
     ),
     Reason(

@@ -56,7 +56,29 @@ def lora_linear_by_sample(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
     3, sample by sample.
     """
-    call = lora_by_sample_call(x, weight, A, B, adapters, scale, bias)
+    return _run(lora_by_sample_call(x, weight, A, B, adapters, scale, bias), x, weight)
+
+
+def lora_linear_on_last(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, last: Sequence[int], scale: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Apply a frozen linear, with a low-rank update on each sample's last tokens.
+
+    Args:
+        x: Input, `[batch, ..., K]`.
+        weight, scale, bias: As for `lora_linear_by_sample`.
+        A, B: `[r, K]`, `[N, r]`; with a gradient, of zeros, where no token has the update too.
+        last: For each sample the number of its tokens that have the update, from 0 to all.
+    """
+    call = lora_by_sample_call(x, weight, [A], [B], [0] * len(x), scale, bias)
+    length, lengths = x.shape[1:-1].numel(), []
+    for tokens in last:
+        lengths += [length - min(tokens, length), min(tokens, length)]
+    segments = call.options._replace(lengths=tuple(lengths), adapters=(None, 0) * len(last))
+    return _run(call._replace(options=segments), x, weight)
+
+
+def _run(call: MixedCall, x: Tensor, weight: Any) -> Tensor:
     if common.exporting():
         y = common.plain_torch.run(call, x.shape)[0]
     else:

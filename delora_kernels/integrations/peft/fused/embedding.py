@@ -25,6 +25,7 @@ from delora_kernels.integrations.peft.fused.in_torch import (
 )
 from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
+from delora_kernels.integrations.peft.fused.variants import KINDS, LORA
 from delora_kernels.integrations.peft.verdict import Verdict
 
 for _kind in (Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):
@@ -67,7 +68,13 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
         return reason
     if getattr(layer, "input_fns", {}).get(name) or getattr(layer, "output_fns", {}).get(name):
         return "its embedding is split among devices"
-    magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
+    variant = layer.lora_variant.get(name)
+    is_lora = variant is None or KINDS.get(type(variant)) == LORA
+    if variant is not None and is_lora:
+        reason = why_not_class(type(variant))
+        if reason is not None:
+            return reason
+    magnitude = None if is_lora else _magnitude(layer, name)
     return magnitude if isinstance(magnitude, str) else _Adapter(A, B, float(scale), magnitude)
 
 

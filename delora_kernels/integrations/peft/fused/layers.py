@@ -6,6 +6,7 @@ to it later is seen.
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -32,6 +33,7 @@ from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run, run_delora, run_lora
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
 from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
+from delora_kernels.integrations.peft.fused.variants import ActivatedRun
 from delora_kernels.integrations.peft.verdict import log_once
 
 
@@ -178,7 +180,13 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     _, reason, fused = verdict_of(layer) if names is None else mixed_verdict_of(layer, names, x)
     if fused is not None:
         others = kwargs if names is None else {**kwargs, "adapter_names": None}
-        reason = _why_not_call(layer, fused, x, args, others)
+        planned = fused.run if isinstance(fused, StoredRun) else fused
+        if isinstance(planned, ActivatedRun):
+            offsets = kwargs.get("alora_offsets")
+            others = {**others, "alora_offsets": None}
+            reason, planned = planned.why_not(x, offsets), planned.at(offsets)
+            fused = replace(fused, run=planned) if isinstance(fused, StoredRun) else planned
+        reason = reason or _why_not_call(layer, fused, x, args, others)
         if reason is None:
             return run_planned(layer, x, fused.run_on(x) if isinstance(fused, StoredRun) else fused)
     if reason is not None and refuses(reason, x):

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import Embedding, ParamWrapper
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
-from delora_kernels.integrations.peft.fused.bypassed import why_bypassed
+from delora_kernels.integrations.peft.fused.bypassed import MULTIHEAD_ATTENTION, why_bypassed
 from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, verdict_of_convolution
 from delora_kernels.integrations.peft.fused.embedding import verdict_of_embedding
 from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
@@ -215,7 +215,7 @@ def _judge(layer: nn.Module) -> Callable[[Any], Verdict]:
 
 def _unknown(kind: type) -> str | None:
     """Say why a layer of a class that is not known is left alone."""
-    return f"{class_name(kind)} layers are not fused"
+    return MULTIHEAD_ATTENTION if issubclass(kind, MultiheadAttention) else f"{class_name(kind)} layers are not fused"
 
 
 _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"
