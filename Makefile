@@ -26,7 +26,7 @@ PYTHON_NEWEST ?= $(PYTHON)
 PY := .venv/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL) --constraint constraints.txt
-PYTEST := -m pytest -q -m 'not smollm2'
+PYTEST := -m pytest -q -m 'not smollm2' -p no:anyio -p no:benchmark  # which none of the tests uses
 # Each process begins with a share in a row, so that a file's fixtures are made once; the idle take from the busy.
 XDIST := -n auto --dist worksteal
 
