@@ -27,7 +27,8 @@ PYTHON_NEWEST ?= $(PYTHON)
 PY := .venv/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL) --constraint constraints.txt
-PYTEST := -m pytest -q -m 'not smollm2'
+# Plugins that no test asks for cost each of them.
+PYTEST := -m pytest -q -m 'not smollm2' -p no:anyio -p no:benchmark
 # Each process begins with a share in a row, so that a file's fixtures are made once; the idle take from the busy.
 XDIST := -n auto --dist worksteal
 

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,11 +74,28 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
 }
 """For each script: patterns whose first group must be found once and lie in a range."""
 
+A_PART = """
+import runpy
+from delora_kernels import functional, ops
+from delora_kernels.diagnostics import check
+check.METHODS = dict(list(check.METHODS.items())[:8])
+functional.CALLS = {method.function: functional.CALLS[method.function] for method in check.METHODS.values()}
+ops.NAMES = ops.NAMES[:5]
+runpy.run_module("delora_kernels", run_name="__main__")
+"""
+"""`python -m delora_kernels` of some methods and ops; the check of all: test_command_line.py."""
+
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def number(text: str) -> float:
     return float(text == "True") if text in ("True", "False") else float(text)
+
+
+def _part_of(command: list[str]) -> list[str]:
+    """The command of an example that checks, with a part of the check."""
+    assert command[1:4] == ["-m", "delora_kernels", "check"]
+    return [command[0], "-c", A_PART, *command[3:]]
 
 
 def _main(script: str, folder: str) -> None:
@@ -91,6 +109,8 @@ def _main(script: str, folder: str) -> None:
     out = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    run = subprocess.run
+    subprocess.run = lambda command, **options: run(_part_of(command), **options)  # type: ignore[assignment]
     sys.argv = [script]
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")
