@@ -26,13 +26,13 @@ from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.convolution import FusedConv1d, FusedConv2d, FusedConv3d
 from delora_kernels.integrations.peft.fused.embedding import FusedEmbedding
 from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
-from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
+from delora_kernels.integrations.peft.fused.groups import handed_out, ran_alone, run, run_planned
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run, run_delora, run_lora
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
-from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
+from delora_kernels.integrations.peft.fused.straight import is_same_delora, is_same_lora, read_delora, read_lora
 from delora_kernels.integrations.peft.fused.variants import ActivatedRun
 from delora_kernels.integrations.peft.verdict import log_once
 
@@ -42,6 +42,9 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
+            y = handed_out(self, x, is_same_lora)
+            if y is not None:
+                return y
             call = read_lora(self, x)
             if call is not None:
                 return run(self, x, call)
@@ -67,6 +70,9 @@ class FusedDeloraLinear(DeloraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
+            y = handed_out(self, x, is_same_delora)
+            if y is not None:
+                return y
             call = read_delora(self, x)
             if call is not None:
                 return run(self, x, call)
