@@ -213,11 +213,15 @@ def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def write(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """Write the record of such a command where `--out` says."""
+def write(
+    rows: Sequence[Mapping[str, Any]], options: argparse.Namespace, machine: Mapping[str, Any] | None = None
+) -> None:
+    """Write the record of such a command where `--out` says; `machine`: as it was described when
+    the first rows were measured (a record in the source tree makes its commit a dirty one).
+    """
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine_info(options.device), "rows": rows}
+        record = {"machine": machine or machine_info(options.device), "rows": rows}
         options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

@@ -285,6 +285,20 @@ def test_the_cost_model_counts_the_passes_of_reflections(method: str, passes: in
     assert ours / bare == pytest.approx(1 + passes * 15.6 / (2 * 348), rel=1e-3)
 
 
+def test_predicted_linears_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, where bytes bound everything: x, W, y and dy, W, dx; then x, 2 y and 2 dy, x, 2 dx;
+    of 4-bit weights half a byte read and two written twice more.
+    """
+    S, H, N, E = 5 * 2, 32, 16, 4
+    x, W, y = S * (H + N), 3 * E * H * N, S * (2 * N + H)
+    bare, more, dense = 2 * 2 * (x + W + y), 2 * (4 * x + 4 * y), 2 * 2.5 * W
+    sizes = ["--experts", "4", "--top-k", "2", "--T", "5", "--K", "32", "--N", "16", "--r", "1"]
+    for words, first in (([], bare), (["--stored-bits", "4"], bare + dense)):
+        assert model.main(["--copy-tbps", "1e-9", "--gemm-tflops", "1", *sizes, *words]) == 0
+        printed = capsys.readouterr().out
+        assert f"frozen {first:.3f} ms, LoRA {first + more:.3f} ms, {(first + more) / first:.3f} over frozen" in printed
+
+
 def test_measured_over_predicted(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record()))
