@@ -115,12 +115,11 @@ OF_CALLS: tuple[Reason, ...] = (
     Reason(
         "convolution",
         "what an adapter does on this convolution or embedding is not fused",
-        "nothing: PEFT's own forward runs it; one group, no bias of its own, DoRA without dropout run fused",
+        "nothing: PEFT's own forward runs it; LoRA of every kind runs fused, DoRA with one group",
         (
-            "its convolution has groups",
-            "lora_bias=True on a convolution",
+            "DoRA on a convolution with groups, whose norm PEFT takes in its own way",
+            "DoRA whose lora_B has a bias",
             "its lora_B is more than a product",
-            "DoRA's dropout runs a second convolution",
             "its base layer is a {}, whose weight DoRA reads",
             "its embedding renormalises what it looks up (max_norm)",
         ),
