@@ -144,5 +144,11 @@ OF_CALLS: tuple[Reason, ...] = (
         "train LoRA on it, or store the base otherwise; docs/stored-bases.md has the forms with DoRA",
         ("PEFT makes no DoRA layer on {}",),
     ),
+    Reason(
+        "another-library",
+        "the adapter is not PEFT's: kohya-ss's, LyCORIS's, a module with low-rank factors of its own",
+        "train with PEFT's layers (`add_adapter`, `get_peft_model`) to have them fused",
+        ("it is computed by another library's adapter, {}: PEFT's alone are fused",),
+    ),
 )
 """What is on the list stays; new ones go to its end."""
