@@ -66,9 +66,13 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
     "check_in_ci": [(r"(\d+) results on ", 50, 1000), (r"nearest to its limit: .+: (\d+)% of it\nok", 1, 100)],
     "read_the_report": [
         (r"strict=True, but not every adapter layer can be fused: fused (\d) of 4", 2, 2),
-        (r"\nfused (\d) of 4 adapter layers \(3 lora\)", 3, 3),
+        (r"\nfused (\d) of 4 adapter layers \(3 dora\)", 3, 3),
         (rf"the result is the same: largest difference {NUMBER}", 0.0, 1e-5),
-        (r"\n  not fused, (\d): its convolution has groups: base_model.model.mix\n.*\n\n== as text", 1, 1),
+        (
+            r"\n  not fused, (\d): DoRA on a convolution with groups, .+: base_model.model.mix\n.*\n\n== as text",
+            1,
+            1,
+        ),
         (r"restored (\d) layers", 4, 4),  # the convolution too: its class is swapped, its calls are PEFT's
     ],
 }

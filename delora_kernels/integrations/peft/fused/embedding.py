@@ -18,6 +18,7 @@ from delora_kernels.bases.plain import why_not_local, why_not_plain
 from delora_kernels.functional.channel_term import add_row_term
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
+    gives_fresh_output,
     plan_in_torch,
     run_in_torch,
     verdict_in_torch,
@@ -28,7 +29,7 @@ from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_n
 from delora_kernels.integrations.peft.fused.variants import KINDS, LORA
 from delora_kernels.integrations.peft.verdict import Verdict
 
-for _kind in (Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):
+for _kind in (Embedding, nn.Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):
     why_not_class(_kind)  # takes note of what the class defines
 
 
@@ -101,11 +102,12 @@ def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
     """Run the adapters one after the other, as PEFT does."""
     y: Tensor = layer.base_layer(x)
     dtype, embed_scale = y.dtype, layer._get_embed_scale()
+    fresh = gives_fresh_output(layer.base_layer, (nn.Embedding,))
     for A, B, scale, magnitude in adapters:
         h = layer._embed(x, A.t())
         if embed_scale is not None:  # of Gemma's, whose base scales what it looks up
             h = h * embed_scale.to(h.dtype)
-        y = add_row_term(y, h, B, scale)
+        y, fresh = add_row_term(y, h, B, scale, fresh), True  # what was made here nobody else has
         if magnitude is not None:
             y = y * (magnitude / constant_row_norm(layer.get_base_layer().weight.t(), A, B, scale))
     return y.to(dtype)
