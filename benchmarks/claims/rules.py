@@ -54,6 +54,9 @@ LEAST_COST = 0.05
 ABOVE = 4.0
 """How far above the chosen rate the drop is taken: the paper sees LoRA and DoRA degrade at 4x."""
 
+LEAST_CORRELATION = 0.2
+"""Least correlation, and least difference of two, that counts."""
+
 ROUNDING = 1e-3
 """By how much ‖ΔW‖ over its bound may pass 1: ΔW is measured as the layer's float32 output on an
 identity matrix less W, whose rounding is about 1e-6 of ‖W‖, with λ down to a thousandth of it.
