@@ -1,8 +1,28 @@
 """All claims, in the order in which they are studied."""
 
-from benchmarks.claims import cost, delora_bound, delora_ladder, delora_long, delora_rate
+from benchmarks.claims import (
+    cost,
+    delora_bound,
+    delora_ladder,
+    delora_long,
+    delora_rate,
+    dora_pattern,
+    dora_rank,
+    goat_experts,
+    goat_gap,
+)
 from benchmarks.claims.claim import Claim
 
-CLAIMS: dict[str, Claim] = {
-    module.CLAIM.name: module.CLAIM for module in (delora_rate, delora_long, delora_bound, delora_ladder, cost)
-}
+_FILES = (
+    delora_rate,
+    delora_long,
+    delora_bound,
+    dora_pattern,
+    goat_experts,
+    delora_ladder,
+    dora_rank,
+    goat_gap,
+    cost,
+)
+
+CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in _FILES}

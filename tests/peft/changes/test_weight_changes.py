@@ -101,11 +101,12 @@ def by_merging(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def two_adapters(seed: int) -> Any:
-    """LoRA, then DoRA, which scales what LoRA gave too."""
+def three_adapters(seed: int) -> Any:
+    """LoRA, then DoRA, which scales what LoRA gave too, then LoRA."""
     made = peft_models.model("lora", seed, dtype=torch.float64)
     made.add_adapter("other", peft_models.config("dora", target_modules=["first", "third"]))
-    made.double().base_model.set_adapter(["default", "other"])
+    made.add_adapter("last", peft_models.config("lora", target_modules=["first"]))
+    made.double().base_model.set_adapter(["default", "other", "last"])
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "magnitude" in name:
@@ -131,7 +132,7 @@ CASES |= {
     for kind in ("ether both", "ether+", "ether+ official")
 }
 CASES |= {
-    "lora and dora": (two_adapters, linears, "lora + dora"),
+    "lora and dora": (three_adapters, linears, "lora + dora"),
     "convolutions": (lambda seed: adapted_convolutions.adapted("dora", seed, dtype=torch.float64), by_merging, "dora"),
     "embedding": (lambda seed: adapted_embeddings.adapted("dora", seed, dtype=torch.float64), by_merging, "dora"),
     "experts": (experts("qwen3_moe"), by_merging, "lora"),
