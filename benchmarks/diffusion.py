@@ -8,9 +8,9 @@ Each layer alone, batch 1, forward and backward with x needing its gradient and 
 rank 16: attention at 4096 tokens of width 640 and 1024 of 1280, the text's keys (77 tokens of
 2048), feed-forward, and 3 x 3 convolutions in channels last. The step is one of an SDXL-like U-Net
 with adapters on attention, feed-forward and convolutions (DeLoRA, which PEFT has not on
-convolutions, on linears), by diffusers where that is installed. `frozen`, `peft` and `dk` (the same, accelerated)
-take turns. Beside the time stand the bytes kept for backward, x and parameters left out, and the
-peak beyond what was there.
+convolutions, on linears), by diffusers where that is installed. `frozen`, `peft` and `dk` (the
+same, accelerated) take turns. Beside the time stand the bytes kept for backward, x and parameters
+left out, and the peak beyond what was there.
 """
 
 import statistics
