@@ -5,7 +5,9 @@
     y, dx, dA ...  LoRA and DoRA on the base, as the methods are judged on a dense weight
 """
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,12 +30,12 @@ class Form(NamedTuple):
 
     Args:
         library: The package that stores so.
-        extra: What is to be installed for it.
+        extra: The extra of this package that installs it; None: none does.
         make: (nn.Linear, device) → the same linear, stored.
     """
 
     library: str
-    extra: str
+    extra: str | None
     make: Callable[[nn.Linear, str], nn.Module]
 
 
@@ -68,6 +70,25 @@ def torchao(linear: nn.Linear, device: str, config: str = "Int8WeightOnlyConfig"
     return model[0]
 
 
+def gptq(linear: nn.Linear, device: str, bits: int = 4) -> nn.Module:
+    """Return GPTQModel's linear for its torch kernel, of the same sizes and of random codes: who
+    quantises by GPTQ needs data.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # where the library's log does not stand among the check's rows
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+        made: Any = TorchLinear(bits=bits, group_size=16, sym=False, desc_act=False, bias=False, **sizes)
+        made.optimized = True  # it would compile how it dequantises
+        made.post_init()
+    for codes in (made.qweight, made.qzeros):
+        codes.copy_(torch.randint(-(2**31), 2**31, codes.shape))
+    made.scales = (torch.rand(made.scales.shape) * 2.0**-bits / linear.in_features**0.5).to(linear.weight.dtype)
+    made.g_idx = (torch.arange(linear.in_features) // 16).to(torch.int32)
+    stored: nn.Module = made.to(device)
+    return stored
+
+
 FORMS: dict[str, Form] = {
     "nf4": Form("bitsandbytes", "bnb", bitsandbytes_4bit),
     "nf4 double": Form("bitsandbytes", "bnb", partial(bitsandbytes_4bit, nested=True)),
@@ -75,6 +96,8 @@ FORMS: dict[str, Form] = {
     "hqq 8 bits": Form("hqq", "hqq", partial(hqq, nbits=8)),
     "hqq 4 bits": Form("hqq", "hqq", hqq),
     "hqq 2 bits": Form("hqq", "hqq", partial(hqq, nbits=2)),
+    "gptq 4 bits": Form("gptqmodel", None, gptq),
+    "gptq 8 bits": Form("gptqmodel", None, partial(gptq, bits=8)),
     "torchao int8": Form("torchao", "torchao", torchao),
     "torchao float8": Form("torchao", "torchao", partial(torchao, config="Float8WeightOnlyConfig")),
 }
@@ -85,7 +108,8 @@ def why_not(name: str) -> str | None:
     """Say why a form is not here, or None."""
     form = FORMS[name]
     if importlib.util.find_spec(form.library) is None:
-        return f"{form.library} is not installed (pip install 'delora-kernels[{form.extra}]')"
+        what = form.library if form.extra is None else f"'delora-kernels[{form.extra}]'"
+        return f"{form.library} is not installed (pip install {what})"
     return None
 
 

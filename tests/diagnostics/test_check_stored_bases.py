@@ -107,7 +107,9 @@ def test_what_is_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: 
     found = rows(capsys, 0, "float32", "bfloat16")
     assert [row["method"] for row in found] == [f"base {name}" for name in FORMS]
     assert {row["status"] for row in found} == {"skipped"}
-    assert found[0]["note"] == "bitsandbytes is not installed (pip install 'delora-kernels[bnb]')"
+    notes = {row["method"]: row["note"] for row in found}
+    assert notes["base nf4"] == "bitsandbytes is not installed (pip install 'delora-kernels[bnb]')"
+    assert notes["base gptq 4 bits"] == "gptqmodel is not installed (pip install gptqmodel)"
 
 
 @pytest.mark.parametrize("name", FORMS)
