@@ -85,14 +85,15 @@ class _SharedInput(torch.autograd.Function):
         live = [i for i, dy in enumerate(dys) if dy is not None]
         if not live:
             return (None, None, None, *[None] * sum(_INPUTS[o.method] for o in ctx.options))
-        if not all([is_ordinary(dys[i]) for i in live]):  # noqa: C419, for torch 2.7
+        found = [each for each in dys if each is not None]
+        if not all([is_ordinary(each) for each in found]):  # noqa: C419, for torch 2.7
             return _by_stages(ctx, dys, x, h, norms, members)
         tokens, need_x, ranks = rows(x), ctx.needs_input_grad[2], [len(member[1]) for member in members]
         if len(live) < len(members):
             h = torch.cat([_columns(h, ranks)[i] for i in live], dim=1)
             norms = None if norms is None else torch.cat([_columns(norms, ranks)[i] for i in live], dim=1)
         o, kept = [ctx.options[i] for i in live], [members[i] for i in live]
-        dy = [rows(dys[i]) for i in live]  # type: ignore[arg-type]
+        dy = [rows(each) for each in found]
         stack = _stack(o, [member[1:] for member in kept], norms)
         dv, dx = torch.empty_like(h), None
         for dy_i, dv_i, o_i, (weight, _, B, *rest) in zip(dy, _columns(dv, stack.ranks), o, kept, strict=True):
