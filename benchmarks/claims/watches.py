@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.claims.rules import ROUNDING
-from benchmarks.claims.task import Task
-from benchmarks.claims.vit import TARGETS
+from benchmarks.claims.task import TARGETS, Task
 from benchmarks.memory import kept_bytes
 from delora_kernels.nn import DeLoRALinear
 
@@ -96,7 +95,13 @@ def kept_kib(seen: Seen) -> float:
     return kept_bytes(lambda: seen.task.loss(seen.model, batches), but) / 1024
 
 
+def column_norms(seen: Seen) -> dict[str, float]:
+    """Return the mean column norm of each layer's frozen weight: the mean of DeLoRA's n."""
+    return {name: float(linear.weight.norm(dim=0).mean()) for name, (_, linear) in layers(seen).items()}
+
+
 WATCHES: dict[str, Watch] = {
+    "column_norms": Watch(column_norms),
     "kept": Watch(kept_kib),
     "norms": Watch(relative_norm),
     "bound": Watch(part_of_bound, every_step=True),

@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
-from benchmarks.claims import delora_bound, delora_rate, digits
+from benchmarks.claims import delora_bound, delora_rate, digits, docstrings
 from benchmarks.claims.__main__ import main
-from benchmarks.claims.claim import study
+from benchmarks.claims.claim import missing, study
 from benchmarks.claims.claims import CLAIMS
 from benchmarks.claims.page import filled
 from benchmarks.claims.record import Record
@@ -284,3 +284,27 @@ def test_page_says_what_its_record_says() -> None:
     assert filled(page, list(CLAIMS.values()), record, STUDY, root / "docs/claims") == page
     for picture in (root / "docs/claims").glob("*.png"):
         assert f"(claims/{picture.name})" in page
+
+
+def test_every_claim_is_judged_and_drawn() -> None:
+    """Of a record made up for the drawn task: verdicts of all claims, a figure of each, no run left
+    to do.
+    """
+    record = Record(None)
+    for claim in CLAIMS.values():
+        while wanted := missing(claim, record, RULES):
+            for run in wanted:
+                score = _peak(20.0)(run.q, run.seed)
+                watched = {"norms": [0.0, 0.1, 0.2], "bound": 0.5, "kept": [1.0], "column_norms": [{"b.0.q": 1.0}]}
+                scores = [score] * len(run.marks)
+                record.add(run, {"validation": scores, "test": scores, "watched": watched, "step_cpu_ms": 1.0})
+        assert all(CANNOT_TELL not in line.verdict or "edge" not in line.verdict for line in claim.lines(record, RULES))
+        assert claim.draw(record, RULES) is not None
+    assert CLAIMS["delora-long"].lines(record, RULES)[0].verdict == DOES_NOT  # no score is lost by either
+
+
+def test_docstrings_of_this_python_are_enough() -> None:
+    """Of one module: each once, on one line."""
+    found = docstrings.docstrings("logging")
+    assert len(found) == len(set(found)) >= docstrings.EACH
+    assert all(len(text) >= docstrings.SHORTEST and "  " not in text for text in found)
