@@ -68,7 +68,9 @@ def test_interval_is_students() -> None:
     ("differences", "exceeds", "matches"),
     [
         ([0.30, 0.31, 0.32], HOLDS, HOLDS),
-        ([0.01, 0.02, 0.03], DOES_NOT, HOLDS),  # above 0 perhaps, but surely less than counts
+        ([0.01, 0.02, 0.03], DOES_NOT, HOLDS),
+        ([0.019, 0.020, 0.021], DOES_NOT, HOLDS),  # above 0, but surely less than counts
+        ([0.15, 0.20, 0.25], CANNOT_TELL, HOLDS),  # above 0, and perhaps by what counts
         ([0.0, 0.4, 0.8], CANNOT_TELL, CANNOT_TELL),
         ([-0.30, -0.31, -0.32], DOES_NOT, DOES_NOT),
         ([-0.05, 0.0, 0.05], DOES_NOT, HOLDS),
