@@ -8,6 +8,7 @@
 # make codegen-cuda      the same of every CUDA kernel, where nvcc is
 # make test-smollm2      the tests that need the demo's pretrained model (93 MB)
 # make test-stored-bases the tests of bases in few bits, with bitsandbytes, torchao, HQQ, compressed-tensors (48 MB)
+# make test-diffusers    the tests of diffusion models, with diffusers (6 MB)
 # make test-oldest-peft  the tests of the PEFT integration with the oldest supported PEFT and Transformers (18 MB)
 # make test-oldest       all tests with the oldest supported version of everything (3 GB, Python 3.10)
 # make test-newest       all tests with the newest release of everything (3 GB)
@@ -26,7 +27,8 @@ PYTHON_NEWEST ?= $(PYTHON)
 PY := .venv/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(PY) $(INSTALL) --constraint constraints.txt
-PYTEST := -m pytest -q -m 'not smollm2'
+# Plugins that no test asks for cost each of them.
+PYTEST := -m pytest -q -m 'not smollm2' -p no:anyio -p no:benchmark
 # Each process begins with a share in a row, so that a file's fixtures are made once; the idle take from the busy.
 XDIST := -n auto --dist worksteal
 
@@ -34,9 +36,10 @@ XDIST := -n auto --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 STORED_BASES := bitsandbytes torchao hqq einops termcolor compressed-tensors loguru
+DIFFUSERS := diffusers importlib_metadata zipp
 OLDEST_PEFT := peft transformers tokenizers huggingface_hub accelerate datasets trl
 
-.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-oldest-peft test-oldest test-newest demo docs lint bench clean
+.PHONY: help test test-interpreter test-cuda-host codegen codegen-cuda cuda test-cuda-build gpu-check gpu-rehearsal test-smollm2 test-stored-bases test-diffusers test-oldest-peft test-oldest test-newest demo docs lint bench clean
 
 ifneq ($(and $(METHOD),$(filter -k%,$(ARGS))),)
 $(error METHOD is a -k itself, and pytest heeds the last one alone: leave the -k out of ARGS, write METHOD="$(METHOD) and ...")
@@ -94,6 +97,9 @@ test-stored-bases: .venv-stored-bases/installed
 		tests/peft/fused/test_delora_on_stored_bases.py tests/peft/methods/test_stored_bases.py tests/benchmarks/test_stored_bases.py \
 		tests/benchmarks/test_qlora_recipe.py tests/diagnostics/test_check_stored_bases.py $(ARGS)
 
+test-diffusers: .venv-diffusers/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-diffusers $(PY) $(PYTEST) $(XDIST) tests/peft/diffusion $(ARGS)
+
 test-oldest-peft: .venv-oldest-peft/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv-oldest-peft $(PY) $(PYTEST) $(XDIST) tests/peft tests/transformers $(ARGS)
 
@@ -139,6 +145,11 @@ bench: .venv/installed
 	$(PIP) --no-deps --target .venv-stored-bases $(STORED_BASES)
 	@touch $@
 
+.venv-diffusers/installed: .venv/installed constraints.txt
+	rm -rf .venv-diffusers
+	$(PIP) --no-deps --target .venv-diffusers $(DIFFUSERS)
+	@touch $@
+
 .venv-oldest-peft/installed: .venv/installed constraints-oldest.txt
 	rm -rf .venv-oldest-peft
 	$(PY) $(INSTALL) --constraint constraints-oldest.txt --no-deps --target .venv-oldest-peft $(OLDEST_PEFT)
@@ -164,4 +175,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-stored-bases .venv-oldest .venv-oldest-peft .venv-newest .venv-docs build dist *.egg-info
+	rm -rf .venv .venv-stored-bases .venv-diffusers .venv-oldest .venv-oldest-peft .venv-newest .venv-docs build dist *.egg-info

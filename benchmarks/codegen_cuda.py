@@ -1,11 +1,12 @@
 """Compile every CUDA kernel of csrc/ for every GPU that nvcc knows: registers, spills, shared
 memory, tensor cores.
 
-    python -m benchmarks.codegen_cuda [--arch sm_90 ...] [--json FILE] [--summary]
+    python -m benchmarks.codegen_cuda [--arch sm_90 ...] [--json FILE] [--summary] [--speed]
 
 Exit status 1 where nvcc fails or warns (-Wall, -Wextra), a kernel spills, asks for more shared
 memory than a block has, or leaves the tensor cores out where they could multiply. Rows are those of
-`benchmarks.codegen`.
+`benchmarks.codegen`. With --speed kernels in bfloat16 are disassembled for sm_90, and read as
+Triton's are.
 """
 
 import argparse
@@ -27,6 +28,8 @@ GEMM_KERNELS = (
     *("times_small", "project_route", "token_sums", "dy_sums", "rank_update", "row_norm"),
     *("grouped_times_small", "grouped_update", "grouped_sums"),
 )
+SPEED_OF = "bf16, bf16"
+"""How the template arguments of kernels begin that --speed disassembles."""
 FLAGS = ["-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 _PRODUCTS = {"wmma": "wmma.mma.sync", "tf32": "mma.sync.aligned.m16n8k8.row.col.f32.tf32"}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -40,8 +43,9 @@ def architectures() -> list[str]:
     return sorted(("sm_" + name.split("_")[1] for name in listed.split()), key=lambda arch: int(arch[3:]))
 
 
-def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
-    """Return the rows of the kernels of one file.
+def compile_file(file: Path, arch: str, speed: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of the kernels of one file, on request with what `benchmarks.codegen.cuda`
+    reads in their disassembly.
 
     Raises:
         RuntimeError: nvcc failed, or warned; the text has its messages.
@@ -53,10 +57,18 @@ def compile_file(file: Path, arch: str) -> list[dict[str, Any]]:
             raise RuntimeError(f"{file.name} for {arch}:\n{done.stdout}{done.stderr}")
         rows = parse(done.stdout + done.stderr)
         ptx = Path(folder, f"{file.stem}.ptx").read_text(encoding="utf-8") if rows else ""
+        names = _demangle([row["kernel"] for row in rows])
+        if speed:
+            from benchmarks.codegen import cuda  # Triton's disassembler is not there everywhere
+
+            wanted = {row["kernel"] for row, name in zip(rows, names, strict=True) if name[1].startswith(SPEED_OF)}
+            found = cuda.speeds(Path(folder, f"{file.stem}.cubin"), wanted)
+            for row in rows:
+                row |= {"speed": found[row["kernel"]]} if row["kernel"] in found else {}
     bodies = {part.split("(", 1)[0].strip(): part for part in ptx.split(".entry ")[1:]}
     for row in rows:
         row["mma"] = next((name for name, text in _PRODUCTS.items() if text in bodies[row["kernel"]]), None)
-    for row, (kernel, config) in zip(rows, _demangle([row["kernel"] for row in rows]), strict=True):
+    for row, (kernel, config) in zip(rows, names, strict=True):
         row |= {"kernel": kernel, "config": config}
     return rows
 
@@ -117,11 +129,24 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: a line for each kernel that was disassembled."""
+    head = "blocks | KB in flight | single elements | barriers | products | instructions"
+    lines = [f"| kernel | configuration | {head} |", "| --- | --- |" + " ---: |" * 6]
+    for row in rows:
+        if "speed" in row:
+            found = row["speed"] | {"in_flight": row["speed"]["in_flight"] // 1024}
+            cells = (str(found[name]) for name in ("blocks", "in_flight", "single", "barriers", "products", "turn"))
+            lines.append(f"| {row['kernel']} | {row['config']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Compile, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", help="sm_75, sm_90, ...; default: all that nvcc knows")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--speed", action="store_true", help="a table of what the disassembly says, of sm_90")
     parser.add_argument("--summary", action="store_true", help="a Markdown table by kernel behind the rows")
     options = parser.parse_args()
     jobs = [(file, arch) for arch in options.arch or architectures() for file in sorted(CSRC.glob("*.cu"))]
@@ -129,28 +154,30 @@ def main() -> int:
     bad: list[str] = []
     print(f"{'kernel':<16} {'arch':<7} {'config':<16} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda job: _rows_or_error(*job), jobs):
+        for found in pool.map(lambda job: _rows_or_error(*job, options.speed and job[1] == "sm_90"), jobs):
             if isinstance(found, RuntimeError):
                 print(found, file=sys.stderr)
                 bad.append(str(found).splitlines()[0])
                 continue
             rows += found
             for row in found:
-                cells = ["-" if value is None else value for value in row.values()]
+                cells = ["-" if value is None else value for name, value in row.items() if name != "speed"]
                 print("{:<16} {:<7} {:<16} {:>5} {:>6} {:>7}  {}".format(*cells), flush=True)
                 if reason := why_not(row):
                     bad.append(f"{row['kernel']} {row['arch']} {row['config']} ({reason})")
     if options.summary:
         print(summary(rows))
+    if options.speed:
+        print(speed_table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"{len(rows)} kernels" + (f", FAILED: {'; '.join(bad)}" if bad else ", no warning, no spill, all fit"))
     return 1 if bad else 0
 
 
-def _rows_or_error(file: Path, arch: str) -> list[dict[str, Any]] | RuntimeError:
+def _rows_or_error(file: Path, arch: str, speed: bool = False) -> list[dict[str, Any]] | RuntimeError:
     try:
-        return compile_file(file, arch)
+        return compile_file(file, arch, speed)
     except RuntimeError as error:
         return error
 

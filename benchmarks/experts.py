@@ -14,13 +14,18 @@ pass, and kept between forward and backward, the model's own parameters left out
 number of tokens and choice of sizes. With --skewed one expert has half of the tokens and every
 second one has none. --table leaves `peft-eager` and `loop` to 512 tokens and 32 experts, for they
 take seconds a pass. --summary prints ratios alone, a line for each case.
+
+With --out the record is written after each case, whose seconds are printed. --resume takes what it
+holds of this machine and commit, and measures the rest.
 """
 
 import argparse
 import copy
 import itertools
+import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +41,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import delora_kernels as dk
+from benchmarks.machine import machine_info
 from benchmarks.memory import allocations, kept_bytes
 from benchmarks.overhead import write
 from benchmarks.timing import Budget, clock_of, rounds
@@ -182,13 +188,46 @@ def measure(
     for name, spent in times.items():
         ratio = interval(partial(_over_frozen, name), times)
         weighed = allocations(steps[name], device)
-        row: dict[str, Any] = {"method": "experts", "impl": name, "mode": "forward+backward", "T": case.T, "E": case.E}
-        row |= {"top_k": case.top_k, "K": case.H, "N": case.inner, "r": case.r, "skewed": case.skewed}
-        row |= {"dtype": str(case.dtype).removeprefix("torch."), "median_ms": statistics.median(spent)}
+        row: dict[str, Any] = {"method": "experts", "impl": name, "mode": "forward+backward", **columns(case)}
+        row |= {"median_ms": statistics.median(spent)}
         row |= {"ratio_to_frozen": ratio[0], "interval": ratio[1:], "rounds": len(spent)}
         row |= {"allocated_mib": weighed.total / MIB, "peak_mib": weighed.peak / MIB}
         rows.append(row | {"saved_mib": kept_bytes(forwards[name], held) / MIB})
     return rows
+
+
+def columns(case: ExpertsCase) -> dict[str, Any]:
+    """Return the record's columns that say what was measured."""
+    sizes = {"T": case.T, "E": case.E, "top_k": case.top_k, "K": case.H, "N": case.inner, "r": case.r}
+    return sizes | {"skewed": case.skewed, "dtype": str(case.dtype).removeprefix("torch.")}
+
+
+def record_of(out: Path, device: str, resumed: bool) -> dict[str, Any]:
+    """Return the record to go on with: its machine, and the rows of an earlier run if `resumed`.
+
+    Raises:
+        ValueError: that was on another machine, or at another commit.
+    """
+    here: dict[str, Any] = {"machine": machine_info(device), "rows": []}
+    if not (resumed and out.exists()):
+        return here
+    record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    before, now = (_what_must_agree(each["machine"]) for each in (record, here))
+    other = sorted(name for name in now if before.get(name) != now[name])
+    if other:
+        raise ValueError(f"{out} was measured with another {', '.join(other)}: name another file")
+    return record
+
+
+def _what_must_agree(machine: Mapping[str, Any]) -> dict[str, Any]:
+    clean = str(machine.get("commit")).removesuffix("-dirty")  # the record may lie in the source tree
+    return {name: value for name, value in machine.items() if name != "clocks"} | {"commit": clean}
+
+
+def of_case(rows: Sequence[dict[str, Any]], case: ExpertsCase, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a case's rows, where there is one for each implementation that is named; else none."""
+    found = {row["impl"]: row for row in rows if columns(case).items() <= row.items()}
+    return [found[name] for name in names] if found.keys() >= set(names) else []
 
 
 def _over_frozen(name: str, medians: Mapping[str, Any]) -> Any:
@@ -284,20 +323,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--summary", action="store_true", help="print a line for each case, at the end; as --table does"
     )
+    parser.add_argument("--resume", action="store_true", help="measure what is not in the file of --out")
     options = parser.parse_args(argv)
+    if options.resume and options.out is None:
+        parser.error("--resume needs --out, the record that it goes on with")
     torch.set_num_threads(options.threads)
     count = 5 if options.quick else options.rounds
     budget = Budget(seconds=SECONDS if options.table else 0, least=5 if options.table else count, most=count, warmup=2)
     chosen = None if options.impl is None else ("frozen", *options.impl)
+    try:
+        record = record_of(options.out, options.device, options.resume)
+    except ValueError as error:
+        parser.error(str(error))
     rows: list[dict[str, Any]] = []
     for case in QUICK if options.quick else TABLE if options.table else cases(options):
-        found = measure(case, options.device, budget, chosen or (of_table(case) if options.table else IMPLEMENTATIONS))
+        names, began = chosen or (of_table(case) if options.table else IMPLEMENTATIONS), time.perf_counter()
+        found = of_case(record["rows"], case, names) or measure(case, options.device, budget, names)
         rows += found
+        write(rows, options, record["machine"])
         if not options.summary:
-            Console(width=110).print(table(found))
+            Console(width=110).print(table(found), f"{time.perf_counter() - began:.0f} s")
     if options.summary or options.table:
         Console(width=120).print(summary(rows))
-    write(rows, options)
     return 0
 
 

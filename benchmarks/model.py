@@ -3,6 +3,7 @@
     python -m benchmarks.model --record FILE  # measured / predicted of every row of ours
     python -m benchmarks.model --from-binaries  # estimates from disassembled kernels: no GPU
     python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --K 4096 --N 4096 --T 8192 --r 16
+    python -m benchmarks.model --copy-tbps 4.3 --gemm-tflops 790 --experts 128 --K 2048 --N 768
 
 A layer is a list of steps; each takes max(bytes / copy, FLOPs / GEMM), they follow each other,
 launches are free. The frozen linear moves x, W and y; what a method adds depends on how the frozen
@@ -14,6 +15,10 @@ GEMM and its rank term come together (--form):
 
 A reflection has one form: a pass over what it reflects, and in the backward pass one over the
 gradient beside it.
+
+With --experts a line for the linears of a block of experts, [K → 2N] and [N → K]: their grouped
+GEMM is the library's (form b), and dv and dB read dy each. A base that is stored in few bits
+(--stored-bits) is read and written dense before each GEMM.
 """
 
 import argparse
@@ -63,6 +68,30 @@ def frozen(T: int, K: int, N: int, element: int, backward: bool) -> list[Step]:
     return [gemm, Step("dy W", *gemm[1:])] if backward else [gemm]
 
 
+def dequantised(numbers: float, bits: float, element: int, backward: bool) -> list[Step]:
+    """Return what makes a weight of `numbers` dense, stored in `bits` each: once a pass."""
+    step = Step("W dequantised", (bits / 8 + element) * numbers, 0.0)
+    return [step, step] if backward else [step]
+
+
+def experts(T: int, K: int, N: int, E: int, R: int, element: int, backward: bool) -> list[Step]:
+    """Return one linear [N, K] of E experts that all have rows, with LoRA, T rows in all; R = 0:
+    frozen.
+
+    As `adapted` in form b, with every W read, and dy read once for dv and once for dB.
+    """
+    x, y, W = element * T * K, element * T * N, element * E * N * K
+    gemm = Step("x_e W_eᵀ", x + W + y, 2.0 * T * K * N)
+    steps = [gemm, Step("dy_e W_e", *gemm[1:])] if backward else [gemm]
+    if R > 0:
+        rank = {side: 2.0 * T * R * side for side in (K, N)}
+        steps += [Step("h = x Âᵀ", x, rank[K]), Step("y += h B̂ᵀ", 2 * y, rank[N])]
+        if backward:
+            steps += [Step("dv", y, rank[N]), Step("dB", y, rank[N]), Step("dA", x, rank[K])]
+            steps.append(Step("dx += dv Â", 2 * x, rank[K]))
+    return steps
+
+
 def reflected(method: str, T: int, K: int, N: int, element: int, backward: bool) -> list[Step]:
     """One layer of ETHER or ETHER+: x reflected, and for an output side z = x' Wᵀ, and the way
     back of each.
@@ -107,6 +136,35 @@ def adapted(method: str, T: int, K: int, N: int, R: int, element: int, backward:
             steps.append(Step("kept: written, read for dm", 2 * y, 0.0))
             steps.append(Step("c ⊙ W again", min(W, y), 0.0))
     return steps
+
+
+def siblings(T: int, K: int, outputs: Sequence[int], r: int, element: int, form: str = "d") -> list[Step]:
+    """Several additive layers of one x as one call, forward and backward: x is read once for all
+    their A, and once for all dA; dx is one buffer, which every dy W adds to.
+
+    Args:
+        T, K, r: Sizes; r of each.
+        outputs: Out-features of each.
+        element: Bytes of an element of x and W.
+        form: Key of FORMS.
+    """
+    x, R = element * T * K, r * len(outputs)
+    steps = [step for N in outputs for step in frozen(T, K, N, element, True)]
+    steps.append(Step("h = x Âᵀ", x, 2.0 * T * R * K))
+    for N in outputs:
+        y, rank = element * T * N, 2.0 * T * r * N
+        steps.append(Step("y += h B̂ᵀ", FORMS[form] * y, rank))
+        steps.append(Step("dv, dB", y if r <= ONE_READ else 2 * y, 2 * rank))
+    steps.append(Step("dA", x, 2.0 * T * R * K))
+    steps.append(Step("dx += dh Â", FORMS[form] * x, 2.0 * T * R * K))
+    return steps
+
+
+def added_up(T: int, K: int, count: int, element: int) -> list[Step]:
+    """Return what autograd does where `count` linears share an x: it adds the dx of each to those
+    before it.
+    """
+    return [Step("dx += dx of the next", 3 * element * T * K, 0.0)] * (count - 1)
 
 
 def kept_bytes(method: str, T: int, K: int, N: int, R: int, element: int, factors: bool = False) -> int:
@@ -171,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--methods", nargs="+", choices=methods, default=list(methods), help="[all]")
     for letter, default in (("T", 8192), ("K", 4096), ("N", 4096), ("r", 16)):
         add(f"--{letter}", type=int, default=default, help="[%(default)s]")
+    add("--experts", type=int, help="of a block whose tokens choose --top-k of them; its sizes are K and N")
+    add("--top-k", type=int, default=8, help="[%(default)s]")
+    add("--stored-bits", type=float, help="of a number of W, with its share of the scales, as 4.5")
     add("--element", type=int, default=2, help="bytes of an element of x and W [%(default)s]")
     args = parser.parse_args(arguments)
     if args.record is not None:
@@ -184,19 +245,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _print_prediction(args, Ceilings(1e12 * args.copy_tbps, 1e12 * args.gemm_tflops))
+    predicted = _print_prediction if args.experts is None else _print_experts
+    predicted(args, Ceilings(1e12 * args.copy_tbps, 1e12 * args.gemm_tflops))
     return 0
+
+
+def _print_experts(args: argparse.Namespace, ceilings: Ceilings) -> None:
+    rows, E, element = args.T * args.top_k, args.experts, args.element
+    steps: dict[int, list[Step]] = {0: [], args.r: []}
+    for K, N in ((args.K, 2 * args.N), (args.N, args.K)):
+        for R, so_far in steps.items():
+            so_far += dequantised(E * N * K, args.stored_bits, element, True) if args.stored_bits else []
+            so_far += experts(rows, K, N, E, R, element, True)
+    bare, lora = (1e3 * ceilings.seconds(steps[R]) for R in (0, args.r))
+    print(
+        f"predicted, forward + backward; {args.experts} experts, {args.T} tokens with {args.top_k} each, K={args.K} "
+        f"N={args.N} r={args.r}: frozen {bare:.3f} ms, LoRA {lora:.3f} ms, {lora / bare:.3f} over frozen"
+    )
 
 
 def _print_prediction(args: argparse.Namespace, ceilings: Ceilings) -> None:
     sizes = (args.T, args.K, args.N)
-    bare = 1e3 * ceilings.seconds(frozen(*sizes, args.element, True))
+    stored = dequantised(args.N * args.K, args.stored_bits, args.element, True) if args.stored_bits else []
+    bare = 1e3 * ceilings.seconds(stored + frozen(*sizes, args.element, True))
     print(f"predicted, forward + backward; T={args.T} K={args.K} N={args.N} r={args.r}; frozen linear {bare:.3f} ms\n")
     print("| method | form | ms | over frozen | kept for backward, MiB |\n| --- | --- | ---: | ---: | ---: |")
     for method in args.methods:
         kept = kept_bytes(method, *sizes, args.r, args.element, factors=True) / 2**20
         for form in ("-",) if method in REFLECTIONS else FORMS:
-            ms = 1e3 * ceilings.seconds(adapted(method, *sizes, args.r, args.element, True, form))
+            ms = 1e3 * ceilings.seconds(stored + adapted(method, *sizes, args.r, args.element, True, form))
             print(f"| {method} | {form} | {ms:.3f} | {ms / bare:.3f} | {kept:.1f} |")
 
 

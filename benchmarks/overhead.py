@@ -13,6 +13,10 @@ layer: benchmarks/layer/addmm.py) and `dk`. Their layers share the frozen weight
 The row `arithmetic` says how much can be gone: the frozen model's time and that of the method's own
 products, sums and AdamW, run bare on the same shapes (benchmarks/arithmetic.py).
 
+`host` is what one adapted linear takes of a step of a model so small that all of it is host time,
+its share of the rest of the model and of AdamW counted in: the part that no faster product takes
+away.
+
 An interval holds 95 % of what the same rounds give when they are drawn anew (bootstrap): a figure
 whose interval is wide says that the machine was busy, not what the code does.
 """
@@ -23,6 +27,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -46,6 +51,10 @@ IMPLEMENTATIONS = ("frozen", "peft", "addmm", "dk")
 ARITHMETIC = "arithmetic"
 """Names the row of what no implementation can leave out.
 """
+TINY = {"hidden": 36, "intermediate": 48, "vocabulary": 32, "blocks": 2, "batch": 1, "sequence": 4, "r": 4}
+"""Sizes of a model whose products take no time."""
+HOST_ROUNDS = 5
+"""Rounds of a tiny model for each one of the model that is measured."""
 
 
 class Step:
@@ -151,20 +160,45 @@ def measure(case: ModelCase, device: str, budget: Budget) -> list[dict[str, Any]
     times = {name: [ms for ms, _ in spent] for name, spent in rounds(passes, clock_of(device), budget).items()}
     each_round = zip(times["frozen"], times[ARITHMETIC], times.pop("products"), strict=True)
     times[ARITHMETIC] = [frozen + whole - products for frozen, whole, products in each_round]
-    rivals = dict.fromkeys(("addmm", "dk", ARITHMETIC), "peft")
-    return [case.columns() | {"impl": name} | compared(times, name, rivals.get(name)) for name in times]
+    rivals, host = dict.fromkeys(("addmm", "dk", ARITHMETIC), "peft"), host_us(case, device, budget)
+    return [
+        case.columns() | {"impl": name, "host_us": host.get(name)} | compared(times, name, rivals.get(name))
+        for name in times
+    ]
+
+
+def host_us(case: ModelCase, device: str, budget: Budget) -> dict[str, float]:
+    """Return the microseconds of a step of each implementation by adapted linear, of a model so
+    small that all of it is host time.
+
+    Args:
+        case: Names the method and all that is not a size.
+        device: Where.
+        budget: Of the model that is measured; a tiny one takes more rounds.
+    """
+    tiny = replace(case, **TINY)
+    base, tokens = adapted(tiny, device, tiny.blocks), random_tokens(tiny, device)
+    steps = {name: Step(base, case.method, name, tokens) for name in IMPLEMENTATIONS}
+    budget = replace(budget, least=HOST_ROUNDS * budget.least, most=HOST_ROUNDS * budget.most, warmup=5)
+    linears = sum(hasattr(module, "base_layer") for module in base.modules())
+    spent = rounds(steps, clock_of(device), budget)
+    return {
+        name: 1e3 * statistics.median(ms if host is None else host for ms, host in found) / linears
+        for name, found in spent.items()
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the rows as people read them."""
-    shown = Table("method", "model", "step, ms", "over frozen", "of PEFT's overhead gone")
+    shown = Table("method", "model", "step, ms", "over frozen", "of PEFT's overhead gone", "host, µs")
     for row in rows:
         low, high = row["ratio_interval"]
         ratio = f"{row['ratio_to_frozen']:.3f} ({low:.3f} to {high:.3f})"
         part = "" if row["overhead_gone"] is None else f"{row['overhead_gone']:.0%}"
         if part:
             part += " ({:.0%} to {:.0%})".format(*row["gone_interval"])
-        shown.add_row(row["method"], row["impl"], f"{row['median_ms']:.1f}", ratio, part)
+        host = "" if row["host_us"] is None else f"{row['host_us']:.0f}"
+        shown.add_row(row["method"], row["impl"], f"{row['median_ms']:.1f}", ratio, part, host)
     return shown
 
 
@@ -179,11 +213,15 @@ def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def write(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
-    """Write the record of such a command where `--out` says."""
+def write(
+    rows: Sequence[Mapping[str, Any]], options: argparse.Namespace, machine: Mapping[str, Any] | None = None
+) -> None:
+    """Write the record of such a command where `--out` says; `machine`: as it was described when
+    the first rows were measured (a record in the source tree makes its commit a dirty one).
+    """
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine_info(options.device), "rows": rows}
+        record = {"machine": machine or machine_info(options.device), "rows": rows}
         options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

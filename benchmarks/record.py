@@ -88,10 +88,11 @@ class Partial:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, **machine: Any) -> dict[str, Any]:
+    def finish(self, keep: bool = False, **machine: Any) -> dict[str, Any]:
         """Write the record, delete the partial file.
 
         Args:
+            keep: The partial file stays: the run goes on later.
             **machine: Facts known only at the end.
 
         Returns:
@@ -100,7 +101,8 @@ class Partial:
         record = {**self.header, "rows": [row for rows in self.done.values() for row in rows]}
         record["machine"] |= machine
         self.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        self.path.unlink()
+        if not keep:
+            self.path.unlink()
         return record
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from delora_kernels import bases, flops, functional, nn, reference
     from delora_kernels.diagnostics.explain import explain
     from delora_kernels.integrations.peft.before_loading import can_accelerate
+    from delora_kernels.integrations.peft.changes import weight_changes
     from delora_kernels.integrations.peft.compare import compare
     from delora_kernels.integrations.peft.delora_on_stored_bases import allow_delora_on_stored_bases
     from delora_kernels.integrations.peft.export.export_lora import export_lora
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         AccelerateCallback,
         ExpertCallback,
         TrainingReportCallback,
+        WeightChangesCallback,
         load_with_quantized_experts,
         quantize_experts,
     )
@@ -50,6 +52,7 @@ __all__ = [
     "ExpertCallback",
     "GoatConfig",
     "TrainingReportCallback",
+    "WeightChangesCallback",
     "__version__",
     "accelerate",
     "allow_delora_on_stored_bases",
@@ -74,6 +77,7 @@ __all__ = [
     "warmup",
     "watch_experts",
     "watch_training",
+    "weight_changes",
 ]
 
 _MODULES = ("bases", "flops", "functional", "nn", "reference")
@@ -97,6 +101,7 @@ _NEED_PEFT = {
     "AccelerateCallback": "transformers",
     "ExpertCallback": "transformers",
     "TrainingReportCallback": "transformers",
+    "WeightChangesCallback": "transformers",
     "EtherConfig": "peft.methods.ether",
     "EtherPlusConfig": "peft.methods.ether",
     "GoatConfig": "peft.methods.goat",
@@ -108,6 +113,7 @@ _NEED_PEFT = {
     "training_report": "peft.training",
     "warmup": "peft.fused",
     "watch_training": "peft.training",
+    "weight_changes": "peft.changes",
 }
 """Names that import PEFT, and the module of delora_kernels.integrations that has them."""
 

@@ -162,6 +162,12 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--batch", dest="sequences", type=_positive, default=2, help="sequences; default: 2")
     compare.add_argument("--seq-len", dest="tokens", type=_positive, default=512, help="default: 512")
     compare.add_argument("--steps", type=_positive, default=5, help="timed passes of each form; default: 5")
+    compare.add_argument(
+        "--seconds",
+        type=_positive,
+        default=110,
+        help="fewer timed passes rather than longer than this; default: 110",
+    )
     compare.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     compare.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     compare.add_argument("--autocast", action="store_true", help="run under bfloat16 autocast")

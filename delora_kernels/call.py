@@ -103,6 +103,7 @@ class MoECall(NamedTuple):
         B: [E, N, r].
         router: [E, K], or None where the gates are given.
         gates: [T, E] in float32 or float64, or None.
+        magnitude: [N] for DoRA over the mixture, else None.
         scale: [E] in float32 or float64, each expert's factor.
         frozen_A, frozen_B, residual: the subtracted pairs, [J, r₀, K], [J, N, r₀], constants, and
             their factors [J].
@@ -120,6 +121,7 @@ class MoECall(NamedTuple):
     B: Tensor
     router: Tensor | None
     gates: Tensor | None
+    magnitude: Tensor | None
     scale: Tensor
     frozen_A: Tensor | None
     frozen_B: Tensor | None
@@ -231,33 +233,24 @@ class GroupedCall(NamedTuple):
     options: GroupedOptions
 
 
-class Segment(NamedTuple):
-    """Rows of a batch that one adapter is for.
-
-    Args:
-        rows: Which of them.
-        ranks: The adapter's rows of A, columns of B.
-        scale: Its factor.
-    """
-
-    rows: slice
-    ranks: slice
-    scale: float
-
-
 class MixedOptions(NamedTuple):
     """Everything about a mixed batch's call that is not a tensor.
 
     Args:
         method: Name of the public function, for messages.
-        segments: Of the rows that have an adapter; an adapter may have several.
-        ranks: Of the adapters, as A's rows and B's columns hold them.
+        lengths: Rows of each segment, which stand one behind the other.
+        adapters: For each segment the place of its adapter in `ranks`, or None: it has none; an
+            adapter may have several segments, and has one.
+        ranks: Of the adapters.
+        scales: Factor of each.
         compute_dtype, rank_dtype: as in `Options`.
     """
 
     method: str
-    segments: tuple[Segment, ...]
+    lengths: tuple[int, ...]
+    adapters: tuple[int | None, ...]
     ranks: tuple[int, ...]
+    scales: tuple[float, ...]
     compute_dtype: torch.dtype
     rank_dtype: torch.dtype
 
@@ -268,7 +261,8 @@ class MixedCall(NamedTuple):
 
     Args:
         x, weight, bias: as in `Call`.
-        A, B: [R, K], [N, R], the adapters that some sample has, stacked.
+        A: [R, K], the adapters' stacked, of those that some sample has.
+        B: [N · R], theirs one behind the other, each contiguous.
         order: int64 [T'], the rows of x that the segments count; None: all rows, as they stand.
     """
 

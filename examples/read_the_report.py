@@ -3,8 +3,8 @@ changes it.
 
     python examples/read_the_report.py
 
-The model has layers of each kind: fused; of a kind that is not fused, a convolution with groups;
-with a hook.
+The model has layers of each kind: fused; of a kind that is not fused, DoRA on a convolution with
+groups; with a hook.
 """
 
 import logging
@@ -42,7 +42,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stdout, format="log %(levelname)s %(name)s: %(message)s")
     torch.manual_seed(0)
     targets = ["mix", "up", "down", "head"]
-    model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=targets))
+    model = peft.get_peft_model(Model(), peft.LoraConfig(r=4, target_modules=targets, use_dora=True))
     down = model.base_model.model.down
     handle = down.base_layer.register_forward_hook(lambda *_: None)
 

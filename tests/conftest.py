@@ -23,7 +23,7 @@ def pytest_collection() -> Iterator[None]:
     gc.disable()
     collected = yield
     gc.freeze()
-    gc.set_threshold(5_000, 50, 20)
+    gc.set_threshold(50_000, 5, 20)
     gc.enable()
     return collected
 

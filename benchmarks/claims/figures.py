@@ -18,6 +18,8 @@ _STYLES: dict[str, tuple[str, str]] = {
     "ether+": ("#009E73", "-"),
     "goat": ("#CC79A7", "-"),
     "mixture": ("#CC79A7", "--"),
+    "mixture-theory": ("#CC79A7", ":"),
+    "goat-alpha": ("#CC79A7", "-."),
     "normalised": ("#56B4E9", "-"),
     "ether+output": ("#009E73", "-"),
     "scaled": ("#009E73", "--"),

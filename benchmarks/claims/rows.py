@@ -130,6 +130,9 @@ ROWS: dict[str, Row] = {
     "ether+": Row("ETHER+", by_peft(lambda r: dk.EtherPlusConfig(target_modules=list(TARGETS)))),
     "goat": Row("GOAT", by_peft(goat), ()),
     "mixture": Row("LoRA mixture", by_peft(lambda r: goat(r, init_weights="zero", scaling="alpha/r")), ()),
+    # GOAT's scale without its start, and its start without its scale.
+    "mixture-theory": Row("LoRA mixture, theoretical scale", by_peft(lambda r: goat(r, init_weights="zero")), ()),
+    "goat-alpha": Row("GOAT with α/r", by_peft(lambda r: goat(r, scaling="alpha/r")), ()),
     # The rungs between LoRA and DeLoRA, and between ETHER+ on one side and DeLoRA.
     "normalised": Row("LoRA + normalisation", _normalised, BOUNDED),
     "ether+output": Row("ETHER+, one side", by_module(lambda w, r: EtherPlusLinear.from_linear(w, side="output"))),

@@ -57,6 +57,9 @@ LEAST_COST = 0.05
 ABOVE = 4.0
 """How far above the chosen rate the drop is taken: the paper sees LoRA and DoRA degrade at 4x."""
 
+LEAST_CORRELATION = 0.2
+"""Least correlation, and least difference of two, that counts."""
+
 ROUNDING = 1e-5
 """What ‖ΔW‖ may be off by, as a part of ‖W‖: it is the layer's float32 output on an identity matrix
 less the frozen layer's, each of which is rounded to 6e-8 of W and the bias some three times.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import delora_kernels as dk
 from benchmarks.claims.rules import ROUNDING
 from benchmarks.claims.task import TARGETS, Task
 from benchmarks.memory import kept_bytes
@@ -100,9 +101,39 @@ def column_norms(seen: Seen) -> dict[str, float]:
     return {name: float(linear.weight.norm(dim=0).mean()) for name, (_, linear) in layers(seen).items()}
 
 
+def changes(seen: Seen) -> dict[str, list[float]]:
+    """Return ΔM, ΔD, ‖ΔW‖_F and ‖W‖_F of every adapted layer, by `dk.weight_changes`."""
+    found = dk.weight_changes(seen.model, since=dict(seen.frozen.named_parameters()))
+    wanted = [row for row in found.rows if row.name.rpartition(".")[2] in TARGETS]
+    return {row.name: [row.magnitude, row.direction, row.update_norm, row.weight_norm] for row in wanted}
+
+
+@torch.no_grad()
+def experts(seen: Seen) -> dict[str, Any]:
+    """Count what the routers do with the validation data: the mean balance of the layers, how many
+    experts there are and are dead, each expert's share over all layers (1 is even), and how far
+    any share of a single layer is from 1.
+    """
+    was = seen.model.training
+    with dk.watch_experts(seen.model.eval()) as watch:
+        seen.model(seen.task.parts["validation"].x)
+    seen.model.train(was)
+    report = watch.report()
+    shares = torch.tensor([layer.share for layer in report.layers], dtype=torch.float64)
+    return {
+        "balance": report.summary()["router/balance"],
+        "experts": shares.numel(),
+        "dead": len(report.dead),
+        "shares": shares.mean(0).tolist(),
+        "farthest": float((shares - 1).abs().max()),
+    }
+
+
 WATCHES: dict[str, Watch] = {
     "column_norms": Watch(column_norms),
     "kept": Watch(kept_kib),
     "norms": Watch(relative_norm),
+    "changes": Watch(changes),
+    "experts": Watch(experts),
     "bound": Watch(part_of_bound, every_step=True),
 }

@@ -112,9 +112,10 @@ class LayerEstimate(NamedTuple):
     Args:
         kernels: Each launch of ours.
         adding: What its GEMMs take for adding to their outputs (beta = 1).
-        others: Casts and fills of torch.
+        others: Casts, fills and concatenations of torch.
         gemms: The GEMMs themselves.
-        frozen: The frozen linear's.
+        frozen: The frozen linear's, or the products of siblings alone.
+        summed: What autograd takes besides, to add up the dx of frozen siblings.
     """
 
     kernels: list[Estimate]
@@ -122,6 +123,7 @@ class LayerEstimate(NamedTuple):
     others: float
     gemms: float
     frozen: float
+    summed: float = 0.0
 
     @property
     def total(self) -> float:
@@ -130,14 +132,21 @@ class LayerEstimate(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Over the frozen linear's forward and backward."""
+        """Over the frozen linear's forward and backward; of siblings, over their products alone."""
         return self.total / self.frozen
+
+    @property
+    def ratio_to_layers(self) -> float:
+        """The same over frozen siblings as they run one by one: autograd adds up their dx."""
+        return self.total / (self.frozen + self.summed)
 
 
 def layer_of(
-    steps: list[Launch | Gemm | Other], compiled: Mapping[str, Compiled], T: int, K: int, N: int
+    steps: list[Launch | Gemm | Other], compiled: Mapping[str, Compiled], T: int, K: int, N: int, siblings: int = 0
 ) -> LayerEstimate:
-    """Estimate what a forward and backward pass of one layer launches."""
+    """Estimate what a forward and backward pass of one layer launches, or of one with siblings, all
+    their outputs together N wide.
+    """
     kernels = [kernel_of(step, compiled[step.binary.key]) for step in steps if isinstance(step, Launch)]
     gemms = [step for step in steps if isinstance(step, Gemm)]
     others = [step for step in steps if isinstance(step, Other)]
@@ -147,4 +156,5 @@ def layer_of(
         sum(1e6 * (device.LAUNCH + other.bytes / device.COPY) for other in others),
         sum(2e6 * gemm.M * gemm.K * gemm.N / device.GEMM for gemm in gemms),
         2 * 2e6 * T * K * N / device.GEMM,
+        siblings * 1e6 * (device.LAUNCH + 3 * 2 * T * K / device.COPY),
     )

@@ -39,18 +39,33 @@ def estimates_of(layers: Iterable[Layer], workers: int | None = None) -> list[tu
     """Record every layer, compile what it launches, estimate it."""
     recorded = [(layer, steps_of(layer)) for layer in layers]
     made = compiled_all((step.binary for _, steps in recorded for step in steps if isinstance(step, Launch)), workers)
-    return [(layer, layer_of(steps, made, layer.T, layer.K, layer.outputs)) for layer, steps in recorded]
+    return [(layer, _estimate(layer, steps, made)) for layer, steps in recorded]
 
 
-def contract(layer: Layer) -> float | None:
-    """Return what the traffic contract allows over the frozen linear; None: it has no figure."""
-    if layer.siblings:
-        return None
+def _estimate(layer: Layer, steps: list[Any], made: dict[str, Any]) -> LayerEstimate:
+    return layer_of(steps, made, layer.T, layer.K, layer.outputs, len(layer.siblings))
+
+
+def contract(layer: Layer, form: str = "d") -> float:
+    """Return what the traffic contract allows over the frozen products."""
     ceilings = model.Ceilings(device.COPY, device.GEMM)
     R = (layer.r + 1) * layer.E if layer.E else layer.r
     sizes = layer.T, layer.K, layer.N
-    ours = ceilings.seconds(model.adapted(layer.method, *sizes, R, 2, True, "d"))
-    return ours / ceilings.seconds(model.frozen(*sizes, 2, True))
+    if layer.siblings:
+        steps = model.siblings(layer.T, layer.K, (layer.N, *layer.siblings), layer.r, 2, form)
+    else:
+        steps = model.adapted(layer.method, *sizes, R, 2, True, form)
+    return ceilings.seconds(steps) / ceilings.seconds(model.frozen(layer.T, layer.K, layer.outputs, 2, True))
+
+
+def least(layer: Layer, estimate: LayerEstimate, form: str = "d") -> float:
+    """Return what is left where each of the form's passes runs at a copy's rate and launches are
+    free: the contract, and what GEMMs that add to their outputs (beta = 1) take longer.
+    """
+    adding = estimate.adding
+    if form == "c":  # the rank terms are in the products: siblings' dx alone are added up
+        adding = 1e6 * device.ADDING * layer.T * layer.K * len(layer.siblings)
+    return contract(layer, form) + adding / estimate.frozen
 
 
 def row_of(layer: Layer, estimate: LayerEstimate) -> dict[str, Any]:
@@ -60,21 +75,30 @@ def row_of(layer: Layer, estimate: LayerEstimate) -> dict[str, Any]:
     ]
     return {
         "layer": layer.title, "T": layer.T, "K": layer.K, "N": layer.outputs, "ratio": round(estimate.ratio, 3),
-        "contract": contract(layer), "us": round(estimate.total, 1), "frozen_us": round(estimate.frozen, 1),
-        "adding_us": round(estimate.adding, 1), "kernels": kernels,
+        "contract": contract(layer), "least": least(layer, estimate), "least_own_gemm": least(layer, estimate, "c"),
+        "over_layers": round(estimate.ratio_to_layers, 3), "us": round(estimate.total, 1),
+        "frozen_us": round(estimate.frozen, 1), "summed_us": round(estimate.summed, 1),
+        "adding_us": round(estimate.adding, 1), "others_us": round(estimate.others, 1), "kernels": kernels,
     }  # fmt: skip
 
 
 def lines(rows: list[dict[str, Any]], kernels: bool) -> list[str]:
-    """Return the table as Markdown; with each launch below its layer, on request."""
-    shown = ["| layer | K | N | estimated µs | over frozen | contract, form (d) |", "| --- |" + " ---: |" * 5]
+    """Return the table as Markdown; with each launch below its layer, on request.
+
+    The contract is that of form (d). The least is what its passes take at a copy's rate, with what
+    adding to an output costs a GEMM, and where our own GEMM, as fast as the library's, has the
+    terms in its accumulator. Frozen siblings' dx are added up by autograd: a ratio with it behind.
+    """
+    shown = ["| layer | K | N | estimated µs | over frozen | contract | least | least, own GEMM |"]
+    shown.append("| --- |" + " ---: |" * 7)
     for row in rows:
-        allowed = "" if row["contract"] is None else f"{row['contract']:.2f}"
         sizes = f"{row['K']} | {row['N']} | {row['us']:.0f}"
-        shown.append(f"| {row['layer']} | {sizes} | {row['ratio']:.2f} | {allowed} |")
+        ratio = f"{row['ratio']:.2f}" + (f" ({row['over_layers']:.2f})" if row["summed_us"] else "")
+        rest = " | ".join(f"{row[name]:.2f}" for name in ("contract", "least", "least_own_gemm"))
+        shown.append(f"| {row['layer']} | {sizes} | {ratio} | {rest} |")
         if kernels:
             steps = ", ".join(f"{each['kernel']} {each['us']} ({each['limit']})" for each in row["kernels"])
-            shown.append(f"    beta=1 {row['adding_us']}, {steps}")
+            shown.append(f"    beta=1 {row['adding_us']}, torch's own {row['others_us']}, {steps}")
     return shown
 
 

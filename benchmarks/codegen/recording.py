@@ -103,7 +103,7 @@ class Gemm(NamedTuple):
 
 
 class Other(NamedTuple):
-    """Any other operation of torch's that would be a launch: a cast, a copy, a fill."""
+    """Any other operation of torch's that would be a launch: a cast, a fill, a concatenation."""
 
     name: str
     bytes: int
@@ -203,8 +203,15 @@ def _untouched(seen: Seen) -> Iterator[None]:
         seen.steps.append(Other("zero", tensor.numel() * tensor.itemsize))
         return tensor
 
+    def cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+        shape = list(tensors[0].shape)
+        shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+        out = tensors[0].new_empty(shape)
+        seen.steps.append(Other("cat", 2 * out.numel() * out.itemsize))
+        return out
+
     stubs = {"mm": mm, "mm.out": mm_out, "addmm": addmm, "addmm.out": addmm_out, "addmm_": addmm_in_place}
-    stubs |= {"copy_": copy, "zero_": zero}
+    stubs |= {"copy_": copy, "zero_": zero, "cat": cat}
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():

@@ -4,6 +4,7 @@ model at the end. A record as those of `benchmarks.run`.
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,13 @@ BUDGET = Budget(seconds=0.25, least=7, most=40)
 
 def cases(T: int = 8192, precision: str = "bf16-autocast") -> Iterator[Case]:
     """Yield the layers, the most telling first: every method at rank 16 and one shape, then the
-    other ranks and shapes. torch.compile's rival, which takes long to build, runs at the first
-    alone.
+    other ranks and shapes. torch.compile's rival takes long to build, and runs for LoRA alone.
     """
     for place in PLACES:
-        first = place == PLACES[0]
         for r in (16, 64):
             for method in ("lora", "dora", "delora"):
-                yield _case(method, place, T, r, precision, compiled=first and r == 16)
+                first = place == PLACES[0] and r == 16 and method == "lora"
+                yield _case(method, place, T, r, precision, compiled=first)
         yield _case("goat", place, T, 2, precision, E=8, k=2)
         yield _case("ether-plus-both", place, T, 0, precision, n_blocks=1)
 
@@ -41,33 +41,36 @@ def layers() -> list[Layer]:
 
 
 def run(out: Path, machine: dict[str, Any], device: str, clock: Clock, until: float, most: int | None = None) -> int:
-    """Measure until the time is over, then the model, and write the record; a partial file of the
-    same run goes on. 0: all were done, 3: not all.
+    """Measure until the time is over, the model after the first shape, and write the record. Where
+    something is left over, the partial file stays: the same command goes on from it. 0: all were
+    done, 3: not all.
     """
     wanted = list(cases())[:most]
     partial = Partial(out, {"set": "gpu layers", "impls": list(IMPLEMENTATIONS)}, machine)
     if not partial.begun:
         partial.begin(**_ceilings(device, clock))
+    model = replace(model_cases("quick", ("lora",), device, partial.header["machine"]["half"])[0], limit_mib=None)
+    todo: list[Any] = list(wanted)
+    if most is None:
+        todo.insert(sum(case.shape == PLACES[0] for case in wanted), model)
     left = []
-    for case in wanted:
+    for case in todo:
         if case.key in partial.done:
             continue
         if time.monotonic() > until:
             left.append(case.key)
             continue
-        rows = measure(case, device, clock, BUDGET, IMPLEMENTATIONS)
+        if case is model:
+            rows = measure_model(model, device, clock, BUDGET, ("peft", "dk"))
+        else:
+            rows = measure(case, device, clock, BUDGET, IMPLEMENTATIONS)
         partial.add(case.key, rows)
-        print(case.key, *(line(row) for row in rows if row["impl"] in IMPLEMENTATIONS), sep="\n", flush=True)
-    model = model_cases("quick", ("lora",), device, partial.header["machine"]["half"])[0]
-    if time.monotonic() < until and model.key not in partial.done and most is None:
-        rows = measure_model(model, device, clock, BUDGET, ("peft", "dk"))
-        partial.add(model.key, rows)
-        print(model.key, *map(line, rows), sep="\n", flush=True)
-    elif model.key not in partial.done:
-        left.append(model.key)
+        shown = [row for row in rows if case is model or row["impl"] in IMPLEMENTATIONS]
+        print(case.key, *map(line, shown), sep="\n", flush=True)
     if left:
-        print(f"not begun in time: {'; '.join(left)}")
-    partial.finish(finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), left=left)
+        print(f"not begun in time: {'; '.join(left)}", flush=True)
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    partial.finish(keep=bool(left), finished=finished, left=left)
     return 3 if left else 0
 
 

@@ -26,6 +26,13 @@ class Rows:
         self.record: dict[str, Any] = {"machine": dict(machine), "rows": []}
         self._write()
 
+    @classmethod
+    def of(cls, path: Path) -> "Rows":
+        """Return the table in a file, to change."""
+        table = cls.__new__(cls)
+        table.path, table.show, table.record = path, False, json.loads(path.read_text(encoding="utf-8"))
+        return table
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Those so far."""
@@ -37,6 +44,11 @@ class Rows:
         self._write()
         if self.show:
             print("  ".join(f"{name} {_short(value)}" for name, value in row.items() if value is not None), flush=True)
+
+    def change(self, rows: list[dict[str, Any]]) -> None:
+        """Put these in place of the rows so far."""
+        self.record["rows"] = rows
+        self._write()
 
     def note(self, **facts: Any) -> None:
         """Keep facts beside the rows: seconds, what is left."""

@@ -103,7 +103,13 @@ def _factor(factor: Tensor | None, o: GroupedOptions) -> Tensor | None:
     if factor is None:
         return None
     factor = factor if factor.dtype == o.rank_dtype else factor.to(o.rank_dtype)
-    return factor if factor.stride(2) == 1 or factor.stride(1) == 1 else factor.mT.contiguous().mT
+    if factor.stride(2) == 1 or factor.stride(1) == 1:
+        return factor
+    E, rows, columns = factor.shape
+    if factor.permute(1, 2, 0).is_contiguous():  # PEFT's B: the transpose of a matrix is copied twice as fast
+        across = factor.permute(1, 2, 0).view(rows, columns * E)
+        return across.t().contiguous().view(columns, E, rows).permute(1, 2, 0)
+    return factor.mT.contiguous().mT
 
 
 def _row_norms(call: GroupedCall, A_hat: Tensor | None, B_hat: Tensor | None, stages: Any) -> Tensor:

@@ -2,10 +2,13 @@
 
     y_t = x_t Wᵀ + scale_i · x_t A_iᵀ B_iᵀ + bias,   i the adapter of row t
 
-One frozen GEMM for all rows; then each segment, rows of one adapter, gets its term in place. Kept
-are x, h [T, max rᵢ] and the caller's own tensors.
+One frozen GEMM for all rows. Each segment, rows of one adapter, has its term written first, where
+the GEMM adds to it (which hides reading it), or put on top of it in place, where rows are taken out
+of their order or dtypes differ. Kept are x, h [Σ rows · rank] and the factors. Each product reads
+and writes views: of factors and h the part of an adapter or a segment is contiguous.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,18 +39,23 @@ class _Saved(NamedTuple):
 def _compute(call: MixedCall, x: Tensor, need: MixedCall, stages: Any) -> Computed:
     """Return y [T, N]."""
     o, tokens = call.options, _rows(x)
-    y = linear(tokens, dense(call.weight, o.compute_dtype), None if call.bias is None else call.bias.to(tokens.dtype))
-    A, B = _in_dtype(call.A, o.rank_dtype), _in_dtype(call.B, o.rank_dtype)
-    h = A.new_empty((tokens.shape[0], max(o.ranks) if o.ranks else 0))
-    seen, out = _taken(tokens, call.order), _taken(y, call.order)
-    for rows, ranks, scale in o.segments:
-        h_i = project(seen[rows], A[ranks], _NO_DROPOUT)
-        add_rank_term(out[rows], h_i, B[:, ranks].t(), scale)
-        if need.B:
-            h[rows, : h_i.shape[1]] = h_i
+    A, B, kept = _by_adapter(call.A, o), _B_of(call.B, o), []
+    weight, bias = dense(call.weight, o.compute_dtype), None if call.bias is None else call.bias.to(tokens.dtype)
+    first = _comes_first(call.order, o)
+    y = tokens.new_empty((len(tokens), len(weight))) if first else linear(tokens, weight, bias)
+    taken, out = _taken(tokens, call.order), _taken(y, call.order)
+    for i, x_s, y_s in zip(o.adapters, _by_segment(taken, o), _by_segment(out, o), strict=True):
+        if i is not None:
+            h = project(x_s, A[i], _NO_DROPOUT)
+            _write(y_s, bias, h, B[i].t(), o.scales[i]) if first else add_rank_term(y_s, h, B[i].t(), o.scales[i])
+            kept.append(h)
+        elif first:
+            _fill(y_s, bias)
+    if first:
+        y.addmm_(tokens, weight.t())
     saved = _Saved(
         x=x if need.A or need.weight else None,
-        h=h if need.B else None,
+        h=torch.cat([h.view(-1) for h in kept] or [tokens.new_empty(0)]) if need.B else None,
         weight=call.weight if need.x else None,
         A=call.A if need.x else None,
         B=call.B if need.x or need.A else None,
@@ -58,58 +66,137 @@ def _compute(call: MixedCall, x: Tensor, need: MixedCall, stages: Any) -> Comput
 
 def _gradients(o: MixedOptions, need: MixedCall, saved: Any, stages: Any, dy: Tensor) -> dict[str, Any]:
     grad: dict[str, Any] = {"bias": torch.sum(dy, 0, dtype=accumulate_dtype(dy.dtype)) if need.bias else None}
-    A, B = _in_dtype(saved.A, o.rank_dtype), _in_dtype(saved.B, o.rank_dtype)
     x: Any = None if saved.x is None else _rows(saved.x)
     if need.weight:
         grad["weight"] = torch.mm(dy.t(), x)
+    A, B, wide = _by_adapter(saved.A, o), _B_of(saved.B, o), accumulate_dtype(o.rank_dtype)
+    weight: Any = dense(saved.weight, o.compute_dtype) if need.x else None
+    dy_s, x_s, h = _by_segment(_taken(dy, saved.order), o), _by_segment(_taken(x, saved.order), o), _h(saved.h, o)
     if not torch.compiler.is_compiling() and is_batched(dy):
-        return grad | _out_of_place(o, need, saved, x, A, B, dy)
-    dx = torch.mm(dy, dense(saved.weight, o.compute_dtype)) if need.x else None
-    R, wide = sum(o.ranks), accumulate_dtype(o.rank_dtype)
-    dA = x.new_zeros((R, x.shape[1]), dtype=wide) if need.A else None
-    dB = dy.new_zeros((dy.shape[1], R), dtype=wide) if need.B else None
-    dy_s, x_s, dx_s = _taken(dy, saved.order), _taken(x, saved.order), _taken(dx, saved.order)
-    for rows, ranks, scale in o.segments:
-        h_i = None if dB is None else saved.h[rows, : ranks.stop - ranks.start]
-        dv, dB_i = rank_gradients(dy_s[rows], TermGradients(h_i, None if B is None else B[:, ranks], scale), None)
-        if dB is not None:
-            dB[:, ranks] += dB_i
-        if dA is not None:
-            dA[ranks] += factor_grad(dv, x_s[rows], scale)
-        if dx is not None:
-            add_rank_term(dx_s[rows], dv, A[ranks], scale)
-    return grad | {"A": dA, "B": dB, "x": None if dx is None else _given_back(dx_s, dx, saved.order)}
-
-
-def _out_of_place(o: MixedOptions, need: MixedCall, saved: Any, x: Any, A: Any, B: Any, dy: Tensor) -> dict[str, Any]:
-    """Return the same gradients of a batch of dy, which can't be summed into what is no batch."""
-    wide, ends = accumulate_dtype(o.rank_dtype), [sum(o.ranks[: i + 1]) for i in range(len(o.ranks))]
-    dA: list[Any] = [None] * len(ends)
-    dB: list[Any] = [None] * len(ends)
-    dx = torch.mm(dy, dense(saved.weight, o.compute_dtype)) if need.x else None
-    dy_s, x_s = _taken(dy, saved.order), _taken(x, saved.order)
-    for rows, ranks, scale in o.segments:
-        i, dy_i = ends.index(ranks.stop), dy_s[rows].to(wide) * scale
-        dv = None if B is None else torch.mm(dy_i, B[:, ranks].to(wide))
+        return grad | _out_of_place(o, need, saved, torch.mm(dy, weight) if need.x else None, dy_s, x_s, h)
+    dx, first = None, _comes_first(saved.order, o)
+    if need.x:
+        dx = dy.new_empty((len(dy), weight.shape[1])) if first else torch.mm(dy, weight)
+    taken = _taken(dx, saved.order)
+    dx_s = _by_segment(taken, o)
+    dA_i: Any = [x.new_empty((r, x.shape[1]), dtype=wide) for r in o.ranks] if need.A else ()
+    dB_i: Any = [dy.new_empty((r, dy.shape[1]), dtype=wide) for r in o.ranks] if need.B else ()
+    begun: set[int] = set()
+    for s, i in enumerate(o.adapters):
+        if i is None:
+            if first and need.x:
+                dx_s[s].zero_()
+            continue
         if need.B:
-            part = torch.mm(dy_i.t(), saved.h[rows, : ranks.stop - ranks.start].to(wide))
-            dB[i] = part if dB[i] is None else dB[i] + part
-        if need.A and dv is not None:
-            part = torch.mm(dv.t(), x_s[rows].to(wide))
-            dA[i] = part if dA[i] is None else dA[i] + part
-        if dx is not None and dv is not None:
-            places = torch.arange(len(dy), device=dy.device)[rows] if saved.order is None else saved.order[rows]
-            dx = dx.index_add(0, places, torch.mm(dv, A[ranks].to(wide)).to(dx.dtype))
-    return {"A": torch.cat(dA) if need.A else None, "B": torch.cat(dB, dim=1) if need.B else None, "x": dx}
+            _add_product(dB_i[i], h[s], dy_s[s], o.scales[i], i in begun)
+        if B:
+            dv = rank_gradients(dy_s[s], TermGradients(None, B[i]), None)[0]
+            if need.A:
+                _add_product(dA_i[i], dv, x_s[s], o.scales[i], i in begun)
+            if need.x:
+                _write(dx_s[s], None, dv, A[i], o.scales[i]) if first else add_rank_term(dx_s[s], dv, A[i], o.scales[i])
+        begun.add(i)
+    if dx is not None:
+        grad["x"] = dx.addmm_(dy, weight) if first else _given_back(taken, dx, saved.order)
+    return grad | _joined(dA_i, [dB.t() for dB in dB_i])
 
 
-def _in_dtype(factor: Tensor | None, dtype: torch.dtype) -> Any:
-    return factor if factor is None or factor.dtype == dtype else factor.to(dtype)
+def _comes_first(order: Tensor | None, o: MixedOptions) -> bool:
+    """Whether the terms are written before the frozen GEMM adds to them."""
+    return order is None and bool(o.ranks) and o.compute_dtype == o.rank_dtype
+
+
+def _write(out: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, scale: float) -> None:
+    """out = bias + scale · left right."""
+    if bias is None:
+        out.addmm_(left, right, beta=0, alpha=scale)
+    else:
+        out.copy_(bias).addmm_(left, right, alpha=scale)
+
+
+def _fill(out: Tensor, bias: Tensor | None) -> None:
+    """Write the bias, or zeros, into each row."""
+    if bias is None:
+        out.zero_()
+    else:
+        out.copy_(bias)
+
+
+def _add_product(total: Tensor, left: Tensor, tokens: Tensor, scale: float, begun: bool) -> None:
+    """total += scale · leftᵀ tokens; = of the first."""
+    if left.dtype == tokens.dtype == total.dtype:
+        total.addmm_(left.t(), tokens, beta=int(begun), alpha=scale)
+        return
+    part = factor_grad(left, tokens, scale)
+    total.add_(part) if begun else total.copy_(part)
+
+
+def _out_of_place(o: MixedOptions, need: MixedCall, saved: Any, dx: Any, dy_s: Any, x_s: Any, h: Any) -> dict[str, Any]:
+    """Return the same gradients of a batch of dy, which can't be summed into what is no batch."""
+    wide = accumulate_dtype(o.rank_dtype)
+    dA: list[Any] = [0.0] * len(o.ranks)
+    dB: list[Any] = [0.0] * len(o.ranks)
+    A, B = ([each.to(wide) for each in of] for of in (_by_adapter(saved.A, o), _B_of(saved.B, o)))
+    starts = [sum(o.lengths[:s]) for s in range(len(o.lengths))]
+    for s, i in enumerate(o.adapters):
+        if i is None:
+            continue
+        dy = dy_s[s].to(wide) * o.scales[i]
+        dv = torch.mm(dy, B[i]) if B else dy
+        if need.B:
+            dB[i] = dB[i] + torch.mm(dy.t(), h[s].to(wide))
+        if need.A:
+            dA[i] = dA[i] + torch.mm(dv.t(), x_s[s].to(wide))
+        if dx is not None:
+            places = torch.arange(starts[s], starts[s] + len(dy), device=dy.device)
+            places = places if saved.order is None else saved.order[places]
+            dx = dx.index_add(0, places, torch.mm(dv, A[i]).to(dx.dtype))
+    return {"x": dx} | _joined(dA if need.A else (), dB if need.B else ())
 
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., K] as [T, K]."""
     return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def _by_adapter(factors: Tensor | None, o: MixedOptions) -> Sequence[Any]:
+    """Return each adapter's A [r, K]."""
+    return () if factors is None else _in_rank_dtype(factors, o).split(o.ranks)
+
+
+def _B_of(flat: Tensor | None, o: MixedOptions) -> Sequence[Any]:
+    """Return each adapter's B [N, r]."""
+    if flat is None:
+        return ()
+    N = flat.shape[0] // max(1, sum(o.ranks))
+    parts = _in_rank_dtype(flat, o).split([N * r for r in o.ranks])
+    return [part.view(N, r) for part, r in zip(parts, o.ranks, strict=True)]
+
+
+def _in_rank_dtype(factors: Tensor, o: MixedOptions) -> Tensor:
+    return factors if factors.dtype == o.rank_dtype else factors.to(o.rank_dtype)
+
+
+def _joined(dA: Sequence[Tensor], dB: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """Return the adapters' gradients as the call has their factors; None: not wanted."""
+    return {
+        "A": torch.cat(list(dA)) if dA else None,
+        "B": torch.cat([each.reshape(-1) for each in dB]) if dB else None,
+    }
+
+
+def _by_segment(tokens: Tensor | None, o: MixedOptions) -> Sequence[Any]:
+    """Return each segment's rows."""
+    return () if tokens is None else tokens.split(o.lengths)
+
+
+def _h(kept: Tensor | None, o: MixedOptions) -> Sequence[Any]:
+    """Return each segment's h [rows, rank]; a segment without an adapter has none."""
+    if kept is None:
+        return ()
+    ranks = [0 if i is None else o.ranks[i] for i in o.adapters]
+    parts = kept.split([length * rank for length, rank in zip(o.lengths, ranks, strict=True)])
+    return [part.view(length, rank) for part, length, rank in zip(parts, o.lengths, ranks, strict=True)]
 
 
 def _taken(tokens: Tensor | None, order: Tensor | None) -> Any:

@@ -43,18 +43,18 @@ def direct(call: Call) -> Tensor:
     x, weight, bias, A, B, o = call.x, call.weight, call.bias, call.A, call.B, call.options
     y: Tensor
     if call.magnitude is not None:
-        y = _Dora.apply(o, x, weight, bias, A, B, call.magnitude, torch.is_grad_enabled())
+        y = _apply_dora(o, x, weight, bias, A, B, call.magnitude, torch.is_grad_enabled())
     elif call.lam is not None:
-        y = _Delora.apply(o, x, weight, bias, A, B, call.lam, call.weight_norm)
+        y = _apply_delora(o, x, weight, bias, A, B, call.lam, call.weight_norm)
     else:
-        y = _Lora.apply(o, x, weight, bias, A, B)
+        y = _apply_lora(o, x, weight, bias, A, B)
     return y
 
 
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor) -> Tensor:
-        h = torch.mm(rows(x), A.t())
+        h = linear(rows(x), A)
         y, out = frozen_linear(x, weight, bias)
         out.addmm_(h, B.t(), alpha=o.scale)
         ctx.o, ctx.trained, need_x = o, (A, B), ctx.needs_input_grad[1]
@@ -80,7 +80,7 @@ class _Dora(torch.autograd.Function):
         A, B, magnitude, keep = others  # without a gradient to come, y takes the frozen output's place
         tokens, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
         out = rows(y)
-        h, base = torch.mm(tokens, A.t()), torch.mm(tokens, weight.t(), out=None if keep else out)
+        h, base = linear(tokens, A), torch.mm(tokens, weight.t(), out=None if keep else out)
         norm = eager.updated_norm(weight, A, B, o.scale)
         c = eager.quotient(magnitude, norm)
         eager.rescale(base, h, B, o.scale, c, bias, out)
@@ -109,7 +109,7 @@ class _Delora(torch.autograd.Function):
     def forward(ctx: Any, o: Options, x: Tensor, weight: Tensor, bias: Any, *factors: Tensor) -> Tensor:
         A, B, lam, weight_norm = factors
         A_hat, B_hat, a, b = fold(A, B, Strength(lam, weight_norm, o.eps), _NO_START, x.dtype)
-        h = torch.mm(rows(x), A_hat.t())
+        h = linear(rows(x), A_hat)
         y, out = frozen_linear(x, weight, bias)
         out.addmm_(h, B_hat.t())
         ctx.o, ctx.trained = o, (A, B, lam)
@@ -132,6 +132,16 @@ class _Delora(torch.autograd.Function):
         return None, shaped(dx, x), None, None, dA, dB, dlam.view(lam.shape), None
 
 
+def without_a_look(function: Any) -> Any:
+    """Return `apply` of a Function: torch's, without the look for transforms, which whoever comes
+    here has taken.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
+_apply_lora, _apply_dora, _apply_delora = map(without_a_look, (_Lora, _Dora, _Delora))
+
+
 def rows(x: Tensor) -> Tensor:  # here too: another file on the way of each call costs what this does
     """x [..., K] as [T, K]."""
     return x if x.dim() == 2 else x.flatten(0, -2)
@@ -151,6 +161,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     if x.dim() == 2:
         y = linear(x, weight, bias)
         return y, y
+    if bias is None and x.is_contiguous():
+        y = linear(x, weight)  # with a bias this is a view
+        return y, y.flatten(0, -2)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     out = rows(y)
     if bias is None:

@@ -38,7 +38,8 @@ _FIELDS = Call._fields[1:-1]
 
 def run_shared(calls: Sequence[Call], backend: str) -> tuple[Tensor, ...]:
     """Run calls of one x [..., K]: y_i [..., N_i] of each, differentiable once."""
-    if all([is_plain(call, backend) for call in calls]):  # noqa: C419, for torch 2.7
+    clamps = {call.options.eps for call in calls if call.lam is not None}
+    if len(clamps) < 2 and all([is_plain(call, backend) for call in calls]):  # noqa: C419, for torch 2.7
         return shared_direct(calls)
     if not all([_shares(call, calls[0]) for call in calls]):  # noqa: C419
         return tuple(function.run(AdaptedLinear, call, backend, call.x.shape)[0] for call in calls)

@@ -14,22 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from delora_kernels import ops
 from delora_kernels.autograd.function import refuse_second_derivatives
-from delora_kernels.autograd.low_rank_direct import frozen_linear, is_ordinary, rows, shaped
+from delora_kernels.autograd.low_rank_direct import frozen_linear, is_ordinary, rows, shaped, without_a_look
 from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends.eager import low_rank as eager
-from delora_kernels.backends.eager.fold import fold, refolded, unfold
+from delora_kernels.backends.eager.fold import Stack, stack_of, unfold_stack
 from delora_kernels.call import Call, Options
-from delora_kernels.op_arguments import Start, Strength
 
-_NO_START = Start()
 _INPUTS = {"lora_linear": 4, "dora_linear": 5, "delora_linear": 6}
 """Method → its tensors besides x: weight, bias, A, B, then magnitude, or λ and the weight norms."""
-_KEPT = {"lora_linear": 3, "dora_linear": 6, "delora_linear": 7}
-"""Method → how many tensors of a member are kept: weight, A, B, then c, norm and x Wᵀ, or λ, the
-weight norms and both factors' norms.
+_KEPT = {"lora_linear": 3, "dora_linear": 6, "delora_linear": 5}
+"""Method → how many tensors of a member are kept: weight, A, B, then c, norm and x Wᵀ, or λ and the
+weight norms.
 """
 
 
@@ -45,7 +44,7 @@ def shared_direct(calls: Sequence[Call]) -> tuple[Tensor, ...]:
         elif call.lam is not None:
             inputs += (call.lam, call.weight_norm)
     options = [call.options for call in calls]
-    outputs: tuple[Tensor, ...] = _SharedInput.apply(options, torch.is_grad_enabled(), calls[0].x, *inputs)
+    outputs: tuple[Tensor, ...] = _apply(options, torch.is_grad_enabled(), calls[0].x, *inputs)
     return outputs
 
 
@@ -54,14 +53,12 @@ class _SharedInput(torch.autograd.Function):
     def forward(ctx: Any, options: list[Options], keep: bool, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         members = _by_member(options, _INPUTS, inputs)
         need_x, tokens = ctx.needs_input_grad[2], rows(x)
-        pairs: list[tuple[Any, ...]] = [
-            fold(A, B, Strength(rest[0], rest[1], o.eps), _NO_START, x.dtype) if len(rest) == 2 else (A, B)
-            for o, (_, _, A, B, *rest) in zip(options, members, strict=True)
-        ]
-        h = torch.mm(tokens, torch.cat([pair[0] for pair in pairs]).t())
+        stack = _stack(options, [member[2:] for member in members])
+        h = linear(tokens, stack.A_hat)
+        parts = _columns(h if stack.factor is None else h * stack.factor, stack.ranks)
         outputs: list[Tensor] = []
         saved: list[Any] = []
-        for o, (weight, bias, A, B, *rest), pair, h_i in zip(options, members, pairs, _columns(h, pairs), strict=True):
+        for o, (weight, bias, A, B, *rest), h_i in zip(options, members, parts, strict=True):
             kept: tuple[Any, ...] = (weight if need_x else None, A, B)
             if len(rest) == 1:
                 y = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -72,49 +69,70 @@ class _SharedInput(torch.autograd.Function):
                 kept += (c, norm, base)
             else:
                 y, out = frozen_linear(x, weight, bias)
-                out.addmm_(h_i, pair[1].t(), alpha=o.scale)
-                kept += (*rest, *pair[2:])
+                out.addmm_(h_i, B.t(), alpha=o.scale)
+                kept += tuple(rest)
             outputs.append(y)
             saved += kept
         ctx.options, ctx.trained = options, [input_ for member in members for input_ in (*member[2:4], *member[4:5])]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, *saved)
+        ctx.save_for_backward(x, h, stack.norms, *saved)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        x, h, *saved = ctx.saved_tensors
-        found = [each for each in dys if each is not None]
+        x, h, norms, *saved = ctx.saved_tensors
         members = _by_member(ctx.options, _KEPT, saved)
-        if not found:
+        live = [i for i, dy in enumerate(dys) if dy is not None]
+        if not live:
             return (None, None, None, *[None] * sum(_INPUTS[o.method] for o in ctx.options))
-        if not all(map(is_ordinary, found)):
-            return _by_stages(ctx, dys, x, h, members)
-        tokens, need_x = rows(x), ctx.needs_input_grad[2]
-        live = [(i, rows(dy)) for i, dy in enumerate(dys) if dy is not None]
-        factors = {i: _factors(ctx.options[i], members[i]) for i, _ in live}
-        parts = _columns(h, [member[1:2] for member in members])
-        dv = h.new_empty((len(h), sum(len(factors[i][0]) for i, _ in live)))
-        dv_parts = dict(zip(factors, _columns(dv, list(factors.values())), strict=True))
-        dx, dB_hats = None, {}
-        for i, dy in live:
-            (weight, *_), (_, B_hat, c, _), scale = members[i], factors[i], ctx.options[i].scale
-            small = B_hat if c is None else B_hat * c[:, None]
-            torch.addmm(dv_parts[i], dy, small, beta=0, alpha=scale, out=dv_parts[i])
-            dB_hats[i] = eager.token_product(dy, parts[i], scale, members[i][2])
+        if not all([is_ordinary(dys[i]) for i in live]):  # noqa: C419, for torch 2.7
+            return _by_stages(ctx, dys, x, h, norms, members)
+        tokens, need_x, ranks = rows(x), ctx.needs_input_grad[2], [len(member[1]) for member in members]
+        if len(live) < len(members):
+            h = torch.cat([_columns(h, ranks)[i] for i in live], dim=1)
+            norms = None if norms is None else torch.cat([_columns(norms, ranks)[i] for i in live], dim=1)
+        o, kept = [ctx.options[i] for i in live], [members[i] for i in live]
+        dy = [rows(dys[i]) for i in live]  # type: ignore[arg-type]
+        stack = _stack(o, [member[1:] for member in kept], norms)
+        dv, dx = torch.empty_like(h), None
+        for dy_i, dv_i, o_i, (weight, _, B, *rest) in zip(dy, _columns(dv, stack.ranks), o, kept, strict=True):
+            c = rest[0] if len(rest) == 3 else None
+            torch.addmm(dv_i, dy_i, B if c is None else B * c[:, None], beta=0, alpha=o_i.scale, out=dv_i)
             if need_x:
-                dx = _added(dx, dy, weight, c)
+                dx = _added(dx, dy_i, weight, c)
+        along = None
+        if stack.factor is not None:
+            along = (dv * h).sum(0)
+            dv *= stack.factor
+            h = h * stack.factor
         dA_hat = torch.mm(dv.t(), tokens)
         if dx is not None:
-            dx.addmm_(dv, torch.cat([A_hat for A_hat, *_ in factors.values()]))
-        dA_hats = dict(zip(factors, dA_hat.split([len(A_hat) for A_hat, *_ in factors.values()]), strict=True))
+            dx.addmm_(dv, stack.A_hat)
+        dBs = [
+            eager.token_product(dy_i, h_i, o_i.scale, B)
+            for dy_i, h_i, o_i, (_, _, B, *_) in zip(dy, _columns(h, stack.ranks), o, kept, strict=True)
+        ]
+        dAs = dA_hat.split_with_sizes(stack.ranks)
+        dlams = None if along is None else unfold_stack(dA_hat, dBs, along, stack)
         grads: list[Any] = [None, None, None if dx is None else shaped(dx, x)]
-        for i, (o, member) in enumerate(zip(ctx.options, members, strict=True)):
-            if i in factors:
-                grads += _gradients_of(o, member, dys[i], dA_hats[i], dB_hats[i], factors[i][-1])
-            else:
-                grads += [None] * _INPUTS[o.method]
+        place = 0
+        for i, own in enumerate(ctx.options):
+            if dys[i] is None:
+                grads += [None] * _INPUTS[own.method]
+                continue
+            dB, (_, _, B, *rest) = dBs[place], kept[place]
+            grads += [None, None, dAs[place], dB]
+            if own.method == "delora_linear" and dlams is not None:
+                grads += [dlams[place].view(rest[0].shape), None]
+            elif own.method == "dora_linear":
+                c, norm, base = rest
+                grads.append(eager.quotient(eager.token_dots(dy[place], base).add_((dB * B).sum(1)), norm))
+                dB *= c[:, None]
+            place += 1
         return tuple(grads)
+
+
+_apply = without_a_look(_SharedInput)
 
 
 def _by_member(options: Sequence[Options], counts: dict[str, int], flat: Sequence[Any]) -> list[Sequence[Any]]:
@@ -127,19 +145,23 @@ def _by_member(options: Sequence[Options], counts: dict[str, int], flat: Sequenc
     return parts
 
 
-def _columns(matrix: Tensor, pairs: Sequence[Sequence[Any]]) -> tuple[Tensor, ...]:
-    """Return the columns of a [T, R] matrix that belong to each member's Â."""
-    return matrix.split([len(pair[0]) for pair in pairs], dim=1)
+def _columns(matrix: Tensor, ranks: list[int]) -> Any:
+    """Return the columns of a [T, R] matrix that belong to each member."""
+    return matrix.split_with_sizes(ranks, 1)
 
 
-def _factors(o: Options, member: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-    """Â, B̂, c and the folded pair of a member, from what is kept of it."""
-    _, A, B, *rest = member
-    if o.method == "delora_linear":
-        lam, weight_norm, a, b = rest
-        pair = refolded(A, B, a, b, lam, weight_norm, o.eps)
-        return pair.A_hat, pair.B_hat, None, pair
-    return A, B, (rest[0] if rest else None), None
+def _stack(options: Sequence[Options], factors: Sequence[Any], norms: Tensor | None = None) -> Stack:
+    """Return the factors of members side by side; of each A, B, and behind DeLoRA's λ and the
+    weight norms.
+    """
+    members, eps = [], 0.0
+    for o, (A, B, *rest) in zip(options, factors, strict=True):
+        if o.method == "delora_linear":
+            members.append((A, B, *rest))
+            eps = o.eps
+        else:
+            members.append((A, B, None, None))
+    return stack_of(members, eps, norms)
 
 
 def _added(dx: Tensor | None, dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -147,31 +169,17 @@ def _added(dx: Tensor | None, dy: Tensor, weight: Tensor, c: Tensor | None) -> T
     return torch.mm(*eager.scaled_pair(dy, weight, c)) if dx is None else dx.addmm_(*eager.scaled_pair(dy, weight, c))
 
 
-def _gradients_of(
-    o: Options, member: Sequence[Any], dy: Any, dA_hat: Tensor, dB_hat: Tensor, pair: Any
-) -> tuple[Any, ...]:
-    """Return the gradients of a member's inputs."""
-    _, A, B, *rest = member
-    if o.method == "delora_linear":
-        lam, weight_norm, *_ = rest
-        dA, dB, dlam = unfold(dA_hat, dB_hat, A, B, weight_norm, pair)
-        return None, None, dA, dB, dlam.view(lam.shape), None
-    if o.method == "dora_linear":
-        c, norm, base = rest
-        dm = eager.quotient(eager.token_dots(rows(dy), base).add_((dB_hat * B).sum(1)), norm)
-        return None, None, dA_hat, dB_hat.mul_(c[:, None]), dm
-    return None, None, dA_hat, dB_hat
-
-
 def _by_stages(
-    ctx: Any, dys: Sequence[Tensor | None], x: Tensor, h: Tensor, members: list[Sequence[Any]]
+    ctx: Any, dys: Sequence[Tensor | None], x: Tensor, h: Tensor, norms: Tensor | None, members: list[Sequence[Any]]
 ) -> tuple[Any, ...]:
     """Compute the gradients of an extraordinary backward pass, member by member, by the registered
     ops.
     """
     need_x, dx, depends_on = ctx.needs_input_grad[2], None, [x, *ctx.trained]
     grads: list[Any] = []
-    for o, member, dy, h_i in zip(ctx.options, members, dys, _columns(h, [each[1:2] for each in members]), strict=True):
+    ranks = [len(member[1]) for member in members]
+    own_norms = [None] * len(members) if norms is None else _columns(norms, ranks)
+    for o, member, dy, h_i, norms_i in zip(ctx.options, members, dys, _columns(h, ranks), own_norms, strict=True):
         if dy is None:
             grads += [None] * _INPUTS[o.method]
             continue
@@ -180,7 +188,7 @@ def _by_stages(
         if own == "dora_linear":
             kept = kept._replace(c=rest[0], kept_divisor=rest[1], kept=rest[2])
         elif own == "delora_linear":
-            kept = kept._replace(lam=rest[0], weight_norm=rest[1], a=rest[2], b=rest[3])
+            kept = kept._replace(lam=rest[0], weight_norm=rest[1], a=norms_i[0], b=norms_i[1])
         wanted: Any = (need_x, False, False, True, True, own == "dora_linear", own == "delora_linear", *[False] * 6)
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             found = gradients(o, Call(*wanted), kept, ops.registered("eager"), dy.reshape(len(h), dy.shape[-1]))

@@ -14,6 +14,7 @@ OF_CALLS: tuple[Reason, ...] = (
             "it is called with {} adapter_names for an input of shape {}",
             "it is called with adapter_names while dropout drops",
             "it is called with adapter_names, and an adapter is more than A and B",
+            "it is called with {} alora_offsets for an input of shape {}",
         ),
     ),
     Reason(
@@ -115,12 +116,11 @@ OF_CALLS: tuple[Reason, ...] = (
     Reason(
         "convolution",
         "what an adapter does on this convolution or embedding is not fused",
-        "nothing: PEFT's own forward runs it; one group, no bias of its own, DoRA without dropout run fused",
+        "nothing: PEFT's own forward runs it; LoRA of every kind runs fused, DoRA with one group",
         (
-            "its convolution has groups",
-            "lora_bias=True on a convolution",
+            "DoRA on a convolution with groups, whose norm PEFT takes in its own way",
+            "DoRA whose lora_B has a bias",
             "its lora_B is more than a product",
-            "DoRA's dropout runs a second convolution",
             "its base layer is a {}, whose weight DoRA reads",
             "its embedding renormalises what it looks up (max_norm)",
         ),
@@ -144,6 +144,12 @@ OF_CALLS: tuple[Reason, ...] = (
         "before loading: PEFT's DoRA raises on such a base",
         "train LoRA on it, or store the base otherwise; docs/stored-bases.md has the forms with DoRA",
         ("PEFT makes no DoRA layer on {}",),
+    ),
+    Reason(
+        "another-library",
+        "the adapter is not PEFT's: kohya-ss's, LyCORIS's, a module with low-rank factors of its own",
+        "train with PEFT's layers (`add_adapter`, `get_peft_model`) to have them fused",
+        ("it is computed by another library's adapter, {}: PEFT's alone are fused",),
     ),
 )
 """What is on the list stays; new ones go to its end."""

@@ -34,7 +34,14 @@ OF_LAYERS: tuple[Reason, ...] = (
         "lora-variant",
         "the adapter is a variant of LoRA with another equation",
         "nothing: PEFT's own forward runs it",
-        ("its LoRA variant {} is not fused", "its adapter is more than a pair of factors"),
+        (
+            "its LoRA variant {} is not fused",
+            "its adapter is more than a pair of factors",
+            "its LoRA variant {} is not fused beside {}",
+            "its LoRA variant {} is not fused while dropout drops",
+            "its LoRA variant {} is not fused before its first call",
+            "its arrow router is a {}",
+        ),
     ),
     Reason(
         "adapter-bias",
@@ -260,6 +267,16 @@ OF_LAYERS: tuple[Reason, ...] = (
         "the layer's parent computes it past its forward, by Unsloth's or axolotl's LoRA kernels",
         "choose one of the two: load the model without Unsloth, or set axolotl's lora_*_kernel to false",
         ("its parent's {} is {}, which computes it past its own forward",),
+    ),
+    Reason(
+        "multihead-attention",
+        "the layer is an `nn.MultiheadAttention`, or its output projection",
+        "use an attention that calls its projections, each an `nn.Linear` (Transformers' and diffusers' do), or "
+        "`merge_and_unload()` for inference",
+        (
+            "nn.MultiheadAttention reads the weights of its projections and calls none of them: PEFT puts adapters of "
+            "the whole module into them for each call",
+        ),
     ),
 )
 """What is on the list stays; new ones go to its end."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from delora_kernels import checks
 from delora_kernels.autograd import function
 from delora_kernels.autograd.lora_by_sample import MixedLinear
-from delora_kernels.call import MixedCall, MixedOptions, Segment
+from delora_kernels.call import MixedCall, MixedOptions
 from delora_kernels.functional import common
 
 _NAME = "lora_linear_by_sample"
@@ -56,7 +56,29 @@ def lora_linear_by_sample(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq.
     3, sample by sample.
     """
-    call = lora_by_sample_call(x, weight, A, B, adapters, scale, bias)
+    return _run(lora_by_sample_call(x, weight, A, B, adapters, scale, bias), x, weight)
+
+
+def lora_linear_on_last(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, last: Sequence[int], scale: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """Apply a frozen linear, with a low-rank update on each sample's last tokens.
+
+    Args:
+        x: Input, `[batch, ..., K]`.
+        weight, scale, bias: As for `lora_linear_by_sample`.
+        A, B: `[r, K]`, `[N, r]`; with a gradient, of zeros, where no token has the update too.
+        last: For each sample the number of its tokens that have the update, from 0 to all.
+    """
+    call = lora_by_sample_call(x, weight, [A], [B], [0] * len(x), scale, bias)
+    length, lengths = x.shape[1:-1].numel(), []
+    for tokens in last:
+        lengths += [length - min(tokens, length), min(tokens, length)]
+    segments = call.options._replace(lengths=tuple(lengths), adapters=(None, 0) * len(last))
+    return _run(call._replace(options=segments), x, weight)
+
+
+def _run(call: MixedCall, x: Tensor, weight: Any) -> Tensor:
     if common.exporting():
         y = common.plain_torch.run(call, x.shape)[0]
     else:
@@ -68,6 +90,31 @@ def lora_by_sample_call(
     x: Any, weight: Any, A: Any, B: Any, adapters: Any, scale: Any = 1.0, bias: Any = None
 ) -> MixedCall:
     """Check the arguments of `lora_linear_by_sample` and make its call."""
+    _check(x, weight, bias, A, B, adapters)
+    scales = _scales(scale, len(A))
+    used = [i for i in dict.fromkeys(adapters) if i is not None]
+    length = x.shape[1:-1].numel()
+    runs = _runs(adapters)
+    order = None
+    if _are_brought_together(runs, len(used), length):
+        together = [b for i in used for b, each in enumerate(adapters) if each == i]
+        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length)
+        order = rows[torch.tensor(together, device=x.device)].flatten()
+        runs = _runs([adapters[b] for b in together])
+    options = MixedOptions(
+        _NAME,
+        tuple([samples * length for _, samples in runs]),
+        tuple([None if i is None else used.index(i) for i, _ in runs]),
+        tuple([A[i].shape[0] for i in used]),
+        tuple([scales[i] for i in used]),
+        *common.dtypes(x, weight, *[A[i] for i in used], *[B[i] for i in used]),
+    )
+    A_all = _joined([A[i] for i in used], options.rank_dtype, x).view(-1, weight.shape[1])
+    B_all = _joined([B[i].reshape(-1) for i in used], options.rank_dtype, x)
+    return MixedCall(x, weight, bias, A_all, B_all, order, options)
+
+
+def _check(x: Any, weight: Any, bias: Any, A: Any, B: Any, adapters: Any) -> None:
     for name, value in (("A", A), ("B", B), ("adapters", adapters)):
         if not isinstance(value, Sequence):
             remedy = "one entry for each adapter" if name != "adapters" else "one entry for each sample"
@@ -79,13 +126,8 @@ def lora_by_sample_call(
     if len(A) != len(B):
         raise checks.fail(ValueError, _NAME, "B", f"{len(A)} factors, as many as A", len(B), "pass one pair for each")
     for i, pair in enumerate(zip(A, B, strict=True)):
-        checks.factors(_NAME, x, weight, *pair, names=(f"A[{i}]", f"B[{i}]"))
-    if isinstance(scale, Sequence) and len(scale) != len(A):
-        expected = f"a number, or {len(A)} of them, one for each adapter"
-        raise checks.fail(ValueError, _NAME, "scale", expected, len(scale), "pass one for each adapter")
-    scales = [checks.number(_NAME, "scale", each) for each in scale] if isinstance(scale, Sequence) else None
-    if scales is None:
-        scales = [checks.number(_NAME, "scale", scale)] * len(A)
+        if not checks.plainly_right(x, weight, bias, *pair):
+            checks.factors(_NAME, x, weight, *pair, names=(f"A[{i}]", f"B[{i}]"))
     if len(adapters) != x.shape[0]:
         expected = f"{x.shape[0]} entries, one for each sample of x"
         raise checks.fail(ValueError, _NAME, "adapters", expected, len(adapters), "pass None for a sample without one")
@@ -95,50 +137,39 @@ def lora_by_sample_call(
         if isinstance(each, bool) or not isinstance(each, Integral) or int(each) not in range(len(A)):
             expected = f"places from 0 to {len(A) - 1}, or None"
             raise checks.fail(ValueError, _NAME, "adapters", expected, each, "pass the place of each sample's adapter")
-    used = sorted({each for each in adapters if each is not None})
-    ranks = tuple(A[i].shape[0] for i in used)
-    starts = dict(zip(used, (sum(ranks[:j]) for j in range(len(ranks))), strict=True))
-    length = x.shape[1:-1].numel()
-    runs = _runs(adapters)
-    order = None
-    if len(runs) > len(used) and length * len(adapters) < _SHORT * len(runs):
-        together = [b for i in used for b, each in enumerate(adapters) if each == i]
-        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length)
-        order = rows[torch.tensor(together, device=x.device)].flatten()
-        runs = _runs([adapters[b] for b in together])
-    segments = tuple(
-        Segment(slice(first * length, last * length), slice(starts[i], starts[i] + A[i].shape[0]), scales[i])
-        for i, first, last in runs
-    )
-    compute_dtype, rank_dtype = common.dtypes(x, weight, *(of[i] for of in (A, B) for i in used))
-    A_all, B_all = (_stacked([of[i] for i in used], dim, rank_dtype, x) for dim, of in enumerate((A, B)))
-    if A_all.numel() == 0:
-        A_all, B_all = A_all.view(0, weight.shape[1]), B_all.view(weight.shape[0], 0)
-    return MixedCall(
-        x, weight, bias, A_all, B_all, order, MixedOptions(_NAME, segments, ranks, compute_dtype, rank_dtype)
-    )
 
 
-def _runs(adapters: Sequence[int | None]) -> list[tuple[int, int, int]]:
-    """Adapter, first sample and the one after the last, of samples that stand together; without
-    those that have none.
-    """
-    runs: list[tuple[int, int, int]] = []
-    for b, i in enumerate(adapters):
-        if i is None:
-            continue
-        if runs and runs[-1][0] == i and runs[-1][2] == b:
-            runs[-1] = (i, runs[-1][1], b + 1)
+def _scales(scale: Any, count: int) -> list[float]:
+    if not isinstance(scale, Sequence):
+        return [checks.number(_NAME, "scale", scale)] * count
+    if len(scale) != count:
+        expected = f"a number, or {count} of them, one for each adapter"
+        raise checks.fail(ValueError, _NAME, "scale", expected, len(scale), "pass one for each adapter")
+    return [checks.number(_NAME, "scale", each) for each in scale]
+
+
+def _runs(adapters: Sequence[int | None]) -> list[tuple[int | None, int]]:
+    """Adapter and number of samples that stand together."""
+    runs: list[tuple[int | None, int]] = []
+    for i in adapters:
+        if runs and runs[-1][0] == i:
+            runs[-1] = i, runs[-1][1] + 1
         else:
-            runs.append((i, b, b + 1))
+            runs.append((i, 1))
     return runs
 
 
-def _stacked(factors: list[Tensor], dim: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+def _are_brought_together(runs: Sequence[tuple[int | None, int]], used: int, length: int) -> bool:
+    """Whether rows are copied, so that each adapter has one segment."""
+    of_adapters = sum(i is not None for i, _ in runs)
+    return of_adapters > used and length * sum(samples for _, samples in runs) < _SHORT * of_adapters
+
+
+def _joined(factors: list[Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
     """Return the adapters' factors as one, in one dtype; of one adapter itself."""
     if not factors:
         return x.new_empty(0, dtype=dtype)
     if len(factors) == 1:
         return factors[0]
     with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
-        return torch.cat([factor.to(dtype) for factor in factors], dim)
+        return torch.cat([factor.to(dtype) for factor in factors])

@@ -1,9 +1,12 @@
-"""moe_lora_linear: a mixture of low-rank experts, routed or with given gates; GOAT's residual."""
+"""moe_lora_linear: a mixture of low-rank experts, routed or with given gates; GOAT's residual,
+DoRA's magnitude.
+"""
 
 from typing import Any
 
 from torch import Tensor
 
+from delora_kernels import checks
 from delora_kernels.autograd import function
 from delora_kernels.autograd.low_rank import AdaptedLinear
 from delora_kernels.autograd.mixture import MoELinear, ZeroGradient
@@ -30,6 +33,7 @@ def moe_lora_linear(
     frozen_A: Tensor | None = None,
     frozen_B: Tensor | None = None,
     residual: float | Tensor = 1.0,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout: str = "shared",
     seed: int | Tensor | None = None,
@@ -44,7 +48,12 @@ def moe_lora_linear(
 
     All experts run side by side as one factor of rank E · r: the router's columns ride in the
     projection, the gating is done in rank space, and nothing is sorted. With top_k=None the softmax
-    is dense (LoRAMoE; with one A, HydraLoRA).
+    is dense (LoRAMoE; with one A, HydraLoRA). With a magnitude m, DoRA over the mixture, y but for
+    the bias is multiplied by
+
+        c = m / ‖W + 1/E Σ_e s_e B_e A_e − Σ_j γ_j B⁰_j A⁰_j‖ by rows, a constant but for m;
+
+    a row of zero norm has c = 0.
 
     Args:
         x: Input, `[..., K]`; T tokens.
@@ -68,6 +77,8 @@ def moe_lora_linear(
         frozen_B: B⁰, `[J, N, r₀]`, a constant, or None: with A⁰ the update that is subtracted
             (GOAT's residual).
         residual: γ, a number or `[J]`, a constant.
+        magnitude: m, `[N]`, or None: nothing is rescaled. The norm is that of the mean gate, 1/E
+            for every expert, however the gates are had.
         dropout_p: Probability of dropping an element of the experts' input, in [0, 1).
         dropout: "shared": all experts see one mask, x is read once. "independent": each has a mask
             of its own, as in the authors' code, at the price of E masked reads of x.
@@ -107,6 +118,7 @@ def moe_lora_linear(
         frozen_A=frozen_A,
         frozen_B=frozen_B,
         residual=residual,
+        magnitude=magnitude,
         dropout_p=dropout_p,
         dropout=dropout,
         seed=seed,
@@ -114,7 +126,8 @@ def moe_lora_linear(
         z_coef=z_coef,
     )
     k = 1 if adapter_ids is not None else call.options.top_k
-    if router is not None and B.shape[0] == 1 and not isinstance(scale, Tensor) and frozen_A is None:
+    plain = frozen_A is None and magnitude is None
+    if router is not None and B.shape[0] == 1 and not isinstance(scale, Tensor) and plain:
         alone = _of_one_expert(call, float(scale))
         any_token = call.scale.new_full((1,), 1.0 if call.x.shape[0] > 0 else 0.0)
         counted = any_token if call.token_share is None else call.token_share.sum().reshape(1)
@@ -133,6 +146,9 @@ def moe_rank_term(x: Tensor, N: int, **mixture: Any) -> tuple[Tensor, RouterStat
         N: The base's out-features.
         **mixture: As for `moe_lora_linear`.
     """
+    if mixture.get("magnitude") is not None:
+        remedy = "call moe_lora_linear with the weight"
+        raise checks.fail(ValueError, "moe_rank_term", "magnitude", "None", "a tensor", remedy)
     zeros = x.new_zeros(1, 1).expand(N, x.shape[-1])
     if exporting() or mixture["B"].shape[0] == 1:
         return moe_lora_linear(x, zeros, **mixture)

@@ -29,6 +29,7 @@ def moe_lora_call(
     frozen_A: Any = None,
     frozen_B: Any = None,
     residual: Any = 1.0,
+    magnitude: Any = None,
     dropout_p: Any = 0.0,
     dropout: Any = "shared",
     seed: Any = None,
@@ -36,7 +37,7 @@ def moe_lora_call(
     z_coef: Any = 0.0,
 ) -> MoECall:
     """Check the arguments of `moe_lora_linear` and make its call."""
-    tensors = (x, weight, bias, A, B, router, gates, scale, frozen_A, frozen_B, residual)
+    tensors = (x, weight, bias, A, B, router, gates, scale, frozen_A, frozen_B, residual, magnitude)
     checks.no_transforms(_NAME, tensors, f"reference.{_NAME}")
     checks.base(_NAME, x, weight, bias)
     N, K = weight.shape
@@ -53,6 +54,10 @@ def moe_lora_call(
         checks.constant(_NAME, "residual", residual)
     else:
         residual = None
+    if magnitude is not None:
+        magnitude = checks.tensor(_NAME, "magnitude", magnitude)
+        checks.shape(_NAME, "magnitude", magnitude, (N,), "[N]", "pass one value for each row of weight")
+        checks.same_device(_NAME, "magnitude", magnitude, x)
     p = checks.probability(_NAME, dropout_p)
     independent = checks.option(_NAME, "dropout", dropout, ("shared", "independent")) == "independent"
     scale = checks.number_or_tensor(_NAME, "scale", scale)
@@ -74,6 +79,7 @@ def moe_lora_call(
         B,
         router,
         gates,
+        magnitude,
         _vector("scale", scale, x, E, "[E]", acc),
         frozen_A,
         frozen_B,

@@ -102,6 +102,7 @@ def _mixture(call: MoECall, x: Tensor, weight: Tensor, bias: Tensor | None) -> t
         bias=bias,
         token_mask=None if call.token_share is None else call.token_share > 0,
         residual=1.0 if call.residual is None else call.residual,
+        magnitude=call.magnitude,
         dropout_mask=_mask(call, x),
     )
     return y, stats.fraction, stats.probability, stats.z
@@ -134,10 +135,12 @@ def _mixed(call: MixedCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     o, tokens = call.options, x.flatten(0, -2)
     y = tokens @ weight.T if bias is None else tokens @ weight.T + bias
     order = torch.arange(tokens.shape[0], device=x.device) if call.order is None else call.order
-    for rows, ranks, scale in o.segments:
-        A, B = _cast(call.A[ranks], o.rank_dtype), _cast(call.B[:, ranks], o.rank_dtype)
-        term = scale * (_cast(tokens[order[rows]], o.rank_dtype) @ A.T) @ B.T
-        y = y.index_add(0, order[rows], _cast(term, y.dtype))
+    A = _cast(call.A, o.rank_dtype).split(o.ranks)
+    B = _cast(call.B, o.rank_dtype).split([len(weight) * r for r in o.ranks])
+    for i, rows in zip(o.adapters, order.split(o.lengths), strict=True):
+        if i is not None:
+            term = o.scales[i] * (_cast(tokens[rows], o.rank_dtype) @ A[i].T) @ B[i].view(-1, o.ranks[i]).T
+            y = y.index_add(0, rows, _cast(term, y.dtype))
     return y
 
 

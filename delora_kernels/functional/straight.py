@@ -38,7 +38,7 @@ def unwatched(x: Any) -> bool:
 def surroundings(x: Tensor) -> tuple[Any, ...]:
     """Return what besides tensors decides what a call of x computes and keeps, and where."""
     hooks = _C._autograd._top_saved_tensors_default_hooks(True)
-    found = (x._version, x.requires_grad, torch.is_grad_enabled(), hooks, requested())
+    found = (x._version, x.requires_grad, x.dtype, x.shape, torch.is_grad_enabled(), hooks, requested())
     device = x.device.type
     if device == "cpu" and not torch.is_autocast_enabled(device):
         return found

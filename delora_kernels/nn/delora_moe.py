@@ -19,7 +19,7 @@ class DeLoRAMoELinear(MoELoRALinear):
 
     Args:
         in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef,
-            balance, dropout_p, dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
+            balance, dropout_p, dropout, dora, adapter_dtype, device, dtype: as for `MoELoRALinear`.
         lam: λ at the start, of every expert; `lam` `[E]` is a parameter.
 
     Raises:

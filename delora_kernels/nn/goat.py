@@ -25,7 +25,7 @@ class GoatLinear(MoELoRALinear):
 
     Args:
         in_features, out_features, r, experts, top_k, renormalize, bias, balance_coef, z_coef,
-            balance, dropout_p, dropout, adapter_dtype, device, dtype: as for `MoELoRALinear`.
+            balance, dropout_p, dropout, dora, adapter_dtype, device, dtype: as for `MoELoRALinear`.
         alpha: Of the scalings "alpha/r" and "rslora".
         start, scaling, eta, rho, svd: as in `nn.goat_start.moe_start`.
         init_cof: γ; None: 1/E (their Theorem 3.4).

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from delora_kernels import checks, functional
+from delora_kernels import checks, functional, ops
+from delora_kernels.autograd.mixture import mean_gate
+from delora_kernels.bases.plain import dense
 from delora_kernels.functional.common import exporting
+from delora_kernels.functional.moe_arguments import moe_lora_call
 from delora_kernels.functional.router_stats import CONVENTIONS, RouterStats
 from delora_kernels.nn.base import AdapterLinear, BaseOptions
 
@@ -42,6 +45,9 @@ class MoELoRALinear(Routed, AdapterLinear):
         y_t = W x_t + Σ_e w_te · s · B_e A_e drop(x_t) + bias,
         w = top-k of softmax(G x), s = alpha / r
 
+    With `dora`, all but the bias is multiplied by c = m / ‖W + Σ_e s · B_e A_e / E‖ by rows, the
+    norm detached: DoRA over the mixture's mean gate. `magnitude` m `[N]` starts at that norm.
+
     A starts random (Kaiming uniform, a = √5), B at 0: y is exactly the frozen linear's. The router
     G is nn.Linear's. A mixture has no single W': `merge` raises. `enabled = False` gives the frozen
     linear's output exactly.
@@ -68,6 +74,7 @@ class MoELoRALinear(Routed, AdapterLinear):
         dropout_p: Probability of dropping an element of the experts' input, in [0, 1); only in
             training mode.
         dropout: "shared" or "independent" masks, as in `functional.moe_lora_linear`.
+        dora: Train a magnitude of each output over the mixture.
         adapter_dtype: Dtype of A, B and the router. None: float32 for a float16 or bfloat16 base,
             else the base's.
         device: Device of every tensor.
@@ -78,6 +85,8 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     Source: Fan et al. (arXiv:2502.16894), equation 10, without its initialisation.
     """
+
+    magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -93,6 +102,7 @@ class MoELoRALinear(Routed, AdapterLinear):
         z_coef: float = 0.0,
         balance: str = "code",
         dropout: str = "shared",
+        dora: bool = False,
         **base: Unpack[BaseOptions],
     ) -> None:
         self._prepare(experts, top_k)
@@ -105,6 +115,8 @@ class MoELoRALinear(Routed, AdapterLinear):
         self.balance = checks.option(kind, "balance", balance, CONVENTIONS)
         self.dropout = checks.option(kind, "dropout", dropout, ("shared", "independent"))
         self.router = nn.Parameter(self.A.new_empty(experts, in_features))
+        magnitude = self.A.new_empty(out_features, dtype=self._vector_dtype) if dora else None
+        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude))
         self.enabled = True
         self.stats: RouterStats | None = None
         self._make()
@@ -123,6 +135,18 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     def _make(self) -> None:
         """Make the tensors that a subclass has beside A, B and the router."""
+
+    def reset_parameters(self) -> None:
+        """Start the adapter anew; a magnitude starts at the norms that it is divided by."""
+        super().reset_parameters()
+        if self.magnitude is None or self.magnitude.is_meta:
+            return
+        with torch.no_grad():
+            mixture = self._mixture()
+            dtype = getattr(mixture["weight"], "dtype", torch.float32)
+            call = moe_lora_call(self.A.new_empty((0, self.in_features), dtype=dtype), **mixture)
+            norm = ops.row_norm(dense(call.weight, dtype), *mean_gate(call), 1.0, None, False, "eager")[0]
+            self.magnitude.copy_(norm)
 
     @property
     def balance_loss(self) -> Tensor | None:
@@ -148,6 +172,7 @@ class MoELoRALinear(Routed, AdapterLinear):
             renormalize=self.renormalize,
             dropout_p=self.dropout_p if self.training else 0.0,
             dropout=self.dropout,
+            magnitude=self.magnitude,
             **self._losses(self.balance_coef, self.z_coef, self.balance, self.top_k or self.experts),
             **self._mixture(),
         )
@@ -172,7 +197,8 @@ class MoELoRALinear(Routed, AdapterLinear):
 
     def extra_repr(self) -> str:
         """Show the arguments that made the module, as nn.Linear prints its own."""
-        return f"{super().extra_repr()}, experts={self.experts}, top_k={self.top_k}"
+        dora = "" if self.magnitude is None else ", dora=True"
+        return f"{super().extra_repr()}, experts={self.experts}, top_k={self.top_k}{dora}"
 
     def _mixture(self) -> dict[str, Any]:
         """Return the tensors of the call."""

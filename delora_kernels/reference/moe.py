@@ -7,6 +7,10 @@ MoLA) or not, or dense (LoRAMoE, HydraLoRA, whose experts share one A); or it is
 sum, constant, is GOAT's residual. Fan et al., "Make LoRA Great Again" (arXiv:2502.16894), equations
 10 and 26-28.
 
+With a magnitude m, DoRA over the mixture, what is not bias is multiplied by c = m / ‖W̄‖ by rows, a
+constant but for m, of the mean-gate weight W̄ = W + 1/E Σ_e s_e B_e A_e − Σ_j γ_j B⁰_j A⁰_j: this
+library's own definition. A row of W̄ that is zero has c = 0.
+
 Two specifications that share only the routing: `moe_lora_linear` loops over experts and the tokens
 that chose them, as the authors' code does; `moe_lora_linear_dense` runs every expert on every
 token.
@@ -58,6 +62,7 @@ def moe_lora_linear(
     frozen_A: Tensor | None = None,
     frozen_B: Tensor | None = None,
     residual: float | Tensor = 1.0,
+    magnitude: Tensor | None = None,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats]:
     """Apply a frozen linear with a mixture of low-rank experts, one expert after the other.
@@ -78,6 +83,7 @@ def moe_lora_linear(
         token_mask: `[...]`, bool: the tokens that `RouterStats` counts; None: all.
         frozen_A, frozen_B: The constant pairs, `[J, r₀, K]` and `[J, N, r₀]`, or None.
         residual: γ, a number or `[J]`.
+        magnitude: m, `[N]`, or None: c is 1.
         dropout_mask: Entries 0 or 1 / (1 − p) on the experts' input: `[T, K]`, or one for each
             expert `[E, T, K]`.
 
@@ -99,6 +105,16 @@ def moe_lora_linear(
     if frozen_A is not None and frozen_B is not None:
         for A_j, B_j, gamma in zip(frozen_A, frozen_B, _each(residual, frozen_B), strict=True):
             y = y - gamma * (tokens @ A_j.T) @ B_j.T
+    if magnitude is not None:
+        with torch.no_grad():
+            mean = weight.clone()
+            for e, (B_e, s_e) in enumerate(zip(B, _each(scale, B), strict=True)):
+                mean += s_e / len(B) * B_e @ (A if A.dim() == 2 else A[e])
+            if frozen_A is not None and frozen_B is not None:
+                for A_j, B_j, gamma in zip(frozen_A, frozen_B, _each(residual, frozen_B), strict=True):
+                    mean -= gamma * B_j @ A_j
+            norm = torch.stack([row.norm() for row in mean])
+        y = y * (magnitude / torch.where(norm == 0, torch.inf, norm))
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight)), stats
 
 
@@ -119,6 +135,7 @@ def moe_lora_linear_dense(
     frozen_A: Tensor | None = None,
     frozen_B: Tensor | None = None,
     residual: float | Tensor = 1.0,
+    magnitude: Tensor | None = None,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, RouterStats]:
     """Apply the same map with every expert on every token: h = x Âᵀ, v = w ⊙ s ⊙ h, y = x Wᵀ + v
@@ -128,7 +145,7 @@ def moe_lora_linear_dense(
 
     Args:
         x, weight, A, B, router, gates, adapter_ids, top_k, renormalize, scale, bias, token_mask,
-            frozen_A, frozen_B, residual, dropout_mask: as in `moe_lora_linear`.
+            frozen_A, frozen_B, residual, magnitude, dropout_mask: as in `moe_lora_linear`.
 
     Returns:
         y, `[..., N]`, and the router's statistics.
@@ -150,7 +167,28 @@ def moe_lora_linear_dense(
         start = (tokens.to(frozen_A.dtype) @ frozen_A.flatten(0, 1).T).unflatten(1, frozen_A.shape[:2])
         start = (start * torch.as_tensor(residual).reshape(-1, 1)).to(frozen_B.dtype)
         y = y - start.flatten(1) @ frozen_B.transpose(1, 2).flatten(0, 1)
+    if magnitude is not None:
+        y = (magnitude * _inverse_norm(weight, A, B, scale, frozen_A, frozen_B, residual) * y).to(y.dtype)
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.shape[0]), stats
+
+
+def _inverse_norm(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    frozen_A: Tensor | None,
+    frozen_B: Tensor | None,
+    residual: float | Tensor,
+) -> Tensor:
+    """1 / ‖W̄‖ by rows, a constant; 0 where the row is zero."""
+    E, dtype = len(B), torch.promote_types(B.dtype, torch.float32)
+    s, gamma = (torch.as_tensor(each, dtype=dtype, device=B.device) for each in (scale, residual))
+    mean = torch.einsum("e,enr,erk->nk", s.expand(E) / E, B.to(dtype), A.to(dtype).expand(E, -1, -1)) + weight
+    if frozen_A is not None and frozen_B is not None:
+        mean = mean - torch.einsum("j,jnr,jrk->nk", gamma.expand(len(frozen_B)), frozen_B.to(dtype), frozen_A.to(dtype))
+    squared = mean.detach().square().sum(1)
+    return torch.where(squared == 0, 0.0, squared.rsqrt())
 
 
 def _each(value: float | Tensor, experts: Tensor) -> list[float] | Tensor:

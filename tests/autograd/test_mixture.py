@@ -48,11 +48,13 @@ def test_bitwise_repeat(variant: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "dynamic"), [*((variant, True) for variant in VARIANTS), ("topk", False), ("gates", False)]
+    ("variant", "dynamic"),
+    [*((variant, True) for variant in VARIANTS if variant != "residual"), ("topk", False), ("gates", False)],
 )
 def test_compile(variant: str, dynamic: bool, seed: int) -> None:
     """One graph, forward and backward, with both losses and both coefficients in it; numbers are
-    symbols in one variant, which torch makes constants by tracing once more.
+    symbols in one variant, which torch makes constants by tracing once more. "dora" has what
+    "residual" has.
     """
     maker = Maker(seed)
     torch._dynamo.reset()

@@ -289,11 +289,11 @@ def test_page_says_what_its_record_says() -> None:
 
 
 def test_every_claim_is_judged_and_drawn() -> None:
-    """Of a record made up for the drawn task: verdicts of all claims, a figure of each, no run left
-    to do.
+    """Of a record made up for the drawn task: verdicts and a figure of all claims but DoRA's and
+    GOAT's, no run left to do.
     """
     record = Record(None)
-    for claim in CLAIMS.values():
+    for claim in (claim for name, claim in CLAIMS.items() if not name.startswith(("dora", "goat"))):
         while wanted := missing(claim, record, RULES):
             for run in wanted:
                 score = _peak(20.0)(run.q, run.seed)

@@ -108,6 +108,20 @@ def test_a_copy_one_step_ahead_is_in_flight_when_it_is_waited_for() -> None:
     assert Warp(code, (4, 8), {2: size, 6: size}, 4, 264).run().step > found.step + transfer - 1
 
 
+def test_a_cuda_kernels_turn_is_that_of_its_longest_loads() -> None:
+    """Copies of 16 bytes are on their way; loads of single elements are counted, not taken for
+    device memory. 100 registers of 128 threads: four blocks.
+    """
+    cuda = pytest.importorskip("benchmarks.codegen.cuda")
+    loop = list(COPY_LOOP)
+    loop[6:6] = [("LDG.E.U16 R20, desc[UR4][R6.64]",), ("LDG.E R21, desc[UR4][R6.64]",), ("HMMA.16816.F32 R8, R1",)]
+    found = cuda.speed_of(listing(*loop[:11], ("@!P5 BRA 0x40",), *loop[12:]), registers=100, shared=8192)
+    copy = 16 * cuda.THREADS
+    assert found == {
+        "blocks": 4, "in_flight": 4 * copy, "single": 2, "barriers": 1, "products": 1, "turn": 8,
+    }  # fmt: skip
+
+
 def test_deeper_pipelines_wait_less() -> None:
     """Two groups may be left: three copies are on their way when it waits, a third of the time."""
     ahead = list(COPY_LOOP)

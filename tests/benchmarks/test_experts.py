@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,42 @@ def test_sweep_and_quick_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     assert experts.main(["--device", "cpu", "--threads", "1", "--quick"]) == 0
     assert tuple(seen) == experts.QUICK
+
+
+def test_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the record holds is not measured again; what it lacks, and another machine's, is."""
+    out, measured = tmp_path / "experts.json", list[Any]()
+
+    def measure(case: experts.ExpertsCase, device: str, budget: Budget, names: tuple[str, ...]) -> list[dict[str, Any]]:
+        measured.append((case.T, case.r, names))
+        found = {"ratio_to_frozen": 1.0, "interval": [1.0, 1.0], "median_ms": 1.0}
+        found |= dict.fromkeys(("allocated_mib", "saved_mib", "peak_mib"), 1.0)
+        return [{"impl": name, **experts.columns(case), **found} for name in names]
+
+    monkeypatch.setattr(experts, "measure", measure)
+    command = ["--device", "cpu", "--threads", "1", "--tokens", "3", "5", "--rank", "2", f"--out={out}", "--impl", "dk"]
+    write = experts.write
+
+    def stopped(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            experts.main(command)
+    assert [row["T"] for row in json.loads(out.read_text())["rows"]] == [3, 3]
+    assert experts.main([*command, "--resume"]) == 0
+    assert measured == [(3, 2, ("frozen", "dk")), (5, 2, ("frozen", "dk"))]
+    assert [row["T"] for row in json.loads(out.read_text())["rows"]] == [3, 3, 5, 5]
+    assert experts.main([*command, "loop", "--resume"]) == 0  # an implementation more: each case anew
+    assert measured[2:] == [(T, 2, ("frozen", "dk", "loop")) for T in (3, 5)]
+    record = json.loads(out.read_text())
+    record["machine"]["cpu"] = "another"
+    out.write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        experts.main([*command, "--resume"])
+    assert "was measured with another cpu" in capsys.readouterr().err
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

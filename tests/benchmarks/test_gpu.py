@@ -58,6 +58,40 @@ def test_checks_in_processes_of_their_own(tmp_path: Path) -> None:
     assert {row["job"]: row["status"] for row in late.rows} == dict.fromkeys(("slow", "behind it"), "not done in time")
 
 
+def test_a_command_is_stopped_with_what_it_started() -> None:
+    """A test under compute-sanitizer is a process of the sanitizer's, and holds its pipe."""
+    slow = right.Job("slow", command=("sh", "-c", "echo begun; sleep 61.5 & echo $!; wait"))
+    began = time.monotonic()
+    status, says, _ = right.done(slow, right.Setting("cpu", 3), began + 1)
+    assert (status, time.monotonic() - began < 30) == ("not done in time", True)
+    for _ in range(100):  # an orphan that is dead stays until whoever took it in looks
+        state = Path(f"/proc/{int(says)}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it runs on")
+
+
+def test_checks_in_the_dtype_of_training_come_first() -> None:
+    names = [job.name for job in right.jobs(["triton"], right.Setting("cpu", 3)) if not job.command]
+    dtypes = [name.split()[-1] for name in names if "float" in name and not name.startswith("triton: base")]
+    assert [dtypes.index(name) for name in right.DTYPES] == sorted(dtypes.index(name) for name in right.DTYPES)
+    assert "bfloat16" not in "".join(dtypes[dtypes.index("float32") :])
+
+
+def test_what_the_checks_launch_is_known_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from delora_kernels.diagnostics import check
+
+    every, chosen = check.jobs, ("op project", "lora", "dora", "ether")
+    monkeypatch.setattr(check, "GPU_SIZES", ((193, 264, 136, 20),))
+    monkeypatch.setattr(check, "jobs", lambda *given: [job for job in every(*given) if job.method in chosen])
+    binaries = right.binaries(right.Setting("cuda", 3, ("float32",)))
+    assert len(binaries) == len({binary.key for binary in binaries})
+    wanted = {"times_small", "token_sums", "rank_update", "row_norm", "scaled", "reflect"}
+    assert wanted <= {binary.kernel.removesuffix("_kernel") for binary in binaries}
+    assert {binary.signature["X"] for binary in binaries if binary.kernel == "times_small_kernel"} == {"*fp32"}
+
+
 def test_each_launch_is_timed_where_it_is_made() -> None:
     """In the order, with the grids and bytes of what was recorded; in front of the stand-in."""
     expected = [step for step in steps_of(LAYER) if isinstance(step, Launch)]
@@ -68,6 +102,75 @@ def test_each_launch_is_timed_where_it_is_made() -> None:
         assert tuple(row["grid"]) == step.grid[: len(row["grid"])]
         assert row["bytes"] == sum(operand.bytes for operand in step.operands)
     assert len(seen.launches) == len(rows) * (figures.TIMED.warmup + figures.TIMED.least)
+
+
+def test_what_raises_is_a_row_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also our GEMM beside the library's; what there was no time for is named."""
+    monkeypatch.setattr(figures, "SHAPES", ((64, 48),))
+    monkeypatch.setattr(figures.kernel_figures, "TOKENS", 32)
+    monkeypatch.setattr(figures, "layers", lambda: [LAYER, LAYER._replace(method="lora")])
+    real = figures.launches
+
+    def broken(layer: Layer, *others: Any) -> Any:
+        if layer.method == "dora":
+            raise RuntimeError("CUDA error: an illegal\nmemory access")
+        return real(layer, *others)
+
+    def out_of_registers(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(figures, "launches", broken)
+    monkeypatch.setattr(figures.kernel_figures, "rank_gemm", out_of_registers)
+    table = Rows(tmp_path, "figures", {}, show=False)
+    with recording():
+        assert figures.measure(table, "cpu", CpuClock(), time.monotonic() + 600)
+        late = Rows(tmp_path, "late", {}, show=False)
+        assert not figures.measure(late, "cpu", CpuClock(), time.monotonic() - 1)
+    on_disk = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["figure"] for row in on_disk if "figure" in row] == ["beta=1 / beta=0"]
+    failed = [row for row in on_disk if "failed" in row]
+    assert failed == [
+        {"failed": "dora r=16", "K": 64, "N": 48, "says": "RuntimeError: CUDA error: an illegal memory access"}
+    ]
+    assert [row["number"] for row in on_disk if row.get("layer") == "lora r=16"] == list(range(6))
+    assert late.rows == []
+    assert late.record["machine"]["left"] == ["GEMMs 64 → 48", "dora r=16 64 → 48", "lora r=16 64 → 48"]
+
+
+def test_estimates_come_to_the_launches_they_are_of() -> None:
+    launch = {"layer": "lora r=16", "K": 64, "N": 48, "us": 9.0}
+    rows = [{"figure": "beta=1 / beta=0", "K": 64, "N": 48}]
+    rows += [launch | {"number": 0, "kernel": "fold"}, launch | {"number": 1, "kernel": "route"}]
+    rows += [launch | {"number": 0, "kernel": "fold", "N": 64}, launch | {"number": 5, "kernel": "fold"}]
+    guesses = [{"kernel": "fold", "us": 2.0, "limit": "chain"}, {"kernel": "times_small", "us": 9.5, "limit": "bytes"}]
+    figures.add_estimates(rows, [{"layer": "lora r=16", "K": 64, "N": 48, "kernels": guesses}])
+    assert [row.get("estimate_us") for row in rows] == [None, 2.0, None, None, None]
+    assert rows[1]["limit"] == "chain"
+
+
+def test_layers_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = list(layers.cases())[:2]
+    measured: list[str] = []
+
+    def measure(case: Any, *_: Any) -> list[dict[str, Any]]:
+        measured.append(case.key)
+        return [{"impl": "dk", "status": "ok", "median_ms": 1.0, "ratio_to_frozen": None}]
+
+    monkeypatch.setattr(layers, "measure", measure)
+    monkeypatch.setattr(layers, "measure_model", lambda case, *_: measure(case))
+    monkeypatch.setattr(layers, "_ceilings", lambda *_: {"half": "bf16"})
+    monkeypatch.setattr(layers, "cases", lambda: wanted)
+    now = iter([0.0, 9.0, 9.0])
+    out, machine = tmp_path / "layers.json", {"device": "NVIDIA H200", "commit": "a"}
+    with monkeypatch.context() as patched:
+        patched.setattr(layers.time, "monotonic", lambda: next(now))
+        assert layers.run(out, dict(machine), "cpu", CpuClock(), until=1.0) == 3
+    left = json.loads(out.read_text())["machine"]["left"]
+    assert (measured, left[0]) == ([wanted[0].key], wanted[1].key)
+    assert layers.run(out, dict(machine), "cpu", CpuClock(), until=time.monotonic() + 600) == 0
+    record = json.loads(out.read_text())
+    assert (measured[:2], len(measured), len(record["rows"])) == ([case.key for case in wanted], 3, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.json"]
 
 
 def test_what_is_compiled_ahead_is_what_is_launched() -> None:
@@ -118,6 +221,14 @@ def test_tuning_times_nothing_twice_and_nothing_late(tmp_path: Path, monkeypatch
     timed.clear()
     assert tune_tiles.tuned((9, 0), "cpu", CpuClock(), tune.Budget(), State(seconds=-1)) == {}
     assert timed == []
+
+
+def test_what_a_step_in_16_bits_launches_is_tuned_first() -> None:
+    names = [name for name, _ in tune_tiles.jobs((9, 0))]
+    assert [name.partition(" ")[2] for name in names[:4]] == [""] * 4
+    assert sorted(set(names)) == sorted({*tune_tiles.timed(), tables.GEMM})
+    first = {kind: [name.endswith(kind) for name in names].index(True) for kind in ("scaled", "mixed", "fp32")}
+    assert list(first.values()) == sorted(first.values())
 
 
 def test_every_candidate_is_compiled_ahead() -> None:

@@ -85,6 +85,8 @@ def test_command_writes_a_record(
     assert [row["impl"] for row in rows] == [*overhead.IMPLEMENTATIONS, overhead.ARITHMETIC]
     assert rows[0]["ratio_to_frozen"] == 1
     assert [row["overhead_gone"] is None for row in rows] == [True, True, False, False, False]
+    assert [row["host_us"] is None for row in rows] == [False, False, False, False, True]
+    assert all(row["host_us"] is None or row["host_us"] > 0 for row in rows)
     assert capsys.readouterr().out.count("%") == 9  # a part and its interval, of three
 
 
@@ -96,3 +98,4 @@ def test_arithmetic_is_what_the_frozen_model_and_the_bare_method_take(monkeypatc
     assert [row["median_ms"] for row in rows] == [10, 16, 15, 14, 12]
     assert rows[-1]["ratio_to_frozen"] == 1.2
     assert rows[-1]["overhead_gone"] == 1 - 2 / 6
+    assert [row["host_us"] for row in rows[:-1]] == [ms * 1e3 / (2 * 7) for ms in (10, 16, 15, 14)]  # two blocks of 7

@@ -260,6 +260,26 @@ def test_the_cost_model_is_the_designs_arithmetic(form: str, ratio: float) -> No
     assert ours / bare == pytest.approx(ratio, abs=0.006)
 
 
+@pytest.mark.parametrize(("form", "passes"), [("b", (4, 3)), ("d", (3, 2)), ("c", (2, 1))])
+def test_siblings_read_what_they_share_once(form: str, passes: tuple[int, int]) -> None:
+    """q, k, v of 4096 → 4096, 1024, 1024 and a rank too low to count: passes of x, of y and dy
+    together, by hand.
+
+    x: for h, for dA, and dx twice, once or not at all; y: dy once, and y twice, once or not at all.
+    """
+    x, y = 15.6, 15.6 * 1.5
+    of_x, of_y = passes
+    ceilings = model.Ceilings(copy=2 * 8192 * 4096 / 15.6e-6, gemm=1e30)
+    products = [step._replace(bytes=0) for step in model.frozen(8192, 4096, 6144, 2, True)]
+    steps = model.siblings(8192, 4096, (4096, 1024, 1024), 16, 2, form)
+    rest = [step for step in steps if step.name not in ("x Wᵀ", "dy W")]
+    assert len(steps) - len(rest) == 6
+    assert sum(step.flops for step in steps if step not in rest) == sum(step.flops for step in products)
+    assert 1e6 * ceilings.seconds(rest) == pytest.approx(of_x * x + of_y * y, rel=1e-6)
+    adds = model.added_up(8192, 4096, 3, 2)
+    assert 1e6 * ceilings.seconds(adds) == pytest.approx(2 * 3 * x, rel=1e-6)
+
+
 def test_the_model_predicts_what_is_kept(seed: int) -> None:
     from benchmarks.layer.rivals import Layer
     from benchmarks.memory import kept_bytes
@@ -283,6 +303,20 @@ def test_the_cost_model_counts_the_passes_of_reflections(method: str, passes: in
     bare = ceilings.seconds(model.frozen(8192, 4096, 4096, 2, True))
     ours = ceilings.seconds(model.adapted(method, 8192, 4096, 4096, 0, 2, True))
     assert ours / bare == pytest.approx(1 + passes * 15.6 / (2 * 348), rel=1e-3)
+
+
+def test_predicted_linears_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, where bytes bound everything: x, W, y and dy, W, dx; then x, 2 y and 2 dy, x, 2 dx;
+    of 4-bit weights half a byte read and two written twice more.
+    """
+    S, H, N, E = 5 * 2, 32, 16, 4
+    x, W, y = S * (H + N), 3 * E * H * N, S * (2 * N + H)
+    bare, more, dense = 2 * 2 * (x + W + y), 2 * (4 * x + 4 * y), 2 * 2.5 * W
+    sizes = ["--experts", "4", "--top-k", "2", "--T", "5", "--K", "32", "--N", "16", "--r", "1"]
+    for words, first in (([], bare), (["--stored-bits", "4"], bare + dense)):
+        assert model.main(["--copy-tbps", "1e-9", "--gemm-tflops", "1", *sizes, *words]) == 0
+        printed = capsys.readouterr().out
+        assert f"frozen {first:.3f} ms, LoRA {first + more:.3f} ms, {(first + more) / first:.3f} over frozen" in printed
 
 
 def test_measured_over_predicted(tmp_path: Path, capsys: Any) -> None:

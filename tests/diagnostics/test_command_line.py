@@ -28,26 +28,80 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 FORMS = set(stored_forms.FORMS)
 
 
-def test_environment_from_the_shell() -> None:
-    done = python("-m", "delora_kernels")
+IN_FORKS = """
+import json, os, runpy, sys, tempfile, torch
+
+def forked(arguments, out):
+    with tempfile.TemporaryFile() as errors:
+        if (pid := os.fork()) == 0:
+            os.dup2(out, 1)
+            os.dup2(errors.fileno(), 2)
+            sys.argv[1:] = arguments
+            exec(arguments[1]) if "-c" in arguments else runpy.run_module("delora_kernels", run_name="__main__")
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        errors.seek(0)
+        return status, errors.read().decode()
+
+said, (read, unread) = [], json.loads(sys.argv[1])
+for arguments in read:
+    with tempfile.TemporaryFile() as out:
+        ended = forked(arguments, out.fileno())
+        out.seek(0)
+        said.append([*ended, out.read().decode()])
+from delora_kernels import ops
+from delora_kernels.diagnostics import check
+check.METHODS = {"lora": check.METHODS["lora"]}
+ops.NAMES = ops.NAMES[:1]
+for arguments in unread:
+    reader, out = os.pipe()
+    os.close(reader)
+    said.append([*forked(arguments, out), ""])
+    os.close(out)
+print(json.dumps(said))
+"""
+"""Each command in a process of its own, forked from one that has torch, which takes a new Python
+seconds: the status it ends with, and what it writes to standard error and standard output, which of
+`unread` nobody reads.
+"""
+
+IMPORTED = """
+import delora_kernels.diagnostics.environment as e; print(torch.cuda.is_initialized())
+before = set(sys.modules); e.as_text(e.environment()); new = set(sys.modules) - before
+print([name for name in new if name in ('peft', 'transformers', 'triton', 'numpy')])
+"""
+
+Ended = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, Ended]:
+    """How processes end."""
+    variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
+    read: Any = [["-c", IMPORTED], []]
+    unread = [["check", "--device", "cpu", "--dtype", "float32", option] for option in ("--verbose", "--json")]
+    command = [sys.executable, "-c", IN_FORKS, json.dumps([read, unread])]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
     assert done.returncode == 0, done.stderr
-    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    names = ("imports", "environment", "--verbose", "--json")
+    return {name: tuple(one) for name, one in zip(names, json.loads(done.stdout), strict=True)}
+
+
+def test_environment_from_the_shell(ended: dict[str, Ended]) -> None:
+    status, errors, printed = ended["environment"]
+    assert status == 0, errors
+    facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["delora_kernels"] == delora_kernels.__version__
     assert facts["python"] == versions.describe("python", ".".join(map(str, sys.version_info[:3])))
     assert facts["torch"] == versions.describe("torch", torch.__version__)
-    backends_shown = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("backend ")]
+    backends_shown = [line.split(maxsplit=2)[1:] for line in printed.splitlines() if line.startswith("backend ")]
     assert [name for name, _ in backends_shown] == list(backends.NAMES)
     assert ["eager", "can run"] in backends_shown
     assert all(verdict == "can run" or len(verdict) > 10 for _, verdict in backends_shown)
 
 
-def test_environment_imports_nothing() -> None:
-    code = (
-        "import sys, torch, delora_kernels.diagnostics.environment as e; print(torch.cuda.is_initialized());"
-        "before = set(sys.modules); e.as_text(e.environment()); new = set(sys.modules) - before;"
-        "print([name for name in new if name in ('peft', 'transformers', 'triton', 'numpy')])"
-    )
-    assert python("-c", code).stdout.split() == ["False", "[]"]
+def test_environment_imports_nothing(ended: dict[str, Ended]) -> None:
+    assert ended["imports"][2].split() == ["False", "[]"]
 
 
 def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,22 +201,13 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("arguments", [["--verbose"], ["--json"]])
-def test_reader_that_goes_away(arguments: list[str]) -> None:
+def test_reader_that_goes_away(arguments: list[str], ended: dict[str, Ended]) -> None:
     """`python -m delora_kernels check | head -1`: no traceback, and the status that a shell gives
     for SIGPIPE.
     """
-    program = (
-        "import runpy; from delora_kernels import ops; from delora_kernels.diagnostics import check;"
-        "check.METHODS = {'lora': check.METHODS['lora']}; ops.NAMES = ops.NAMES[:1];"
-        "runpy.run_module('delora_kernels', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", program, "check", "--device", "cpu", "--dtype", "float32", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(timeout=300) == 141
+    status, errors, _ = ended[arguments[0]]
+    assert errors == ""
+    assert status == 141
 
 
 def test_check_verbose_shows_every_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

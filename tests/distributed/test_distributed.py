@@ -2,11 +2,12 @@
 tensor parallel.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import accelerator, ddp, fsdp1, fsdp2, mixtures, proving, tensor_parallel
+from distributed import accelerator, ddp, fsdp1, fsdp2, launch, mixtures, proving, tensor_parallel
 from distributed.blocks import LAYERS
 from distributed.launch import on_two_processes
 
@@ -15,6 +16,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 METHODS = ("lora", "dora", "delora")
 BEFORE_AND_AFTER = (True, False)
 DDP_OPTIONS = ({}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    launch.end()
 
 
 @pytest.mark.parametrize("method", METHODS)

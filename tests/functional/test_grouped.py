@@ -13,9 +13,11 @@ from grouped_calls import ROWS, TRAINED, E, K, N, R, assert_close, made_of, step
 from reference_calls import Maker
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_kernels import functional as F
 from delora_kernels import ops, reference, use_backend
+from delora_kernels.backends import eager
 from delora_kernels.backends.eager import grouped_library
 from delora_kernels.functional.grouped import run_routed
 from delora_kernels.testing import failures, op_problems
@@ -56,6 +58,29 @@ def test_weights_that_lie_transposed_and_factors_across_experts(seed: int) -> No
     made["weight"] = made["weight"].mT.contiguous().mT
     made["B"] = made["B"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert_close(step(F.grouped_lora_linear, made), expected)
+
+
+def test_an_expert_adds_only_its_gemms(seed: int) -> None:
+    """Its views are made with those of all: 3 calls of torch forward, 5 backward, none else."""
+
+    class Calls(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counted = []
+    for rows in ([2, 0, 0, 0], [2, 1, 3, 2]):
+        made = made_of(Maker(seed), rows)
+        x, W, A, B, offsets = (made[name] for name in ("x", "weight", "A", "B", "offsets"))
+        with Calls() as forward:
+            y, h = eager.grouped_linear(x, W, None, offsets, A, B, 0.5)
+        with Calls() as backward:
+            eager.grouped_backward(y, x, h, W, offsets, A, B, 0.5, False)
+        counted.append((forward.count, backward.count))
+    (one, one_back), (four, four_back) = counted
+    assert (four - one, four_back - one_back) == (3 * 3, 3 * 5)
 
 
 @pytest.fixture(params=["loop", "library"])

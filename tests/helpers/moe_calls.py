@@ -10,8 +10,8 @@ from torch import Tensor
 
 from delora_kernels import functional, ops, reference
 
-VARIANTS = ("topk", "topk_plain", "dense", "shared_A", "gates", "adapter_ids", "residual")
-TENSORS = ("x", "weight", "bias", "A", "B", "router", "gates", "scale")
+VARIANTS = ("topk", "topk_plain", "dense", "shared_A", "gates", "adapter_ids", "residual", "dora")
+TENSORS = ("x", "weight", "bias", "A", "B", "router", "gates", "scale", "magnitude")
 """Every argument that can get a gradient."""
 DROPOUT_P = 0.25
 
@@ -26,13 +26,15 @@ def moe_arguments(maker: Maker, variant: str, T: int = 6, K: int = 7, N: int = 5
     if variant == "adapter_ids":  # −1: no adapter
         return made | {"adapter_ids": torch.randint(-1, E, (T,), generator=maker.generator)}
     made["router"] = maker.tensor(E, K) / 2
-    if variant in ("topk", "topk_plain", "residual"):
+    if variant in ("topk", "topk_plain", "residual", "dora"):
         made |= {"top_k": min(2, E), "renormalize": variant != "topk_plain"}
     if variant == "shared_A":
         made |= {"A": maker.tensor(r, K)}
-    if variant == "residual":
+    if variant == "dora":
+        made |= {"magnitude": maker.tensor(N)}
+    if variant in ("residual", "dora"):
         made |= {"frozen_A": maker.tensor(2, r + 1, K), "frozen_B": maker.tensor(2, N, r + 1)}
-        made |= {"scale": maker.tensor(E), "residual": maker.tensor(2)}
+        made |= {"scale": made["scale"] if variant == "dora" else maker.tensor(E), "residual": maker.tensor(2)}
         made["token_mask"] = torch.rand(T, generator=maker.generator) < 0.7
     return made
 
@@ -41,6 +43,13 @@ def leaves_of(arguments: dict[str, Any], names: Any = TENSORS) -> dict[str, Tens
     """Copies of the named tensors of `arguments` that require grad."""
     present = [name for name in names if isinstance(arguments.get(name), Tensor)]
     return {name: arguments[name].detach().clone().requires_grad_() for name in present}
+
+
+def free(variant: str) -> tuple[str, ...]:
+    """The arguments that finite differences can be taken of: of DoRA's not what its norm, a
+    constant in backward, is made of.
+    """
+    return tuple(name for name in TENSORS if variant != "dora" or name not in ("weight", "A", "B", "scale"))
 
 
 def losses(found: Any, grad_out: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "goat": (GoatLinear, {}),
     "goat-folded": (GoatLinear, {"residual": "folded", "scaling": "goat-s", "init_cof": 0.3}),
     "delora": (DeLoRAMoELinear, {"lam": 2.0}),
+    "goat-dora": (GoatLinear, {"dora": True}),
 }
 
 
@@ -55,7 +56,7 @@ def expected(module: Any, leaves: dict[str, Tensor], x: Tensor) -> Any:
         arguments["scale"] = state["lam"] / 2
     else:
         arguments["scale"] = module.alpha / 2
-    return reference.moe_lora_linear(x, top_k=module.top_k, **arguments)
+    return reference.moe_lora_linear(x, top_k=module.top_k, magnitude=state.get("magnitude"), **arguments)
 
 
 COEF = 0.7

@@ -15,6 +15,7 @@ from grouped_passes import ROWS, Passes, R, check_masks, check_products, check_s
 from kernel_calls import DTYPES
 from traffic import Traffic
 
+from benchmarks import model
 from delora_kernels import functional as F
 from delora_kernels import use_backend
 from delora_kernels.backends.triton import tables
@@ -99,6 +100,10 @@ def test_passes_and_launches(nobodys: int, seed: int) -> None:
             {name: count - part * mine.get(name, 0) for name, count in read.items()}
         )
         assert {name: traffic.written[name] for name in sizes if traffic.written[name]} == written
+    if nobodys == 0:  # what the cost model counts
+        counted = [sum((t.read[n] + t.written[n]) * size for n, size in sizes.items()) for t in (forward, backward)]
+        modelled = [sum(step.bytes for step in model.experts(T, K, N, E, R, 1, wide)) for wide in (False, True)]
+        assert counted == pytest.approx([modelled[0], modelled[1] - modelled[0]])
     # h, GEMM, update; dv, dB̂ and its parts, dÂ and its parts, GEMM, update
     assert (forward.launches, backward.launches) == (3, 7)
 

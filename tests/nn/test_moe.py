@@ -28,7 +28,7 @@ def test_output_and_gradients_are_the_references(kind: str) -> None:
     x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
     grad_out = torch.randn(3, 5, 12, dtype=torch.float64)
     names = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert names == {"A", "B", "router"} | ({"lam"} if kind == "delora" else set())
+    assert names == {"A", "B", "router"} | {"delora": {"lam"}, "goat-dora": {"magnitude"}}.get(kind, set())
     leaves = leaves_of(module)
     y, stats = expected(module, leaves, x)
     loss = (y * grad_out).sum() + 0.4 * stats.balance_loss("paper") + 0.2 * stats.z

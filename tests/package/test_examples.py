@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,22 +57,49 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
         (r"per expert: (\d+) tensors", 100, 100),
         (rf"merged, relative difference: {NUMBER}", 0.0, 1e-5),
     ],
+    "weight_changes": [
+        (rf"\nfull +{NUMBER}", 1e-4, 1e-1),
+        (rf"\nDoRA +\S+ +{NUMBER}", 1e-2, 1.0),
+        (rf"\nDeLoRA +\S+ +\S+ +{NUMBER}", 1e-2, 1.0),
+        (r"\n(\d+) weights measured at 4 steps, correlation of ΔD and ΔM \+0", 14, 14),
+    ],
     "check_in_ci": [(r"(\d+) results on ", 50, 1000), (r"nearest to its limit: .+: (\d+)% of it\nok", 1, 100)],
     "read_the_report": [
         (r"strict=True, but not every adapter layer can be fused: fused (\d) of 4", 2, 2),
-        (r"\nfused (\d) of 4 adapter layers \(3 lora\)", 3, 3),
+        (r"\nfused (\d) of 4 adapter layers \(3 dora\)", 3, 3),
         (rf"the result is the same: largest difference {NUMBER}", 0.0, 1e-5),
-        (r"\n  not fused, (\d): its convolution has groups: base_model.model.mix\n.*\n\n== as text", 1, 1),
+        (
+            r"\n  not fused, (\d): DoRA on a convolution with groups, .+: base_model.model.mix\n.*\n\n== as text",
+            1,
+            1,
+        ),
         (r"restored (\d) layers", 4, 4),  # the convolution too: its class is swapped, its calls are PEFT's
     ],
 }
 """For each script: patterns whose first group must be found once and lie in a range."""
+
+A_PART = """
+import runpy
+from delora_kernels import functional, ops
+from delora_kernels.diagnostics import check
+check.METHODS = dict(list(check.METHODS.items())[:8])
+functional.CALLS = {method.function: functional.CALLS[method.function] for method in check.METHODS.values()}
+ops.NAMES = ops.NAMES[:5]
+runpy.run_module("delora_kernels", run_name="__main__")
+"""
+"""`python -m delora_kernels` of some methods and ops; the check of all: test_command_line.py."""
 
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def number(text: str) -> float:
     return float(text == "True") if text in ("True", "False") else float(text)
+
+
+def _part_of(command: list[str]) -> list[str]:
+    """The command of an example that checks, with a part of the check."""
+    assert command[1:4] == ["-m", "delora_kernels", "check"]
+    return [command[0], "-c", A_PART, *command[3:]]
 
 
 def _main(script: str, folder: str) -> None:
@@ -85,6 +113,8 @@ def _main(script: str, folder: str) -> None:
     out = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    run = subprocess.run
+    subprocess.run = lambda command, **options: run(_part_of(command), **options)  # type: ignore[assignment]
     sys.argv = [script]
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")

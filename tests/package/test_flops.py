@@ -77,9 +77,9 @@ def test_flops_of_a_mixture(variant: str, dropout: str | None, seed: int) -> Non
         return counted(lambda: moe_calls.losses(function(**leaves, **options), dy).backward())
 
     trained = (r if variant == "shared_A" and dropout != "independent" else E * r) + (E if "router" in made else 0)
-    start = 2 * (r + 1) if variant == "residual" else 0
+    start = 2 * (r + 1) if variant in ("residual", "dora") else 0
     columns, width = trained + start, E * r + start
-    forward = 2 * T * (N * K + columns * K + width * N)
+    forward = 2 * T * (N * K + columns * K + width * N) + (2 * N * K * width if variant == "dora" else 0)
     backward = 2 * T * (N * K + columns * K + 2 * width * N + trained * K)
     assert step(fused) == forward + backward
     if variant in COMPARABLE:

@@ -24,6 +24,7 @@ PUBLIC = {
         "ExpertCallback",
         "GoatConfig",
         "TrainingReportCallback",
+        "WeightChangesCallback",
         "__version__",
         "accelerate",
         "allow_delora_on_stored_bases",
@@ -48,6 +49,7 @@ PUBLIC = {
         "warmup",
         "watch_experts",
         "watch_training",
+        "weight_changes",
     ],
     "delora_kernels.bases": ["StoredBase", "register"],
     "delora_kernels.nn": [

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -168,6 +170,40 @@ def test_what_the_times_give() -> None:
     given = found.to_dict()
     assert given["columns"]["peft"]["median_ms"] == 18.0
     assert given["columns"]["frozen"]["over_frozen"] == pytest.approx((1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "now", "up"),
+    [
+        (0, 90.0, False),  # one round is always taken
+        (2, 8.0, False),  # a round takes 2, the five passes behind the rounds 10 / 3: 13.3
+        (2, 14.0, True),  # a round takes 5, the rest 25 / 3: 27.3
+        (4, 12.9, False),  # 2.225, 3.708: 18.8
+        (4, 13.9, True),  # 2.475, 4.125: 20.5
+    ],
+)
+def test_rounds_end_in_time(rounds: int, now: float, up: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """20 seconds from 0; the rounds begin at 4."""
+    problem = Problem(*llama("lora", seed), None)
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr(run, "time", clock)
+    measuring = run._Run(problem, 5, 20.0)
+    clock.perf_counter = lambda: now
+    measuring.rounds = rounds
+    assert measuring._time_is_up(4.0, 3) is up
+
+
+def test_fewer_rounds_are_said(seed: int) -> None:
+    model, batch = llama("lora", seed)
+    for seconds, rounds in ((1e-6, 1), (None, 2)):
+        found = dk.compare(model, batch, steps=2, seconds=seconds)
+        assert {len(column.milliseconds) for column in found.columns} == {rounds}
+        assert found.facts["pass"] == f"forward + backward, median of {rounds}"
+        assert re.fullmatch(r"\d+ s", found.facts["took"])
+    wrong: Any
+    for wrong, error in ((0, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="compare: seconds must be"):
+            dk.compare(model, batch, seconds=wrong)
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient"])

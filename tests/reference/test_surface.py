@@ -22,9 +22,9 @@ ether_plus_weight weight u=None v=None u_out=None v_out=None blocks=paper
 ether_qkv_linear x weight u rows bias=None
 lora_linear_by_sample x weight A B adapters scale=1.0 bias=None
 moe_lora_linear x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
-bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
+bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 magnitude=None dropout_mask=None
 moe_lora_linear_dense x weight A B router=None gates=None adapter_ids=None top_k=None renormalize=True scale=1.0 \
-bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 dropout_mask=None
+bias=None token_mask=None frozen_A=None frozen_B=None residual=1.0 magnitude=None dropout_mask=None
 grouped_lora_linear x weight A B offsets scale=1.0 bias=None dropout_mask=None
 grouped_lora_linear_dense x weight A B offsets scale=1.0 bias=None dropout_mask=None
 grouped_dora_linear x weight A B magnitude offsets scale=1.0 bias=None dropout_mask=None

@@ -84,9 +84,11 @@ def test_trains_as_peft_does(mode: str, method: str, seed: int, tmp_path: Path) 
     # a second block is another matter only where checkpoints make inputs require gradients
     dtype, blocks = options.pop("dtype", torch.float32), 2 if "reentrant" in mode else 1
     plain = {name: value for name, value in options.items() if name not in ("bf16", *MODES["compile"])}
+    # each layer takes a second to trace
+    adapted: Any = ["q_proj", "down_proj"] if mode == "compile" else "all-linear"
     ends, curves = {}, {}
     for run in ("exact", "PEFT", "fused"):
-        made = llama(method, seed, dtype, blocks=blocks)
+        made = llama(method, seed, dtype, blocks=blocks, target_modules=adapted)
         start = trainable(made)
         if run == "exact":
             made.double()
@@ -99,7 +101,7 @@ def test_trains_as_peft_does(mode: str, method: str, seed: int, tmp_path: Path) 
         trained.train()
         ends[run], curves[run] = trainable(made), losses(trained)
     assert callback.report is not None
-    assert (len(callback.report.fused), callback.report.declined) == (7 * blocks, ())
+    assert (len(callback.report.fused), callback.report.declined) == (2 if mode == "compile" else 7 * blocks, ())
     theirs, ours = (distance(ends[run], ends["exact"], start) for run in ("PEFT", "fused"))
     # both are a few draws of rounding errors; a single gradient's is up to 64 eps of its accuracy
     # (see test_peft)

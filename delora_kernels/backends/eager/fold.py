@@ -1,7 +1,8 @@
 """DeLoRA's fold and its inverse for gradients, in plain torch: O(R(K + N)), never token-sized."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +101,86 @@ def unfold(
     dB = dB_hat.mul_(factor).addcmul_(B, share_b, value=-1)
     dA = dA_hat.mul_(weight_norm).div_(column).addcmul_(A, share_a.unsqueeze(1), value=-1)
     return dA, dB, dlam
+
+
+class Stack(NamedTuple):
+    """Factors of several layers of one x, of one dtype, side by side.
+
+    Args:
+        A_hat: Â of all [R, K], of LoRA A itself.
+        members: (A, B, λ, the weight norms) of each, λ None for LoRA.
+        ranks: Of each layer.
+        eps: DeLoRA's ε.
+        norms: Of DeLoRA's A by rows and B by columns [2, R]; None without DeLoRA among them, as all
+            that follows.
+        lengths: What they were divided by [2, R], 1 for LoRA.
+        strength: λ / r [R], 1 for LoRA.
+        factor: B̂ over B [R], which h and dv are multiplied by in place of B.
+    """
+
+    A_hat: Tensor
+    members: Sequence[tuple[Any, ...]]
+    ranks: list[int]
+    eps: float
+    norms: Any = None
+    lengths: Any = None
+    strength: Any = None
+    factor: Tensor | None = None
+
+
+def stack_of(members: Sequence[tuple[Any, ...]], eps: float, norms: Tensor | None = None) -> Stack:
+    """Return the factors of several layers side by side, DeLoRA's folded: what is done to all of
+    them alike in one call.
+
+    Args:
+        members, eps: See `Stack`.
+        norms: What an earlier stack of theirs had.
+    """
+    A_hat, ranks = torch.cat([member[0] for member in members]), [len(member[0]) for member in members]
+    if all([lam is None for _, _, lam, _ in members]):  # noqa: C419, for torch 2.7
+        return Stack(A_hat, members, ranks, eps)
+    if norms is None:
+        norms = A_hat.new_ones((2, len(A_hat)))
+        torch.linalg.vector_norm(A_hat, dim=1, out=norms[0])
+        for (_, B, lam, _), own in zip(members, norms[1].split_with_sizes(ranks), strict=True):
+            if lam is not None:
+                torch.linalg.vector_norm(B, dim=0, out=own)
+    lengths = _clamped(norms, eps)
+    for (_, _, lam, _), own in zip(members, lengths.split_with_sizes(ranks, 1), strict=True):
+        if lam is None:
+            own.fill_(1)
+    A_hat.div_(lengths[0].unsqueeze(1))
+    each = []
+    for (_, _, lam, weight_norm), r, own in zip(members, ranks, A_hat.split_with_sizes(ranks), strict=True):
+        if lam is None:
+            each.append(norms.new_ones(r))
+        else:
+            own.mul_(weight_norm)
+            each.append((lam.reshape(1) / r).expand(r))
+    strength = torch.cat(each)
+    return Stack(A_hat, members, ranks, eps, norms, lengths, strength, strength / lengths[1])
+
+
+def unfold_stack(dA_hat: Tensor, dBs: Sequence[Tensor], along: Tensor, stack: Stack) -> list[Tensor]:
+    """dA in the memory of dÂ, dB in that of B's own gradient, and dλ of each layer.
+
+    Args:
+        dA_hat: [R, K].
+        dBs: dyᵀ (factor ⊙ h) of each, [N, r].
+        along: ⟨dy B, h⟩ [R], which is ⟨dB̂, B⟩, rank by rank.
+        stack: What it is of.
+    """
+    ranks, lengths = stack.ranks, stack.lengths
+    along = along.div_(lengths[1])
+    dlams = [own.mean() for own in along.split_with_sizes(ranks)]
+    shares = (along.mul_(stack.strength) / lengths).div_(lengths).mul_(stack.norms >= stack.eps)
+    dA_hat.div_(lengths[0].unsqueeze(1))
+    parts = zip(stack.members, dA_hat.split_with_sizes(ranks), dBs, shares.split_with_sizes(ranks, 1), strict=True)
+    for (A, B, lam, weight_norm), dA, dB, own in parts:
+        if lam is not None:
+            dA.mul_(weight_norm).addcmul_(A, own[0].unsqueeze(1), value=-1)
+            dB.addcmul_(B, own[1], value=-1)
+    return dlams
 
 
 def fold_backward(

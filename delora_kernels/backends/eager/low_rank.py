@@ -103,16 +103,18 @@ def rescale(
 ) -> None:
     """Write y = c ⊙ (base + scale · h B̂ᵀ) + bias, computed in c's dtype a chunk of rows at a time.
 
-    y may be base. Of an x that was dropped, `undropped` − base is added too: (x − drop(x)) Wᵀ.
+    y may be base: it is c ⊙ base that is written first, and the rank term, of c ⊙ B̂, is added where
+    that stands. Of an x that was dropped, `undropped` − base is added too: (x − drop(x)) Wᵀ.
     """
+    scaled_B = (B_hat * c[:, None]).t()
     if undropped is None and is_one_chunk(c.dtype, base):
-        torch.addmm(base, h, B_hat.t(), alpha=scale, out=y).mul_(c)
+        torch.mul(base, c, out=y).addmm_(h, scaled_B, alpha=scale)
         if bias is not None:
             y += bias
         return
     for rows, chunk in chunks_in(c.dtype, base):
         out = y[rows] if y.dtype == c.dtype and undropped is None else None
-        total = torch.addmm(chunk, h[rows], B_hat.t(), alpha=scale, out=out).mul_(c)
+        total = torch.mul(chunk, c, out=out).addmm_(h[rows], scaled_B, alpha=scale)
         if undropped is not None:
             total += undropped[rows].to(c.dtype) - chunk
         if bias is not None:

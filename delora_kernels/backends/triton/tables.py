@@ -61,7 +61,7 @@ an entry of its own "fp32" takes "mixed"'s, and that the plain one.
 """
 
 HOPPER: dict[str, dict[str, Tiles]] = {
-    "times_small": {"16": Tiles(64, 128, 4, 4), "64": Tiles(64, 128, 4, 3), "128": Tiles(64, 64, 4, 3)},
+    "times_small": {"16": Tiles(64, 128, 4, 4), "64": Tiles(64, 64, 8, 6), "128": Tiles(64, 64, 4, 3)},
     "times_small mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 4, 4), "128": Tiles(64, 32, 8, 2)},
     "token_sums mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 3), "128": Tiles(32, 64, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 4), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
@@ -73,6 +73,7 @@ HOPPER: dict[str, dict[str, Tiles]] = {
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 128, 4, 3), "128": Tiles(64, 64, 4, 3)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 4, 3)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
+    "row_norm": {"32": Tiles(32, 128, 8, 4), "64": Tiles(32, 128, 8, 3)},
 }
 """The same for compute capability 9.0, whose wgmma reads both operands where they were loaded to:
 elsewhere tiles of that size would not fit the registers.

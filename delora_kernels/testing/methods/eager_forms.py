@@ -60,11 +60,31 @@ def _mixed_additive(function: str, x: Tensor, weight: Tensor, bias: Tensor | Non
     adapters'.
     """
     wide = branch["A"].dtype
+    magnitude = branch.pop("magnitude", None)
     added = getattr(reference, function)(x.to(wide), torch.zeros_like(weight, dtype=wide), **branch)
+    if magnitude is not None:
+        return _rescaled_mixture(x, weight, bias, added, magnitude, branch)
     if isinstance(added, Tensor):
         return (linear(x, weight, bias) + added).to(x.dtype)
     update, stats = added
     return (linear(x, weight, bias) + update).to(x.dtype), stats
+
+
+def _rescaled_mixture(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Any, magnitude: Tensor, branch: Mapping[str, Any]
+) -> Any:
+    """Compute base + (c − 1) ⊙ base + c ⊙ branch + bias of a mixture, with its statistics."""
+    wide, names = branch["A"].dtype, ("A", "B", "scale", "frozen_A", "frozen_B", "residual")
+    identity = torch.eye(weight.shape[1], dtype=wide, device=x.device)
+    E = len(branch["B"])
+    mixture: dict[str, Any] = {name: branch[name] for name in names if name in branch}
+    mixture["gates"] = identity.new_full((len(identity), E), 1 / E)
+    with torch.no_grad():
+        mean = reference.moe_lora_linear(identity, weight.to(wide), **mixture)[0].t()
+    base, (update, stats) = linear(x, weight), added
+    c = magnitude / mean.norm(dim=1)
+    y = base + (c - 1) * base + c * update
+    return (y if bias is None else y + bias).to(x.dtype), stats
 
 
 def _mixed_grouped(

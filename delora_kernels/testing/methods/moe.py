@@ -76,6 +76,13 @@ def goat(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
     return made | start | {"token_mask": torch.arange(draw.T) % 3 != 1}
 
 
+def dora(draw: Draw, base: dict[str, Tensor]) -> dict[str, Any]:
+    """With a magnitude of both signs over a mixture with the start subtracted."""
+    made = goat(draw, base)
+    del made["token_mask"]
+    return made | {"magnitude": base["weight"].norm(dim=1) * (1 + draw.normal(draw.N))}
+
+
 _MOE = "moe_lora_linear"
 _START = ("frozen_A", "frozen_B", "residual", "token_mask")
 
@@ -85,5 +92,6 @@ METHODS = (
     Method("moe-shared-a", _MOE, shared_a),
     Method("moe-gates", _MOE, gates),
     Method("goat", _MOE, goat, _START),
+    Method("goat-dora", _MOE, dora, _START, through_x=("dmagnitude",)),
     Method("goat-dropout", _MOE, goat, _START, dropout_p=DROPOUT_P, fused_only={"dropout": "independent"}),
 )

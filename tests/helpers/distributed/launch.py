@@ -1,5 +1,7 @@
-"""Run a function in two processes of one gloo group, and show the traceback of the one that
-fails.
+"""Run functions in two processes of one gloo group, and show the traceback of the one that fails.
+
+The processes are kept from one call to the next, so that what a first pass sets up is set up once;
+where one fails both end, and the next call starts two others.
 """
 
 import gc
@@ -18,6 +20,10 @@ from typing import Any
 from forked import context
 
 WORLD = 2
+_running: list[tuple[Any, Any]] = []
+"""The process of each rank, and the pipe to it."""
+_meeting: list[Any] = []
+"""The folder of the file where they meet, and meet again for each group that a case makes."""
 
 
 def on_two_processes(work: Callable[..., Any], *cases: tuple[Any, ...], seconds: float = 120) -> list[list[Any]]:
@@ -32,22 +38,39 @@ def on_two_processes(work: Callable[..., Any], *cases: tuple[Any, ...], seconds:
         AssertionError: A process raised (the text is the case and its traceback), died, or took too
             long.
     """
+    last = time.monotonic() + seconds
+    try:
+        if not _running:
+            _start()
+            _collect([pipe for _, pipe in _running], last)
+        for _, pipe in _running:
+            pipe.send((work, cases))
+        return _collect([pipe for _, pipe in _running], last)
+    except BaseException:
+        end()
+        raise
+
+
+def _start() -> None:
     processes_of = context()
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(WORLD):
-            receiver, sender = processes_of.Pipe(duplex=False)
-            process = processes_of.Process(target=_main, args=(sender, rank, folder, work, cases), daemon=True)
-            process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
-        try:
-            return _collect(pipes, time.monotonic() + seconds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    _meeting.append(tempfile.TemporaryDirectory())
+    for rank in range(WORLD):
+        ours, theirs = processes_of.Pipe()
+        process = processes_of.Process(target=_main, args=(theirs, rank, _meeting[0].name), daemon=True)
+        process.start()
+        theirs.close()
+        _running.append((process, ours))
+
+
+def end() -> None:
+    """End the processes that are kept."""
+    while _running:
+        process, pipe = _running.pop()
+        process.kill()
+        process.join()
+        pipe.close()
+    while _meeting:
+        _meeting.pop().cleanup()
 
 
 def _collect(pipes: list[Any], end: float) -> list[list[Any]]:
@@ -69,9 +92,9 @@ def _collect(pipes: list[Any], end: float) -> list[list[Any]]:
     return [results[rank] for rank in range(WORLD)]
 
 
-def _main(sender: Any, rank: int, folder: str, work: Callable[..., Any], cases: tuple[tuple[Any, ...], ...]) -> None:
+def _main(pipe: Any, rank: int, folder: str) -> None:
+    """Join the group, then answer each request until one fails or nobody asks any more."""
     import torch
-    from torch import distributed
 
     gc.freeze()  # what the server has imported
     torch.set_num_threads(1)
@@ -80,16 +103,34 @@ def _main(sender: Any, rank: int, folder: str, work: Callable[..., Any], cases: 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # accelerate wants to see them; nobody binds
     warnings.simplefilter("ignore")  # PEFT's and FSDP's words on what the cases do on purpose
-    error, results, case = None, [], None
+    answer = _answered(_meet, [(rank, folder)])
+    while answer[0] is None:
+        pipe.send(answer)
+        try:
+            work, cases = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        answer = _answered(work, [(rank, *case) for case in cases])
+    pipe.send(answer)
+    os._exit(0)  # what a failed rank leaves behind (threads, half a collective) must not hold up its end
+
+
+def _meet(rank: int, folder: str) -> None:
+    from torch import distributed
+
+    store = f"file://{Path(folder) / 'store'}"
+    distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=WORLD, rank=rank)
+
+
+def _answered(work: Callable[..., Any], calls: list[tuple[Any, ...]]) -> tuple[str | None, list[Any]]:
+    """What goes wrong, if anything does, and the results until then; both ranks get there."""
+    from torch import distributed
+
+    error, results, call = None, [], None
     try:
-        distributed.init_process_group(
-            "gloo", f"file://{Path(folder) / 'store'}", timedelta(seconds=60), world_size=WORLD, rank=rank
-        )
-        for case in cases:
-            results.append(work(rank, *case))
+        for call in calls:
+            results.append(work(*call))
         distributed.barrier()
     except BaseException:
-        error = f"{work.__module__}.{work.__name__}, case {case}\n{traceback.format_exc()}"
-    sender.send((error, results))
-    sender.close()
-    os._exit(0)  # what a failed rank leaves behind (threads, half a collective) must not hold up its end
+        error = f"{work.__module__}.{work.__name__}, case {call}\n{traceback.format_exc()}"
+    return error, results

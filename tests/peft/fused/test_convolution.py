@@ -64,25 +64,128 @@ def test_several_adapters_in_pefts_order(order: tuple[str, str], seed: int) -> N
     assert_close(step(made, x), theirs, torch.float64)
 
 
-def _grouped(seed: int) -> Any:
+def grouped(seed: int, method: str = "lora", dims: int = 2, **options: Any) -> Any:
+    """One convolution of two groups, in float64."""
     torch.manual_seed(seed)
-    return peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), config("lora", r=2, target_modules=["0"]))
+    base = nn.Sequential(KINDS[dims](4, 6, 3, groups=2)).double()
+    return peft.get_peft_model(base, config(method, r=4, target_modules=["0"], **options))
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("dims", KINDS)
+def test_groups(dims: int, lora_bias: bool, seed: int) -> None:
+    """In both layouts."""
+    made = grouped(seed, dims=dims, lora_bias=lora_bias)
+    x = torch.randn(2, 4, *(6,) * dims, dtype=torch.float64)
+    theirs = step(made, x)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs, torch.float64)
+    if dims == 2:
+        made, x = (each.to(memory_format=torch.channels_last) for each in (made, x))
+        assert_close(step(made, x), theirs, torch.float64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_lora_bias(layout: torch.memory_format, seed: int) -> None:
+    made, x = adapted("lora", seed, dtype=torch.float64, lora_bias=True), images(seed, dtype=torch.float64)
+    theirs = step(made, x)
+    assert sum("lora_B" in name and "bias" in name for name in theirs) == 2
+    made, x = (each.to(memory_format=layout) for each in (made, x))
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs, torch.float64)
+
+
+@pytest.mark.parametrize("dims", KINDS)
+def test_dora_that_drops_inputs(dims: int, seed: int) -> None:
+    """PEFT's mask, its second convolution, and every gradient, the base's own among them."""
+    made, x = adapted("dora", seed, dims, torch.float64, lora_dropout=0.4), images(seed, dims, torch.float64)
+    for parameter in made.parameters():
+        parameter.requires_grad_()
+    theirs = step(made, x, seed)
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x, seed), theirs, torch.float64)
+
+
+class Checkers(nn.Module):
+    """Drops every other number: the same ones in every layout."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = torch.arange(x.numel(), device=x.device).view(x.shape) % 2
+        return 2 * x * kept
+
+
+def test_dora_that_drops_inputs_in_channels_last(seed: int) -> None:
+    """The numbers of the other layout, whose masks torch draws in another order."""
+    made, x = adapted("dora", seed, dtype=torch.float64, lora_dropout=0.4), images(seed, dtype=torch.float64)
+    for name in ("first", "second"):
+        getattr(made.base_model.model, name).lora_dropout["default"] = Checkers()
+    theirs = step(made, x)
+    made, x = (each.to(memory_format=torch.channels_last) for each in (made, x))
+    dk.accelerate(made, strict=True)
+    assert_close(step(made, x), theirs, torch.float64)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_dropout_in_bfloat16(method: str, autocast: bool, seed: int) -> None:
+    made = adapted(method, seed, dtype=torch.bfloat16, lora_dropout=0.4)
+    if not autocast:  # PEFT's second convolution can't multiply its float32 input with W
+        made = made.bfloat16()
+    x = images(seed, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs = step(made, x, seed)
+        dk.accelerate(made, strict=True)
+        assert_close(step(made, x, seed), theirs, torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_no_gradients(method: str, layout: torch.memory_format, seed: int) -> None:
+    """The same bits without gradients and in inference mode; a result that can be written to."""
+    made, x = (each.to(memory_format=layout) for each in (adapted(method, seed), images(seed)))
+    dk.accelerate(made, strict=True)
+    expected = made(x).detach()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(made(x), expected)
+            made.base_model.model.first(x).add_(1)
+    with torch.no_grad():
+        y = made.base_model.model.first(x)
+    assert not y._is_view()
+
+
+def test_second_derivatives(seed: int) -> None:
+    """Through what was added in place."""
+    made, x = adapted("lora", seed, dtype=torch.float64), images(seed, dtype=torch.float64).requires_grad_()
+    factors = [p for name, p in made.named_parameters() if "lora_" in name]
+
+    def second() -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(made(x).pow(3).sum(), [x, *factors], create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), [x, *factors])
+
+    theirs = second()
+    dk.accelerate(made, strict=True)
+    for ours, their in zip(second(), theirs, strict=True):
+        torch.testing.assert_close(ours, their, rtol=1e-10, atol=1e-10 * float(their.abs().max()))
 
 
 DECLINED: dict[str, tuple[Callable[[int], Any], Callable[[Any], object], str]] = {
-    "groups": (_grouped, lambda made: None, "its convolution has groups"),
-    "bias": (lambda seed: adapted("lora", seed, lora_bias=True), lambda made: None, "lora_bias=True on a convolution"),
+    "groups": (
+        lambda seed: grouped(seed, "dora"),
+        lambda made: None,
+        "DoRA on a convolution with groups, whose norm PEFT takes in its own way",
+    ),
+    "bias": (
+        lambda seed: adapted("dora", seed),
+        lambda made: setattr(made.base_model.model.first.lora_B["default"], "bias", nn.Parameter(torch.ones(8))),
+        "DoRA whose lora_B has a bias",
+    ),
     "disabled": (lambda seed: adapted("lora", seed), lambda made: made.base_model.disable_adapter_layers(), "disabled"),
     "merged": (lambda seed: adapted("lora", seed), lambda made: made.merge_adapter(), "its adapter is merged"),
     "hook": (
         lambda seed: adapted("lora", seed),
         lambda made: made.base_model.model.first.lora_B["default"].register_forward_hook(lambda *_: None),
         "lora_B has hooks",
-    ),
-    "dropout": (
-        lambda seed: adapted("dora", seed, lora_dropout=0.4),
-        lambda made: None,
-        "DoRA's dropout runs a second convolution",
     ),
     "patched": (
         lambda seed: adapted("lora", seed),
@@ -103,7 +206,7 @@ def test_declined(case: str, seed: int) -> None:
     make, change, reason = DECLINED[case]
     made = make(seed)
     change(made)
-    x = torch.randn(2, 4, 6, 6) if case == "groups" else images(seed)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64) if case == "groups" else images(seed)
     layer = next(module for module in made.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
     torch.manual_seed(seed)
     theirs = layer(x)
@@ -122,10 +225,14 @@ def test_an_image_without_a_batch_is_left_to_peft(seed: int) -> None:
 
 def test_a_hooked_base_runs_its_hooks(seed: int) -> None:
     made, x = adapted("lora", seed), images(seed)
-    made.base_model.model.first.base_layer.register_forward_hook(lambda _, __, y: y * 2)
+    kept: list[torch.Tensor] = []
+    base = made.base_model.model.first.base_layer
+    base.register_forward_hook(lambda _, __, y: y * 2)
+    base.register_forward_hook(lambda _, __, y: kept.append(y))
     theirs = step(made, x)
     dk.accelerate(made, strict=True)
     assert_close(step(made, x), theirs)
+    assert torch.equal(*kept)  # what a hook holds is not written to
 
 
 def test_merged_and_back(seed: int) -> None:
@@ -138,9 +245,9 @@ def test_merged_and_back(seed: int) -> None:
     torch.testing.assert_close(made(x), y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 2, 4), ("dora", 3, 8)])
+@pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 1, 4), ("dora", 2, 8)])
 def test_output_sized_tensors(method: str, ours: int, theirs: int, seed: int) -> None:
-    """The base's output among them, forward: PEFT's product, multiple and sum are one."""
+    """The base's output among them, forward: PEFT's product, multiple and sum are added into it."""
     made, x = adapted(method, seed), images(seed)
     layer = made.base_model.model.first
     counts = []

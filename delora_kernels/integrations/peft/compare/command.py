@@ -4,6 +4,7 @@ tokens.
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Wanted(NamedTuple):
         method: One of METHODS.
         rank: Of a new adapter.
         sequences, tokens: Of the batch.
-        steps: As compare() takes them.
+        steps, seconds: As compare() takes them; what loading takes counts in `seconds`.
         device: "cpu", "cuda", ...
         dtype: Of the frozen weights, one of DTYPES; adapters are float32.
         autocast: Whether passes run under bfloat16 autocast.
@@ -44,6 +45,7 @@ class Wanted(NamedTuple):
     sequences: int
     tokens: int
     steps: int
+    seconds: float
     device: str
     dtype: str
     autocast: bool
@@ -56,6 +58,7 @@ def run(wanted: Wanted) -> Comparison:
     Raises:
         OSError, ValueError: Transformers or PEFT can't load what is named.
     """
+    began = time.perf_counter()
     torch.manual_seed(0)
     model: Any = adapted(wanted)
     if wanted.checkpointing:
@@ -63,7 +66,8 @@ def run(wanted: Wanted) -> Comparison:
     model.train()
     ids = torch.randint(model.config.get_text_config().vocab_size, (wanted.sequences, wanted.tokens)).to(wanted.device)
     with torch.autocast(torch.device(wanted.device).type, torch.bfloat16, enabled=wanted.autocast):
-        return compare(model, {"input_ids": ids, "labels": ids}, steps=wanted.steps)
+        left = max(1.0, wanted.seconds - (time.perf_counter() - began))
+        return compare(model, {"input_ids": ids, "labels": ids}, steps=wanted.steps, seconds=left)
 
 
 def adapted(wanted: Wanted) -> nn.Module:
@@ -85,4 +89,4 @@ def load(name: str, dtype: torch.dtype) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder)
         return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        return transformers.AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

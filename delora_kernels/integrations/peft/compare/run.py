@@ -39,6 +39,7 @@ def compare(
     *,
     steps: int = 5,
     loss: Callable[[Any], Tensor] | None = None,
+    seconds: float | None = None,
 ) -> Comparison:
     """Measure a model without its adapters, with PEFT's own layers and with fused ones, forward and
     backward on one batch.
@@ -56,6 +57,8 @@ def compare(
         steps: Rounds in which each form takes one timed pass, after 3 that are not timed.
         loss: Output of the model → the scalar that is differentiated; None: the output's `loss`, or
             the output itself where it is a scalar.
+        seconds: Take no further round that would make it last longer than this, by the rounds
+            before; one is always taken. None: take all of them.
 
     Returns:
         The comparison: `print` it. A form that ran out of memory has a note in place of numbers,
@@ -69,7 +72,9 @@ def compare(
     problem = Problem(model, batch, loss)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise checks.fail(ValueError, "compare", "steps", "an integer ≥ 1", repr(steps), "pass at least 1")
-    run = _Run(problem, steps)
+    if seconds is not None and checks.number("compare", "seconds", seconds) <= 0:
+        raise checks.fail(ValueError, "compare", "seconds", "above 0", seconds, "pass None for no limit")
+    run = _Run(problem, steps, seconds)
     with problem.put_back(), Forms(problem.model) as forms:
         try:
             run.measure(forms)
@@ -80,7 +85,7 @@ def compare(
         tuple(run.columns()),
         tuple(run.differences),
         report,
-        _facts(problem, steps),
+        _facts(problem, run.rounds, run.began),
         problem.tokens,
         run.interrupted,
     )
@@ -89,8 +94,9 @@ def compare(
 class _Run:
     """The measurement, as far as it has come."""
 
-    def __init__(self, problem: Problem, steps: int) -> None:
-        self.problem, self.steps = problem, steps
+    def __init__(self, problem: Problem, steps: int, seconds: float | None = None) -> None:
+        self.problem, self.steps, self.seconds = problem, steps, seconds
+        self.began, self.rounds = time.perf_counter(), 0
         self.interrupted = False
         self.differences: list[Difference] = []
         self.spent: dict[str, list[float]] = {form: [] for form in TITLES}
@@ -118,8 +124,10 @@ class _Run:
                     for _ in range(WARMUP):
                         self.problem.run()
                         bar.update()
-            for index in range(self.steps):
-                turn = index % max(len(todo), 1)
+            first = time.perf_counter()
+            while self.rounds < self.steps and not self._time_is_up(first, len(todo)):
+                turn = self.rounds % max(len(todo), 1)
+                self.rounds += 1
                 for form in todo[turn:] + todo[:turn]:
                     with forms.as_form(form), self._or_note(form, todo):
                         self.spent[form].append(self._timed())
@@ -132,6 +140,17 @@ class _Run:
                 with self._or_note("differences", todo):
                     self.differences = self._differences(forms)
                 bar.update(2)
+
+    def _time_is_up(self, first: float, forms: int) -> bool:
+        """Whether one more round and the passes behind the rounds, a pass for each form and two
+        more, would end too late.
+        """
+        if self.seconds is None or self.rounds == 0:
+            return False
+        now = time.perf_counter()
+        a_round = (now - first) / self.rounds
+        behind = a_round * (forms + 2) / max(forms, 1)
+        return now - self.began + a_round + behind > self.seconds
 
     def _timed(self) -> float:
         device = self.problem.device
@@ -187,7 +206,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return known or "DefaultCPUAllocator" in said or "ALLOC_FAILED" in said
 
 
-def _facts(problem: Problem, steps: int) -> dict[str, str]:
+def _facts(problem: Problem, rounds: int, began: float) -> dict[str, str]:
     device = problem.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
@@ -196,5 +215,6 @@ def _facts(problem: Problem, steps: int) -> dict[str, str]:
         "model": problem.in_words(),
         "machine": f"{where}{threads}",
         "versions": f"delora-kernels {__version__}, {libraries}",
-        "pass": f"forward + backward, median of {steps}",
+        "pass": f"forward + backward, median of {rounds}",
+        "took": f"{time.perf_counter() - began:.0f} s",
     }

@@ -23,7 +23,8 @@ from torch import Tensor
 from delora_kernels import checks
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.dtypes import accumulate_dtype
-from delora_kernels.integrations.peft.export.low_rank_terms import FUNCTION, adapters_of, refuse
+from delora_kernels.integrations.peft.export.low_rank_terms import adapters_of
+from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
 
 try:
     from transformers import conversion_mapping

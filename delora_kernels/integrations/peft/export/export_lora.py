@@ -8,7 +8,7 @@ Folded, a DeLoRA adapter is a LoRA adapter: Δ = B̂ Â. Everything is computed 
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from delora_kernels import checks
+from delora_kernels.integrations.peft.export.diffusion_file import FORMATS, export_diffusion
 from delora_kernels.integrations.peft.export.expert_check import check_file
 from delora_kernels.integrations.peft.export.expert_terms import (
     LAYOUTS,
@@ -30,20 +31,10 @@ from delora_kernels.integrations.peft.export.expert_terms import (
     per_expert_tensors,
 )
 from delora_kernels.integrations.peft.export.lora_folder import PREFIX, lora_config, write
-from delora_kernels.integrations.peft.export.low_rank_terms import (
-    FUNCTION,
-    MERGE,
-    Pair,
-    Survey,
-    adapters_of,
-    pair_of,
-    refuse,
-    survey,
-)
-from delora_kernels.nn import AdapterLinear
-
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""PEFT's LoRA starts that leave the base weight as it is."""
+from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
+from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
+from delora_kernels.integrations.peft.export.used_configs import used_configs
+from delora_kernels.integrations.peft.export.written import carried, written
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,16 @@ class LoraExport:
 
 
 def export_lora(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Module],
     directory: str | os.PathLike[str],
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
     *,
     experts: str = "fused",
+    format: str = "peft",
 ) -> LoraExport:
-    """Write the DeLoRA and LoRA adapters of `model` as one standard LoRA adapter folder.
+    """Write the DeLoRA and LoRA adapters of `model` as one standard LoRA adapter folder, or as one
+    file of a diffusion model's.
 
         y = x Wᵀ + x A'ᵀ B'ᵀ,   A' = diag(1/max(‖A_i‖, ε)) A diag(n),
         B' = B diag(λ / (r max(‖B_i‖, ε)))
@@ -91,7 +84,10 @@ def export_lora(
 
     Args:
         model: A PeftModel, a model with injected PEFT layers (accelerated or not), or any module
-            that holds DeLoRALinear or LoRALinear. Its adapters must be enabled and not merged.
+            that holds DeLoRALinear or LoRALinear. Its adapters must be enabled and not merged. For
+            the formats of diffusion models also several, by the names that they have in diffusers'
+            pipeline: {"unet": ..., "text_encoder": ...}; one alone that is a U-Net or transformer
+            of diffusers needs no name.
         directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another
             method is not.
         adapter: Name of the PEFT adapter. None: those that are active. This library's own modules
@@ -102,29 +98,37 @@ def export_lora(
             PEFT's own keys, or "per_expert", one pair of matrices for each linear of each expert
             (docs/experts.md says which server reads which). Every expert's ΔW is read back from the
             file and compared with the model's.
+        format: "peft", a folder of PEFT's; or one file pytorch_lora_weights.safetensors as
+            "diffusers" loads it, or with "kohya" as kohya-ss's trainers write it for U-Nets and
+            CLIP text encoders (docs/exporting.md). Those two also hold convolutions, and DoRA with
+            its magnitude.
 
     Returns:
-        The folder, the rank of each layer and the size of the file.
+        The folder, the rank of each layer (of those two formats by its name behind the pipeline's
+        name of its model) and the size of the file.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: something can't be written as a LoRA adapter (DoRA and other variants, other
             methods, `nn`'s modules for experts and ETHER, embeddings and convolutions, lora_bias,
             merged or disabled adapters, starts that changed the base weight, trainable tokens, a
-            module held under two names, sharded or meta tensors, values beyond `dtype`), there is
-            nothing to export, or the folder can't be used; the text names the layer and the remedy.
-            Nothing is written then.
+            module held under two names, sharded or meta tensors, values beyond `dtype`; for
+            diffusion models also whatever was trained beside adapters, and models whose names the
+            format does not know), there is nothing to export, or the folder can't be used; the text
+            names the layer and the remedy. Nothing is written then.
         RuntimeError: the file would hold another update of an expert than the model. The folder's
             files are what they were then.
 
     Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv:2503.18225),
     eq. 9; a folded DeLoRA update is a LoRA update (docs/math.md).
     """
-    path = _check_arguments(model, directory, adapter, dtype, experts)
+    path = _check_arguments(model, directory, adapter, dtype, experts, format)
+    if format != "peft" or not isinstance(model, nn.Module):
+        return LoraExport(path, *export_diffusion(model, path, adapter, dtype, format))
     found = survey(model)
     linears = {name: layers for name, layers in found.layers.items() if not are_experts(layers)}
     pairs = {name: pair_of(name, layers, adapter) for name, layers in linears.items()}
-    configs = _used_configs(found, adapter)
+    configs = used_configs(found, adapter)
     factors = {name: _cast(name, pair, dtype) for name, pair in pairs.items() if pair is not None}
     of_experts = _experts(found, adapter, dtype, experts)
     if not factors and not of_experts.ranks:
@@ -176,13 +180,16 @@ def _experts(found: Survey, adapter: str | None, dtype: torch.dtype | None, layo
             else:
                 tensors = fused_tensors(name, pair)
             for key, tensor in tensors.items():
-                made.tensors[key] = _written(f"{name}.{parameter}", key.split(".")[-2][-1], tensor, dtype or pair.dtype)
+                made.tensors[key] = written(f"{name}.{parameter}", key.split(".")[-2][-1], tensor, dtype or pair.dtype)
             made.ranks[f"{name}.{parameter}"] = pair.A.shape[1]
     return made
 
 
-def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, experts: Any) -> Path:
-    if not isinstance(model, nn.Module):
+def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, experts: Any, format: Any) -> Path:
+    if format not in ("peft", *FORMATS):
+        expected = f"one of {('peft', *FORMATS)}"
+        raise checks.fail(ValueError, FUNCTION, "format", expected, repr(format), "pass one of these")
+    if not isinstance(model, nn.Module) and not (isinstance(model, Mapping) and format in FORMATS):
         raise checks.fail(TypeError, FUNCTION, "model", "a torch.nn.Module", type(model).__name__, "pass the model")
     if not isinstance(directory, str | os.PathLike):
         raise checks.fail(TypeError, FUNCTION, "directory", "a path", type(directory).__name__, "pass a folder")
@@ -211,66 +218,9 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, exper
     return path
 
 
-def _used_configs(found: Survey, adapter: str | None) -> list[Any]:
-    """Return the configs of the adapters that are exported, checked for what no layer shows."""
-    layers = [(name, layer) for name, layers in found.layers.items() for layer in layers]
-    holders = [(name, layer) for name, layer in layers if not isinstance(layer, AdapterLinear)]
-    holders += list(found.savers.items())
-    used = {one for name, layer in holders for one in adapters_of(name, layer, adapter)}
-    configs = [(name, config) for name, config in found.configs if name in used or not layers]
-    for name, config in configs:
-        reason = _why_not_config(config)
-        if reason is not None:
-            raise checks.fail(ValueError, FUNCTION, f"adapter {name!r}", "a low-rank term", reason, MERGE)
-    if adapter is not None and adapter not in used:
-        expected = f"None or one of {sorted({name for name, _ in found.configs})}"
-        remedy = "pass the name of an adapter of the PEFT model"
-        raise checks.fail(ValueError, FUNCTION, "adapter", expected, repr(adapter), remedy)
-    return [config for _, config in configs]
-
-
-def _why_not_config(config: Any) -> str | None:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind not in ("LORA", "DELORA"):
-        return f"one of method {kind}"
-    init = getattr(config, "init_lora_weights", True)
-    if init not in _INITS:
-        return f"one whose start changed the base weight (init_lora_weights={init!r})"
-    if getattr(config, "layer_replication", None):
-        return "one that replicates layers of its base (layer_replication)"
-    return None
-
-
 def _cast(name: str, pair: Pair, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return A' and B' as they are written."""
-    return {role: _written(name, role, factor, dtype or pair.dtype) for role, factor in (("A", pair.A), ("B", pair.B))}
-
-
-def _written(name: str, role: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return one factor as it is written."""
-    if not factor.isfinite().all():
-        refuse(name, f"NaN or Inf in its {role}'", "look for NaN, Inf or huge values in the adapter")
-    written = _copied(factor, dtype)
-    if not written.isfinite().all():
-        got = f"values up to {factor.abs().max().item():.3g} in its {role}'"
-        expected = f"within the range of {written.dtype}"
-        raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", expected, got, "pass dtype=torch.float32")
-    return written
-
-
-def _copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a contiguous copy on the CPU that shares memory with nothing, as safetensors
-    wants it.
-    """
-    wanted = tensor.dtype if dtype is None else dtype
-    return tensor.detach().to("cpu", wanted, copy=True, memory_format=torch.contiguous_format)
-
-
-def _carried(name: str, tensor: Any) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        got = "a meta tensor" if type(tensor) in (Tensor, nn.Parameter) else f"a {type(tensor).__name__}"
-        raise checks.fail(ValueError, FUNCTION, repr(name), "a whole local tensor", got, "load or gather it first")
-    return _copied(tensor)
+    return {role: written(name, role, factor, dtype or pair.dtype) for role, factor in (("A", pair.A), ("B", pair.B))}
 
 
 def _modules_to_save(found: Survey, adapter: str | None) -> tuple[list[str], dict[str, Tensor]]:
@@ -285,7 +235,7 @@ def _modules_to_save(found: Survey, adapter: str | None) -> tuple[list[str], dic
                 refuse(name, f"a {type(saver).__name__}, whose trained rows are no low-rank term")
             names.append(name)
             state = saver.modules_to_save[chosen].state_dict()
-            tensors |= {f"{PREFIX}{name}.{key}": _carried(f"{name}.{key}", tensor) for key, tensor in state.items()}
+            tensors |= {f"{PREFIX}{name}.{key}": carried(f"{name}.{key}", tensor) for key, tensor in state.items()}
     return names, tensors
 
 
@@ -307,5 +257,5 @@ def _biases(found: Survey, exported: Iterable[str], configs: list[Any]) -> tuple
         if value is not None and not any(name == saver or name.startswith(f"{saver}.") for saver in found.savers):
             inner = [name] if name else []
             key = ".".join([*inner, "base_layer", "bias"] if name in names else [*inner, "bias"])
-            tensors[PREFIX + key] = _carried(key, value)
+            tensors[PREFIX + key] = carried(key, value)
     return bias, tensors

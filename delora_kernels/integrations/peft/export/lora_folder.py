@@ -4,7 +4,8 @@ weights, its card.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def _targets(names: Iterable[str], base: Iterable[str]) -> list[str] | str:
     return list(names)
 
 
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Give a path beside `file` to write to, which takes its place; nothing is left or changed
+    where the writing raises.
+    """
+    beside = file.with_name(f"{file.name}.part")
+    try:
+        yield beside
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write(
     path: Path,
     tensors: dict[str, Tensor],
@@ -116,13 +130,10 @@ def write(
         Size of the weights' file in bytes.
     """
     path.mkdir(parents=True, exist_ok=True)
-    file, beside = path / SAFETENSORS_WEIGHTS_NAME, path / f"{SAFETENSORS_WEIGHTS_NAME}.part"
-    try:
+    file = path / SAFETENSORS_WEIGHTS_NAME
+    with replaced(file) as beside:
         save_file(tensors, beside, metadata={"format": "pt"})
         check(beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
     mapping = {"base_model_class": type(trunk).__name__, "parent_library": type(trunk).__module__}
     config.save_pretrained(str(path), auto_mapping_dict=mapping if config.task_type is None else None)
     card = path / "README.md"

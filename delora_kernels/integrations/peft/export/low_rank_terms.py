@@ -6,33 +6,26 @@ without adapters: PEFT's and torch's wrappers vanish from it. `pair_of` folds al
 linear into y += x A'ᵀ B'ᵀ, and refuses what is no such term. Nothing here writes to the model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel
-from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from delora_kernels import checks, ops
+from delora_kernels import checks
 from delora_kernels.bases.plain import why_not_local
 from delora_kernels.dtypes import accumulate_dtype
+from delora_kernels.integrations.peft.export.peft_folds import Fold, peft_fold
+from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
 from delora_kernels.nn import AdapterLinear, DeLoRALinear, DoRALinear, LoRALinear, MoELoRALinear
 from delora_kernels.nn.base import MergeableLinear
-from delora_kernels.op_arguments import Start, Strength
-
-FUNCTION = "export_lora"
-
-_PEFT_DELORA_EPS = 1e-4
-"""PEFT's lower clamp of DeLoRA's norms."""
 
 LOW_RANK = (LoRALinear, DeLoRALinear)
 """The modules of `nn` that are low-rank terms: y += x A'ᵀ B'ᵀ, A' and B' by their `_factors`."""
@@ -55,17 +48,17 @@ _WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_m
 """Names under which torch's other wrappers (compile, FSDP, checkpointing) keep it."""
 
 _GATHER = "gather it first (FSDP: summon_full_params, DTensor: full_tensor, DeepSpeed: GatheredParameters)"
-MERGE = "merge the adapter (merge_and_unload) and save the whole model instead"
 
 
 class Pair(NamedTuple):
-    """A low-rank update y += x A'ᵀ B'ᵀ: A' [R, K] and B' [N, R], and the dtype of the factors it
-    was made from.
+    """A low-rank update y += x A'ᵀ B'ᵀ: A' [R, K] and B' [N, R], the dtype of the factors it was
+    made from, and DoRA's magnitude [N].
     """
 
     A: Tensor
     B: Tensor
     dtype: torch.dtype
+    magnitude: Tensor | None = None
 
 
 @dataclass
@@ -83,11 +76,6 @@ class Survey:
     savers: dict[str, Any] = field(default_factory=dict)
     base: dict[str, nn.Module] = field(default_factory=dict)
     configs: list[tuple[str, PeftConfig]] = field(default_factory=list)
-
-
-def refuse(name: str, got: str, remedy: str = MERGE) -> NoReturn:
-    """Raise the error of a layer that is no low-rank term."""
-    raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", "a low-rank term on a plain linear", got, remedy)
 
 
 def survey(model: nn.Module) -> Survey:
@@ -154,48 +142,53 @@ def adapters_of(name: str, layer: Any, adapter: str | None) -> list[str]:
     return chosen
 
 
-def pair_of(name: str, layers: list[Any], adapter: str | None) -> Pair | None:
+def pair_of(name: str, layers: list[Any], adapter: str | None, *, diffusion: bool = False) -> Pair | None:
     """All that acts on the linear `name`, stacked into one pair, on the CPU in float32 (float64 for
     float64 factors).
 
         A' = [A'₁; A'₂; ...],   B' = [B'₁, B'₂, ...]
 
-    None where none of the wanted adapters acts on it.
+    None where none of the wanted adapters acts on it. With `diffusion`, the file is one that holds
+    convolutions, their A' flattened, and DoRA, which stands alone.
     """
-    folds: list[tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Tensor], Any]] = []
+    folds: list[Fold] = []
     for layer in layers:
         if isinstance(layer, AdapterLinear):
-            folds.append((_fold_own, _own_tensors(name, layer), layer))
+            folds.append(_fold_own(name, layer))
             continue
         for chosen in adapters_of(name, layer, adapter):
-            folds.append(_peft_fold(name, layer, chosen))
+            folds.append(peft_fold(name, layer, chosen, diffusion))
     if not folds:
         return None
-    tensors = [(role, tensor) for _, roles, _ in folds for role, tensor in roles.items()]
+    tensors = [(role, tensor) for each in folds for role, tensor in each.tensors.items()]
     for role, tensor in tensors:
         reason = why_not_local(tensor, role)
         if reason is not None:
             remedy = "load or initialise it first" if tensor.is_meta else _GATHER
             raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", "one whole on this process", reason, remedy)
+    magnitude = next((tensor for role, tensor in tensors if role == "magnitude"), None)
+    if magnitude is not None and len(folds) > 1:
+        refuse(name, "DoRA beside another adapter, which it rescales too", "activate one of them")
     acc = accumulate_dtype(_promote(tensor for _, tensor in tensors))
     pairs = []
     with torch.no_grad():
-        for fold, roles, source in folds:
-            A, B = fold(roles, source, acc)
-            K, N = source.in_features, source.out_features
+        for fold in folds:
+            A, B = fold.factors(acc)
+            K, N = fold.K, fold.N
             if A.dim() != 2 or A.shape[1] != K or B.shape != (N, A.shape[0]):
                 got = f"{list(A.shape)} and {list(B.shape)}"
                 raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", f"of [R, {K}] and [{N}, R]", got, _GATHER)
             pairs.append((A.cpu(), B.cpu()))
         A, B = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
-    return Pair(A, B, _promote(tensor for role, tensor in tensors if role.endswith(("A", "B"))))
+        magnitude = None if magnitude is None else magnitude.detach().flatten().cpu()
+    return Pair(A, B, _promote(tensor for role, tensor in tensors if role.endswith(("A", "B"))), magnitude)
 
 
 def _promote(tensors: Iterable[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _own_tensors(name: str, layer: AdapterLinear) -> dict[str, Tensor]:
+def _fold_own(name: str, layer: AdapterLinear) -> Fold:
     for kind, why_not in NOT_LOW_RANK.items():
         if isinstance(layer, kind):
             refuse(name, *why_not)
@@ -205,48 +198,10 @@ def _own_tensors(name: str, layer: AdapterLinear) -> dict[str, Tensor]:
     if layer.merged:
         refuse(name, "a merged adapter: its weight is not the base model's", "call unmerge() first")
     tensors = chain(layer.named_parameters(), layer.named_buffers())
-    return {role: tensor for role, tensor in tensors if role not in ("weight", "bias")}
+    factors = {role: tensor for role, tensor in tensors if role not in ("weight", "bias")}
 
+    def folded(acc: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B, scale = layer._factors(acc)
+        return A, B * scale
 
-def _fold_own(_: Any, layer: AdapterLinear, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    A, B, scale = layer._factors(acc)
-    return A, B * scale
-
-
-def _peft_fold(name: str, layer: Any, adapter: str) -> tuple[Any, dict[str, Tensor], Any]:
-    if hasattr(layer, "why_not_low_rank"):  # a layer of this library
-        refuse(name, *layer.why_not_low_rank)
-    # accelerate() puts a subclass of PEFT's class there, which computes the same
-    kind = next(cls for cls in type(layer).__mro__ if not cls.__module__.startswith("delora_kernels."))
-    if kind is DeloraLinear:
-        roles = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
-        tensors = {role: getattr(layer, role)[adapter] for role in roles}
-        A = tensors["delora_A"]
-        if A.dim() == 2 and 0 < A.shape[0] != layer.r[adapter]:
-            refuse(name, f"rank {layer.r[adapter]} with a delora_A of {list(A.shape)}", "set r to delora_A's rows")
-        return _fold_delora, {role.replace("delora_", "", 1): tensor for role, tensor in tensors.items()}, layer
-    if kind is not LoraLinear:
-        refuse(name, f"a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__} layer")
-    variant = layer.lora_variant.get(adapter)
-    if isinstance(variant, DoraLinearVariant):
-        refuse(name, "DoRA, which rescales the rows of W itself")
-    if variant is not None:
-        refuse(name, f"the LoRA variant {type(variant).__name__}", "see whether PEFT can convert or merge it")
-    owners = {"A": layer.lora_A[adapter], "B": layer.lora_B[adapter]}
-    for role, owner in owners.items():
-        if type(owner) is not nn.Linear:
-            refuse(name, f"a lora_{role} that is a {type(owner).__name__}")
-        if owner.bias is not None:
-            refuse(name, f"a lora_{role} with a bias (lora_bias=True), which most loaders of LoRA don't know")
-    scale = float(layer.scaling[adapter])
-    return (
-        lambda tensors, _, acc: (tensors["A"].to(acc), tensors["B"].to(acc) * scale),
-        {role: owner.weight for role, owner in owners.items()},
-        layer,
-    )
-
-
-def _fold_delora(tensors: dict[str, Tensor], _: Any, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    A, B, lam, weight_norm = tensors.values()
-    A_hat, B_hat, _, _ = ops.fold(A, B, Strength(lam, weight_norm, _PEFT_DELORA_EPS), Start(), acc, "eager")
-    return A_hat, B_hat
+    return Fold(factors, folded, layer.in_features, layer.out_features)

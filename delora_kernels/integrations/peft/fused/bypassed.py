@@ -1,5 +1,6 @@
-"""Adapter layers that their parents compute past the layers' own forward: Unsloth and axolotl give
-an attention or MLP module a function that reads W, A and B of its linears itself.
+"""Adapter layers that their parents compute past the layers' own forward: nn.MultiheadAttention
+reads the weights of its projections, and Unsloth and axolotl give an attention or MLP module a
+function that reads W, A and B of its linears itself.
 
 Those functions are named apply_lora_*; what they put in their place where nothing is to be fused
 (original_apply_*) calls the layers.
@@ -18,8 +19,17 @@ _CALLS: dict[str, tuple[str, ...]] = {
 """What a module may have been given → the linears that it computes; (): all."""
 
 
+MULTIHEAD_ATTENTION = (
+    "nn.MultiheadAttention reads the weights of its projections and calls none of them: PEFT puts adapters of the "
+    "whole module into them for each call"
+)
+"""Why adapters on it run PEFT's own forward, all of them."""
+
+
 def why_bypassed(parent: nn.Module | None, name: str) -> str | None:
     """Say why the forward of the layer `name` is never called by its parent, or None."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return MULTIHEAD_ATTENTION
     for attribute, linears in _CALLS.items() if parent is not None else ():
         given: Any = vars(parent).get(attribute)
         function = getattr(given, "__func__", given)

@@ -1,26 +1,29 @@
 """PEFT's LoRA and DoRA on convolutions: the base and lora_A run as they are, the rest in one pass.
 
-    y = base(x) + scale · B lora_A(drop(x))
+    y = base(x) + scale · (B lora_A(drop(x)) + lora_bias)
     DoRA: c ⊙ (y − bias) + bias,   c = m / ‖W + scale · BA‖
+    where it drops inputs, d = drop(x): y = base(x) + (c − 1) ⊙ (W d) + (c · scale) B lora_A(d)
 
 The frozen convolution is the library's own (cuDNN, oneDNN), as a linear's GEMM is. PEFT makes a
 token-sized tensor of the product with B, one of its multiple and one of the sum, and for DoRA four
-more; here it is one, and for DoRA two. All of it is plain torch, so that programs are compiled and
-exported, and gradients differentiated, as before.
+more; here the sum is made in the convolution's output, and DoRA's factor takes one. All of it is
+plain torch, so that programs are compiled and exported, and gradients differentiated, as before.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 from torch import Tensor, nn
 
 from delora_kernels.bases.plain import NotLocal, parameter, why_not_local, why_not_plain
-from delora_kernels.functional.channel_term import add_channel_term, rescale_channels
+from delora_kernels.functional.channel_term import add_channel_term, along_channels, rescale_channels
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
+    gives_fresh_output,
     plan_in_torch,
     run_in_torch,
     verdict_in_torch,
@@ -69,14 +72,16 @@ class FusedConv3d(Conv3d):
 
 
 class _Adapter(NamedTuple):
-    """One active adapter: lora_A, its dropout, B [N, r, 1, ...] and the scale; of DoRA the
-    magnitude [1, N, 1, ...].
+    """One active adapter: lora_A, its dropout, B [N, r / groups, 1, ...], its bias [N], the scale
+    and the groups; of DoRA the magnitude [1, N, 1, ...].
     """
 
     A: nn.Module
     dropout: nn.Module
     B: Tensor
+    bias: Tensor | None
     scale: float
+    groups: int
     magnitude: Tensor | None
 
 
@@ -102,19 +107,17 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
     reason: str | None = why_not_plain(B, "lora_B") or why_not_class(type(B)) or why_not_local(B.weight, "lora_B")
     if type(A) in _TORCHS:  # another one runs as it is
         reason = reason or why_not_local(A.weight, "lora_A")
+    if B.bias is not None:
+        reason = reason or why_not_local(B.bias, "lora_B's bias")
     reason = reason or why_not_scale(scale)
     if reason is not None:
         return reason
-    if B.bias is not None:
-        return "lora_bias=True on a convolution"
-    if B.groups != 1:
-        return "its convolution has groups"
     if B.weight.shape[2:].numel() != 1 or {*B.stride} != {1} or {*B.padding} != {0}:
         return "its lora_B is more than a product"
     magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
     if isinstance(magnitude, str):
         return magnitude
-    return _Adapter(A, layer.lora_dropout[name], B.weight, float(scale), magnitude)
+    return _Adapter(A, layer.lora_dropout[name], B.weight, B.bias, float(scale), B.groups, magnitude)
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | str:
@@ -131,8 +134,10 @@ def _magnitude(layer: Any, name: str) -> Tensor | str:
         return f"its base layer is a {type(base).__name__}, whose weight DoRA reads"
     if caches_dora_norms(layer):
         return "PEFT's cache of DoRA norms is on"
-    if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
-        return "DoRA's dropout runs a second convolution"
+    if layer.lora_B[name].groups != 1:
+        return "DoRA on a convolution with groups, whose norm PEFT takes in its own way"
+    if layer.lora_B[name].bias is not None:
+        return "DoRA whose lora_B has a bias"
     A = layer.lora_A[name]
     if type(A) is not _TORCHS[place]:
         return _is_a("lora_A", A)
@@ -157,12 +162,27 @@ def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
     """
     base = layer.base_layer
     y: Tensor = base(x)
-    dtype = y.dtype
-    for A, dropout, B, scale, magnitude in adapters:
-        x = layer._cast_input_dtype(x, parameter(A, "weight").dtype)
-        h = A(dropout(x) if magnitude is None else x)  # PEFT's DoRA asks the layer whether it trains, not its dropout
-        y = add_channel_term(y, h, B.flatten(1), scale)
-        if magnitude is not None:
-            c = magnitude.flatten() / constant_row_norm(base.weight, parameter(A, "weight"), B, scale)
-            y = rescale_channels(y, c, base.bias)
+    dtype, fresh = y.dtype, gives_fresh_output(base, _TORCHS)
+    for adapter in adapters:
+        x = layer._cast_input_dtype(x, parameter(adapter.A, "weight").dtype)
+        if adapter.magnitude is None:
+            h = adapter.A(adapter.dropout(x))
+            y = add_channel_term(y, h, adapter.B.flatten(1), adapter.scale, adapter.groups, fresh)
+            if adapter.bias is not None:
+                y = y + along_channels(adapter.scale * adapter.bias, y)
+        else:
+            y = _with_dora(layer, adapter, adapter.magnitude.flatten(), x, y, fresh)
+        fresh = True  # what was made here nobody else has
     return y.to(dtype)
+
+
+def _with_dora(layer: Any, adapter: _Adapter, magnitude: Tensor, x: Tensor, y: Tensor, fresh: bool) -> Tensor:
+    """Add one DoRA adapter to y."""
+    base, A, B, scale = layer.base_layer, adapter.A, adapter.B, adapter.scale
+    c = magnitude / constant_row_norm(base.weight, parameter(A, "weight"), B, scale)
+    if isinstance(adapter.dropout, nn.Identity) or not layer.training:  # PEFT asks the layer, not its dropout
+        return rescale_channels(add_channel_term(y, A(x), B.flatten(1), scale, fresh=fresh), c, base.bias)
+    x = adapter.dropout(x)
+    dropped = layer.conv_fn(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
+    y = torch.addcmul(y, along_channels(c - 1, y), dropped)
+    return add_channel_term(y, A(x), (c[:, None] * B.flatten(1)).to(B.dtype), scale, fresh=True)

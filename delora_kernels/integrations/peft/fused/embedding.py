@@ -18,6 +18,7 @@ from delora_kernels.bases.plain import why_not_local, why_not_plain
 from delora_kernels.functional.channel_term import add_row_term
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.in_torch import (
+    gives_fresh_output,
     plan_in_torch,
     run_in_torch,
     verdict_in_torch,
@@ -25,9 +26,10 @@ from delora_kernels.integrations.peft.fused.in_torch import (
 )
 from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
+from delora_kernels.integrations.peft.fused.variants import KINDS, LORA
 from delora_kernels.integrations.peft.verdict import Verdict
 
-for _kind in (Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):
+for _kind in (Embedding, nn.Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):
     why_not_class(_kind)  # takes note of what the class defines
 
 
@@ -67,7 +69,13 @@ def _adapter(layer: Any, name: str) -> _Adapter | str:
         return reason
     if getattr(layer, "input_fns", {}).get(name) or getattr(layer, "output_fns", {}).get(name):
         return "its embedding is split among devices"
-    magnitude = None if layer.lora_variant.get(name) is None else _magnitude(layer, name)
+    variant = layer.lora_variant.get(name)
+    is_lora = variant is None or KINDS.get(type(variant)) == LORA
+    if variant is not None and is_lora:
+        reason = why_not_class(type(variant))
+        if reason is not None:
+            return reason
+    magnitude = None if is_lora else _magnitude(layer, name)
     return magnitude if isinstance(magnitude, str) else _Adapter(A, B, float(scale), magnitude)
 
 
@@ -94,11 +102,12 @@ def _run(layer: Any, adapters: list[_Adapter], x: Tensor) -> Tensor:
     """Run the adapters one after the other, as PEFT does."""
     y: Tensor = layer.base_layer(x)
     dtype, embed_scale = y.dtype, layer._get_embed_scale()
+    fresh = gives_fresh_output(layer.base_layer, (nn.Embedding,))
     for A, B, scale, magnitude in adapters:
         h = layer._embed(x, A.t())
         if embed_scale is not None:  # of Gemma's, whose base scales what it looks up
             h = h * embed_scale.to(h.dtype)
-        y = add_row_term(y, h, B, scale)
+        y, fresh = add_row_term(y, h, B, scale, fresh), True  # what was made here nobody else has
         if magnitude is not None:
             y = y * (magnitude / constant_row_norm(layer.get_base_layer().weight.t(), A, B, scale))
     return y.to(dtype)

@@ -20,6 +20,7 @@ from delora_kernels.functional.grouped import routed_call
 from delora_kernels.integrations.peft.fused.experts import plan_of_experts
 from delora_kernels.integrations.peft.fused.experts_block import Projection
 from delora_kernels.integrations.peft.fused.stored_bases import StoredRun
+from delora_kernels.integrations.peft.fused.variants import ActivatedRun, ArrowRun
 from delora_kernels.integrations.peft.verdict import Verdict
 
 TOKENS = 2
@@ -57,15 +58,16 @@ def _of_linear(layer: Any, run: Any) -> AnyCall | None:
     base = base_in(layer.get_base_layer())
     if run is None and hasattr(type(layer), "fused_method"):
         run = layer.forward  # of the library's own methods
-    if run is None or isinstance(base, str):
-        return None
+    run = run.run if isinstance(run, StoredRun) else run
+    if run is None or isinstance(base, str) or isinstance(run, ActivatedRun | ArrowRun):
+        return None  # a variant's first call makes what it needs of the weights, which is not to happen here
     dtype = base.weight.dtype
     if isinstance(base, StoredBase) and base.compute_dtype is None:
         if type(base).computes_in is not StoredBase.computes_in:
             return None  # its first call settles the dtype, which is not to happen here
     x = torch.empty(TOKENS, base.shape[1], dtype=dtype, device=base.device)
     with torch.random.fork_rng([x.device] if x.is_cuda else []):  # a seed may be drawn
-        return call_made_by(run.run if isinstance(run, StoredRun) else run, x)
+        return call_made_by(run, x)
 
 
 def _of_experts(layer: nn.Module) -> Iterator[AnyCall]:

@@ -13,14 +13,14 @@ only where no earlier forward pass can be run again (outstanding.py).
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from delora_kernels.call import Call
-from delora_kernels.functional.straight import run_straight, surroundings
+from delora_kernels.functional.straight import run_straight, surroundings, unwatched
 from delora_kernels.integrations.peft.fused.look import is_plain
 from delora_kernels.integrations.peft.fused.one_call import PlannedCall, PlannedRun, StraightCall, same_inputs
 from delora_kernels.integrations.peft.fused.outstanding import Outstanding, in_backward
@@ -175,13 +175,13 @@ class Group:
 
 
 class _Output(NamedTuple):
-    """What is held for a layer: whether its call was planned, what it is made of besides x, those
-    tensors' versions, its y.
+    """What is held for a layer: how its call was read, what it is made of besides x, what was true
+    of these tensors, its y.
     """
 
-    is_planned: bool
+    kind: Any
     inputs: tuple[Any, ...]
-    versions: list[int]
+    facts: list[Any]
     y: Tensor
 
 
@@ -203,12 +203,26 @@ class _Held(threading.local):
         if held is None or self._x() is not x or self._around != surroundings(x):
             return None
         # with a leader that was planned, all were: also one that comes by the straight way
-        now = PlannedCall.of(layer, x) if held.is_planned and isinstance(call, StraightCall) else call
-        if now is None:
+        now = PlannedCall.of(layer, x) if held.kind is PlannedCall and isinstance(call, StraightCall) else call
+        inputs = () if now is None else now.inputs()
+        if not same_inputs(held.inputs, inputs) or held.facts != held.kind.facts(inputs):
             return None
-        inputs = now.inputs()
-        if not same_inputs(held.inputs, inputs) or held.versions != _versions(inputs):
+        return self._handed_out(layer, held)
+
+    def take_at_a_look(self, layer: nn.Module, x: Tensor, is_same: Callable[[Any, Any], bool]) -> Tensor | None:
+        """Do as `take` where the call was read at one look, and the layer is as it was; None says
+        no more than that the call is to be read.
+        """
+        held = self._outputs.get(layer)
+        if held is None or self._x() is not x or held.kind is not StraightCall:
             return None
+        if self._around != surroundings(x) or not unwatched(x):
+            return None
+        if not is_same(layer, held.inputs) or held.facts != StraightCall.facts(held.inputs):
+            return None
+        return self._handed_out(layer, held)
+
+    def _handed_out(self, layer: nn.Module, held: _Output) -> Tensor:
         del self._outputs[layer]
         if not self._outputs:
             self.drop()
@@ -230,10 +244,6 @@ def _let_go(group: Group, outputs: dict[Any, _Output]) -> None:
         outputs.clear()
 
 
-def _versions(inputs: Iterable[Any]) -> list[int]:
-    return [each._version for each in inputs if isinstance(each, Tensor) and not each.is_inference()]
-
-
 def _together(group: Group, x: Tensor, calls: Mapping[Any, Any]) -> Tensor:
     """Compute the outputs of a group; keep all but the leader's for their layers."""
     _held.drop()
@@ -241,8 +251,9 @@ def _together(group: Group, x: Tensor, calls: Mapping[Any, Any]) -> Tensor:
     y, *others = calls[leader].together(list(calls.values()))
     outputs = {}
     for layer, other in zip(rest, others, strict=True):
-        inputs = calls[layer].inputs()
-        outputs[layer] = _Output(isinstance(calls[layer], PlannedCall), inputs, _versions(inputs), other)
+        call = calls[layer]
+        inputs = call.inputs()
+        outputs[layer] = _Output(type(call), inputs, call.facts(inputs), other)
     _held.put(group, x, outputs)
     group.ran(leader, y)
     return y
@@ -253,6 +264,23 @@ def form(layers: Sequence[nn.Module]) -> None:
     group = Group(layers)
     for layer in layers:
         layer.__dict__[PLACE].group = group
+
+
+def handed_out(layer: nn.Module, x: Tensor, is_same: Callable[[Any, Any], bool]) -> Tensor | None:
+    """Return what the first of its group computed for `layer`, if it is called with that x and
+    nothing has changed since; None says no more than that its call is to be read.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        is_same: Tells of a layer, and of what a call of it that was read at one look was made of,
+            whether it would be read so again.
+    """
+    group = _held.group
+    if group is None or is_compiling():
+        return None
+    place = place_of(layer)
+    return None if place is None or place.group is not group else _held.take_at_a_look(layer, x, is_same)
 
 
 def run(layer: nn.Module, x: Tensor, call: Call) -> Tensor:

@@ -8,9 +8,9 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from delora_kernels.bases.plain import any_module_has_hooks, has_other_forward
+from delora_kernels.bases.plain import any_module_has_hooks, has_other_forward, why_not_plain
 from delora_kernels.integrations.peft.fused import verdicts
 from delora_kernels.integrations.peft.fused.plan import why_not_class
 from delora_kernels.integrations.peft.fused.stored_bases import why_not_peft
@@ -74,6 +74,13 @@ def why_not_scale(scale: Any) -> str | None:
     if not isinstance(scale, Real):
         return f"its scaling is a {type(scale).__name__}"
     return None if -math.inf < float(scale) < math.inf else "its scaling is not finite"
+
+
+def gives_fresh_output(base: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Tell whether what a call of the base returns is a new tensor that nobody else holds: it is a
+    layer of torch's own, of one of `kinds`, with nothing put in its way.
+    """
+    return type(base) in kinds and why_not_plain(base, "base layer") is None and why_not_class(type(base)) is None
 
 
 def run_fused(run: Fused, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ to it later is seen.
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -25,13 +26,14 @@ from delora_kernels.integrations.peft.fused.beside_base import BesideRun
 from delora_kernels.integrations.peft.fused.convolution import FusedConv1d, FusedConv2d, FusedConv3d
 from delora_kernels.integrations.peft.fused.embedding import FusedEmbedding
 from delora_kernels.integrations.peft.fused.experts import FusedParamWrapper
-from delora_kernels.integrations.peft.fused.groups import ran_alone, run, run_planned
+from delora_kernels.integrations.peft.fused.groups import handed_out, ran_alone, run, run_planned
 from delora_kernels.integrations.peft.fused.mixed_batch import mixed_verdict_of
 from delora_kernels.integrations.peft.fused.one_call import PlannedRun
 from delora_kernels.integrations.peft.fused.plan import verdict_of
 from delora_kernels.integrations.peft.fused.quick_plan import delora_run, lora_run, run_delora, run_lora
 from delora_kernels.integrations.peft.fused.stored_bases import CLASSES, StoredRun, is_on_stored_base
-from delora_kernels.integrations.peft.fused.straight import read_delora, read_lora
+from delora_kernels.integrations.peft.fused.straight import is_same_delora, is_same_lora, read_delora, read_lora
+from delora_kernels.integrations.peft.fused.variants import ActivatedRun
 from delora_kernels.integrations.peft.verdict import log_once
 
 
@@ -40,6 +42,9 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
+            y = handed_out(self, x, is_same_lora)
+            if y is not None:
+                return y
             call = read_lora(self, x)
             if call is not None:
                 return run(self, x, call)
@@ -65,6 +70,9 @@ class FusedDeloraLinear(DeloraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
+            y = handed_out(self, x, is_same_delora)
+            if y is not None:
+                return y
             call = read_delora(self, x)
             if call is not None:
                 return run(self, x, call)
@@ -178,7 +186,13 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     _, reason, fused = verdict_of(layer) if names is None else mixed_verdict_of(layer, names, x)
     if fused is not None:
         others = kwargs if names is None else {**kwargs, "adapter_names": None}
-        reason = _why_not_call(layer, fused, x, args, others)
+        planned = fused.run if isinstance(fused, StoredRun) else fused
+        if isinstance(planned, ActivatedRun):
+            offsets = kwargs.get("alora_offsets")
+            others = {**others, "alora_offsets": None}
+            reason, planned = planned.why_not(x, offsets), planned.at(offsets)
+            fused = replace(fused, run=planned) if isinstance(fused, StoredRun) else planned
+        reason = reason or _why_not_call(layer, fused, x, args, others)
         if reason is None:
             return run_planned(layer, x, fused.run_on(x) if isinstance(fused, StoredRun) else fused)
     if reason is not None and refuses(reason, x):

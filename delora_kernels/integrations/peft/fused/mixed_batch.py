@@ -70,7 +70,7 @@ def _plan_of(layer: Any, names: Sequence[str], x: Tensor) -> Callable[[Tensor], 
     for adapter in adapters:
         if adapter.dropout_p:
             return "it is called with adapter_names while dropout drops"
-        if adapter.tensors.keys() != {"lora_A", "lora_B"}:
+        if adapter.plan is not None or adapter.tensors.keys() != {"lora_A", "lora_B"}:
             return "it is called with adapter_names, and an adapter is more than A and B"
     places = [used.index(name) if name in used else None for name in names]
     A, B = ([adapter.tensors[role] for adapter in adapters] for role in ("lora_A", "lora_B"))

@@ -33,7 +33,7 @@ def run_one_by_one(adapters: Sequence[Any], base: PlainBase, x: Tensor) -> Tenso
         A, B, bias = adapter.tensors["lora_A"], adapter.tensors["lora_B"], adapter.tensors.get("lora_bias")
         x = x.to(A.dtype)
         h = linear(dropout(x, adapter.dropout_p) if adapter.dropout_p else x, A)
-        y = add_row_term(y, h, B, adapter.scale)
+        y = add_row_term(y, h, B, adapter.scale, fresh=True)  # F.linear's, and ours after it
         if bias is not None:
             y = y + adapter.scale * bias
         if "magnitude" in adapter.tensors:

@@ -18,15 +18,25 @@ from delora_kernels.functional.planned import linears_at_a_glance
 from delora_kernels.functional.straight import run_shared, run_straight
 
 
-@dataclass(frozen=True)
 class StraightCall:
     """A call that was read at one look."""
 
-    call: Call
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
 
     def inputs(self) -> tuple[Any, ...]:
         """Return all that it is made of besides x."""
         return self.call[1:]
+
+    @staticmethod
+    def facts(inputs: Sequence[Any]) -> list[Any]:
+        """Return what was read of the tensors among `inputs`, and may change where they stay the
+        same.
+        """
+        tensors = [each for each in inputs[:-1] if each is not None]
+        return [(t._version, t.requires_grad, t.dtype, t.shape) for t in tensors if not t.is_inference()]
 
     def run(self) -> Tensor:
         """Return the layer's output."""
@@ -93,6 +103,11 @@ class PlannedCall:
     def inputs(self) -> tuple[Any, ...]:
         """Return all that it is made of besides x."""
         return (*self.planned.arguments.values(), self.planned.function)
+
+    @staticmethod
+    def facts(inputs: Sequence[Any]) -> list[Any]:
+        """Return the versions of the tensors among `inputs`."""
+        return [each._version for each in inputs if isinstance(each, Tensor) and not each.is_inference()]
 
     def run(self) -> Tensor:
         """Return the layer's output."""

@@ -47,6 +47,7 @@ from delora_kernels.integrations.peft.fused.stored_bases import (
     peft_class_on_stored_base,
     why_not_peft,
 )
+from delora_kernels.integrations.peft.fused.variants import DORA, KINDS, LORA, plan_of_variant
 from delora_kernels.integrations.peft.verdict import DISABLED, INACTIVE, MERGED, State, Verdict
 
 Fused = Callable[[Tensor], Tensor]
@@ -86,6 +87,7 @@ class Adapter(NamedTuple):
         scale: Factor of its update.
         dropout_p: What `dropout` drops with now.
         rank: What PEFT's forward divides by, if it does.
+        plan: Of a variant that stands for a whole layer: (adapter, base) → its plan.
     """
 
     owners: Mapping[str, nn.Module]
@@ -94,6 +96,7 @@ class Adapter(NamedTuple):
     scale: float
     dropout_p: float
     rank: int | None = None
+    plan: Callable[[Any, Any], Fused | str] | None = None
 
 
 def verdict_of(layer: Any) -> Verdict:
@@ -175,7 +178,8 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[Adapter]) -> F
     base = base_in(base_layer)
     if isinstance(base, NotLocal | Broken):
         return base
-    is_delora, reason = isinstance(layer, DeloraLinear), why_not_adapters(adapters, base)
+    is_delora = isinstance(layer, DeloraLinear)
+    reason = why_not_adapters(adapters, base) or _why_not_variants(layer, adapters, base)
     if isinstance(base, str):
         return base if reason is not None or any_module_has_hooks() else beside(adapters, base_layer, is_delora, base)
     if reason is not None:
@@ -184,6 +188,18 @@ def _plan(layer: nn.Module, base_layer: nn.Module, adapters: list[Adapter]) -> F
     if isinstance(base, StoredBase) and not isinstance(plan, str):
         return StoredRun(base, plan, partial(beside, adapters, base_layer, is_delora))
     return plan
+
+
+def _why_not_variants(layer: Any, adapters: list[Adapter], base: Base | str) -> str | None:
+    """Say why a variant that stands for a whole layer is not planned, or None."""
+    if len(adapters) == 1 and not isinstance(base, str):
+        return None
+    others = "a base that runs its own forward" if len(adapters) == 1 else "other adapters"
+    for name in layer.active_adapters if any(adapter.plan is not None for adapter in adapters) else ():
+        variant = layer.lora_variant.get(name)
+        if KINDS.get(type(variant), LORA) not in (LORA, DORA):
+            return f"its LoRA variant {type(variant).__name__} is not fused beside {others}"
+    return None
 
 
 def why_not_adapters(adapters: list[Adapter], base: Base | str) -> str | None:
@@ -241,7 +257,8 @@ def lora_adapter(layer: Any, name: str) -> Adapter | str:
     """Read an adapter of a LoRA layer, or say what its own settings have against a fused run."""
     parts = layer._modules
     variant = layer.lora_variant.get(name)
-    if variant is not None and type(variant) is not DoraLinearVariant:
+    kind = LORA if variant is None else KINDS.get(type(variant))
+    if kind is None:
         return f"its LoRA variant {type(variant).__name__} is not fused"
     if not layer.cast_input_dtype_enabled:
         return "the cast of its input is disabled"
@@ -249,7 +266,11 @@ def lora_adapter(layer: Any, name: str) -> Adapter | str:
     for role, owner in owners.items():
         if type(owner) is not nn.Linear:
             return f"its {role} is a {type(owner).__name__}"
-    if variant is not None:
+    if variant is not None and kind != DORA:
+        reason = why_not_peft("variants of LoRA") or why_not_class(type(variant))
+        if reason is not None:
+            return reason
+    if kind == DORA:
         reason = verdicts.reasons["dora"]
         if reason is not None:
             return reason
@@ -271,14 +292,15 @@ def lora_adapter(layer: Any, name: str) -> Adapter | str:
     dropout_p = _dropout_p(dropout)
     if isinstance(dropout_p, str):
         return dropout_p
-    if variant is not None and not layer.training:
+    if kind == DORA and not layer.training:
         dropout_p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     scale = layer.scaling[name]
     if not isinstance(scale, Real):
         return f"its scaling is a {type(scale).__name__}"
     if not -math.inf < float(scale) < math.inf:  # math.isfinite does not trace
         return "its scaling is not finite"
-    return Adapter(owners, {}, dropout, float(scale), dropout_p)
+    plan = None if kind in (LORA, DORA) else partial(plan_of_variant, kind, layer, name)
+    return Adapter(owners, {}, dropout, float(scale), dropout_p, plan=plan)
 
 
 def caches_dora_norms(layer: nn.Module) -> bool:
@@ -307,6 +329,8 @@ def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
             return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
         return partial(_with_bias, partial(_stacked, as_they_are, adapters, base), adapters, {"bias": base.bias})
     adapter, tensors = adapters[0], adapters[0].tensors
+    if adapter.plan is not None:
+        return adapter.plan(adapter, base)
     arguments: dict[str, Any] = {"weight": base.weight, "A": tensors["lora_A"], "B": tensors["lora_B"]}
     arguments.update(scale=adapter.scale, bias=base.bias, dropout_p=adapter.dropout_p)
     if "magnitude" in tensors:

@@ -66,6 +66,37 @@ def read_delora(layer: Any, x: Tensor, looked: bool = False) -> Call | None:
     )
 
 
+def is_same_lora(layer: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a LoRA or DoRA linear is made of what a call was, that was read here; of its tensors
+    no more is read than whether they are trained.
+
+    Args:
+        layer: The layer.
+        inputs: All fields of the call but x.
+    """
+    parts = lora_parts(layer) if enabled else None
+    if parts is None:
+        return False
+    scale, weight, bias, A, B, magnitude = parts
+    same = A is inputs[2] and B is inputs[3] and weight is inputs[0] and bias is inputs[1]
+    if not (same and magnitude is inputs[4] and scale == inputs[-1].scale):
+        return False
+    trained = (A, B) if magnitude is None else (A, B, magnitude)
+    return all_trained(layer.training, *trained)
+
+
+def is_same_delora(layer: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a DeLoRA linear is made of what a call was, as `is_same_lora`."""
+    parts = delora_parts(layer) if enabled else None
+    if parts is None:
+        return False
+    rank, weight, bias, A, B, lam, norm = parts
+    same = A is inputs[2] and B is inputs[3] and weight is inputs[0] and bias is inputs[1]
+    if not (same and lam is inputs[5] and norm is inputs[6] and rank == A.shape[0]):
+        return False
+    return all_trained(layer.training, A, B, lam)
+
+
 def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     """Whether these are whole tensors of one dtype on the CPU that belong together."""
     if type(x) not in (Tensor, nn.Parameter) or x.dtype not in (float32, float64) or weight.requires_grad:

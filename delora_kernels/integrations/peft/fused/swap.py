@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.delora.layer import DeloraLinear
-from peft.tuners.lora.layer import Embedding, ParamWrapper
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from delora_kernels.bases.plain import NotLocal
 from delora_kernels.integrations.peft.fused import verdicts
-from delora_kernels.integrations.peft.fused.bypassed import why_bypassed
+from delora_kernels.integrations.peft.fused.bypassed import MULTIHEAD_ATTENTION, why_bypassed
 from delora_kernels.integrations.peft.fused.convolution import CONVOLUTIONS, verdict_of_convolution
 from delora_kernels.integrations.peft.fused.embedding import verdict_of_embedding
 from delora_kernels.integrations.peft.fused.experts import outermost, verdict_of_experts
@@ -22,6 +22,7 @@ from delora_kernels.integrations.peft.fused.layers import (
     peft_class,
     swap_class,
 )
+from delora_kernels.integrations.peft.fused.other_adapters import other_adapters
 from delora_kernels.integrations.peft.fused.plan import class_name, verdict_of
 from delora_kernels.integrations.peft.fused.proving import backend_of, calls_by_layer, is_in_a_graph, prove_kernels
 from delora_kernels.integrations.peft.fused.report import LayerReport, Report
@@ -60,12 +61,13 @@ def accelerate(
             that was asked for, which runs whatever comes of it. False: no.
 
     Returns:
-        The report: each adapter layer, fused or with the reason why not all of it is.
+        The report: each adapter layer, fused or with the reason why not all of it is; other
+        libraries' adapters by name, none of which is fused.
 
     Raises:
         TypeError: `model` is not a module, `group` no bool and no lists of names, or `prove` no
             bool and not None.
-        ValueError: `model` has no PEFT adapter layer, or `group` names something else than fused
+        ValueError: `model` has no adapter layer, or `group` names something else than fused
             layers, or a layer twice.
         RuntimeError: `strict` and a layer can't be fused, or kernels failed; the text is the
             report.
@@ -121,7 +123,13 @@ def _judged(model: nn.Module, function: str, prove: bool | None) -> tuple[Report
     """Judge every adapter layer and prove its kernels → the report, and the layers that are or can
     be swapped by name.
     """
-    layers = _some_adapter_layers(model, function)
+    layers = _adapter_layers(model, function)
+    others = tuple(
+        LayerReport(name, kind, _of_another_library(kind), state=State.OWN_FORWARD)
+        for name, kind in other_adapters(model)
+    )
+    if not others:
+        _check_some(layers, model, function)
     groups = Groups({layer: name for name, layer in layers})
     outer = outermost(layer for _, layer in layers)
     parents = _parents(model)
@@ -136,7 +144,7 @@ def _judged(model: nn.Module, function: str, prove: bool | None) -> tuple[Report
     fused = {
         name: layer for name, layer in layers if peft_class(fused_class(type(layer))) is not fused_class(type(layer))
     }
-    return Report(found, groups, proofs), fused
+    return Report(found + others, groups, proofs), fused
 
 
 def restore(model: nn.Module) -> int:
@@ -164,12 +172,22 @@ def _adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Modul
 
 def _some_adapter_layers(model: nn.Module, function: str) -> list[tuple[str, nn.Module]]:
     layers = _adapter_layers(model, function)
+    _check_some(layers, model, function)
+    return layers
+
+
+def _check_some(layers: Sequence[Any], model: nn.Module, function: str) -> None:
     if layers:
-        return layers
+        return
     raise ValueError(
         f"{function}: model must hold PEFT adapter layers, got a {type(model).__name__} without any; "
         "wrap it with peft.get_peft_model first (prompt-learning methods have no adapter layers)"
     )
+
+
+def _of_another_library(kind: str) -> str | None:
+    """Say why another library's adapter is left alone."""
+    return f"it is computed by another library's adapter, {kind}: PEFT's alone are fused"
 
 
 def described(model: nn.Module, function: str) -> list[tuple[LayerReport, nn.Module]]:
@@ -215,7 +233,7 @@ def _judge(layer: nn.Module) -> Callable[[Any], Verdict]:
 
 def _unknown(kind: type) -> str | None:
     """Say why a layer of a class that is not known is left alone."""
-    return f"{class_name(kind)} layers are not fused"
+    return MULTIHEAD_ATTENTION if issubclass(kind, MultiheadAttention) else f"{class_name(kind)} layers are not fused"
 
 
 _SHARDED = "FSDP holds its weights in shards: calls see them whole, and decide then"
