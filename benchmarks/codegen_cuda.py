@@ -44,8 +44,8 @@ def architectures() -> list[str]:
 
 
 def compile_file(file: Path, arch: str, speed: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of the kernels of one file, on request with what `benchmarks.codegen.cuda`
-    reads in their disassembly.
+    """Return the rows of the kernels of one file, on request those for sm_90 with what
+    `benchmarks.codegen.cuda` reads in their disassembly.
 
     Raises:
         RuntimeError: nvcc failed, or warned; the text has its messages.
@@ -58,7 +58,7 @@ def compile_file(file: Path, arch: str, speed: bool = False) -> list[dict[str, A
         rows = parse(done.stdout + done.stderr)
         ptx = Path(folder, f"{file.stem}.ptx").read_text(encoding="utf-8") if rows else ""
         names = _demangle([row["kernel"] for row in rows])
-        if speed:
+        if speed and arch == "sm_90":
             from benchmarks.codegen import cuda  # Triton's disassembler is not there everywhere
 
             wanted = {row["kernel"] for row, name in zip(rows, names, strict=True) if name[1].startswith(SPEED_OF)}
@@ -154,7 +154,7 @@ def main() -> int:
     bad: list[str] = []
     print(f"{'kernel':<16} {'arch':<7} {'config':<16} {'regs':>5} {'spill':>6} {'shared':>7}  mma")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda job: _rows_or_error(*job, options.speed and job[1] == "sm_90"), jobs):
+        for found in pool.map(lambda job: _rows_or_error(job[0], job[1], options.speed), jobs):
             if isinstance(found, RuntimeError):
                 print(found, file=sys.stderr)
                 bad.append(str(found).splitlines()[0])

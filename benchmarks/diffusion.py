@@ -1,16 +1,16 @@
 """What adapters cost in a diffusion model: SDXL's layers, and a training step of a small U-Net.
 
-    python -m benchmarks.diffusion          # LoRA, DoRA, DeLoRA on every shape; two threads, or a GPU
-    python -m benchmarks.diffusion --quick  # fewer rounds, one convolution: two minutes on two cores
+    python -m benchmarks.diffusion  # LoRA, DoRA, DeLoRA on every shape; two threads, or a GPU
+    python -m benchmarks.diffusion --quick  # fewer rounds and cases: two minutes on two cores
     python -m benchmarks.diffusion --case conv-640 --method dora --out runs/diffusion.json
 
 Each layer alone, batch 1, forward and backward with x needing its gradient and float32 factors of
 rank 16: attention at 4096 tokens of width 640 and 1024 of 1280, the text's keys (77 tokens of
-2048), feed-forward, and 3 x 3 convolutions in channels last. The step is one of an SDXL-like U-Net with
-adapters on attention, feed-forward and convolutions (DeLoRA, which PEFT has not on convolutions, on
-linears), by diffusers where that is installed. `frozen`, `peft` and `dk` (the same, accelerated)
-take turns. Beside the time stand the bytes kept for backward, x and parameters left out, and the
-peak beyond what was there.
+2048), feed-forward, and 3 x 3 convolutions in channels last. The step is one of an SDXL-like U-Net
+with adapters on attention, feed-forward and convolutions (DeLoRA, which PEFT has not on
+convolutions, on linears), by diffusers where that is installed. `frozen`, `peft` and `dk` (the
+same, accelerated) take turns. Beside the time stand the bytes kept for backward, x and parameters
+left out, and the peak beyond what was there.
 """
 
 import statistics

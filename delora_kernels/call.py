@@ -154,7 +154,7 @@ class ReflectCall(NamedTuple):
     and its options.
 
     Args:
-        x, weight, bias: as in `Call`.
+        x, weight, bias: as in `Call`; weight None: the reflected x itself.
         u, v: [blocks, K / blocks], the input side; u None: not reflected, v None: ETHER.
         u_out, v_out: [blocks, N / blocks], the output side; None likewise.
     """

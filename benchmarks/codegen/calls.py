@@ -62,6 +62,8 @@ def estimated() -> Iterator[Layer]:
             yield from (Layer(method, K, N, r) for method in ("lora", "delora", "dora"))
         yield Layer("goat", K, N, 2, E=8, k=2)
         yield from (Layer(method, K, N, 0) for method in ("ether-plus", "ether-plus-both"))
+    for r in (128, 256):
+        yield from (Layer(method, 4096, 4096, r) for method in ("lora", "dora"))
     yield Layer("lora", 4096, 4096, 16, siblings=(1024, 1024))
     yield Layer("lora", 4096, 4096, 16, siblings=(4096, 4096))
 

@@ -2,9 +2,10 @@
 
     speeds(Path("times_small.cubin"), names)     name → blocks, bytes in flight, ...
 
-No launch stands behind it, so that sizes of operands are not known: the main loop is the one that
-loads most bytes for each thread, and what comes from device memory are its asynchronous copies, or
-where it has none its loads of 16 bytes.
+No launch stands behind it, so that sizes of operands are not known, nor which of two paths is
+taken: the main loop is the innermost one that copies to shared memory and meets at a barrier, or
+where none does the one that loads most. Of its turn counts what is in no loop inside, which is
+where rows are brought that can't be read 16 bytes at a time.
 """
 
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.codegen import device, sass
 from benchmarks.codegen.compiling import TOOLS
-from benchmarks.codegen.warp import Warp
+from benchmarks.codegen.warp import numbers
 
 THREADS = 128
 """Of a block: csrc/launch.cuh."""
@@ -24,7 +25,7 @@ _USAGE = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)")
 def speeds(cubin: Path, wanted: Collection[str]) -> dict[str, dict[str, int]]:
     """Return, for each of these kernels of a file: blocks that fit a multiprocessor; bytes that all
     of them have in flight there; in a turn of the main loop loads of 2 or 4 bytes, barriers, matrix
-    instructions, instructions on every path.
+    instructions, instructions.
     """
     said = {
         option: subprocess.run([TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
@@ -41,20 +42,24 @@ def speeds(cubin: Path, wanted: Collection[str]) -> dict[str, dict[str, int]]:
 
 def speed_of(code: list[sass.Instruction], registers: int, shared: int) -> dict[str, int]:
     """Return them of one kernel's code."""
-    main, most = None, 0
-    for loop in sass.loops(code):
-        moved = sum(code[i].width for i in range(loop[0], loop[1] + 1) if code[i].loads)
-        if moved > most:
-            main, most = loop, moved
-    turn = range(len(code)) if main is None else range(main[0], main[1] + 1)
-    copies = [i for i in turn if code[i].base == "LDGSTS"] or [i for i in turn if code[i].loads and code[i].width == 16]
+    loops = sass.loops(code)
+    bases = {loop: {code[i].base for i in range(loop[0], loop[1] + 1)} for loop in loops}
+    main = next((loop for loop in loops if {"LDGSTS", "BAR"} <= bases[loop]), None)
+    if main is None:
+        loads = {loop: sum(code[i].width for i in range(loop[0], loop[1] + 1) if code[i].loads) for loop in loops}
+        main = max(loops, key=lambda loop: loads[loop], default=(0, len(code) - 1))
+    turn = set(range(main[0], main[1] + 1))
+    inside = {i for loop in loops if set(range(loop[0], loop[1] + 1)) < turn for i in range(loop[0], loop[1] + 1)}
+    own = [code[i] for i in sorted(turn - inside)]
+    copies = [each for each in own if each.base == "LDGSTS"]
+    ahead = max((numbers(each, "SB")[1] for each in own if each.base == "DEPBAR"), default=0) if copies else 0
+    wide = copies or [each for each in own if each.loads and each.width == 16]
     blocks = min(device.blocks_by(registers, shared, THREADS).values())
-    walk = Warp(code, main, {i: code[i].width * THREADS for i in copies}, THREADS // 32, blocks * device.SMS).run()
     return {
         "blocks": blocks,
-        "in_flight": walk.in_flight * blocks,
-        "single": sum(code[i].loads and code[i].width <= 4 for i in turn),
-        "barriers": sum(code[i].base == "BAR" for i in turn),
+        "in_flight": (ahead + 1) * sum(each.width for each in wide) * THREADS * blocks,
+        "single": sum(each.loads and each.width <= 4 for each in own),
+        "barriers": sum(each.base == "BAR" for each in own),
         "products": sum(code[i].base == "HMMA" for i in turn),
-        "turn": len(turn),
+        "turn": len(own),
     }

@@ -148,12 +148,12 @@ class Warp:
                 self.boards[board] = []
         base, name = instruction.base, instruction.name
         if base == "DEPBAR":
-            board, keep = _numbers(instruction, "SB")
+            board, keep = numbers(instruction, "SB")
             held = self.boards[board]
             self._wait(held[: len(held) - keep])
             self.boards[board] = held[len(held) - keep :] if keep else []
         elif name.startswith("WARPGROUP.DEPBAR"):
-            keep = _numbers(instruction, "gsb")[1]
+            keep = numbers(instruction, "gsb")[1]
             done = self.products[: len(self.products) - keep]
             self.time = max([self.time, *done])
             self.products = self.products[len(self.products) - keep :] if keep else []
@@ -216,7 +216,7 @@ def matrix_cycles(instruction: Instruction) -> float:
     return 8.0 if instruction.base == "HMMA" else 0.0  # mma.sync has half of wgmma's rate
 
 
-def _numbers(instruction: Instruction, prefix: str) -> tuple[int, int]:
+def numbers(instruction: Instruction, prefix: str) -> tuple[int, int]:
     """Return the scoreboard and how many may be left, of a wait written as `SB0, 0x2`."""
     words = instruction.operands
     board = next((int(word.removeprefix(prefix)) for word in words if word.startswith(prefix)), 0)

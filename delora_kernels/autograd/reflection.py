@@ -4,7 +4,8 @@
 
 Every H is symmetric, so the gradients go the same way: dz = H_out dy, dx = H_in (dz W). Kept: x
 (the caller's own tensor; under autocast its cast copy) where u, v or W want gradients, and z where
-u_out or v_out do. x' is not kept. Derivations: docs/math.md.
+u_out or v_out do. x' is not kept. Without W y is x': what goes into or comes out of a base that
+runs its own forward. Derivations: docs/math.md.
 """
 
 from typing import Any, NamedTuple
@@ -38,9 +39,11 @@ def _compute(call: ReflectCall, x: Tensor, need: ReflectCall, stages: Any) -> Co
     v_out want gradients.
     """
     o = call.options
-    weight = dense(call.weight, o.compute_dtype)
     reflected = x if call.u is None else stages.reflect(x, call.u, call.v, None)
-    if call.u_out is None:
+    weight = None if call.weight is None else dense(call.weight, o.compute_dtype)
+    if weight is None:
+        y = z = reflected
+    elif call.u_out is None:
         y = z = linear(reflected, weight, None if call.bias is None else call.bias.to(o.compute_dtype))
     else:
         z = linear(reflected, weight)
@@ -68,8 +71,8 @@ def _gradients(o: ReflectOptions, need: ReflectCall, saved: Any, stages: Any, dy
         dz, grad["u_out"], grad["v_out"] = stages.reflect_backward(dy, saved.z, saved.u_out, saved.v_out, need_dz)
     elif saved.u_out is not None:
         dz = stages.reflect(dy, saved.u_out, saved.v_out, None)
-    if saved.weight is not None:
-        dx = torch.mm(dz, dense(saved.weight, o.compute_dtype))
+    if need.x or reflects:
+        dx = dz if saved.weight is None else torch.mm(dz, dense(saved.weight, o.compute_dtype))
         if reflects:
             grad["x"], grad["u"], grad["v"] = stages.reflect_backward(dx, saved.x, saved.u, saved.v, bool(need.x))
         else:

@@ -69,7 +69,7 @@ def run(family: Any, call: AnyCall, shape: Sequence[int]) -> tuple[Tensor, ...]:
         outputs = function.run(family, call, backend, shape)
         if key is not None:
             replayed.learn(key, family, call, backend)
-    if not isinstance(call.weight, Tensor):
+    if call.weight is not None and not isinstance(call.weight, Tensor):
         return call.weight.output(outputs[0], call.x), *outputs[1:]
     return outputs
 

@@ -4,6 +4,7 @@ output.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from delora_kernels import checks
@@ -95,6 +96,25 @@ def ether_plus_linear(
     """
     call = ether_call("ether_plus_linear", x, weight, bias, u, u_out, blocks, v, v_out)
     return _run(call, x)
+
+
+def reflected(x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+    """Reflect every block of x's columns [..., C], differentiable in x, u and v, which are known to
+    fit: `ether_linear` on a weight that is the identity, or with v `ether_plus_linear`, without its
+    GEMM.
+
+    Returns:
+        [..., C] in x's dtype (autocast's dtype under autocast).
+    """
+    name = "ether_linear" if v is None else "ether_plus_linear"
+    if exporting():
+        identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+        return ether_linear(x, identity, u=u) if v is None else ether_plus_linear(x, identity, u=u, v=v)
+    checks.no_transforms(name, (x, u, v), f"reference.{name}")
+    nothing: Any = None
+    options = ReflectOptions(name, False, *dtypes(x, x, u))
+    call = ReflectCall(as_rows(x), nothing, None, u, v, None, None, options)
+    return run(ReflectedLinear, call, x.shape)[0]
 
 
 def ether_call(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapted_embeddings import Scaled, adapted, step, tokens
@@ -127,3 +128,23 @@ def test_a_renormalised_table_is_left_to_peft(seed: int) -> None:
     report = dk.accelerate(made)
     assert "max_norm" in str(report.layers[0].reason)
     assert torch.equal(made(x), plain(x))
+
+
+@pytest.mark.parametrize(("method", "kept"), [("lora", 0), ("dora", 1)])
+def test_what_a_head_keeps_of_its_outputs_size(method: str, kept: int, seed: int) -> None:
+    """[T, vocabulary]: of LoRA nothing, of DoRA one tensor; an embedding with an adapter beside it,
+    of tied weights, keeps its own.
+    """
+    torch.manual_seed(seed)
+    tied = nn.ModuleDict({"table": nn.Embedding(23, 12), "head": nn.Linear(12, 23, bias=False)})
+    tied["head"].weight = tied["table"].weight
+    made = peft.get_peft_model(tied, config(method, r=2, target_modules=["table", "head"]))
+    report = dk.accelerate(made, strict=True)
+    assert len(report.fused) == 2
+    table, head = (made.base_model.model[name] for name in ("table", "head"))
+    assert table.base_layer.weight is head.base_layer.weight
+    x, sizes = table(tokens(seed)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = head(x)
+    assert y.shape == (2, 7, 23)
+    assert sizes.count(y.numel()) == kept

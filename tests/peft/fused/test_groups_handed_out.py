@@ -185,6 +185,20 @@ def test_surroundings_between_two_siblings(seed: int) -> None:
     assert found[0].grad_fn is not layers.k(x).grad_fn
 
 
+@pytest.mark.parametrize("what", ["lora_A", "lora_B"])
+def test_a_factor_frozen_between_two_siblings_gets_no_gradient(what: str, seed: int, shared: list[int]) -> None:
+    made = model("lora", seed, inner=Siblings)
+    layers, x = made.base_model.model, batch(seed)
+    dk.accelerate(made)
+    warm_up(made)
+    shared.clear()
+    layers.q(x)
+    factor = getattr(layers.k, what)["default"].weight.requires_grad_(False)
+    layers.k(x).sum().backward()
+    assert shared == [3]
+    assert factor.grad is None
+
+
 def test_nothing_is_held_once_x_is_gone(seed: int) -> None:
     """A skipped sibling's output goes with x, or with the next group's call; then it is left
     out.

@@ -1,14 +1,18 @@
 """Beside libraries that change a model's modules too: what the report says, and what runs."""
 
-from types import MethodType
+from collections import Counter
+from types import MethodType, SimpleNamespace
 from typing import Any
 
+import peft
+import peft_models
 import pytest
 import tiny_llama
 import torch
 from fused_count import counted
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 import delora_kernels as dk
 
@@ -41,6 +45,54 @@ def test_liger_calls_the_layers(seed: int) -> None:
         found = model(tiny_llama.tokens(seed, 2, 6)).logits
     assert len(passes) == 7
     assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_liger_itself(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Its modules, patched in by its own function, with torch in the place of its Triton kernels,
+    which need a GPU: every layer runs fused, loss and gradients are those of PEFT's layers.
+    """
+    liger = pytest.importorskip("liger_kernel.transformers", reason="needs Liger: pip install --no-deps liger-kernel")
+    calls: Counter[str] = Counter()
+
+    def instead(module: str, name: str, function: Any) -> None:
+        def apply(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(f"liger_kernel.transformers.{module}.{name}", SimpleNamespace(apply=apply))
+
+    cross_entropy, linear, silu = nn.functional.cross_entropy, nn.functional.linear, nn.functional.silu
+    instead("swiglu", "LigerSiLUMulFunction", lambda gate, up, *_: silu(gate) * up)
+    instead("rms_norm", "LigerRMSNormFunction", lambda x, w, eps, *_: nn.functional.rms_norm(x, w.shape, w, eps))
+
+    def loss_of(x: Tensor, w: Tensor, y: Tensor, *_: Any) -> Any:
+        return cross_entropy(linear(x, w), y, ignore_index=-100), None, None, None
+
+    instead("functional", "LigerFusedLinearCrossEntropyFunction", loss_of)
+    for name in ("LlamaRMSNorm", "LlamaMLP"):  # which it replaces for the whole process
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    base = tiny_llama.base(seed, blocks=1)
+    liger.apply_liger_kernel_to_llama(rope=False, model=base)
+    config = peft_models.config("dora", target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).train()
+    ids = tiny_llama.tokens(seed, 2, 6)
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return found | {"loss": loss.detach()}
+
+    theirs = step()
+    assert len(dk.accelerate(model).fused) == 7
+    with counted() as passes:
+        ours = step()
+    assert len(passes) == 7
+    assert set(calls) == {"LigerSiLUMulFunction", "LigerRMSNormFunction", "LigerFusedLinearCrossEntropyFunction"}
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max())), name
 
 
 @pytest.mark.parametrize("library", ["unsloth.kernels.fast_lora", "axolotl.kernels.lora"])

@@ -73,6 +73,19 @@ def test_several_adapters_dropout_and_no_gradients(method: str, x: Tensor, seed:
     assert not torch.equal(made(x), made(x))
 
 
+@pytest.mark.parametrize("form", ["nf4", "hqq-4"])
+def test_a_dora_among_several(form: str, x: Tensor, seed: int) -> None:
+    """In PEFT's order; the weight is made dense for the norm and for each product."""
+    made = adapted(form, "lora", seed)
+    made.add_adapter("other", config("dora", r=2, target_modules=["first", "second"]))
+    for order in (["default", "other"], ["other", "default"]):
+        made.base_model.set_adapter(order)
+        theirs = step(made, x)
+        dk.accelerate(made, strict=True)
+        assert_close(step(made, x), theirs)
+        dk.restore(made)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_dequantisation_each_way(method: str, seed: int) -> None:
     made = adapted("nf4", method, seed, dtype=torch.float32).base_model.model.first

@@ -145,13 +145,15 @@ def test_hooked_base_layer_runs_with_its_hooks(kind: str, seed: int) -> None:
     made.add_adapter("other", config(kind, n_blocks=1))
     made.base_model.set_adapter(["default", "other"])
     layer = made.get_submodule("base_model.model.first")
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    x = torch.randn(4, 12, dtype=torch.float64)
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     plain, seen = layer(x), []
     grad_out = torch.randn_like(plain)
     want = torch.autograd.grad(plain, trained, grad_out)
     layer.base_layer.register_forward_hook(lambda *call: seen.append(call))
-    hooked = layer(x)
+    with torch.profiler.profile() as profile:
+        hooked = layer(x)
+    assert "aten::eye" not in {event.name for event in profile.events()}  # reflected without a GEMM for it
     assert len(seen) == 1
     assert relative_error(hooked, plain) <= 1e-12
     for ours, grad in zip(torch.autograd.grad(hooked, trained, grad_out), want, strict=True):

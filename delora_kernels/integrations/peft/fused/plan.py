@@ -322,11 +322,8 @@ def _delora_adapter(layer: Any, name: str) -> Adapter | str:
 
 def _lora_plan(adapters: list[Adapter], base: Base) -> Fused | str:
     if len(adapters) > 1:
-        rescales = [adapter for adapter in adapters if "magnitude" in adapter.tensors]
-        if rescales and isinstance(base, PlainBase) and not any(adapter.dropout_p for adapter in rescales):
+        if any("magnitude" in adapter.tensors for adapter in adapters):
             return why_not_peft("several adapters with a DoRA among them") or partial(run_one_by_one, adapters, base)
-        if rescales:
-            return f"it has {len(adapters)} active adapters and one is DoRA, which rescales what the others gave"
         return partial(_with_bias, partial(_stacked, as_they_are, adapters, base), adapters, {"bias": base.bias})
     adapter, tensors = adapters[0], adapters[0].tensors
     if adapter.plan is not None:

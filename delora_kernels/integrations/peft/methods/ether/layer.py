@@ -18,6 +18,7 @@ from delora_kernels import functional, reference
 from delora_kernels.autograd.reflection import reflected_weight
 from delora_kernels.bases.read import base_in
 from delora_kernels.bases.stored import StoredBase
+from delora_kernels.functional.ether import reflected
 from delora_kernels.integrations.peft.methods.adapted_base import device_of, dtype_of, shape_of
 from delora_kernels.integrations.peft.methods.base import OwnLayer, move_parameters
 from delora_kernels.integrations.peft.methods.ether.config import EtherConfig, EtherPlusConfig
@@ -39,7 +40,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
     other_param_names = ("options",)
     additive = False
     why_not_low_rank = ("reflections before and after the weight", "save_pretrained the adapter as it is, or merge it")
-    own_forward = "an ETHER layer runs its own forward, with GEMMs of the identity"
+    own_forward = "an ETHER layer reflects what goes into and comes out of its base's own forward"
     beside_base = State.OWN_FORWARD
     _prefix: str
     _directions: tuple[str, ...]
@@ -138,9 +139,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
         return weight
 
     def _around_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the same around whatever the base layer's own forward does; slow, with GEMMs of
-        the identity.
-        """
+        """Return the same around whatever the base layer's own forward does."""
         base = base_in(self.base_layer)
         reason = base if isinstance(base, str) else self._why_not_input(x) or "the call has more arguments than x"
         for name in names:
@@ -164,8 +163,7 @@ class _ReflectedLayer(OwnLayer, nn.Module, BaseTunerLayer):
     def _one_side(self, name: str, x: Tensor, out: bool) -> Tensor:
         """x [..., C] reflected by one side of an adapter."""
         vectors = {k.removesuffix("_out"): v for k, v in self._vectors(name).items() if k.endswith("_out") == out}
-        identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
-        return type(self)._function(x, identity, **vectors) if vectors else x
+        return reflected(x, **vectors) if vectors else x
 
     def _reflected(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output of one adapter on `weight`."""
