@@ -10,6 +10,8 @@ from benchmarks.claims import (
     dora_rank,
     goat_experts,
     goat_gap,
+    text_scores,
+    weight_norms,
 )
 from benchmarks.claims.claim import Claim
 
@@ -22,7 +24,9 @@ _FILES = (
     delora_ladder,
     dora_rank,
     goat_gap,
+    weight_norms,
     cost,
+    text_scores,
 )
 
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in _FILES}

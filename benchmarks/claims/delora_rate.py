@@ -48,7 +48,7 @@ def lines(record: Record, rules: Rules) -> list[Line]:
             a, b = sweeps[ours], sweeps[rival]
             made += [_wider(a, b, rules), _drops_less(a, b, rules)]
         made.append(_as_wide(sweeps[ours], sweeps["ether+"], rules))
-        made += [_scores(sweeps[ours], sweeps[rival], rules) for rival in UNBOUNDED]
+        made += [scores(sweeps[ours], sweeps[rival], rules) for rival in UNBOUNDED]
     return made
 
 
@@ -96,7 +96,7 @@ def _drops_less(a: Sweep, b: Sweep, rules: Rules) -> Line:
     return Line(claimed, SEES, ours, more(saved, LEAST_DROP))
 
 
-def _scores(a: Sweep, b: Sweep, rules: Rules) -> Line:
+def scores(a: Sweep, b: Sweep, rules: Rules) -> Line:
     claimed = f"{a.label} scores no less than {b.label}, each at its best rate"
     paper = "GLUE 85.6, LoRA 84.7 (table 4); DINO .686, LoRA .686, DoRA .687 (table 3)"
     if cannot := incomplete((a, b)):

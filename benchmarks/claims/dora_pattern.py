@@ -17,8 +17,8 @@ from benchmarks.claims.record import Record
 from benchmarks.claims.rows import ROWS
 from benchmarks.claims.rules import CANNOT_TELL, LEAST_CORRELATION, Rules, interval, more
 from benchmarks.claims.sweep import Sweep
+from benchmarks.claims.task import TARGETS
 from benchmarks.claims.training import Run
-from benchmarks.claims.vit import TARGETS
 from delora_kernels.integrations.peft.changes import LayerChange, WeightChanges
 
 METHODS = ("full", "lora", "dora", "delora")

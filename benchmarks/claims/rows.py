@@ -20,7 +20,7 @@ from torch import nn
 
 import delora_kernels as dk
 from benchmarks import family
-from benchmarks.claims.vit import TARGETS
+from benchmarks.claims.task import TARGETS
 from delora_kernels.nn import DeLoRALinear, EtherPlusLinear
 
 LAMBDA = 4.0

@@ -48,6 +48,9 @@ LEAST_DROP = 0.05
 LEAST_DOUBLINGS = 0.5
 """Least difference of two growths of ‖ΔW‖_F / ‖W‖_F that counts, in factors of two."""
 
+LEAST_FACTOR = 1.5
+"""Least ratio of two layers' mean column norms that counts as a difference."""
+
 LEAST_COST = 0.05
 """Least share of a step's time that counts."""
 
@@ -92,6 +95,11 @@ class Rules:
 
 
 STUDY = Rules()
+TEXT = Rules("docstrings-1", (1, 2, 3), (101,), 40, 4, 1, (-16, -13, -10, -7, -4), (-2, 0, 2))
+"""Of the claims on text, whose runs cost a minute each: three rates, of which the middle one alone
+is no edge.
+"""
+
 SMOKE = Rules("drawn-1", (1, 2), (101,), 3, 2, 2, (-10, -8, -6), (-2, 0, 2), 4)
 """The same machinery in seconds, on data that are drawn: for tests, its verdicts mean nothing."""
 

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+TARGETS = ("query", "key", "value", "out", "up", "down", "dense")
+"""What the linears that are adapted are called, in the models of all tasks."""
+
 
 class Problem(Exception):
     """Something the user can put right; its text is one line that says what and how."""

@@ -6,9 +6,6 @@ from torch.nn import functional as F
 
 from benchmarks.claims.task import Split
 
-TARGETS = ("query", "key", "value", "out", "up", "down")
-"""The linears of a block: what is adapted."""
-
 
 class Block(nn.Module):
     """Attention and a feed-forward layer, each after a layer norm and beside a skip connection."""

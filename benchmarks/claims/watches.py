@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import delora_kernels as dk
 from benchmarks.claims.rules import ROUNDING
-from benchmarks.claims.task import Task
-from benchmarks.claims.vit import TARGETS
+from benchmarks.claims.task import TARGETS, Task
 from benchmarks.memory import kept_bytes
 from delora_kernels.nn import DeLoRALinear
 
@@ -97,6 +96,11 @@ def kept_kib(seen: Seen) -> float:
     return kept_bytes(lambda: seen.task.loss(seen.model, batches), but) / 1024
 
 
+def column_norms(seen: Seen) -> dict[str, float]:
+    """Return the mean column norm of each layer's frozen weight: the mean of DeLoRA's n."""
+    return {name: float(linear.weight.norm(dim=0).mean()) for name, (_, linear) in layers(seen).items()}
+
+
 def changes(seen: Seen) -> dict[str, list[float]]:
     """Return ΔM, ΔD, ‖ΔW‖_F and ‖W‖_F of every adapted layer, by `dk.weight_changes`."""
     found = dk.weight_changes(seen.model, since=dict(seen.frozen.named_parameters()))
@@ -126,6 +130,7 @@ def experts(seen: Seen) -> dict[str, Any]:
 
 
 WATCHES: dict[str, Watch] = {
+    "column_norms": Watch(column_norms),
     "kept": Watch(kept_kib),
     "norms": Watch(relative_norm),
     "changes": Watch(changes),

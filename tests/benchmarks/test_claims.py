@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
-from benchmarks.claims import delora_bound, delora_rate, digits
+from benchmarks.claims import delora_bound, delora_rate, digits, docstrings
 from benchmarks.claims.__main__ import main
-from benchmarks.claims.claim import study
+from benchmarks.claims.claim import missing, study
 from benchmarks.claims.claims import CLAIMS
 from benchmarks.claims.page import filled
 from benchmarks.claims.record import Record
@@ -68,7 +68,9 @@ def test_interval_is_students() -> None:
     ("differences", "exceeds", "matches"),
     [
         ([0.30, 0.31, 0.32], HOLDS, HOLDS),
-        ([0.01, 0.02, 0.03], DOES_NOT, HOLDS),  # above 0 perhaps, but surely less than counts
+        ([0.01, 0.02, 0.03], DOES_NOT, HOLDS),
+        ([0.019, 0.020, 0.021], DOES_NOT, HOLDS),  # above 0, but surely less than counts
+        ([0.15, 0.20, 0.25], CANNOT_TELL, HOLDS),  # above 0, and perhaps by what counts
         ([0.0, 0.4, 0.8], CANNOT_TELL, CANNOT_TELL),
         ([-0.30, -0.31, -0.32], DOES_NOT, DOES_NOT),
         ([-0.05, 0.0, 0.05], DOES_NOT, HOLDS),
@@ -148,7 +150,7 @@ def test_a_broken_bound_shows() -> None:
     assert [line.verdict for line in delora_bound.lines(record, RULES)] == [DOES_NOT, HOLDS]
 
 
-@pytest.mark.parametrize("row", sorted(ROWS.keys() - {"goat", "mixture", "full"}))
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if "norms" in row.watch and name != "full"])
 def test_delta_is_what_the_layer_does(row: str, seed: int) -> None:
     """Against the layer's output on random rows, whose frozen part is computed apart in float64."""
     frozen = digits.smoke(1).model
@@ -284,3 +286,27 @@ def test_page_says_what_its_record_says() -> None:
     assert filled(page, list(CLAIMS.values()), record, STUDY, root / "docs/claims") == page
     for picture in (root / "docs/claims").glob("*.png"):
         assert f"(claims/{picture.name})" in page
+
+
+def test_every_claim_is_judged_and_drawn() -> None:
+    """Of a record made up for the drawn task: verdicts and a figure of all claims but DoRA's and
+    GOAT's, no run left to do.
+    """
+    record = Record(None)
+    for claim in (claim for name, claim in CLAIMS.items() if not name.startswith(("dora", "goat"))):
+        while wanted := missing(claim, record, RULES):
+            for run in wanted:
+                score = _peak(20.0)(run.q, run.seed)
+                watched = {"norms": [0.0, 0.1, 0.2], "bound": 0.5, "kept": [1.0], "column_norms": [{"b.0.q": 1.0}]}
+                scores = [score] * len(run.marks)
+                record.add(run, {"validation": scores, "test": scores, "watched": watched, "step_cpu_ms": 1.0})
+        assert all(CANNOT_TELL not in line.verdict or "edge" not in line.verdict for line in claim.lines(record, RULES))
+        assert claim.draw(record, RULES) is not None
+    assert CLAIMS["delora-long"].lines(record, RULES)[0].verdict == DOES_NOT  # no score is lost by either
+
+
+def test_docstrings_of_this_python_are_enough() -> None:
+    """Of one module: each once, on one line."""
+    found = docstrings.docstrings("logging")
+    assert len(found) == len(set(found)) >= docstrings.EACH
+    assert all(len(text) >= docstrings.SHORTEST and "  " not in text for text in found)

@@ -93,6 +93,7 @@ def test_metadata(metadata: Message) -> None:
         "torchao",
         "hqq",
         "bench",
+        "claims",
         "docs",
         "test",
         "dev",
