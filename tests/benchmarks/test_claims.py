@@ -148,7 +148,7 @@ def test_a_broken_bound_shows() -> None:
     assert [line.verdict for line in delora_bound.lines(record, RULES)] == [DOES_NOT, HOLDS]
 
 
-@pytest.mark.parametrize("row", sorted(ROWS.keys() - {"goat", "mixture", "full"}))
+@pytest.mark.parametrize("row", sorted(ROWS.keys() - {"goat", "goat-alpha", "mixture", "mixture-theory", "full"}))
 def test_delta_is_what_the_layer_does(row: str, seed: int) -> None:
     """Against the layer's output on random rows, whose frozen part is computed apart in float64."""
     frozen = digits.smoke(1).model
