@@ -73,7 +73,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def demo_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Run the command as `run_in`, on a part of the text, its plots empty files."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
-    monkeypatch.setattr(text, "documents", lambda files, all_of=text.documents: all_of(files)[:30])
+    monkeypatch.setattr(text, "documents", lambda files, all_of=text.documents: all_of(files)[:12])
     return partial(run_in, tmp_path / "out", tiny)
 
 

@@ -61,9 +61,9 @@ def test_reference(variant: str, data: st.DataObject) -> None:
 def test_gradcheck(variant: str, dropout: str | None, seed: int) -> None:
     """Every expert, the router, the gates, the scales; of y and of both losses."""
     maker = Maker(seed)
-    arguments = moe_arguments(maker, variant, T=3, K=4, N=3)
+    arguments = moe_arguments(maker, variant, T=3, K=4, N=3, E=3)
     if variant == "gates":  # f jumps where a gate leaves 0
-        arguments["gates"] = maker.tensor(3, 4)
+        arguments["gates"] = maker.tensor(3, 3)
     leaves, grad_out = leaves_of(arguments, free(variant)), maker.tensor(3, 3)
     fused, _ = both(arguments, dropout, seed)
     assert torch.autograd.gradcheck(
