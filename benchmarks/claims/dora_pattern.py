@@ -44,9 +44,7 @@ POINTS = (
     Points("all linears, over the layers of a step", TARGETS, "layers"),
 )
 
-PAPER = "paper: full {full}, LoRA {lora}, DoRA {dora} (query, section 4.1)".format(
-    full="-0.62", lora="+0.83", dora="-0.31"
-)
+PAPER = "full −0.62, LoRA +0.83, DoRA −0.31 (query matrices, section 4.1)"
 
 
 def marks(rules: Rules) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from benchmarks.claims.training import Run
 METHODS = ("lora", "dora")
 HALVINGS = 3
 
-HALF = "paper: 77.5 at half the rank, LoRA 74.7 (LLaMA-7B, table 1)"
-RANKS = "paper: DoRA 78.0, LoRA 40.7 at r = 8; 61.9, 39.5 at r = 4 (LLaMA-7B, figure 5)"
+HALF = "77.5 at half the rank, LoRA 74.7 (LLaMA-7B, table 1)"
+RANKS = "DoRA 78.0, LoRA 40.7 at r = 8; 61.9, 39.5 at r = 4 (LLaMA-7B, figure 5)"
 
 
 def ranks(rules: Rules) -> list[int]:

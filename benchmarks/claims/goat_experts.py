@@ -16,7 +16,7 @@ from benchmarks.claims.training import Run
 METHODS = ("goat", "mixture")
 WITHIN = 0.15
 TENTHS = 10
-SEES = "paper: no inactive experts, loads within 15 % (figure 7)"
+SEES = "no inactive experts, loads within 15 % (figure 7)"
 
 
 def marks(rules: Rules) -> tuple[int, ...]:

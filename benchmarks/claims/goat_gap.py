@@ -52,7 +52,7 @@ def lines(record: Record, rules: Rules) -> list[Line]:
     sweeps = {row: Sweep(record, rules, row) for row in METHODS}
     made = [_reaches(sweeps, rules)]
     for claim, ours, rival in PAIRS:
-        paper = f"paper: {PAPER[ours]:.2f} and {PAPER[rival]:.2f} (ViT, tables 1 and 5)"
+        paper = f"{PAPER[ours]:.2f} and {PAPER[rival]:.2f} (ViT, tables 1 and 5)"
         cannot = incomplete((sweeps[ours], sweeps[rival]))
         claimed = f"{claim}, each at its own rate"
         if cannot:
@@ -75,7 +75,7 @@ def lines(record: Record, rules: Rules) -> list[Line]:
 
 
 def _reaches(sweeps: dict[str, Sweep], rules: Rules) -> Line:
-    claimed, paper = "GOAT scores no less than full fine-tuning", "paper: 99.07 % of it (81.49, 82.25; ViT, table 1)"
+    claimed, paper = "GOAT scores no less than full fine-tuning", "99.07 % of it (81.49, 82.25; ViT, table 1)"
     three = [sweeps[row] for row in ("goat", "full", "lora")]
     if cannot := incomplete(three):
         return Line(claimed, paper, "", cannot)
