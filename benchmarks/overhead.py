@@ -176,7 +176,7 @@ def host_us(case: ModelCase, device: str, budget: Budget) -> dict[str, float]:
         device: Where.
         budget: Of the model that is measured; a tiny one takes more rounds.
     """
-    tiny = replace(case, **TINY)
+    tiny = replace(case, **TINY)  # type: ignore[arg-type]  # sizes, all of them
     base, tokens = adapted(tiny, device, tiny.blocks), random_tokens(tiny, device)
     steps = {name: Step(base, case.method, name, tokens) for name in IMPLEMENTATIONS}
     budget = replace(budget, least=HOST_ROUNDS * budget.least, most=HOST_ROUNDS * budget.most, warmup=5)
