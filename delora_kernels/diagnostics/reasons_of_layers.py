@@ -154,6 +154,7 @@ OF_LAYERS: tuple[Reason, ...] = (
         (
             "its {} is on another device than its base",
             "its {} is on another device than its base, or no matrix",
+            "its lora_diag is on another device than its base",
             "its {} are on another device",
             "its input is on another device",
             "its packed weight is on {}, its quant_state on {}",

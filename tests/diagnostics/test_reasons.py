@@ -22,7 +22,7 @@ peft-version packed-weight-unreadable packed-weight-broken base-quantises-input 
 experts-unknown experts-parametrized experts-parameters call-arguments input-kind input-dtype transforms
 backend-not-here backend-not-for-cpu backend-limits kernels-wrong kernels-unproved
 base-check-later base-own-forward delora-on-stored-base convolution experts-stored bypassed
-dora-on-stored-base another-library
+dora-on-stored-base another-library multihead-attention
 """
 """The list as it was released: it is only ever continued."""
 
