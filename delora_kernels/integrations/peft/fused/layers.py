@@ -186,6 +186,7 @@ def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, args: A
     _, reason, fused = verdict_of(layer) if names is None else mixed_verdict_of(layer, names, x)
     if fused is not None:
         others = kwargs if names is None else {**kwargs, "adapter_names": None}
+        reason = None  # of a fused rank term: why the base runs by itself
         planned = fused.run if isinstance(fused, StoredRun) else fused
         if isinstance(planned, ActivatedRun):
             offsets = kwargs.get("alora_offsets")
