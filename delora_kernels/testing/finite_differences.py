@@ -65,5 +65,16 @@ def gradcheck(
 
 
 def _row_norm(inputs: Inputs) -> Tensor:
-    updated: Tensor = inputs["weight"] + inputs["scale"] * inputs["B"] @ inputs["A"]
+    weight, A, B, scale = (inputs[name] for name in ("weight", "A", "B", "scale"))
+    if weight.dim() == 2 and B.dim() == 3:  # a mixture, whose norm has each gate at 1/E
+        updated: Tensor = weight + torch.einsum("e,enr,erk->nk", _each(scale, B), B, A) / len(B)
+        if inputs.get("frozen_A") is not None:
+            residual, frozen_B = inputs.get("residual", 1.0), inputs["frozen_B"]
+            updated = updated - torch.einsum("j,jnr,jrk->nk", _each(residual, frozen_B), frozen_B, inputs["frozen_A"])
+    else:
+        updated = weight + scale * B @ A
     return updated.norm(dim=-1).detach()
+
+
+def _each(scale: float | Tensor, B: Tensor) -> Tensor:
+    return torch.as_tensor(scale).to(B).expand(len(B))

@@ -106,7 +106,7 @@ def rescale(
     y may be base: it is c ⊙ base that is written first, and the rank term, of c ⊙ B̂, is added where
     that stands. Of an x that was dropped, `undropped` − base is added too: (x − drop(x)) Wᵀ.
     """
-    scaled_B = (B_hat * c[:, None]).t()
+    scaled_B = B_hat.t() * c
     if undropped is None and is_one_chunk(c.dtype, base):
         torch.mul(base, c, out=y).addmm_(h, scaled_B, alpha=scale)
         if bias is not None:

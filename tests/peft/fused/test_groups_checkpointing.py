@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft_pairs import check_same, gradients
-from siblings import batch, model, pair, step
-from torch import Tensor
+from siblings import K, batch, model, pair, step
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,6 +108,73 @@ def test_a_counter_in_forward_alone(seed: int, shared: list[int]) -> None:
     del y
     step(made, batch(seed))
     assert shared == [3, 2]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_a_reference_pass_beside(kind: str, method: str, first: bool, seed: int, shared: list[int]) -> None:
+    """Preference training: a pass without gradients and adapters, before or after the one whose
+    backward pass runs it again; it holds no group back.
+    """
+    made, plain = model(method, seed), model(method, seed)
+    report = dk.accelerate(made)
+    for _ in range(4):
+        results = []
+        for each in (made, plain):
+            each.zero_grad(set_to_none=True)
+            x, reference = batch(seed).requires_grad_(), torch.zeros(())
+            shared.clear()
+            for policy in (not first, first):
+                if policy:
+                    y = CHECKPOINTING[kind](each, x)
+                else:
+                    with torch.no_grad(), each.disable_adapter():
+                        reference = CHECKPOINTING[kind](each, x)
+            (y - reference).square().sum().backward()
+            results.append({"x": x.grad, "reference": reference} | gradients(each))
+            if each is made:
+                ran = list(shared)
+        check_same(*results, 1e-12)
+    assert len(report.groups) == 2
+    assert ran == [3, 2, 3, 2]
+
+
+class Uneven(nn.Module):
+    """q, k, v, which do not always share x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        q = self.q(2 * x if how == "leader's own x" else x)
+        with torch.no_grad() if how == "without gradients" else nullcontext():
+            k = self.k(x)
+        if how == "twice":
+            k = k * self.k(x)
+        y: Tensor = q + k * self.v(x.clone() if how == "a sibling's own x" else x)
+        return y
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_siblings_that_run_alone_beside_their_group(method: str, seed: int) -> None:
+    """A call of all, then one of a sibling alone: the same when the pass is run again."""
+    options: dict[str, Any] = {"inner": Uneven}
+    for how in ("leader's own x", "a sibling's own x", "twice", "without gradients"):
+        made, plain = model(method, seed, **options), model(method, seed, **options)
+        dk.accelerate(made)
+        for _ in range(2):
+            made(batch(seed), "as one").sum().backward()
+        for _ in range(2):
+            results = []
+            for each in (made, plain):
+                each.zero_grad(set_to_none=True)
+                x = batch(seed).requires_grad_()
+                y = checkpoint(each, x, how, use_reentrant=False)
+                y.square().sum().backward()
+                results.append({"x": x.grad, "y": y.detach()} | gradients(each))
+            check_same(*results, 1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,8 +7,10 @@ that very x in the same surroundings, is handed its own; whatever does not fit r
 play no part, nor does what a model's source looks like.
 
 Grouped and single calls keep different tensors for backward, and differ by rounding; checkpointing
-runs a forward pass a second time and must find what the first left. So how a family runs changes
-only where no earlier forward pass can be run again (outstanding.py).
+runs a forward pass a second time and must find what the first left. So a group begins only where no
+earlier forward pass can be run again (outstanding.py); from then on whether a call is shared
+follows from what the call is, which is the same the second time. One thing is not: a mode that
+watches torch's calls makes a pass run alone, and may be gone when it is run again.
 """
 
 import threading
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from delora_kernels.autograd.function import unseen
 from delora_kernels.call import Call
 from delora_kernels.functional.straight import run_straight, surroundings, unwatched
 from delora_kernels.integrations.peft.fused.look import is_plain
@@ -52,19 +55,19 @@ class Place:
             if _held.group is self.group:  # what is left of its last call, nobody will call for
                 _held.drop()
             self.group.leave_out_the_missed()
-            if self.group is not None and family.alone.is_over():
+            if self.group is not None and family.may_share(self.group):
                 calls = self.group.calls(layer, x, call)
                 if calls is not None:
                     return _together(self.group, x, calls)
         y = call.run()
         if self.group is not None or family.watched:
-            family.alone.add(layer, y)
+            family.ran_alone(layer, y)
         return y
 
     def ran_alone(self, layer: nn.Module, y: Tensor) -> None:
         """Take note of a call that was computed in another way than by `run`."""
         if self.group is not None:
-            self.family.alone.add(layer, y)
+            self.family.ran_alone(layer, y)
 
 
 class Family:
@@ -77,6 +80,7 @@ class Family:
     def __init__(self, watched: bool = True) -> None:
         self.alone = Outstanding()
         self.watched = watched
+        self._under_a_mode = Outstanding()
         self._runs: list[list[Any]] = []  # layers given one x, as weak references; the last run is under way
         self._x: Any = None
         self._version = 0
@@ -88,6 +92,16 @@ class Family:
 
     def __reduce__(self) -> Any:
         return Family, ()
+
+    def may_share(self, group: "Group") -> bool:
+        """Whether a call of all is what any pass that is run again now has run."""
+        return (group.began or self.alone.is_over()) and self._under_a_mode.is_over()
+
+    def ran_alone(self, layer: nn.Module, y: Tensor) -> None:
+        """Take note of a call without a group."""
+        self.alone.add(layer, y)
+        if not unseen():
+            self._under_a_mode.add(layer, y)
 
     def note(self, layer: nn.Module, x: Tensor) -> None:
         """Watch one call; where a layer comes round again, the family's groups are known."""
@@ -121,9 +135,14 @@ class Family:
 
 
 class Group:
-    """Layers that share an input, in the order of their calls, held weakly."""
+    """Layers that share an input, in the order of their calls, held weakly.
+
+    Attributes:
+        began: Whether they have run as one call.
+    """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.began = False
         self._layers = [weakref.ref(layer) for layer in layers]
         self._missed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._ran = Outstanding()
@@ -151,8 +170,9 @@ class Group:
         return found
 
     def ran(self, leader: nn.Module, y: Tensor) -> None:
-        """Take note of a call of all, once it is known that a layer does not belong."""
-        if self._missed:
+        """Take note of a call of all."""
+        self.began = True
+        if self._missed:  # to leave them out waits for it
             self._ran.add(leader, y)
 
     def miss(self, unclaimed: Mapping[Any, "_Output"]) -> None:

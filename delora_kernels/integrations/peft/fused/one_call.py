@@ -33,10 +33,10 @@ class StraightCall:
     @staticmethod
     def facts(inputs: Sequence[Any]) -> list[Any]:
         """Return what was read of the tensors among `inputs`, and may change where they stay the
-        same.
+        same: an assignment to .data moves no version.
         """
         tensors = [each for each in inputs[:-1] if each is not None]
-        return [(t._version, t.requires_grad, t.dtype, t.shape) for t in tensors if not t.is_inference()]
+        return [(t._version, t.data_ptr(), t.requires_grad, t.dtype, t.shape) for t in tensors if not t.is_inference()]
 
     def run(self) -> Tensor:
         """Return the layer's output."""
@@ -106,8 +106,9 @@ class PlannedCall:
 
     @staticmethod
     def facts(inputs: Sequence[Any]) -> list[Any]:
-        """Return the versions of the tensors among `inputs`."""
-        return [each._version for each in inputs if isinstance(each, Tensor) and not each.is_inference()]
+        """Return the versions of the tensors among `inputs`, and where they are."""
+        tensors = [each for each in inputs if isinstance(each, Tensor) and not each.is_inference()]
+        return [(each._version, each.data_ptr()) for each in tensors]
 
     def run(self) -> Tensor:
         """Return the layer's output."""
