@@ -138,6 +138,22 @@ def trained_beside(seed: int) -> Any:
     return peft.get_peft_model(Mixed(), config("lora", target_modules=["third"], modules_to_save=["second"]))
 
 
+def trains(seed: int, *names: str) -> Any:
+    model = made("lora", seed, targets="net.first")
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
+def own(seed: int, kind: Any, *names: str) -> Any:
+    torch.manual_seed(seed)
+    model: Any = Mixed().requires_grad_(False)
+    model.third = kind(6, 4, r=2)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str, str]] = {
     "groups": (lambda seed: grouped(seed, groups=2), "diffusers", "a convolution with groups"),
     "dilation": (lambda seed: grouped(seed, dilation=2), "diffusers", "a convolution with groups, dilation"),
@@ -152,6 +168,27 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str, str]] = {
     "some DoRA": (some_dora, "diffusers", "layer 'third' must be a low-rank term on a plain linear, got no DoRA"),
     "trained beside": (trained_beside, "diffusers", "a module trained beside the adapters"),
     "base biases": (lambda seed: made("lora", seed, bias="all"), "diffusers", "trained biases"),
+    "a bias of an adapted layer": (
+        lambda seed: trains(seed, "net.first.base_layer.bias"),
+        "diffusers",
+        "parameter 'net.first.bias' must be frozen, got one that trains, which these files don't hold; save it",
+    ),
+    "another layer": (lambda seed: trains(seed, "third.weight"), "diffusers", "parameter 'third.weight' must be"),
+    "an own bias": (
+        lambda seed: own(seed, dk.nn.DeLoRALinear, "third.bias"),
+        "diffusers",
+        "parameter 'third.bias' must be frozen",
+    ),
+    "an own bias of LoRA": (
+        lambda seed: own(seed, dk.nn.LoRALinear, "third.bias"),
+        "kohya",
+        "parameter 'third.bias' must",
+    ),
+    "beside own": (
+        lambda seed: own(seed, dk.nn.LoRALinear, "net.first.bias"),
+        "diffusers",
+        "parameter 'net.first.bias' must be",
+    ),
     "nothing": (lambda seed: Mixed(), "diffusers", "one with DeLoRA or LoRA layers, got none"),
     "not kohya's": (lambda seed: made("lora", seed), "kohya", "got a Mixed as 'unet'"),
 }
@@ -163,6 +200,25 @@ def test_refused(case: str, seed: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         export_lora({"unet": make(seed)}, tmp_path / "new", format=format)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [dk.nn.LoRALinear, dk.nn.DeLoRALinear])
+def test_own_modules(kind: Any, seed: int, tmp_path: Path) -> None:
+    """What PEFT's wrappers train for an adapter that is not exported is no obstacle."""
+    model = own(seed, kind, "third.B")
+    with torch.no_grad():
+        model.third.B += torch.randn_like(model.third.B)
+    for name, saved in {"default": ["second"], "other": None}.items():
+        options = config("lora", r=1, target_modules=["net.first"], modules_to_save=saved)
+        peft.inject_adapter_in_model(options, model, adapter_name=name)
+    for parameter in model.net.second.parameters():
+        parameter.requires_grad_(True)
+    ranks = export_lora({"unet": model}, tmp_path, "other", format="diffusers").ranks
+    assert ranks == {"unet.net.first": 1, "unet.third": 2}
+    A, B = (read(tmp_path)[0][f"unet.third.lora_{role}.weight"] for role in "AB")
+    weight = model.third.weight.clone()
+    model.third.merge()
+    torch.testing.assert_close(weight + B @ A, model.third.weight)
 
 
 @pytest.mark.parametrize(

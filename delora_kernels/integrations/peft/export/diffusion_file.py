@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from delora_kernels import checks
 from delora_kernels.integrations.peft.export.lora_folder import lora_config, replaced
-from delora_kernels.integrations.peft.export.low_rank_terms import Pair, adapters_of, pair_of, survey
+from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
 from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
 from delora_kernels.integrations.peft.export.used_configs import used_configs
 from delora_kernels.integrations.peft.export.written import written
+from delora_kernels.nn import AdapterLinear
 
 FORMATS = ("diffusers", "kohya")
 FILE = "pytorch_lora_weights.safetensors"
@@ -122,6 +123,8 @@ def _component(model: nn.Module, adapter: str | None) -> _Component:
     if any(getattr(config, "bias", "none") != "none" for config in configs):
         got, remedy = "trained biases, which these files don't hold", 'train with bias="none"'
         raise checks.fail(ValueError, FUNCTION, "model", "adapters alone", got, remedy)
+    if pairs:
+        _check_frozen(found)
     magnitudes = {pair.magnitude is not None for pair in pairs.values()}
     if len(magnitudes) > 1:
         other = next(name for name, pair in pairs.items() if pair.magnitude is None)
@@ -136,6 +139,21 @@ def _component(model: nn.Module, adapter: str | None) -> _Component:
         listed = made_config.to_dict().items()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in listed}
     return _Component(found.base[""], pairs, kernels, config)
+
+
+def _check_frozen(found: Survey) -> None:
+    """Refuse what trains beside the adapters and PEFT's wrappers, whose own say what is theirs."""
+    for name, module in found.base.items():
+        if any(name == saver or name.startswith(f"{saver}.") for saver in found.savers):
+            continue
+        of_base = ("weight", "bias") if isinstance(module, AdapterLinear) else tuple(module._parameters)
+        for key in of_base:
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad:
+                got = "one that trains, which these files don't hold"
+                remedy = "save it by itself if it was trained, and freeze it (requires_grad_(False))"
+                full = f"{name}.{key}" if name else key
+                raise checks.fail(ValueError, FUNCTION, f"parameter {full!r}", "frozen", got, remedy)
 
 
 def _as_diffusers(component: str, made: _Component, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -113,9 +113,9 @@ def export_lora(
             methods, `nn`'s modules for experts and ETHER, embeddings and convolutions, lora_bias,
             merged or disabled adapters, starts that changed the base weight, trainable tokens, a
             module held under two names, sharded or meta tensors, values beyond `dtype`; for
-            diffusion models also whatever was trained beside adapters, and models whose names the
-            format does not know), there is nothing to export, or the folder can't be used; the text
-            names the layer and the remedy. Nothing is written then.
+            diffusion models also whatever trains beside adapters (requires_grad), and models whose
+            names the format does not know), there is nothing to export, or the folder can't be
+            used; the text names the layer and the remedy. Nothing is written then.
         RuntimeError: the file would hold another update of an expert than the model. The folder's
             files are what they were then.
 
