@@ -93,6 +93,21 @@ def test_stacked_and_named(seed: int, tmp_path: Path) -> None:
         torch.testing.assert_close((B @ A).view(delta.shape), delta, rtol=1e-12, atol=1e-12)
 
 
+def test_adapter_that_one_model_lacks(seed: int, tmp_path: Path) -> None:
+    """That model is left out, as one without an active adapter is; an error names all of them."""
+    models = {"unet": made("lora", seed, targets="third"), "text_encoder": Mixed()}
+    models["text_encoder_2"] = own(seed, dk.nn.LoRALinear)
+    options = config("lora", r=2, target_modules=["third"])
+    peft.inject_adapter_in_model(options, models["text_encoder"], adapter_name="a")
+    ranks = {"text_encoder.third": 2, "text_encoder_2.third": 2}
+    assert export_lora(models, tmp_path, "a", format="diffusers").ranks == ranks
+    assert {name.split(".")[0] for name in read(tmp_path)[0]} == {"text_encoder", "text_encoder_2"}
+    expected = r"must be None or one of \['default'\] of unet, \['a'\] of text_encoder, \[\] of text_encoder_2, got 'b'"
+    with pytest.raises(ValueError, match=f"adapter {expected}"):
+        export_lora(models, tmp_path / "new", "b", format="diffusers")
+    assert not (tmp_path / "new").exists()
+
+
 def test_dtypes(seed: int, tmp_path: Path) -> None:
     """Each tensor in its own dtype, or in the one that is asked for."""
     model = made("dora", seed)

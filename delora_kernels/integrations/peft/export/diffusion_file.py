@@ -22,7 +22,7 @@ from delora_kernels import checks
 from delora_kernels.integrations.peft.export.lora_folder import lora_config, replaced
 from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
 from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
-from delora_kernels.integrations.peft.export.used_configs import used_configs
+from delora_kernels.integrations.peft.export.used_configs import check_adapter, used_configs
 from delora_kernels.integrations.peft.export.written import written
 from delora_kernels.nn import AdapterLinear
 
@@ -67,7 +67,9 @@ def export_diffusion(
     Returns:
         The rank of each layer, by its name behind its component's, and the file's size in bytes.
     """
-    components = {name: _component(model, adapter) for name, model in _named(models).items()}
+    surveys = {name: survey(model) for name, model in _named(models).items()}
+    check_adapter(surveys, adapter)
+    components = {name: _component(found, adapter) for name, found in surveys.items()}
     components = {name: made for name, made in components.items() if made.pairs}
     if not components:
         remedy = "add adapters to a model (add_adapter), and activate them"
@@ -109,9 +111,8 @@ def _named(models: Any) -> dict[str, nn.Module]:
     return dict(models)
 
 
-def _component(model: nn.Module, adapter: str | None) -> _Component:
+def _component(found: Survey, adapter: str | None) -> _Component:
     """Fold the adapters of one model."""
-    found = survey(model)
     made = {name: pair_of(name, layers, adapter, diffusion=True) for name, layers in found.layers.items()}
     pairs = {name: pair for name, pair in made.items() if pair is not None}
     configs = used_configs(found, adapter)

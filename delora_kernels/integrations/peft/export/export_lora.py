@@ -33,7 +33,7 @@ from delora_kernels.integrations.peft.export.expert_terms import (
 from delora_kernels.integrations.peft.export.lora_folder import PREFIX, lora_config, write
 from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
 from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
-from delora_kernels.integrations.peft.export.used_configs import used_configs
+from delora_kernels.integrations.peft.export.used_configs import check_adapter, used_configs
 from delora_kernels.integrations.peft.export.written import carried, written
 
 
@@ -90,8 +90,8 @@ def export_lora(
             of diffusers needs no name.
         directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another
             method is not.
-        adapter: Name of the PEFT adapter. None: those that are active. This library's own modules
-            are always exported.
+        adapter: Name of the PEFT adapter, which of several models one at least must have. None:
+            those that are active. This library's own modules are always exported.
         dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16
             ones float32 is exact.
         experts: Layout of adapters on the experts of expert models (`target_parameters`): "fused",
@@ -129,6 +129,7 @@ def export_lora(
     linears = {name: layers for name, layers in found.layers.items() if not are_experts(layers)}
     pairs = {name: pair_of(name, layers, adapter) for name, layers in linears.items()}
     configs = used_configs(found, adapter)
+    check_adapter({"": found}, adapter)
     factors = {name: _cast(name, pair, dtype) for name, pair in pairs.items() if pair is not None}
     of_experts = _experts(found, adapter, dtype, experts)
     if not factors and not of_experts.ranks:
