@@ -131,6 +131,12 @@ def merged(seed: int) -> Any:
     return model
 
 
+def disabled(seed: int) -> Any:
+    model = made("lora", seed)
+    model.third.enable_adapters(False)
+    return model
+
+
 def beside(seed: int) -> Any:
     model = made("dora", seed, targets="net.first")
     other = config("lora", r=2, target_modules=["net.first"])
@@ -170,15 +176,24 @@ def own(seed: int, kind: Any, *names: str) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[int], Any], str, str]] = {
-    "groups": (lambda seed: grouped(seed, groups=2), "diffusers", "a convolution with groups"),
+    "groups": (
+        lambda seed: grouped(seed, groups=2),
+        "diffusers",
+        "layer '0' must be a low-rank term on a plain convolution, got a convolution with groups.*save_lora_adapter",
+    ),
     "dilation": (lambda seed: grouped(seed, dilation=2), "diffusers", "a convolution with groups, dilation"),
     "padding": (
         lambda seed: grouped(seed, padding=1, padding_mode="circular"),
         "diffusers",
         "another padding than zeros",
     ),
-    "bias": (lambda seed: made("lora", seed, lora_bias=True), "diffusers", "lora_bias=True"),
-    "merged": (merged, "diffusers", "a merged adapter"),
+    "bias": (
+        lambda seed: made("lora", seed, lora_bias=True),
+        "diffusers",
+        "plain convolution.*lora_bias=True.*fuse_lora",
+    ),
+    "merged": (merged, "diffusers", r"'third' must be unmerged, got a merged adapter.*unfuse_lora\(\)"),
+    "disabled": (disabled, "diffusers", r"'third' must be enabled, got disabled adapters.*enable_lora\(\)"),
     "DoRA beside": (beside, "diffusers", "DoRA beside another adapter"),
     "some DoRA": (some_dora, "diffusers", "layer 'third' must be a low-rank term on a plain linear, got no DoRA"),
     "trained beside": (trained_beside, "diffusers", "a module trained beside the adapters"),
