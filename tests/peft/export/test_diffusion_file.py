@@ -5,6 +5,7 @@ the file against PEFT's own merge; what is refused, and that nothing is written 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapted_convolutions
@@ -166,10 +167,10 @@ def trains(seed: int, *names: str) -> Any:
     return model
 
 
-def own(seed: int, kind: Any, *names: str) -> Any:
+def own(seed: int, adapter: Any, *names: str, kind: type[Mixed] = Mixed) -> Any:
     torch.manual_seed(seed)
-    model: Any = Mixed().requires_grad_(False)
-    model.third = kind(6, 4, r=2)
+    model: Any = kind().requires_grad_(False)
+    model.third = adapter(6, 4, r=2)
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     return model
@@ -232,6 +233,33 @@ def test_refused(case: str, seed: int, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+class UNet2DConditionModel(Mixed):
+    """By its name, and of SDXL by its config."""
+
+    config = SimpleNamespace(addition_embed_type="text_time")
+
+
+class CLIPTextModel(Mixed):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("others", "prefixes"),
+    [
+        ({}, {"lora_te"}),
+        ({"unet": UNet2DConditionModel}, {"lora_te1"}),
+        ({"text_encoder_2": CLIPTextModel}, {"lora_te1"}),
+        ({"text_encoder_2": lambda: own(0, dk.nn.LoRALinear, kind=CLIPTextModel)}, {"lora_te1", "lora_te2"}),
+    ],
+)
+def test_kohyas_text_encoders(others: dict[str, Any], prefixes: set[str], seed: int, tmp_path: Path) -> None:
+    """SDXL's first one, by what stands beside it, with adapters or without."""
+    models = {name: make() for name, make in others.items()}
+    models["text_encoder"] = own(seed, dk.nn.LoRALinear, kind=CLIPTextModel)
+    export_lora(models, tmp_path, format="kohya")
+    assert {name.partition("_text_model_")[0] for name in read(tmp_path)[0]} == prefixes
+
+
 @pytest.mark.parametrize("kind", [dk.nn.LoRALinear, dk.nn.DeLoRALinear])
 def test_own_modules(kind: Any, seed: int, tmp_path: Path) -> None:
     """What PEFT's wrappers train for an adapter that is not exported is no obstacle."""
@@ -264,4 +292,12 @@ def test_own_modules(kind: Any, seed: int, tmp_path: Path) -> None:
 def test_arguments(model: Any, format: str, error: type[Exception], reason: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=reason):
         export_lora(model, tmp_path / "new", format=format)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_experts_are_pefts_alone(format: str, seed: int, tmp_path: Path) -> None:
+    expected = "experts must be 'fused' with a file of a diffusion model, which holds no experts, got 'per_expert'"
+    with pytest.raises(ValueError, match=f"{expected}.*format=.peft"):
+        export_lora({"unet": made("lora", seed)}, tmp_path / "new", format=format, experts="per_expert")
     assert not (tmp_path / "new").exists()

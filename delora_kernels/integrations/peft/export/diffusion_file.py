@@ -43,11 +43,10 @@ _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lor
 
 
 class _Component(NamedTuple):
-    """What is written of one model: its trunk, a pair for each layer, shapes of the kernels, and
-    the LoraConfig as a dictionary.
+    """What is written of one model: a pair for each layer, shapes of the kernels, and the
+    LoraConfig as a dictionary.
     """
 
-    trunk: Any
     pairs: dict[str, Pair]
     kernels: dict[str, torch.Size]
     config: dict[str, Any]
@@ -69,6 +68,7 @@ def export_diffusion(
     """
     surveys = {name: survey(model) for name, model in _named(models).items()}
     check_adapter(surveys, adapter)
+    trunks = {name: found.base[""] for name, found in surveys.items()}
     components = {name: _component(found, adapter) for name, found in surveys.items()}
     components = {name: made for name, made in components.items() if made.pairs}
     if not components:
@@ -80,7 +80,7 @@ def export_diffusion(
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
     if format == "kohya":
-        prefixes = _prefixes(components)
+        prefixes = _prefixes(components, trunks)
         for name, made in components.items():
             tensors |= _as_kohya(prefixes[name], name, made, max(ranks.values()), dtype)
     else:
@@ -139,7 +139,7 @@ def _component(found: Survey, adapter: str | None) -> _Component:
         made_config.use_dora, made_config.inference_mode = magnitudes == {True}, False
         listed = made_config.to_dict().items()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in listed}
-    return _Component(found.base[""], pairs, kernels, config)
+    return _Component(pairs, kernels, config)
 
 
 def _check_frozen(found: Survey) -> None:
@@ -195,18 +195,22 @@ def _shaped(name: str, role: str, factor: Tensor, made: _Component, dtype: torch
     return written(name, role, factor, dtype or made.pairs[name].dtype).view(shape)
 
 
-def _prefixes(components: dict[str, _Component]) -> dict[str, str]:
-    """Return kohya's prefix of each component, or raise where it has none of these names."""
-    for name, made in components.items():
-        kind = type(made.trunk).__name__
+def _prefixes(components: dict[str, _Component], trunks: dict[str, Any]) -> dict[str, str]:
+    """Return kohya's prefix of each component, or raise where it has none of these names.
+
+    Args:
+        components: What is written.
+        trunks: The models that were passed, also those without adapters: SDXL shows in them.
+    """
+    for name in components:
+        kind = type(trunks[name]).__name__
         if not kind.startswith("UNet2DCondition" if name == "unet" else "CLIPTextModel") or name not in _KOHYA:
             got = f"a {kind} as {name!r}"
             expected = "a UNet2DConditionModel and CLIP text encoders"
             remedy = 'pass format="diffusers", for kohya\'s names of other models are not those of diffusers'
             raise checks.fail(ValueError, FUNCTION, "model", expected, got, remedy)
-    unet = components.get("unet")
-    sdxl = unet is not None and getattr(unet.trunk.config, "addition_embed_type", None) == "text_time"
-    first = "lora_te1" if sdxl or "text_encoder_2" in components else "lora_te"
+    sdxl = getattr(getattr(trunks.get("unet"), "config", None), "addition_embed_type", None) == "text_time"
+    first = "lora_te1" if sdxl or "text_encoder_2" in trunks else "lora_te"
     return _KOHYA | {"text_encoder": first}
 
 

@@ -97,7 +97,7 @@ def export_lora(
         experts: Layout of adapters on the experts of expert models (`target_parameters`): "fused",
             PEFT's own keys, or "per_expert", one pair of matrices for each linear of each expert
             (docs/experts.md says which server reads which). Every expert's ΔW is read back from the
-            file and compared with the model's.
+            file and compared with the model's. Files of diffusion models hold no experts.
         format: "peft", a folder of PEFT's; or one file pytorch_lora_weights.safetensors as
             "diffusers" loads it, or with "kohya" as kohya-ss's trainers write it for U-Nets and
             CLIP text encoders (docs/exporting.md). Those two also hold convolutions, and DoRA with
@@ -201,6 +201,10 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, exper
         raise checks.fail(TypeError, FUNCTION, "dtype", f"None or one of {checks.FLOATS}", dtype, "pass a float dtype")
     if experts not in LAYOUTS:
         raise checks.fail(ValueError, FUNCTION, "experts", f"one of {LAYOUTS}", repr(experts), "pass one of these")
+    if format in FORMATS and experts != "fused":
+        remedy = 'leave it out, or pass format="peft"'
+        expected = "'fused' with a file of a diffusion model, which holds no experts"
+        raise checks.fail(ValueError, FUNCTION, "experts", expected, repr(experts), remedy)
     if not os.fspath(directory):
         raise checks.fail(
             ValueError, FUNCTION, "directory", "a path", "an empty one", "pass '.' for the current folder"
