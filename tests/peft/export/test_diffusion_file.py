@@ -5,6 +5,7 @@ the file against PEFT's own merge; what is refused, and that nothing is written 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapted_convolutions
@@ -93,6 +94,21 @@ def test_stacked_and_named(seed: int, tmp_path: Path) -> None:
         torch.testing.assert_close((B @ A).view(delta.shape), delta, rtol=1e-12, atol=1e-12)
 
 
+def test_adapter_that_one_model_lacks(seed: int, tmp_path: Path) -> None:
+    """That model is left out, as one without an active adapter is; an error names all of them."""
+    models = {"unet": made("lora", seed, targets="third"), "text_encoder": Mixed()}
+    models["text_encoder_2"] = own(seed, dk.nn.LoRALinear)
+    options = config("lora", r=2, target_modules=["third"])
+    peft.inject_adapter_in_model(options, models["text_encoder"], adapter_name="a")
+    ranks = {"text_encoder.third": 2, "text_encoder_2.third": 2}
+    assert export_lora(models, tmp_path, "a", format="diffusers").ranks == ranks
+    assert {name.split(".")[0] for name in read(tmp_path)[0]} == {"text_encoder", "text_encoder_2"}
+    expected = r"must be None or one of \['default'\] of unet, \['a'\] of text_encoder, \[\] of text_encoder_2, got 'b'"
+    with pytest.raises(ValueError, match=f"adapter {expected}"):
+        export_lora(models, tmp_path / "new", "b", format="diffusers")
+    assert not (tmp_path / "new").exists()
+
+
 def test_dtypes(seed: int, tmp_path: Path) -> None:
     """Each tensor in its own dtype, or in the one that is asked for."""
     model = made("dora", seed)
@@ -113,6 +129,12 @@ def grouped(seed: int, **options: Any) -> Any:
 def merged(seed: int) -> Any:
     model = made("lora", seed)
     model.third.merge()
+    return model
+
+
+def disabled(seed: int) -> Any:
+    model = made("lora", seed)
+    model.third.enable_adapters(False)
     return model
 
 
@@ -138,20 +160,66 @@ def trained_beside(seed: int) -> Any:
     return peft.get_peft_model(Mixed(), config("lora", target_modules=["third"], modules_to_save=["second"]))
 
 
+def trains(seed: int, *names: str) -> Any:
+    model = made("lora", seed, targets="net.first")
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
+def own(seed: int, adapter: Any, *names: str, kind: type[Mixed] = Mixed) -> Any:
+    torch.manual_seed(seed)
+    model: Any = kind().requires_grad_(False)
+    model.third = adapter(6, 4, r=2)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str, str]] = {
-    "groups": (lambda seed: grouped(seed, groups=2), "diffusers", "a convolution with groups"),
+    "groups": (
+        lambda seed: grouped(seed, groups=2),
+        "diffusers",
+        "layer '0' must be a low-rank term on a plain convolution, got a convolution with groups.*save_lora_adapter",
+    ),
     "dilation": (lambda seed: grouped(seed, dilation=2), "diffusers", "a convolution with groups, dilation"),
     "padding": (
         lambda seed: grouped(seed, padding=1, padding_mode="circular"),
         "diffusers",
         "another padding than zeros",
     ),
-    "bias": (lambda seed: made("lora", seed, lora_bias=True), "diffusers", "lora_bias=True"),
-    "merged": (merged, "diffusers", "a merged adapter"),
+    "bias": (
+        lambda seed: made("lora", seed, lora_bias=True),
+        "diffusers",
+        "plain convolution.*lora_bias=True.*fuse_lora",
+    ),
+    "merged": (merged, "diffusers", r"'third' must be unmerged, got a merged adapter.*unfuse_lora\(\)"),
+    "disabled": (disabled, "diffusers", r"'third' must be enabled, got disabled adapters.*enable_lora\(\)"),
     "DoRA beside": (beside, "diffusers", "DoRA beside another adapter"),
     "some DoRA": (some_dora, "diffusers", "layer 'third' must be a low-rank term on a plain linear, got no DoRA"),
     "trained beside": (trained_beside, "diffusers", "a module trained beside the adapters"),
     "base biases": (lambda seed: made("lora", seed, bias="all"), "diffusers", "trained biases"),
+    "a bias of an adapted layer": (
+        lambda seed: trains(seed, "net.first.base_layer.bias"),
+        "diffusers",
+        "parameter 'net.first.bias' must be frozen, got one that trains, which these files don't hold; save it",
+    ),
+    "another layer": (lambda seed: trains(seed, "third.weight"), "diffusers", "parameter 'third.weight' must be"),
+    "an own bias": (
+        lambda seed: own(seed, dk.nn.DeLoRALinear, "third.bias"),
+        "diffusers",
+        "parameter 'third.bias' must be frozen",
+    ),
+    "an own bias of LoRA": (
+        lambda seed: own(seed, dk.nn.LoRALinear, "third.bias"),
+        "kohya",
+        "parameter 'third.bias' must",
+    ),
+    "beside own": (
+        lambda seed: own(seed, dk.nn.LoRALinear, "net.first.bias"),
+        "diffusers",
+        "parameter 'net.first.bias' must be",
+    ),
     "nothing": (lambda seed: Mixed(), "diffusers", "one with DeLoRA or LoRA layers, got none"),
     "not kohya's": (lambda seed: made("lora", seed), "kohya", "got a Mixed as 'unet'"),
 }
@@ -163,6 +231,52 @@ def test_refused(case: str, seed: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         export_lora({"unet": make(seed)}, tmp_path / "new", format=format)
     assert not (tmp_path / "new").exists()
+
+
+class UNet2DConditionModel(Mixed):
+    """By its name, and of SDXL by its config."""
+
+    config = SimpleNamespace(addition_embed_type="text_time")
+
+
+class CLIPTextModel(Mixed):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("others", "prefixes"),
+    [
+        ({}, {"lora_te"}),
+        ({"unet": UNet2DConditionModel}, {"lora_te1"}),
+        ({"text_encoder_2": CLIPTextModel}, {"lora_te1"}),
+        ({"text_encoder_2": lambda: own(0, dk.nn.LoRALinear, kind=CLIPTextModel)}, {"lora_te1", "lora_te2"}),
+    ],
+)
+def test_kohyas_text_encoders(others: dict[str, Any], prefixes: set[str], seed: int, tmp_path: Path) -> None:
+    """SDXL's first one, by what stands beside it, with adapters or without."""
+    models = {name: make() for name, make in others.items()}
+    models["text_encoder"] = own(seed, dk.nn.LoRALinear, kind=CLIPTextModel)
+    export_lora(models, tmp_path, format="kohya")
+    assert {name.partition("_text_model_")[0] for name in read(tmp_path)[0]} == prefixes
+
+
+@pytest.mark.parametrize("kind", [dk.nn.LoRALinear, dk.nn.DeLoRALinear])
+def test_own_modules(kind: Any, seed: int, tmp_path: Path) -> None:
+    """What PEFT's wrappers train for an adapter that is not exported is no obstacle."""
+    model = own(seed, kind, "third.B")
+    with torch.no_grad():
+        model.third.B += torch.randn_like(model.third.B)
+    for name, saved in {"default": ["second"], "other": None}.items():
+        options = config("lora", r=1, target_modules=["net.first"], modules_to_save=saved)
+        peft.inject_adapter_in_model(options, model, adapter_name=name)
+    for parameter in model.net.second.parameters():
+        parameter.requires_grad_(True)
+    ranks = export_lora({"unet": model}, tmp_path, "other", format="diffusers").ranks
+    assert ranks == {"unet.net.first": 1, "unet.third": 2}
+    A, B = (read(tmp_path)[0][f"unet.third.lora_{role}.weight"] for role in "AB")
+    weight = model.third.weight.clone()
+    model.third.merge()
+    torch.testing.assert_close(weight + B @ A, model.third.weight)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +292,12 @@ def test_refused(case: str, seed: int, tmp_path: Path) -> None:
 def test_arguments(model: Any, format: str, error: type[Exception], reason: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=reason):
         export_lora(model, tmp_path / "new", format=format)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_experts_are_pefts_alone(format: str, seed: int, tmp_path: Path) -> None:
+    expected = "experts must be 'fused' with a file of a diffusion model, which holds no experts, got 'per_expert'"
+    with pytest.raises(ValueError, match=f"{expected}.*format=.peft"):
+        export_lora({"unet": made("lora", seed)}, tmp_path / "new", format=format, experts="per_expert")
     assert not (tmp_path / "new").exists()

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from delora_kernels import checks
 from delora_kernels.integrations.peft.export.lora_folder import lora_config, replaced
-from delora_kernels.integrations.peft.export.low_rank_terms import Pair, adapters_of, pair_of, survey
+from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
 from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
-from delora_kernels.integrations.peft.export.used_configs import used_configs
+from delora_kernels.integrations.peft.export.used_configs import check_adapter, used_configs
 from delora_kernels.integrations.peft.export.written import written
+from delora_kernels.nn import AdapterLinear
 
 FORMATS = ("diffusers", "kohya")
 FILE = "pytorch_lora_weights.safetensors"
@@ -42,11 +43,10 @@ _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lor
 
 
 class _Component(NamedTuple):
-    """What is written of one model: its trunk, a pair for each layer, shapes of the kernels, and
-    the LoraConfig as a dictionary.
+    """What is written of one model: a pair for each layer, shapes of the kernels, and the
+    LoraConfig as a dictionary.
     """
 
-    trunk: Any
     pairs: dict[str, Pair]
     kernels: dict[str, torch.Size]
     config: dict[str, Any]
@@ -66,7 +66,10 @@ def export_diffusion(
     Returns:
         The rank of each layer, by its name behind its component's, and the file's size in bytes.
     """
-    components = {name: _component(model, adapter) for name, model in _named(models).items()}
+    surveys = {name: survey(model) for name, model in _named(models).items()}
+    check_adapter(surveys, adapter)
+    trunks = {name: found.base[""] for name, found in surveys.items()}
+    components = {name: _component(found, adapter) for name, found in surveys.items()}
     components = {name: made for name, made in components.items() if made.pairs}
     if not components:
         remedy = "add adapters to a model (add_adapter), and activate them"
@@ -77,7 +80,7 @@ def export_diffusion(
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
     if format == "kohya":
-        prefixes = _prefixes(components)
+        prefixes = _prefixes(components, trunks)
         for name, made in components.items():
             tensors |= _as_kohya(prefixes[name], name, made, max(ranks.values()), dtype)
     else:
@@ -108,9 +111,8 @@ def _named(models: Any) -> dict[str, nn.Module]:
     return dict(models)
 
 
-def _component(model: nn.Module, adapter: str | None) -> _Component:
+def _component(found: Survey, adapter: str | None) -> _Component:
     """Fold the adapters of one model."""
-    found = survey(model)
     made = {name: pair_of(name, layers, adapter, diffusion=True) for name, layers in found.layers.items()}
     pairs = {name: pair for name, pair in made.items() if pair is not None}
     configs = used_configs(found, adapter)
@@ -122,6 +124,8 @@ def _component(model: nn.Module, adapter: str | None) -> _Component:
     if any(getattr(config, "bias", "none") != "none" for config in configs):
         got, remedy = "trained biases, which these files don't hold", 'train with bias="none"'
         raise checks.fail(ValueError, FUNCTION, "model", "adapters alone", got, remedy)
+    if pairs:
+        _check_frozen(found)
     magnitudes = {pair.magnitude is not None for pair in pairs.values()}
     if len(magnitudes) > 1:
         other = next(name for name, pair in pairs.items() if pair.magnitude is None)
@@ -135,7 +139,22 @@ def _component(model: nn.Module, adapter: str | None) -> _Component:
         made_config.use_dora, made_config.inference_mode = magnitudes == {True}, False
         listed = made_config.to_dict().items()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in listed}
-    return _Component(found.base[""], pairs, kernels, config)
+    return _Component(pairs, kernels, config)
+
+
+def _check_frozen(found: Survey) -> None:
+    """Refuse what trains beside the adapters and PEFT's wrappers, whose own say what is theirs."""
+    for name, module in found.base.items():
+        if any(name == saver or name.startswith(f"{saver}.") for saver in found.savers):
+            continue
+        of_base = ("weight", "bias") if isinstance(module, AdapterLinear) else tuple(module._parameters)
+        for key in of_base:
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad:
+                got = "one that trains, which these files don't hold"
+                remedy = "save it by itself if it was trained, and freeze it (requires_grad_(False))"
+                full = f"{name}.{key}" if name else key
+                raise checks.fail(ValueError, FUNCTION, f"parameter {full!r}", "frozen", got, remedy)
 
 
 def _as_diffusers(component: str, made: _Component, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -176,18 +195,22 @@ def _shaped(name: str, role: str, factor: Tensor, made: _Component, dtype: torch
     return written(name, role, factor, dtype or made.pairs[name].dtype).view(shape)
 
 
-def _prefixes(components: dict[str, _Component]) -> dict[str, str]:
-    """Return kohya's prefix of each component, or raise where it has none of these names."""
-    for name, made in components.items():
-        kind = type(made.trunk).__name__
+def _prefixes(components: dict[str, _Component], trunks: dict[str, Any]) -> dict[str, str]:
+    """Return kohya's prefix of each component, or raise where it has none of these names.
+
+    Args:
+        components: What is written.
+        trunks: The models that were passed, also those without adapters: SDXL shows in them.
+    """
+    for name in components:
+        kind = type(trunks[name]).__name__
         if not kind.startswith("UNet2DCondition" if name == "unet" else "CLIPTextModel") or name not in _KOHYA:
             got = f"a {kind} as {name!r}"
             expected = "a UNet2DConditionModel and CLIP text encoders"
             remedy = 'pass format="diffusers", for kohya\'s names of other models are not those of diffusers'
             raise checks.fail(ValueError, FUNCTION, "model", expected, got, remedy)
-    unet = components.get("unet")
-    sdxl = unet is not None and getattr(unet.trunk.config, "addition_embed_type", None) == "text_time"
-    first = "lora_te1" if sdxl or "text_encoder_2" in components else "lora_te"
+    sdxl = getattr(getattr(trunks.get("unet"), "config", None), "addition_embed_type", None) == "text_time"
+    first = "lora_te1" if sdxl or "text_encoder_2" in trunks else "lora_te"
     return _KOHYA | {"text_encoder": first}
 
 

@@ -33,7 +33,7 @@ from delora_kernels.integrations.peft.export.expert_terms import (
 from delora_kernels.integrations.peft.export.lora_folder import PREFIX, lora_config, write
 from delora_kernels.integrations.peft.export.low_rank_terms import Pair, Survey, adapters_of, pair_of, survey
 from delora_kernels.integrations.peft.export.refusal import FUNCTION, refuse
-from delora_kernels.integrations.peft.export.used_configs import used_configs
+from delora_kernels.integrations.peft.export.used_configs import check_adapter, used_configs
 from delora_kernels.integrations.peft.export.written import carried, written
 
 
@@ -90,14 +90,14 @@ def export_lora(
             of diffusers needs no name.
         directory: The folder, made if need be. A LoRA adapter in it is replaced, one of another
             method is not.
-        adapter: Name of the PEFT adapter. None: those that are active. This library's own modules
-            are always exported.
+        adapter: Name of the PEFT adapter, which of several models one at least must have. None:
+            those that are active. This library's own modules are always exported.
         dtype: Dtype of the written factors. None: that of each layer's own factors; for bfloat16
             ones float32 is exact.
         experts: Layout of adapters on the experts of expert models (`target_parameters`): "fused",
             PEFT's own keys, or "per_expert", one pair of matrices for each linear of each expert
             (docs/experts.md says which server reads which). Every expert's ΔW is read back from the
-            file and compared with the model's.
+            file and compared with the model's. Files of diffusion models hold no experts.
         format: "peft", a folder of PEFT's; or one file pytorch_lora_weights.safetensors as
             "diffusers" loads it, or with "kohya" as kohya-ss's trainers write it for U-Nets and
             CLIP text encoders (docs/exporting.md). Those two also hold convolutions, and DoRA with
@@ -113,9 +113,9 @@ def export_lora(
             methods, `nn`'s modules for experts and ETHER, embeddings and convolutions, lora_bias,
             merged or disabled adapters, starts that changed the base weight, trainable tokens, a
             module held under two names, sharded or meta tensors, values beyond `dtype`; for
-            diffusion models also whatever was trained beside adapters, and models whose names the
-            format does not know), there is nothing to export, or the folder can't be used; the text
-            names the layer and the remedy. Nothing is written then.
+            diffusion models also whatever trains beside adapters (requires_grad), and models whose
+            names the format does not know), there is nothing to export, or the folder can't be
+            used; the text names the layer and the remedy. Nothing is written then.
         RuntimeError: the file would hold another update of an expert than the model. The folder's
             files are what they were then.
 
@@ -129,6 +129,7 @@ def export_lora(
     linears = {name: layers for name, layers in found.layers.items() if not are_experts(layers)}
     pairs = {name: pair_of(name, layers, adapter) for name, layers in linears.items()}
     configs = used_configs(found, adapter)
+    check_adapter({"": found}, adapter)
     factors = {name: _cast(name, pair, dtype) for name, pair in pairs.items() if pair is not None}
     of_experts = _experts(found, adapter, dtype, experts)
     if not factors and not of_experts.ranks:
@@ -200,6 +201,10 @@ def _check_arguments(model: Any, directory: Any, adapter: Any, dtype: Any, exper
         raise checks.fail(TypeError, FUNCTION, "dtype", f"None or one of {checks.FLOATS}", dtype, "pass a float dtype")
     if experts not in LAYOUTS:
         raise checks.fail(ValueError, FUNCTION, "experts", f"one of {LAYOUTS}", repr(experts), "pass one of these")
+    if format in FORMATS and experts != "fused":
+        remedy = 'leave it out, or pass format="peft"'
+        expected = "'fused' with a file of a diffusion model, which holds no experts"
+        raise checks.fail(ValueError, FUNCTION, "experts", expected, repr(experts), remedy)
     if not os.fspath(directory):
         raise checks.fail(
             ValueError, FUNCTION, "directory", "a path", "an empty one", "pass '.' for the current folder"

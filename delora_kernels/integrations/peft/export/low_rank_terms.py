@@ -134,11 +134,13 @@ def adapters_of(name: str, layer: Any, adapter: str | None) -> list[str]:
         unused = adapter is None and layer.disable_adapters
         return list(chosen) if layer._adapters.issuperset(chosen) and not unused else []
     if layer.merged:
-        refuse(name, "a merged adapter: its base weight is not the base model's", "call unmerge_adapter() first")
+        remedy = "call unmerge_adapter() first (diffusers: unfuse_lora())"
+        refuse(name, "a merged adapter: its base weight is not the base model's", remedy, "unmerged")
     available = layer._get_available_adapters()
     chosen = [one for one in chosen if one in available]
     if chosen and layer.disable_adapters:
-        refuse(name, "disabled adapters: the model computes its base", "enable them first (enable_adapter_layers)")
+        remedy = "enable them first (enable_adapter_layers(); diffusers: enable_lora())"
+        refuse(name, "disabled adapters: the model computes its base", remedy, "enabled")
     return chosen
 
 

@@ -21,6 +21,7 @@ _PEFT_DELORA_EPS = 1e-4
 """PEFT's lower clamp of DeLoRA's norms."""
 
 _CONVOLUTIONS: dict[type, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
+_ON_CONVOLUTION = "a low-rank term on a plain convolution"
 _DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 
 
@@ -61,12 +62,14 @@ def peft_fold(name: str, layer: Any, adapter: str, diffusion: bool) -> Fold:
             refuse(name, "DoRA, which rescales the rows of W itself")
     elif variant is not None:
         refuse(name, f"the LoRA variant {type(variant).__name__}", "see whether PEFT can convert or merge it")
+    expected = {} if convolution is None else {"expected": _ON_CONVOLUTION}
     owners: dict[str, Any] = {"A": layer.lora_A[adapter], "B": layer.lora_B[adapter]}
     for role, owner in owners.items():
         if type(owner) is not (convolution or nn.Linear):
-            refuse(name, f"a lora_{role} that is a {type(owner).__name__}")
+            refuse(name, f"a lora_{role} that is a {type(owner).__name__}", **expected)
         if owner.bias is not None:
-            refuse(name, f"a lora_{role} with a bias (lora_bias=True), which most loaders of LoRA don't know")
+            got = f"a lora_{role} with a bias (lora_bias=True), which most loaders of LoRA don't know"
+            refuse(name, got, **expected)
     tensors: dict[str, Tensor] = {role: owner.weight for role, owner in owners.items()}
     if variant is not None:
         tensors["magnitude"] = layer.lora_magnitude_vector[adapter].weight
@@ -101,7 +104,8 @@ def _check_convolution(name: str, base: Any, kind: type, owners: dict[str, Any])
     elif owners["A"].kernel_size != base.kernel_size or {*owners["B"].kernel_size} != {1}:
         got = f"kernels of {owners['A'].kernel_size} and {owners['B'].kernel_size} on one of {base.kernel_size}"
     if got is not None:
-        refuse(name, f"{got}, whose adapter is no update of its weight")
+        remedy = "adapt other layers, or save this adapter as it is (save_lora_adapter, save_pretrained)"
+        refuse(name, f"{got}, whose adapter is no update of its weight", remedy, _ON_CONVOLUTION)
 
 
 def _scaled(A: Tensor, B: Tensor, scale: float, acc: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from delora_kernels import checks
 
 FUNCTION = "export_lora"
 
-MERGE = "merge the adapter (merge_and_unload) and save the whole model instead"
+MERGE = "merge the adapter (merge_and_unload; diffusers: fuse_lora, unload_lora) and save the whole model instead"
 
 
-def refuse(name: str, got: str, remedy: str = MERGE) -> NoReturn:
+def refuse(name: str, got: str, remedy: str = MERGE, expected: str = "a low-rank term on a plain linear") -> NoReturn:
     """Raise the error of a layer that is no low-rank term."""
-    raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", "a low-rank term on a plain linear", got, remedy)
+    raise checks.fail(ValueError, FUNCTION, f"layer {name!r}", expected, got, remedy)
