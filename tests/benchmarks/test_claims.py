@@ -113,6 +113,24 @@ def test_sweep_chooses_on_validation_and_measures_on_test() -> None:
     assert (again.chosen, again.test(1)) == (-8, 0.2)
 
 
+def test_a_rate_outside_the_sweep_tells_nothing() -> None:
+    """Best one step before the sweep's last rate: 4x, 2.4 quarter decades on, was never run."""
+    record = made({row: lambda q, seed: 1.0 - 0.01 * abs(q + 6) * (1 + 0.1 * seed) for row in delora_rate.METHODS})
+    sweep = Sweep(record, RULES, "lora")
+    assert (sweep.chosen, sweep.rates[-1], sweep.at_edge) == (-6, -4, False)
+    assert sweep.reaches(10**0.5)
+    assert not sweep.reaches(4.0)
+    assert not sweep.reaches(0.01)
+    for factor in (4.0, 0.01):
+        with pytest.raises(ValueError, match="factor must lead to a rate of the sweep"):
+            sweep.at(1, factor)
+    lines = [line for line in delora_rate.lines(record, RULES) if "at 4x" in line.claimed]
+    assert len(lines) == 4
+    delora = Sweep(record, RULES, delora_rate.DELORA[0]).label
+    assert lines[0].verdict == f"{CANNOT_TELL}: 4x is outside the sweep ({delora}, LoRA)"
+    assert all(line.verdict.startswith(f"{CANNOT_TELL}: 4x") for line in lines)
+
+
 @pytest.mark.parametrize("slope", [1, -1])
 def test_best_rate_at_an_edge_tells_nothing(slope: int) -> None:
     record = made({row: lambda q, seed: 0.5 + slope * 0.01 * q for row in ("lora", "delora")})
