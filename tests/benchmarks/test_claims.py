@@ -291,6 +291,42 @@ def test_command_goes_on_where_it_was_stopped(
     assert "there are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [[], ["--show"], ["--page"]], ids=["listing", "--show", "--page"])
+def test_reading_changes_no_record(words: list[str], tmp_path: Path) -> None:
+    """Another process may be about to end the last line."""
+    file, page = tmp_path / "record.jsonl", tmp_path / "page.md"
+    file.write_bytes(b'{"machine": {}}\n{"run": {"ro')
+    page.write_text("no marks")
+    words = [*words, *([str(page)] if words == ["--page"] else []), "--smoke", "--record", str(file)]
+    assert main(words) == 0
+    assert file.read_bytes() == b'{"machine": {}}\n{"run": {"ro'
+    assert page.read_text() == "no marks"
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", '{"run": {}}'], ids=repr)
+def test_a_line_that_is_none_of_a_record(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "record.jsonl"
+    file.write_text(f'{{"machine": {{}}}}\n{line}\n')
+    assert main(["--show", "--record", str(file)]) == 2
+    assert capsys.readouterr().err == f"claims: --record {file}: line 2 is no line of a record: remove it\n"
+
+
+def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder as a record, to read and to write; a page that is not there, a folder as one."""
+    (tmp_path / "file").write_text("")
+    for words, text in (
+        (["--record", str(tmp_path)], f"--record {tmp_path} can't be read: Is a directory"),
+        (["--record", str(tmp_path / "file/in"), "delora-bound"], f"--record {tmp_path / 'file/in'} can't be"),
+        (["--page", str(tmp_path / "none.md")], f"--page {tmp_path / 'none.md'} can't be read: No such file"),
+        (["--page", str(tmp_path)], f"--page {tmp_path} can't be read: Is a directory"),
+    ):
+        assert main(["--smoke", "--record", str(tmp_path / "none.jsonl"), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"claims: {text}")
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_page_says_what_its_record_says() -> None:
     """Tables and marks of docs/claims.md, made anew; each claim has its place, each figure its
     file.
