@@ -19,42 +19,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2: bad input, told in one line; 130: stopped.
     """
     args = _parser().parse_args(argv)
-    from benchmarks.claims.claim import study
     from benchmarks.claims.claims import CLAIMS
-    from benchmarks.claims.record import Record
-    from benchmarks.claims.rules import SMOKE, STUDY
     from benchmarks.claims.task import Problem
-    from benchmarks.machine import machine_info
 
     unknown = [name for name in args.names if name not in CLAIMS]
     if unknown:
         print(f"claims: no claim {unknown[0]!r}: there are {', '.join(CLAIMS)}", file=sys.stderr)
         return 2
-    rules, record = SMOKE if args.smoke else STUDY, Record(args.record)
-    claims = [CLAIMS[name] for name in args.names or CLAIMS if args.names or args.all or CLAIMS[name].core]
-    if not (args.names or args.core or args.all or args.show or args.page):
-        _list(record, rules)
-        return 0
-    claims = claims if args.names or args.core else list(CLAIMS.values())
     try:
-        if not args.show and not args.page:
-            record.begin(machine_info("cpu"))
-            study(claims, record, rules)
+        _carry_out(args)
     except Problem as problem:
         print(f"claims: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("claims: stopped; the same command goes on", file=sys.stderr)
         return 130
+    return 0
+
+
+def _carry_out(args: argparse.Namespace) -> None:
+    """Do what the command line asks for; what the user can put right is a `Problem`."""
+    from benchmarks.claims.claim import study
+    from benchmarks.claims.claims import CLAIMS
+    from benchmarks.claims.page import page_text, write
+    from benchmarks.claims.record import Record
+    from benchmarks.claims.rules import SMOKE, STUDY
+    from benchmarks.machine import machine_info
+
+    rules, record = SMOKE if args.smoke else STUDY, Record(args.record)
+    claims = [CLAIMS[name] for name in args.names or CLAIMS if args.names or args.all or CLAIMS[name].core]
+    if not (args.names or args.core or args.all or args.show or args.page):
+        _list(record, rules)
+        return
+    claims = claims if args.names or args.core else list(CLAIMS.values())
+    if args.page is not None:
+        page_text(args.page)  # asked before anything is drawn
+    elif not args.show:
+        record.begin(machine_info("cpu"))
+        study(claims, record, rules)
     for claim in claims:
         print(f"\n{claim.title} ({claim.source})")
         for line in claim.lines(record, rules):
             print(f"  {line.verdict:<40} {line.claimed}{': ' * bool(line.ours)}{line.ours}")
     if args.page is not None:
-        from benchmarks.claims.page import write
-
         write(args.page, claims, record, rules)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

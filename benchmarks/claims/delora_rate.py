@@ -15,6 +15,7 @@ from benchmarks.claims.record import Record
 from benchmarks.claims.rows import ROWS
 from benchmarks.claims.rules import (
     ABOVE,
+    CANNOT_TELL,
     LEAST_DECADES,
     LEAST_DROP,
     LEAST_SCORE,
@@ -85,6 +86,8 @@ def _drops_less(a: Sweep, b: Sweep, rules: Rules) -> Line:
     claimed = f"{a.label} loses less at {ABOVE:g}x its best rate than {b.label}"
     if cannot := incomplete((a, b)):
         return Line(claimed, SEES, "", cannot)
+    if short := [sweep.label for sweep in (a, b) if not sweep.reaches(ABOVE)]:
+        return Line(claimed, SEES, "", f"{CANNOT_TELL}: {ABOVE:g}x is outside the sweep ({', '.join(short)})")
 
     def drop(sweep: Sweep, seed: int) -> float:
         best = sweep.test(seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.claims.claim import Claim
 from benchmarks.claims.record import Record
 from benchmarks.claims.rules import Rules
+from benchmarks.claims.task import Problem
 
 
 def table(claim: Claim, record: Record, rules: Rules) -> str:
@@ -45,11 +46,21 @@ def filled(text: str, claims: Sequence[Claim], record: Record, rules: Rules, fol
     return text
 
 
+def page_text(page: Path) -> str:
+    """Return what stands in the page that is to be filled."""
+    try:
+        return page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise Problem(f"--page {page} can't be read: {reason}") from None
+
+
 def write(page: Path, claims: Sequence[Claim], record: Record, rules: Rules) -> None:
     """Draw the figures beside the page, and fill it."""
+    text = page_text(page)
     folder = page.parent / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     for claim in claims:
         if (figure := claim.draw(record, rules)) is not None:
             figure.savefig(folder / f"{claim.name}.png", dpi=110)
-    page.write_text(filled(page.read_text(encoding="utf-8"), claims, record, rules, folder), encoding="utf-8")
+    page.write_text(filled(text, claims, record, rules, folder), encoding="utf-8")

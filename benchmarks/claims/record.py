@@ -1,7 +1,8 @@
 """The record of a study: one line of JSON for each finished run, keyed by its settings.
 
 A line `{"machine": ...}` precedes the runs of each start. A run is written when it is done, so a
-study that is stopped goes on where it was; a line that was cut off is dropped. Claims share runs.
+study that is stopped goes on where it was; a line that was cut off is not read, and dropped before
+another is written. Reading changes nothing. Claims share runs.
 """
 
 import json
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.task import Problem
 from benchmarks.claims.training import Run
 
 
@@ -18,14 +20,21 @@ class Record:
 
     Args:
         path: the file; it need not be there. None: nothing is kept.
+
+    Raises:
+        Problem: the file can't be read, or a line of it is no line of a record.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.machines = path, []  # type: tuple[Path | None, list[dict[str, Any]]]
         self._found: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            for line in _whole_lines(path):
-                self._take(json.loads(line))
+        if path is not None:
+            for number, line in enumerate(_whole_lines(path), 1):
+                try:
+                    self._take(json.loads(line))
+                except (ValueError, TypeError, KeyError):
+                    problem = f"--record {path}: line {number} is no line of a record: remove it"
+                    raise Problem(problem) from None
 
     def _take(self, line: dict[str, Any]) -> None:
         if "machine" in line:
@@ -55,19 +64,31 @@ class Record:
         self._take(json.loads(text))
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_unfinished(self.path)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise Problem(f"--record {self.path} can't be written: {error.strerror}") from None
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines that end; one that was cut off is removed from the file before a run is
-    added to it.
-    """
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(path, sum(map(len, lines[:-1])))
-        lines.pop()
-    return lines
+    """Return the lines that end, of a file that is not there none."""
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Problem(f"--record {path} can't be read: {error.strerror}") from None
+
+
+def _drop_unfinished(path: Path) -> None:
+    """Remove what stands behind the last line that ends."""
+    if not path.exists():
+        return
+    held = path.read_bytes()
+    if not held.endswith(b"\n"):
+        os.truncate(path, held.rfind(b"\n") + 1)

@@ -83,13 +83,19 @@ class Sweep:
         """Return one seed's test score at a rate; None: at the chosen one."""
         return float(self.record[self.run(self.chosen if q is None else q, seed)]["test"][-1])
 
+    def reaches(self, factor: float) -> bool:
+        """Whether `factor` times the chosen rate lies within the sweep."""
+        return self.rates[0] <= self.chosen + 4 * math.log10(factor) <= self.rates[-1]
+
     def at(self, seed: int, factor: float) -> float:
-        """Return one seed's test score at `factor` times the chosen rate, between two rates of the
-        sweep by a straight line over log rate.
+        """Return one seed's test score at `factor` times the chosen rate, which the sweep
+        `reaches`, between two of its rates by a straight line over log rate.
         """
         wanted = self.chosen + 4 * math.log10(factor)
-        below = max((q for q in self.rates if q <= wanted), default=self.rates[0])
-        above = min((q for q in self.rates if q >= wanted), default=self.rates[-1])
+        if not self.reaches(factor):
+            raise ValueError(f"Sweep.at: factor must lead to a rate of the sweep, got {factor:g}: ask reaches first")
+        below = max(q for q in self.rates if q <= wanted)
+        above = min(q for q in self.rates if q >= wanted)
         share = 0.0 if below == above else (wanted - below) / (above - below)
         return (1 - share) * self.test(seed, below) + share * self.test(seed, above)
 

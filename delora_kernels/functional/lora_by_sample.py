@@ -70,11 +70,13 @@ def lora_linear_on_last(
         A, B: `[r, K]`, `[N, r]`; with a gradient, of zeros, where no token has the update too.
         last: For each sample the number of its tokens that have the update, from 0 to all.
     """
-    call = lora_by_sample_call(x, weight, [A], [B], [0] * len(x), scale, bias)
+    call = lora_by_sample_call(x, weight, [A], [B], [0] * len(x), scale, bias, every=True)
     length, lengths = x.shape[1:-1].numel(), []
     for tokens in last:
         lengths += [length - min(tokens, length), min(tokens, length)]
     segments = call.options._replace(lengths=tuple(lengths), adapters=(None, 0) * len(last))
+    if not lengths:  # a batch of no sample: one segment of no rows, for gradients of zeros
+        segments = segments._replace(lengths=(0,), adapters=(0,))
     return _run(call._replace(options=segments), x, weight)
 
 
@@ -87,12 +89,14 @@ def _run(call: MixedCall, x: Tensor, weight: Any) -> Tensor:
 
 
 def lora_by_sample_call(
-    x: Any, weight: Any, A: Any, B: Any, adapters: Any, scale: Any = 1.0, bias: Any = None
+    x: Any, weight: Any, A: Any, B: Any, adapters: Any, scale: Any = 1.0, bias: Any = None, *, every: bool = False
 ) -> MixedCall:
-    """Check the arguments of `lora_linear_by_sample` and make its call."""
+    """Check the arguments of `lora_linear_by_sample` and make its call; with `every`, adapters that
+    no sample has are in it too, and get gradients of zeros.
+    """
     _check(x, weight, bias, A, B, adapters)
     scales = _scales(scale, len(A))
-    used = [i for i in dict.fromkeys(adapters) if i is not None]
+    used = list(range(len(A))) if every else [i for i in dict.fromkeys(adapters) if i is not None]
     length = x.shape[1:-1].numel()
     runs = _runs(adapters)
     order = None

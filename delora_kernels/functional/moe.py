@@ -126,14 +126,14 @@ def moe_lora_linear(
         z_coef=z_coef,
     )
     k = 1 if adapter_ids is not None else call.options.top_k
-    plain = frozen_A is None and magnitude is None
-    if router is not None and B.shape[0] == 1 and not isinstance(scale, Tensor) and plain:
-        alone = _of_one_expert(call, float(scale))
+    alone = router is not None and B.shape[0] == 1
+    if alone and not isinstance(scale, Tensor) and frozen_A is None and magnitude is None:
+        lora = _of_one_expert(call, float(scale))
         any_token = call.scale.new_full((1,), 1.0 if call.x.shape[0] > 0 else 0.0)
         counted = any_token if call.token_share is None else call.token_share.sum().reshape(1)
-        y = run(AdaptedLinear, alone, x.shape)[0]
+        y = run(AdaptedLinear, lora, x.shape)[0]
         return y, RouterStats(counted, counted.clone(), call.scale.new_zeros(()), 1)
-    y, fraction, probability, z = run(MoELinear, call, x.shape)
+    y, fraction, probability, z = run(MoELinear, _without_router(call) if alone else call, x.shape)
     return y, RouterStats(fraction, probability, z.reshape(()), k)
 
 
@@ -166,3 +166,17 @@ def _of_one_expert(call: MoECall, scale: float) -> Call:
     seed = None if call.seed is None else call.seed[0]
     drawn: Any = {"dropout_p": call.options.dropout_p[:1], "seed": seed, "scale": scale}
     return low_rank_call("lora_linear", call.x, call.weight, call.bias, A, call.B[0], **drawn)
+
+
+def _without_router(call: MoECall) -> MoECall:
+    """Return the call of one expert with a given gate of 1; its router gets a gradient of zeros
+    too.
+    """
+    A = call.A if exporting() else ZeroGradient.apply(call.A, call.router)
+    gates = call.scale.new_ones(call.x.shape[0], 1)
+    ranks, dropout_p, seed = call.options.ranks, call.options.dropout_p, call.seed
+    if ranks:  # the last is of what is not dropped, the router's row in it
+        ranks = (*ranks[:-1], ranks[-1] - 1) if ranks[-1] > 1 else ranks[:-1]
+        dropout_p, seed = dropout_p[: len(ranks)], None if seed is None else seed[: len(ranks)]
+    options = call.options._replace(ranks=ranks, dropout_p=dropout_p)
+    return call._replace(A=A, router=None, gates=gates, seed=seed, options=options)

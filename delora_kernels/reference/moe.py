@@ -28,7 +28,8 @@ class RouterStats(NamedTuple):
     Args:
         fraction: f `[E]`, the share of counted tokens that chose expert e; a constant.
         probability: P `[E]`, the mean over counted tokens of p_te, or of given gates.
-        z: Mean over counted tokens of logsumexp(logits)², 0-d; 0 where the gates are given.
+        z: Mean over counted tokens of logsumexp(logits)², 0-d; 0 where the gates are given, and of
+            one expert, for which a router has nothing to choose.
         top_k: Experts a token chooses.
     """
 
@@ -219,7 +220,7 @@ def _routed(
         w = torch.where(chosen, p, 0.0)
         if renormalize:
             w = w / w.sum(1, keepdim=True)
-        z = logits.logsumexp(1).square()
+        z = z if E == 1 else logits.logsumexp(1).square()
     else:
         k = 1 if gates is None else E
         if gates is None:

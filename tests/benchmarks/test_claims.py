@@ -113,6 +113,24 @@ def test_sweep_chooses_on_validation_and_measures_on_test() -> None:
     assert (again.chosen, again.test(1)) == (-8, 0.2)
 
 
+def test_a_rate_outside_the_sweep_tells_nothing() -> None:
+    """Best one step before the sweep's last rate: 4x, 2.4 quarter decades on, was never run."""
+    record = made({row: lambda q, seed: 1.0 - 0.01 * abs(q + 6) * (1 + 0.1 * seed) for row in delora_rate.METHODS})
+    sweep = Sweep(record, RULES, "lora")
+    assert (sweep.chosen, sweep.rates[-1], sweep.at_edge) == (-6, -4, False)
+    assert sweep.reaches(10**0.5)
+    assert not sweep.reaches(4.0)
+    assert not sweep.reaches(0.01)
+    for factor in (4.0, 0.01):
+        with pytest.raises(ValueError, match="factor must lead to a rate of the sweep"):
+            sweep.at(1, factor)
+    lines = [line for line in delora_rate.lines(record, RULES) if "at 4x" in line.claimed]
+    assert len(lines) == 4
+    delora = Sweep(record, RULES, delora_rate.DELORA[0]).label
+    assert lines[0].verdict == f"{CANNOT_TELL}: 4x is outside the sweep ({delora}, LoRA)"
+    assert all(line.verdict.startswith(f"{CANNOT_TELL}: 4x") for line in lines)
+
+
 @pytest.mark.parametrize("slope", [1, -1])
 def test_best_rate_at_an_edge_tells_nothing(slope: int) -> None:
     record = made({row: lambda q, seed: 0.5 + slope * 0.01 * q for row in ("lora", "delora")})
@@ -271,6 +289,42 @@ def test_command_goes_on_where_it_was_stopped(
     assert len(done) == 10
     assert main(["no-claim"]) == 2
     assert "there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--show"], ["--page"]], ids=["listing", "--show", "--page"])
+def test_reading_changes_no_record(words: list[str], tmp_path: Path) -> None:
+    """Another process may be about to end the last line."""
+    file, page = tmp_path / "record.jsonl", tmp_path / "page.md"
+    file.write_bytes(b'{"machine": {}}\n{"run": {"ro')
+    page.write_text("no marks")
+    words = [*words, *([str(page)] if words == ["--page"] else []), "--smoke", "--record", str(file)]
+    assert main(words) == 0
+    assert file.read_bytes() == b'{"machine": {}}\n{"run": {"ro'
+    assert page.read_text() == "no marks"
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", '{"run": {}}'], ids=repr)
+def test_a_line_that_is_none_of_a_record(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "record.jsonl"
+    file.write_text(f'{{"machine": {{}}}}\n{line}\n')
+    assert main(["--show", "--record", str(file)]) == 2
+    assert capsys.readouterr().err == f"claims: --record {file}: line 2 is no line of a record: remove it\n"
+
+
+def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder as a record, to read and to write; a page that is not there, a folder as one."""
+    (tmp_path / "file").write_text("")
+    for words, text in (
+        (["--record", str(tmp_path)], f"--record {tmp_path} can't be read: Is a directory"),
+        (["--record", str(tmp_path / "file/in"), "delora-bound"], f"--record {tmp_path / 'file/in'} can't be"),
+        (["--page", str(tmp_path / "none.md")], f"--page {tmp_path / 'none.md'} can't be read: No such file"),
+        (["--page", str(tmp_path)], f"--page {tmp_path} can't be read: Is a directory"),
+    ):
+        assert main(["--smoke", "--record", str(tmp_path / "none.jsonl"), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"claims: {text}")
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_page_says_what_its_record_says() -> None:

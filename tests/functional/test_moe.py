@@ -49,11 +49,7 @@ def test_reference(variant: str, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([None, "shared", "independent"]), label="dropout")
     fused, specified = both(arguments, kind, data.draw(st.integers(-(2**63), 2**62)))
     leaves, grad_out = leaves_of(arguments), maker.tensor(*lead, N)
-    theirs = results(specified, leaves, grad_out)
-    if E == 1 and "router" in arguments and variant not in ("residual", "dora"):
-        theirs["z"] = torch.zeros_like(theirs["z"])  # the router is not run
-        theirs |= {name: results(lambda **t: (specified(**t)[0], None), leaves, grad_out)[name] for name in leaves}
-    assert_same(results(fused, leaves, grad_out), theirs)
+    assert_same(results(fused, leaves, grad_out), results(specified, leaves, grad_out))
 
 
 @pytest.mark.parametrize("dropout", [None, "shared", "independent"])
@@ -225,6 +221,34 @@ def test_padding_does_not_count(seed: int) -> None:
     _, stats = F.moe_lora_linear(**clean | leaves)
     (grad,) = torch.autograd.grad(stats.balance_loss() + stats.z, leaves["router"])
     assert_same({"G": grad}, {"G": found[0]["G"]})
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT_P])
+@pytest.mark.parametrize("scaled", ["number", "tensor"])
+@pytest.mark.parametrize("variant", ["dense", "residual", "dora"])
+def test_one_experts_router_is_not_run(variant: str, scaled: str, dropout_p: float, seed: int) -> None:
+    """In every form: no z, a gradient of zeros for a router whose logits would overflow, whatever
+    the coefficients; y and the other gradients are those of a given gate of 1.
+    """
+    maker = Maker(seed)
+    arguments = moe_arguments(maker, variant, E=1)
+    arguments["scale"] = maker.tensor(1) if scaled == "tensor" else 0.7
+    arguments["router"] = torch.full_like(arguments["router"], 1e200)
+    leaves, grad_out = leaves_of(arguments), maker.tensor(6, 5)
+    rest = {k: v for k, v in arguments.items() if k not in leaves and k != "top_k"} | {"dropout_p": dropout_p}
+    y, stats = F.moe_lora_linear(**leaves, **rest, seed=5, balance_coef=0.3, z_coef=0.2)
+    sums = stats.fraction.item(), stats.probability.item()  # of shares
+    assert sums == pytest.approx((1, 1), rel=1e-14)
+    assert (stats.z, stats.top_k) == (0, 1)
+    grads = dict(zip(leaves, torch.autograd.grad((y * grad_out).sum() + stats.z, list(leaves.values())), strict=True))
+    router = grads.pop("router")
+    assert router.shape == arguments["router"].shape
+    assert not router.any()
+    leaves.pop("router")
+    rest.pop("renormalize", None)
+    want, _ = F.moe_lora_linear(**leaves, **rest, gates=torch.ones(6, 1, dtype=y.dtype), seed=5)
+    theirs = torch.autograd.grad((want * grad_out).sum(), list(leaves.values()))
+    assert_same({"y": y.detach(), **grads}, {"y": want.detach(), **dict(zip(leaves, theirs, strict=True))})
 
 
 @pytest.mark.parametrize("variant", ["topk", "dense", "residual", "gates"])

@@ -288,6 +288,39 @@ def test_full_fine_tuning_since_a_snapshot(seed: int) -> None:
         dk.weight_changes(model[3])
 
 
+class Tied(nn.Module):
+    """A table that is the head's weight too; `first`: also that of a module of an unknown class."""
+
+    def __init__(self, first: bool = False) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.table.weight
+        if first:
+            self.table = nn.Module()  # type: ignore[assignment]
+            self.table.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(nn.functional.embedding(x, self.table.weight))
+        return y
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("names", [("table.weight",), ("head.weight",), ("table.weight", "head.weight")], ids=str)
+def test_a_tied_weight_is_measured_once(names: tuple[str, ...], first: bool, seed: int) -> None:
+    """Under whichever of its names the snapshot has it: one of `named_parameters`, a state dict."""
+    torch.manual_seed(seed)
+    model = Tied(first)
+    before = model.head.weight.detach().clone()
+    assert len(snapshot(model)) == 1
+    trained(model, torch.arange(7))
+    changes = dk.weight_changes(model, since=dict.fromkeys(names, before))
+    after = model.head.weight.detach()
+    weights = {"head": (before, after)} if first else {"table": (before.t(), after.t())}
+    check(list(changes.rows), weights, "output", 1e-6)
+    assert not changes.left
+    assert [each.name for each in dk.weight_changes(model).left] == list(weights)
+
+
 def test_since_compares_adapters_with_another_start(seed: int) -> None:
     """Under names with and without adapters; of merged ones too, and of what is trained whole."""
     base = peft_models.Small(False)

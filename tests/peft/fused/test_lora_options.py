@@ -156,6 +156,26 @@ def test_alora_acts_on_the_last_tokens(offsets: Any, seed: int) -> None:
     torch.testing.assert_close(*(layer(tokens, alora_offsets=offsets) for layer in layers), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 12), (0, 12), (0, 0, 12), (2, 0, 12)], ids=str)
+@pytest.mark.parametrize("given", [True, False])
+def test_alora_of_an_empty_batch(shape: tuple[int, ...], given: bool, seed: int) -> None:
+    """Shapes and gradients are PEFT's: zeros, of the factors too."""
+    made = model(seed, alora_invocation_tokens=[1])
+    fused = copy.deepcopy(made)
+    dk.accelerate(fused, strict=True)
+    found = []
+    for each in (fused, made):
+        layer, x = each.base_model.model.layers[0], torch.randn(shape, dtype=D, requires_grad=True)
+        y = layer(x, alora_offsets=[None] * len(x) if given else None)
+        leaves = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+        assert len(leaves) == 3
+        grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+        found.append({"y": y.detach(), **dict(zip(leaves, grads, strict=True))})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 @pytest.mark.parametrize("subtract", [False, True])
 def test_arrow_is_a_mixture_with_given_gates(subtract: bool, seed: int) -> None:
     """What its first call makes of the weights is made then, not when the model is accelerated."""

@@ -51,6 +51,13 @@ class Injected(nn.Module):
         return y
 
 
+class Shared(nn.Linear):
+    """A layer of the user's own class."""
+
+    def __init__(self) -> None:
+        super().__init__(20, 14)
+
+
 class Parametrization(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +81,18 @@ class Processor(nn.Module):
         self.to_q_lora = LoRALinearLayer()
 
 
+class OFTModule(nn.Module):
+    """As LyCORIS has its algorithms without a pair of factors."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.oft_blocks, self.org_forward = nn.Parameter(torch.randn(14, 14)), layer.forward
+        layer.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.org_forward(x) @ self.oft_blocks
+
+
 def patched(model: Any) -> None:
     Network(model.second)
 
@@ -90,6 +109,7 @@ def network_first(model: Any) -> None:
 
 CASES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "kohya-ss": (patched, "second", "LoRAModule"),
+    "without a pair": (lambda model: OFTModule(model.second), "second", "OFTModule"),
     "kohya-ss, its network in the model": (network_first, "second", "LoRAModule"),
     "injected": (lambda model: setattr(model, "second", Injected(model.second)), "second", "Injected"),
     "parametrized": (
@@ -131,10 +151,16 @@ def test_named(case: str, seed: int) -> None:
 
 
 def test_what_is_none(seed: int) -> None:
-    """A forward of the module's own or of one without parameters; a model without adapters."""
+    """A forward of the module's own, of one without parameters, of another layer of torch's or of
+    the same class; a model without adapters.
+    """
     model: Any = Small(conv1d=False)
     model.first.forward = model.first.forward
     model.third.forward = nn.Identity().forward
+    model.second.forward = nn.Linear(20, 14).forward
+    model.convolution, model.own, model.shared = nn.Conv1d(20, 14, 1), Shared(), Shared()
+    model.convolution.forward = model.second.forward
+    model.shared.forward = model.own.forward
     with pytest.raises(ValueError, match="accelerate: model must hold PEFT adapter layers, got a Small without any"):
         dk.accelerate(model)
     model.third = peft.inject_adapter_in_model(config("lora", target_modules=["third"]), Small(conv1d=False)).third

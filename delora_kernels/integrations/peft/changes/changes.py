@@ -76,7 +76,7 @@ def weight_changes(
             TypeError, _NAME, "step", "an int or None", type(step).__name__, "pass the number of the step"
         )
     checks.option(_NAME, "axis", axis, AXES)
-    start = None if since is None else {base_name(name): tensor for name, tensor in since.items()}
+    start = None if since is None else _under_every_name(model, since)
     rows: list[LayerChange] = []
     left: list[LeftOut] = []
     with ExitStack() as context:
@@ -96,6 +96,21 @@ def weight_changes(
     return WeightChanges(tuple(rows), tuple(left), axis)
 
 
+def _under_every_name(model: nn.Module, since: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a snapshot by names without adapters and wrappers, a tied weight under all that it
+    has: `named_parameters` gives one.
+    """
+    start = {base_name(name): tensor for name, tensor in since.items()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(base_name(name))
+    for same in names.values():
+        held = next((name for name in same if name in start), None)
+        if held is not None:
+            start |= {name: start[held] for name in same if name not in start}
+    return start
+
+
 def _row(name: str, found: Adapted, step: int | None, axis: str) -> LayerChange:
     numbers = measured(found.before, found.base, found.steps, axis)
     if found.parameter != "weight":
@@ -108,9 +123,11 @@ Found = Iterator[tuple[str, Iterator[Adapted]]]
 
 def _layers(model: nn.Module, start: Mapping[str, Tensor] | None) -> Found:
     """Yield the layers of a model that may have changed, by their names without adapters, with
-    what tells how.
+    what tells how; a tied weight that trains itself once, by the first of its modules whose class
+    is known.
     """
-    seen = set[int]()
+    seen, counted = set[int](), set[int]()
+    readable = {id(module._parameters.get("weight")) for module in model.modules() if is_known(module)}
 
     def visit(module: nn.Module, path: str, is_base: bool = False) -> Found:
         if id(module) in seen:
@@ -127,7 +144,11 @@ def _layers(model: nn.Module, start: Mapping[str, Tensor] | None) -> Found:
             yield from _saved(module, name, start)
             return
         if not is_base:
-            yield from _plain(module, name, start)
+            for weight, layer in _plain(module, name, start):
+                if id(weight) in counted or (id(weight) in readable and not is_known(module)):
+                    continue
+                counted.add(id(weight))
+                yield layer
         for child, each in module.named_children():
             yield from visit(each, f"{path}.{child}" if path else child)
 
@@ -183,8 +204,12 @@ def _copy(
     yield found if start is None or f"{name}.weight" not in start else _since(found, name, start)
 
 
-def _plain(module: nn.Module, name: str, start: Mapping[str, Tensor] | None) -> Found:
-    """Yield a module without adapters whose own weight trains, or has changed."""
+def _plain(
+    module: nn.Module, name: str, start: Mapping[str, Tensor] | None
+) -> Iterator[tuple[Tensor, tuple[str, Iterator[Adapted]]]]:
+    """Yield the weights of a module without adapters that train, or have changed, each with what
+    `_layers` says of it.
+    """
     for own, weight in module.named_parameters(recurse=False):
         key = f"{name}.{own}" if name else own
         known = own == "weight" and is_known(module)
@@ -192,7 +217,8 @@ def _plain(module: nn.Module, name: str, start: Mapping[str, Tensor] | None) -> 
             continue  # a bias, a norm's scale
         if start is not None and not weight.requires_grad and (key not in start or _equal(weight, start[key])):
             continue
-        yield (name, _trained(module, key, start)) if known else (key, _raise(str(matrix_of(module, weight))))
+        told = (name, _trained(module, key, start)) if known else (key, _raise(str(matrix_of(module, weight))))
+        yield weight, told
 
 
 def _trained(module: nn.Module, key: str, start: Mapping[str, Tensor] | None) -> Iterator[Adapted]:

@@ -55,10 +55,14 @@ def _inside(module: Any) -> set[int]:
 
 def _owner_of_forward(module: nn.Module) -> nn.Module | None:
     """Return the other module whose method stands in the place of this one's forward, if that has
-    parameters of its own.
+    parameters of its own and holds factors or is of a class of its own: not torch's, nor this one's
+    (layers may share a forward).
     """
     owner: Any = getattr(vars(module).get("forward"), "__self__", None)
     if not isinstance(owner, nn.Module) or owner is module:
+        return None
+    ordinary = type(owner) is type(module) or type(owner).__module__.partition(".")[0] == "torch"
+    if ordinary and not _holds_factors(owner):
         return None
     own = {id(parameter) for parameter in module.parameters()}
     return owner if any(id(parameter) not in own for parameter in owner.parameters()) else None
