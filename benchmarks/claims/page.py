@@ -59,8 +59,11 @@ def write(page: Path, claims: Sequence[Claim], record: Record, rules: Rules) -> 
     """Draw the figures beside the page, and fill it."""
     text = page_text(page)
     folder = page.parent / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
-    for claim in claims:
-        if (figure := claim.draw(record, rules)) is not None:
-            figure.savefig(folder / f"{claim.name}.png", dpi=110)
-    page.write_text(filled(text, claims, record, rules, folder), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for claim in claims:
+            if (figure := claim.draw(record, rules)) is not None:
+                figure.savefig(folder / f"{claim.name}.png", dpi=110)
+        page.write_text(filled(text, claims, record, rules, folder), encoding="utf-8")
+    except OSError as error:
+        raise Problem(f"--page {page} or its figures can't be written: {error.strerror}") from None

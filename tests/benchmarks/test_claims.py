@@ -325,6 +325,10 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert error.startswith(f"claims: {text}")
         assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for name in ("claims", "page.md"):
+        (tmp_path / name).write_text("")  # where the figures would lie
+    assert main(["--smoke", "--record", str(tmp_path / "none.jsonl"), "--page", str(tmp_path / "page.md")]) == 2
+    assert "page.md or its figures can't be written: File exists" in capsys.readouterr().err
 
 
 def test_page_says_what_its_record_says() -> None:
