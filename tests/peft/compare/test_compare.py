@@ -4,7 +4,6 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,25 +16,12 @@ from fused_count import counted
 from torch import Tensor, nn
 
 import delora_kernels as dk
-from delora_kernels.__main__ import main
 from delora_kernels.integrations.peft.compare import Column, Comparison, run
 from delora_kernels.integrations.peft.compare.forms import Forms
 from delora_kernels.integrations.peft.compare.problem import Problem
 from delora_kernels.integrations.peft.fused import layers
 from delora_kernels.integrations.peft.fused.groups import PLACE
 from delora_kernels.integrations.peft.fused.report import Report
-
-
-@pytest.fixture(autouse=True)
-def not_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's profiler takes seconds to start: one test weighs."""
-
-    def weigh(run: Callable[[], Any], device: str) -> Any:
-        run()
-        return run_once_weighed
-
-    run_once_weighed = type("Weighed", (), {"peak": 3 * 2**20})
-    monkeypatch.setattr(run, "allocations", weigh)
 
 
 def llama(method: str, seed: int, **options: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -384,48 +370,6 @@ def test_adapters_that_do_not_run(how: str, seed: int) -> None:
         model.base_model.disable_adapter_layers()
     with pytest.raises(ValueError, match=r"got 3 of 3 layers merged or disabled; unmerge or enable them first"):
         dk.compare(model, torch.randn(5, 12))
-
-
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
-    made = tiny_llama.llama("lora", seed, blocks=1)
-    made.config.save_pretrained(tmp_path / "config alone")
-    made.save_pretrained(tmp_path / "adapter")
-    arguments = ["compare", "--model", str(tmp_path / "config alone"), "--seq-len", "8", "--steps", "1"]
-    arguments += ["--device", "cpu"]
-    assert main([*arguments, "--method", "delora", "--rank", "2"]) == 0
-    assert "fused 7 of 7 adapter layers (7 delora)" in capsys.readouterr().out
-    assert main([*arguments, "--adapter", str(tmp_path / "adapter"), "--autocast", "--checkpointing", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["fused_layers"], found["tokens"]) == (7, 16)
-    assert "autocast bfloat16" in found["facts"]["model"]
-    assert "r=4" in found["facts"]["model"]
-
-
-def test_under_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank measures on its own device, and the first one prints."""
-    tiny_llama.llama("lora", 0, blocks=1).config.save_pretrained(tmp_path)
-    arguments = ["compare", "--model", str(tmp_path), "--seq-len", "4", "--steps", "1", "--device"]
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main([*arguments, "cpu"]) == 0
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert main([*arguments, "cuda"]) == 2
-    assert "--device cuda:1: this machine has 1 CUDA devices" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--model", "x", "--device", "cuda:9"], "CUDA devices"),
-    ],
-)
-def test_command_line_refuses(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("python -m delora_kernels compare: ")
-    assert text in error
 
 
 class InADict(nn.Module):
