@@ -51,8 +51,19 @@ def op_problems(
             inputs["mask"] = dropout_masks(T, width, inputs["dropout_p"], inputs["seed"], backend)
         eager = partial(_eager, name, torch.promote_types(dtype, rank_dtype or dtype))
         dtypes = _dtypes(name, inputs, backend)
-        through = dict.fromkeys(("w", "probability", "z"), dtypes["h"]) if name == "project_route" else {}  # by logits
-        yield Problem(name, inputs, partial(_run, name, backend), eager, partial(_naive, name), dtypes, through)
+        passed = _through(name, inputs, dtype, dtypes)
+        yield Problem(name, inputs, partial(_run, name, backend), eager, partial(_naive, name), dtypes, passed)
+
+
+def _through(name: str, inputs: Inputs, dtype: torch.dtype, dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return the results that come by way of a tensor in a coarser dtype, by contract, and that
+    dtype.
+    """
+    if name == "project_route":
+        return dict.fromkeys(("w", "probability", "z"), dtypes["h"])  # by logits
+    if name == "expand_backward" and "x" in inputs:
+        return {"dm": dtype}  # by the product x Wᵀ that the forward pass kept
+    return {}
 
 
 def _run(name: str, backend: str, inputs: Inputs) -> Outputs:
