@@ -31,7 +31,7 @@ from delora_kernels.nn.delora_moe import normalised_experts
 from delora_kernels.nn.moe import Routed
 
 
-class PeftGoatLinear(RescaledLayer, OwnLayer, StartedLayer, BaseTunerLayer, Routed):
+class PeftGoatLinear(RescaledLayer, OwnLayer, StartedLayer, BaseTunerLayer, Routed):  # type: ignore[override]
     """A linear layer of the base model with GOAT adapters.
 
     Args:
