@@ -102,8 +102,8 @@ def lora_by_sample_call(
     order = None
     if _are_brought_together(runs, len(used), length):
         together = [b for i in used for b, each in enumerate(adapters) if each == i]
-        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length)
-        order = rows[torch.tensor(together, device=x.device)].flatten()
+        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length).unbind()
+        order = torch.cat([rows[b] for b in together])  # made where x is: of a list, the device would have to wait
         runs = _runs([adapters[b] for b in together])
     options = MixedOptions(
         _NAME,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_kernels import functional as F
 from delora_kernels import reference
@@ -90,6 +91,23 @@ def test_ranks_or_scales_of_their_own_are_not_alike(seed: int) -> None:
     for ranks, scale, alike in (((3, 3, 3), [1.0, 1.0, 2.0], False), (RANKS, 1.0, False), ((3, 3, 3), 1.0, True)):
         given = tensors(seed, torch.float64, (3, 40), ranks=ranks)
         assert are_alike(lora_by_sample_call(**given, adapters=(0, 1, 2), scale=scale).options) is alike
+
+
+def test_a_device_need_not_wait_for_rows_brought_together(seed: int) -> None:
+    """Their order is made on the device: no tensor is made of numbers on the host."""
+
+    names: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    given = tensors(seed, torch.float32, (6, 2))
+    with Seen():
+        F.lora_linear_by_sample(**given, adapters=(2, None, 0, 2, 2, 0))
+    assert "index_select" in names
+    assert not names & {"lift_fresh", "_to_copy", "_local_scalar_dense", "nonzero"}
 
 
 def test_nothing_is_written_into_what_is_given(seed: int) -> None:
