@@ -55,6 +55,7 @@ def names_of(adapters: int, samples: int) -> dict[str, list[str]]:
 def passes(layers: dict[str, Any], x: Tensor, names: list[str], backward: bool) -> dict[str, Callable[[], Any]]:
     """Return the passes of one case: implementation → its pass."""
     dy = torch.randn_like(x)
+    parameters = {name: list(layer.parameters()) for name, layer in layers.items()}
 
     def run(name: str) -> None:
         layer = layers[name]
@@ -63,7 +64,7 @@ def passes(layers: dict[str, Any], x: Tensor, names: list[str], backward: bool) 
         if backward:
             y.backward(dy)
             x.grad = None
-            for parameter in layer.parameters():
+            for parameter in parameters[name]:
                 parameter.grad = None
 
     return {name: lambda name=name: run(name) for name in IMPLEMENTATIONS}  # type: ignore[misc]

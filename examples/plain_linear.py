@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from delora_kernels.nn import AdapterLinear, DeLoRALinear, lambda_parameter_groups
 
-STEPS = 300
+STEPS = 200
 
 
 def network() -> nn.Sequential:
@@ -49,7 +49,7 @@ def loss(model: nn.Module, x: Tensor, target: Tensor) -> float:
 def main() -> None:
     """Learn, adapt, merge; print the errors."""
     torch.manual_seed(0)
-    teacher, x = network(), torch.randn(2048, 16)
+    teacher, x = network(), torch.randn(512, 16)
     rotation = torch.linalg.qr(torch.randn(16, 16)).Q
     with torch.no_grad():
         first, second = 10 * teacher(x), 10 * teacher(x @ rotation)

@@ -5,7 +5,8 @@
 One frozen GEMM for all rows. Each segment, rows of one adapter, has its term written first, where
 the GEMM adds to it (which hides reading it), or put on top of it in place, where rows are taken out
 of their order or dtypes differ. Kept are x, h [Σ rows · rank] and the factors. Each product reads
-and writes views: of factors and h the part of an adapter or a segment is contiguous.
+and writes views: of factors and h the part of an adapter or a segment is contiguous. Segments that
+are alike run as one batch (alike_segments.py).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from delora_kernels.autograd.alike_segments import are_alike, gradients_of_terms, write_terms
 from delora_kernels.autograd.function import Computed, differentiable, is_batched
 from delora_kernels.backends.eager.low_rank import add_rank_term, factor_grad, project, rank_gradients
 from delora_kernels.bases.plain import dense
@@ -39,23 +41,21 @@ class _Saved(NamedTuple):
 def _compute(call: MixedCall, x: Tensor, need: MixedCall, stages: Any) -> Computed:
     """Return y [T, N]."""
     o, tokens = call.options, _rows(x)
-    A, B, kept = _by_adapter(call.A, o), _B_of(call.B, o), []
     weight, bias = dense(call.weight, o.compute_dtype), None if call.bias is None else call.bias.to(tokens.dtype)
     first = _comes_first(call.order, o)
     y = tokens.new_empty((len(tokens), len(weight))) if first else linear(tokens, weight, bias)
     taken, out = _taken(tokens, call.order), _taken(y, call.order)
-    for i, x_s, y_s in zip(o.adapters, _by_segment(taken, o), _by_segment(out, o), strict=True):
-        if i is not None:
-            h = project(x_s, A[i], _NO_DROPOUT)
-            _write(y_s, bias, h, B[i].t(), o.scales[i]) if first else add_rank_term(y_s, h, B[i].t(), o.scales[i])
-            kept.append(h)
-        elif first:
-            _fill(y_s, bias)
+    if are_alike(o):
+        if first and bias is not None:
+            y.copy_(bias)
+        kept = [write_terms(taken, call.A, call.B, out, not first or bias is not None, o)]
+    else:
+        kept = _write_segments(taken, call.A, call.B, out, bias, first, o)
     if first:
         y.addmm_(tokens, weight.t())
     saved = _Saved(
         x=x if need.A or need.weight else None,
-        h=torch.cat([h.view(-1) for h in kept] or [tokens.new_empty(0)]) if need.B else None,
+        h=(kept[0] if len(kept) == 1 else torch.cat(kept or [tokens.new_empty(0)])) if need.B else None,
         weight=call.weight if need.x else None,
         A=call.A if need.x else None,
         B=call.B if need.x or need.A else None,
@@ -64,15 +64,36 @@ def _compute(call: MixedCall, x: Tensor, need: MixedCall, stages: Any) -> Comput
     return Computed((_given_back(out, y, call.order),), saved, (call.A, call.B))
 
 
+def _write_segments(
+    tokens: Tensor, A_all: Tensor, B_all: Tensor, out: Tensor, bias: Tensor | None, first: bool, o: MixedOptions
+) -> list[Tensor]:
+    """Write each segment's term into its rows of `out`, or add it there, and return each h."""
+    A, B, kept = _by_adapter(A_all, o), _B_of(B_all, o), []
+    for i, x_s, y_s in zip(o.adapters, _by_segment(tokens, o), _by_segment(out, o), strict=True):
+        if i is not None:
+            h = project(x_s, A[i], _NO_DROPOUT)
+            _write(y_s, bias, h, B[i].t(), o.scales[i]) if first else add_rank_term(y_s, h, B[i].t(), o.scales[i])
+            kept.append(h.view(-1))
+        elif first:
+            _fill(y_s, bias)
+    return kept
+
+
 def _gradients(o: MixedOptions, need: MixedCall, saved: Any, stages: Any, dy: Tensor) -> dict[str, Any]:
     grad: dict[str, Any] = {"bias": torch.sum(dy, 0, dtype=accumulate_dtype(dy.dtype)) if need.bias else None}
     x: Any = None if saved.x is None else _rows(saved.x)
     if need.weight:
         grad["weight"] = torch.mm(dy.t(), x)
-    A, B, wide = _by_adapter(saved.A, o), _B_of(saved.B, o), accumulate_dtype(o.rank_dtype)
+    wide = accumulate_dtype(o.rank_dtype)
     weight: Any = dense(saved.weight, o.compute_dtype) if need.x else None
+    batched = not torch.compiler.is_compiling() and is_batched(dy)
+    if not batched and saved.order is None and wide == o.rank_dtype and are_alike(o):
+        dx = dy.new_empty((len(dy), weight.shape[1])) if need.x else None
+        grad |= gradients_of_terms(need, saved, x, dy, dx, o)
+        return grad | {"x": None if dx is None else dx.addmm_(dy, weight)}
+    A, B = _by_adapter(saved.A, o), _B_of(saved.B, o)
     dy_s, x_s, h = _by_segment(_taken(dy, saved.order), o), _by_segment(_taken(x, saved.order), o), _h(saved.h, o)
-    if not torch.compiler.is_compiling() and is_batched(dy):
+    if batched:
         return grad | _out_of_place(o, need, saved, torch.mm(dy, weight) if need.x else None, dy_s, x_s, h)
     dx, first = None, _comes_first(saved.order, o)
     if need.x:

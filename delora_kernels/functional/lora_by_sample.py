@@ -102,8 +102,8 @@ def lora_by_sample_call(
     order = None
     if _are_brought_together(runs, len(used), length):
         together = [b for i in used for b, each in enumerate(adapters) if each == i]
-        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length)
-        order = rows[torch.tensor(together, device=x.device)].flatten()
+        rows = torch.arange(x.shape[0] * length, device=x.device).view(x.shape[0], length).unbind()
+        order = torch.cat([rows[b] for b in together])  # made where x is: of a list, the device would have to wait
         runs = _runs([adapters[b] for b in together])
     options = MixedOptions(
         _NAME,
@@ -136,7 +136,7 @@ def _check(x: Any, weight: Any, bias: Any, A: Any, B: Any, adapters: Any) -> Non
         expected = f"{x.shape[0]} entries, one for each sample of x"
         raise checks.fail(ValueError, _NAME, "adapters", expected, len(adapters), "pass None for a sample without one")
     for each in adapters:
-        if each is None:
+        if each is None or (type(each) is int and 0 <= each < len(A)):
             continue
         if isinstance(each, bool) or not isinstance(each, Integral) or int(each) not in range(len(A)):
             expected = f"places from 0 to {len(A) - 1}, or None"
@@ -176,4 +176,4 @@ def _joined(factors: list[Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
     if len(factors) == 1:
         return factors[0]
     with torch.autocast(x.device.type, enabled=False):  # its cat refuses the half precision that is not autocast's
-        return torch.cat([factor.to(dtype) for factor in factors])
+        return torch.cat([factor if factor.dtype == dtype else factor.to(dtype) for factor in factors])

@@ -4,14 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_kernels import functional as F
 from delora_kernels import reference
+from delora_kernels.autograd.alike_segments import are_alike
+from delora_kernels.functional.lora_by_sample import lora_by_sample_call
 
 RANKS = (3, 1, 4)
 
 
-def tensors(seed: int, dtype: torch.dtype, shape: tuple[int, ...], K: int = 12, N: int = 9) -> dict[str, Any]:
+def tensors(
+    seed: int, dtype: torch.dtype, shape: tuple[int, ...], K: int = 12, N: int = 9, ranks: tuple[int, ...] = RANKS
+) -> dict[str, Any]:
     torch.manual_seed(seed)
     made = {
         "x": torch.randn(*shape, K, dtype=dtype),
@@ -19,8 +24,8 @@ def tensors(seed: int, dtype: torch.dtype, shape: tuple[int, ...], K: int = 12, 
         "bias": torch.randn(N, dtype=dtype),
     }
     factors = {
-        "A": [torch.randn(r, K, dtype=dtype) / K**0.5 for r in RANKS],
-        "B": [torch.randn(N, r, dtype=dtype) for r in RANKS],
+        "A": [torch.randn(r, K, dtype=dtype) / K**0.5 for r in ranks],
+        "B": [torch.randn(N, r, dtype=dtype) for r in ranks],
     }
     for each in (*made.values(), *factors["A"], *factors["B"]):
         each.requires_grad_()
@@ -45,6 +50,64 @@ def test_the_formula(shape: tuple[int, ...], adapters: tuple[int | None, ...], s
         assert (a is None) == (b is None), i
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "adapters", "alike"),
+    [
+        ((3, 40), (2, 0, 1), True),
+        ((3, 2, 20), (0, 1, 2), True),
+        ((6, 1), (2, 0, 1, 1, 0, 2), True),
+        ((6,), (2, 2, 0, 0, 1, 1), True),
+        ((3, 0), (0, 1, 2), True),
+        ((4, 40), (2, 0, 1, 1), False),
+        ((4, 40), (2, 0, None, 1), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", ["all", "x", "A", "B"])
+def test_segments_that_are_alike_are_one_batch(
+    wanted: str, shape: tuple[int, ...], adapters: tuple[int | None, ...], alike: bool, seed: int
+) -> None:
+    """Of one length, one for each adapter, brought together or as they stand: values and whatever
+    gradients are asked for, in float64; with a bias and without.
+    """
+    given = tensors(seed, torch.float64, shape, ranks=(3, 3, 3))
+    given["bias"] = given["bias"] if wanted == "all" else None
+    named = {"x": [given["x"]], "A": given["A"], "B": given["B"]}
+    leaves = [*named["x"], *named["A"], *named["B"]] if wanted == "all" else named[wanted]
+    for each in (given["x"], given["weight"], *given["A"], *given["B"]):
+        each.requires_grad_(any(each is leaf for leaf in leaves))
+    options = lora_by_sample_call(**given, adapters=adapters, scale=-1.5).options
+    assert are_alike(options) is alike
+    outputs = [f.lora_linear_by_sample(**given, adapters=adapters, scale=-1.5) for f in (F, reference)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(outputs[0])
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, dy) for y in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_or_scales_of_their_own_are_not_alike(seed: int) -> None:
+    for ranks, scale, alike in (((3, 3, 3), [1.0, 1.0, 2.0], False), (RANKS, 1.0, False), ((3, 3, 3), 1.0, True)):
+        given = tensors(seed, torch.float64, (3, 40), ranks=ranks)
+        assert are_alike(lora_by_sample_call(**given, adapters=(0, 1, 2), scale=scale).options) is alike
+
+
+def test_a_device_need_not_wait_for_rows_brought_together(seed: int) -> None:
+    """Their order is made on the device: no tensor is made of numbers on the host."""
+
+    names: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    given = tensors(seed, torch.float32, (6, 2))
+    with Seen():
+        F.lora_linear_by_sample(**given, adapters=(2, None, 0, 2, 2, 0))
+    assert "index_select" in names
+    assert not names & {"lift_fresh", "_to_copy", "_local_scalar_dense", "nonzero"}
 
 
 def test_nothing_is_written_into_what_is_given(seed: int) -> None:

@@ -20,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared": {"shared_A": True, "top_k": None, "scaling": 2.0},
     "normalised": {"normalize": True, "goat_lambda": 3.0},
     "random": {"init_weights": False, "scaling": "rslora"},
+    "dora": {"use_dora": True, "init_cof": 0.4},
+    "dora of normalised": {"use_dora": True, "normalize": True, "goat_lambda": 3.0},
 }
 
 
@@ -74,4 +76,6 @@ def expected(layer: Any, x: Tensor, leaves: dict[str, Tensor], adapter: str = "d
         gamma = 1 / c.num_experts if c.init_cof is None else c.init_cof
         arguments |= {"frozen_A": layer.goat_start_A[adapter], "frozen_B": layer.goat_start_B[adapter]}
         arguments["residual"] = gamma * arguments["scale"]
+    if c.use_dora:
+        arguments["magnitude"] = leaves["goat_magnitude"]
     return reference.moe_lora_linear(x, weight, top_k=c.top_k, renormalize=c.renormalize, bias=base.bias, **arguments)

@@ -1,7 +1,9 @@
 """Every script of examples/ in its small form: it ends well, soon, and its numbers are right."""
 
 import ast
+import contextlib
 import gc
+import io
 import os
 import re
 import runpy
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,16 +81,8 @@ FINDS: dict[str, list[tuple[str, float, float]]] = {
 }
 """For each script: patterns whose first group must be found once and lie in a range."""
 
-A_PART = """
-import runpy
-from delora_kernels import functional, ops
-from delora_kernels.diagnostics import check
-check.METHODS = dict(list(check.METHODS.items())[:8])
-functional.CALLS = {method.function: functional.CALLS[method.function] for method in check.METHODS.values()}
-ops.NAMES = ops.NAMES[:5]
-runpy.run_module("delora_kernels", run_name="__main__")
-"""
-"""`python -m delora_kernels` of some methods and ops; the check of all: test_command_line.py."""
+METHODS_AND_OPS = 6
+"""How much the example of the check checks; the check of all: test_command_line.py."""
 
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
@@ -96,10 +91,24 @@ def number(text: str) -> float:
     return float(text == "True") if text in ("True", "False") else float(text)
 
 
-def _part_of(command: list[str]) -> list[str]:
-    """The command of an example that checks, with a part of the check."""
-    assert command[1:4] == ["-m", "delora_kernels", "check"]
-    return [command[0], "-c", A_PART, *command[3:]]
+def _run(command: list[str], *, run: Any = subprocess.run, **options: Any) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, but `python -m delora_kernels check` is one of some methods and ops, and in
+    this process.
+    """
+    if command[1:4] != ["-m", "delora_kernels", "check"]:
+        found: subprocess.CompletedProcess[str] = run(command, **options)
+        return found
+    from delora_kernels import functional, ops
+    from delora_kernels.__main__ import main
+    from delora_kernels.diagnostics import check
+
+    assert (command[0], options) == (sys.executable, {"stdout": subprocess.PIPE, "text": True})
+    check.METHODS = dict(list(check.METHODS.items())[:METHODS_AND_OPS])
+    functional.CALLS = {method.function: functional.CALLS[method.function] for method in check.METHODS.values()}
+    ops.NAMES = ops.NAMES[:METHODS_AND_OPS]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = main(command[3:])
+    return subprocess.CompletedProcess(command, status, printed.getvalue())
 
 
 def _main(script: str, folder: str) -> None:
@@ -113,8 +122,7 @@ def _main(script: str, folder: str) -> None:
     out = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    run = subprocess.run
-    subprocess.run = lambda command, **options: run(_part_of(command), **options)  # type: ignore[assignment]
+    subprocess.run = _run  # type: ignore[assignment]
     sys.argv = [script]
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")

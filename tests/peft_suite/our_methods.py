@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "GOAT normalised": (dk.GoatConfig, {"r": 2, "num_experts": 4, "normalize": True, "dropout": 0.1}),
     "GOAT one expert": (dk.GoatConfig, {"r": 2, "num_experts": 1, "top_k": 1, "init_weights": "zero"}),
     "GOAT one expert with a start": (dk.GoatConfig, {"r": 1, "num_experts": 1, "top_k": 1, "scaling": 1.0}),
+    "GOAT dora": (dk.GoatConfig, {"r": 1, "num_experts": 2, "use_dora": True, "dropout": 0.1}),
+    "GOAT dora of one expert": (dk.GoatConfig, {"r": 2, "num_experts": 1, "top_k": 1, "use_dora": True}),
     "ETHER": (dk.EtherConfig, {}),
     "ETHER both sides": (dk.EtherConfig, {"n_blocks": 2, "side": "both"}),
     "ETHER+": (dk.EtherPlusConfig, {"n_blocks": 2}),

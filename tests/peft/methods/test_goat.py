@@ -33,9 +33,9 @@ def test_output_and_gradients_are_the_references(kind: str, name: str, reentrant
     x = torch.randn(3, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
     grad_out = torch.randn(3, 5, layer.out_features, dtype=torch.float64)
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    assert set(trained) == {f"goat_{p}.default" for p in ("A", "B", "router")} | (
-        {"goat_lambda.default"} if kind == "normalised" else set()
-    )
+    options, more = layer.options["default"], {"lambda": "normalize", "magnitude": "use_dora"}
+    own = ["A", "B", "router", *(part for part, option in more.items() if getattr(options, option))]
+    assert set(trained) == {f"goat_{part}.default" for part in own}
     leaves = {name.split(".")[0]: p.detach().clone().requires_grad_() for name, p in trained.items()}
     y, stats = expected(layer, x, leaves)
     loss = (y * grad_out).sum() + 0.4 * stats.balance_loss(layer.options["default"].balance) + 0.2 * stats.z
@@ -59,7 +59,7 @@ def test_start(kind: str, seed: int) -> None:
     x = torch.randn(7, 12, dtype=torch.float64)
     y, start = base(x), made.peft_config["default"].start
     if start == "zero":
-        assert relative_error(made(x), y) <= (0 if kind != "normalised" else 1e-3)
+        assert relative_error(made(x), y) <= (1e-3 if made.peft_config["default"].normalize else 0)
     else:
         assert relative_error(made(x), y) > 1e-3
     if start in ("zero", "random"):
@@ -76,6 +76,7 @@ def test_start(kind: str, seed: int) -> None:
         assert layer.goat_A["default"].data_ptr() != layer.goat_start_A["default"].data_ptr()
         c.top_k, c.init_cof = None, None
         layer.goat_router["default"].data.zero_()
+        layer.reset_magnitude("default")
     assert relative_error(made(x), y) <= 1e-13
 
 

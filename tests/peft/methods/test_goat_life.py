@@ -46,7 +46,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(
     made.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key.split(".goat_")[-1].split(".")[0] for key in saved} <= {
-        *("A", "B", "router", "lambda", "scale", "w_norm", "start_A", "start_B")
+        *("A", "B", "router", "lambda", "magnitude", "scale", "w_norm", "start_A", "start_B")
     }
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "GOAT"
     torch.manual_seed(seed + 1)  # another router, another random A, if they were not loaded
@@ -128,12 +128,12 @@ def test_modules_to_save_are_saved(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_are_pefts(autocast: bool, dtype: torch.dtype, seed: int) -> None:
     onto = small(seed, dtype)
-    made = peft.get_peft_model(copy.deepcopy(onto), config(), autocast_adapter_dtype=autocast)
+    made = peft.get_peft_model(copy.deepcopy(onto), config(use_dora=True), autocast_adapter_dtype=autocast)
     want = torch.float32 if autocast else dtype
     for layer in layers(made).values():
         names = ("goat_A", "goat_B", "goat_router", "goat_start_A", "goat_start_B")
         assert {getattr(layer, name)["default"].dtype for name in names} == {want}
-        assert layer.goat_scale["default"].dtype == torch.float32
+        assert layer.goat_scale["default"].dtype == layer.goat_magnitude["default"].dtype == torch.float32
         assert torch.equal(layer.goat_A["default"], layer.goat_start_A["default"])
     y = made(batch(seed, dtype))
     assert y.dtype == dtype

@@ -16,7 +16,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def mean_gated(made: Any, onto: Any) -> dict[str, Tensor]:
-    """W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e of every layer, one expert after the other."""
+    """W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e of every layer, one expert after the other, its
+    rows of the magnitude's length if there is one.
+    """
     weights = {}
     for name, layer in layers(made).items():
         short = name.removeprefix("base_model.model.")
@@ -35,7 +37,11 @@ def mean_gated(made: Any, onto: Any) -> dict[str, Tensor]:
             if "default" in layer.goat_start_A:
                 gamma = 1 / c.num_experts if c.init_cof is None else c.init_cof
                 delta -= gamma * scale * layer.goat_start_B["default"][e] @ layer.goat_start_A["default"][e]
-        weights[short] = W + (delta.t() if short == "second" else delta)
+        merged = W + (delta.t() if short == "second" else delta)
+        if c.use_dora:
+            rows = merged.t() if short == "second" else merged
+            rows *= (layer.goat_magnitude["default"].detach() / rows.norm(dim=1))[:, None]
+        weights[short] = merged
     return weights
 
 

@@ -27,6 +27,7 @@ CONFIGS: dict[str, Any] = {
     "normalised": lambda **more: dk.GoatConfig(
         **TARGETS | {"r": 2, "num_experts": 2, "init_weights": False, "normalize": True} | more
     ),
+    "dora": lambda **more: CONFIGS["goat"](**{"use_dora": True, "init_weights": False} | more),
     "ether": lambda **more: dk.EtherConfig(**TARGETS | {"n_blocks": 2, "side": "both"} | more),
     "ether_plus": lambda **more: dk.EtherPlusConfig(**TARGETS | {"n_blocks": 4, "init_weights": False} | more),
     "ether_official": lambda **more: dk.EtherConfig(**TARGETS | {"n_blocks": 2, "blocks": "official"} | more),
@@ -191,7 +192,7 @@ def test_a_mixture_beside_its_base_multiplies_no_zeros(seed: int) -> None:
 
 @methods
 def test_merging_raises_and_says_what_to_do(method: str, x: Tensor, seed: int) -> None:
-    more = {"num_experts": 1, "top_k": 1} if method in ("goat", "normalised") else {}
+    more = {"num_experts": 1, "top_k": 1} if method in ("goat", "normalised", "dora") else {}
     made = adapted(method, "nf4-nested", seed, **more)
     before = made(x)
     with pytest.raises(ValueError, match="can't be merged into a Linear4bit: quantising W .* in 16 bits"):

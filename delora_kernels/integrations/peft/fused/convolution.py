@@ -29,8 +29,8 @@ from delora_kernels.integrations.peft.fused.in_torch import (
     verdict_in_torch,
     why_not_scale,
 )
-from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
+from delora_kernels.integrations.peft.row_norm import constant_row_norm
 from delora_kernels.integrations.peft.verdict import Verdict
 
 CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)

@@ -24,9 +24,9 @@ from delora_kernels.integrations.peft.fused.in_torch import (
     verdict_in_torch,
     why_not_scale,
 )
-from delora_kernels.integrations.peft.fused.one_by_one import constant_row_norm
 from delora_kernels.integrations.peft.fused.plan import caches_dora_norms, why_not_class
 from delora_kernels.integrations.peft.fused.variants import KINDS, LORA
+from delora_kernels.integrations.peft.row_norm import constant_row_norm
 from delora_kernels.integrations.peft.verdict import Verdict
 
 for _kind in (Embedding, nn.Embedding, DoraEmbeddingVariant, DoraEmbeddingLayer):

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from delora_kernels import ops
 from delora_kernels.bases.plain import PlainBase
 from delora_kernels.bases.stored import StoredBase
-from delora_kernels.checks import active_transform
-from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.functional.channel_term import add_row_term, rescale_rows
-from delora_kernels.functional.common import exporting
 from delora_kernels.functional.lora_by_sample import lora_linear_by_sample
+from delora_kernels.integrations.peft.row_norm import constant_row_norm
 
 
 def run_one_by_one(adapters: Sequence[Any], base: PlainBase | StoredBase, x: Tensor) -> Tensor:
@@ -69,27 +66,3 @@ def _frozen(base: PlainBase | StoredBase, x: Tensor, bias: Tensor | None) -> Ten
         weight = base.weight if autocast or base.weight.dtype == x.dtype else base.weight.to(x.dtype)
         return linear(x, weight, bias)
     return lora_linear_by_sample(x, base.weight, [], [], [None] * len(x), bias=bias)
-
-
-def constant_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Compute DoRA's ‖W + scale · BA‖ by rows, without a gradient and (but in a program that is
-    exported, and under transforms) without BA; ∞ where it is 0, for there is no direction to scale.
-
-    Args:
-        weight: W, `[N, ...]`: a row is all but the first dimension.
-        A: `[r, ...]` likewise.
-        B: `[N, r]`, or with more dimensions of size 1.
-        scale: Factor of the update.
-
-    Returns:
-        `[N]`, in float32 or wider.
-    """
-    acc = accumulate_dtype(weight.dtype)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        rows, A, B = weight.flatten(1), A.flatten(1).to(acc), B.flatten(1).to(acc)
-        norm: Tensor
-        if exporting() or active_transform((weight, A, B)) is not None:
-            norm = torch.linalg.vector_norm(torch.addmm(rows.to(acc), B, A, alpha=scale), dim=1)
-        else:
-            norm = ops.stages("eager", (rows, A, B)).row_norm(rows, A, B, scale, None, False)[0]
-        return norm.masked_fill(norm == 0, torch.inf).detach()  # a constant of forward mode too

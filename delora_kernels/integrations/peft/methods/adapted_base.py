@@ -68,5 +68,5 @@ def weight_of(base: Any) -> Tensor:
             return found.dense(torch.float32)
     raise TypeError(
         f"the weight of a {type(base).__name__} is needed, and can't be read: {found}; take a start that needs none "
-        "(GoatConfig(init_weights=False), not normalised), or load the model in 16 bits"
+        "(GoatConfig(init_weights=False), not normalised, no use_dora), or load the model in 16 bits"
     )

@@ -4,6 +4,7 @@ config.py        GoatConfig
 model.py         GoatModel, PEFT's tuner
 layer.py         PeftGoatLinear: one linear with its adapters
 start.py         the start that a layer subtracts: saved, or made again and checked
+magnitude.py     DoRA over the mixture: what rescales a layer's outputs
 """
 
 from delora_kernels.integrations.peft.methods import register

@@ -22,6 +22,9 @@ class GoatConfig(TargetedConfig):
         y_t = W x_t + Σ_e w_te s_e B_e A_e drop(x_t) − γ Σ_e s_e B⁰_e A⁰_e x_t + bias,
         w = top-k of softmax(G x)
 
+    With `use_dora` all but the bias is multiplied by c = m / ‖W̄‖ by rows, W̄ the mean gate's weight
+    (`merge_mean_gate`), a constant but for the trained magnitude m.
+
     The defaults are GOAT as its paper has it: 8 experts, 2 of them for each token, which start on
     segments of W's singular values, and the theoretical scale. Other members: `init_weights="zero",
     scaling="alpha/r"` is MixLoRA's or MoLA's mixture; with `top_k=None` LoRAMoE's; with
@@ -55,6 +58,8 @@ class GoatConfig(TargetedConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias:
             as PEFT's LoraConfig; bias "goat_only" for "lora_only".
         rank_pattern: Ranks of single layers, by name or regular expression.
+        use_dora: Train a magnitude of each output over the mixture; it starts where it changes
+            nothing.
 
     Raises:
         TypeError, ValueError: an option does not fit; the text names it and the remedy.
@@ -85,6 +90,7 @@ class GoatConfig(TargetedConfig):
     z_coef: float = 0.0
     bias: str = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    use_dora: bool = False
 
     def __new__(cls, *args: Any, **options: Any) -> "GoatConfig":
         if "init_type" in options:  # PEFT would drop what it doesn't know, and go on

@@ -2,9 +2,9 @@
 function.
 
 Each adapter has its tensors in PEFT's dictionaries: `goat_A` [E, r, K] (or [r, K], shared),
-`goat_B` [E, N, r], `goat_router` [E, K], `goat_lambda` [E]; constants are `goat_scale` [E],
-`goat_w_norm` [K] and the start that is subtracted, `goat_start_A`, `goat_start_B`. The base layer
-is never written to but by `merge` (`methods/merging.py`).
+`goat_B` [E, N, r], `goat_router` [E, K], `goat_lambda` [E], `goat_magnitude` [N]; constants are
+`goat_scale` [E], `goat_w_norm` [K] and the start that is subtracted, `goat_start_A`,
+`goat_start_B`. The base layer is never written to but by `merge` (`methods/merging.py`).
 """
 
 import math
@@ -23,6 +23,7 @@ from delora_kernels.functional.router_stats import RouterStats
 from delora_kernels.integrations.peft.methods.adapted_base import device_of, dtype_of, shape_of
 from delora_kernels.integrations.peft.methods.base import OwnLayer
 from delora_kernels.integrations.peft.methods.goat.config import GoatConfig
+from delora_kernels.integrations.peft.methods.goat.magnitude import RescaledLayer
 from delora_kernels.integrations.peft.methods.goat.padding import Padding
 from delora_kernels.integrations.peft.methods.goat.start import StartedLayer, Starts, make_start
 from delora_kernels.integrations.peft.verdict import State
@@ -30,7 +31,7 @@ from delora_kernels.nn.delora_moe import normalised_experts
 from delora_kernels.nn.moe import Routed
 
 
-class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
+class PeftGoatLinear(RescaledLayer, OwnLayer, StartedLayer, BaseTunerLayer, Routed):  # type: ignore[override]
     """A linear layer of the base model with GOAT adapters.
 
     Args:
@@ -44,7 +45,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         padding: What tells the layer which tokens are padding; None outside a model.
     """
 
-    adapter_layer_names = ("goat_A", "goat_B", "goat_router", "goat_lambda")
+    adapter_layer_names = ("goat_A", "goat_B", "goat_router", "goat_lambda", "goat_magnitude")
     other_param_names = (
         "goat_scale",
         "goat_w_norm",
@@ -93,6 +94,9 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         self.goat_router[adapter_name] = parameter(E, K)
         if config.normalize:
             self.goat_lambda[adapter_name] = parameter(E)
+        if config.use_dora:
+            magnitude = torch.empty(N, device=device_of(base), dtype=accumulate_dtype(dtype_of(base)))
+            self.goat_magnitude[adapter_name] = nn.Parameter(magnitude)
         self.reset_adapter(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -105,7 +109,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         if A.is_meta:
             self._reserve(adapter_name)
             return
-        if c.start in ("zero", "random") and not c.normalize:  # a base that can't be read will do
+        if c.start in ("zero", "random") and not (c.normalize or c.use_dora):  # a base that can't be read will do
             weight = A.new_zeros(1, 1).expand(self.out_features, self.in_features)
         else:
             weight = self._base_weight()
@@ -121,6 +125,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
             self.goat_scale[adapter_name] = start.scale
         if c.start not in ("zero", "random"):
             self._keep_start(adapter_name, A.detach().clone(), B.detach().clone())
+        self.reset_magnitude(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the output of the active adapters, [..., K] → [..., N]; disabled or merged, the
@@ -135,7 +140,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         else:
             y = self.base_layer(x, *args, **kwargs)
         for name in names:  # what acts beside the first, or beside a base that runs its own forward
-            y = y + self._mixed(name, x, None, None).to(y.dtype)
+            y = self.beside(name, x, y, getattr(self.get_base_layer(), "bias", None))
         return y
 
     def _shaped(self, names: list[str], x: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
 
     def merge_mean_gate(self, adapter_names: list[str], safe_merge: bool = False) -> None:
         """Put W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e into the base layer, once for each
-        adapter.
+        adapter; with a magnitude its rows have that length.
 
         It is exact for one expert, else an approximation: every token gets the gate 1/E for every
         expert. W itself is kept, for `unmerge`.
@@ -178,7 +183,12 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
 
     def _merged(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
         dtype = accumulate_dtype(weight.dtype)
-        return weight.to(dtype) + sum(self.mean_update(name).to(dtype) for name in adapter_names)
+        merged = weight.to(dtype)
+        for name in adapter_names:
+            merged = merged + self.mean_update(name).to(dtype)
+            if name in self.goat_magnitude:
+                merged = self.column_scale(name).detach().to(dtype)[:, None] * merged
+        return merged
 
     @torch.no_grad()
     def mean_update(self, adapter_name: str) -> Tensor:
@@ -202,7 +212,8 @@ class PeftGoatLinear(OwnLayer, StartedLayer, BaseTunerLayer, Routed):
         if weight is None:
             y, stats = moe_rank_term(x, self.out_features, **options)
         else:
-            y, stats = functional.moe_lora_linear(x, weight, bias=bias, **options)
+            magnitude = self.goat_magnitude.get(name)
+            y, stats = functional.moe_lora_linear(x, weight, bias=bias, magnitude=magnitude, **options)
         if not exporting():
             self.router_stats[name] = stats.detach()
         return y

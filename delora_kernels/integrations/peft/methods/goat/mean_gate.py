@@ -43,7 +43,7 @@ class MeanGateReport:
 def merge_mean_gate(model: nn.Module, inputs: Any) -> MeanGateReport:
     """Merge the active GOAT adapters approximately, in place, and measure the approximation.
 
-        W̄ = W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e
+        W̄ = W + Σ_e s_e B_e A_e / E − γ Σ_e s_e B⁰_e A⁰_e,  with `use_dora` m ⊙ W̄ / ‖W̄‖ by rows
 
     A mixture has no single weight; this one is right where the router is undecided, and W itself at
     GOAT's start. `unmerge_adapter()` gives the weights back bit for bit, `merge_and_unload()`
@@ -73,10 +73,8 @@ def merge_mean_gate(model: nn.Module, inputs: Any) -> MeanGateReport:
 
     def measure(name: str) -> Any:
         def hook(layer: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-            x = args[0]
-            exact = sum(layer._mixed(adapter, x, None, None) for adapter in layers[name])
-            mean = sum(layer.mean_update(adapter) for adapter in layers[name])
-            errors[name] = _relative(nn.functional.linear(x.to(mean.dtype), mean) - exact, exact)
+            exact, mean = _changes(layer, args[0], layers[name])
+            errors[name] = _relative(mean - exact, exact)
 
         return hook
 
@@ -103,6 +101,21 @@ def _active(layer: PeftGoatLinear) -> list[str]:
     if layer.disable_adapters or layer.merged:
         return []
     return [name for name in layer.active_adapters if name in layer.goat_A]
+
+
+def _changes(layer: Any, x: Tensor, adapters: list[str]) -> tuple[Tensor, Tensor]:
+    """Return what the adapters of a layer add to W x, and what their mean gates do."""
+    linear = nn.functional.linear
+    if layer.additive:
+        exact = sum(layer._mixed(adapter, x, None, None) for adapter in adapters)
+        mean = sum(layer.mean_update(adapter) for adapter in adapters)
+        return exact, linear(x.to(mean.dtype), mean)
+    weight = layer._base_weight()
+    merged = layer._merged(weight, adapters)
+    before = y = linear(x.to(merged.dtype), weight.to(merged.dtype))
+    for adapter in adapters:
+        y = layer.beside(adapter, x, y, None)
+    return y - before, linear(x.to(merged.dtype), merged) - before
 
 
 def _relative(difference: Tensor, size: Tensor) -> float:

@@ -91,6 +91,7 @@ def import_goat(
     with torch.no_grad():
         for name, tensors in layers.items():
             ratios.append(_fill(name, found[name], adapter_name, tensors))
+            found[name].reset_magnitude(adapter_name)
     _doubt_scale(config, ratios)
     return made
 

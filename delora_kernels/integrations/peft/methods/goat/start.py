@@ -70,6 +70,7 @@ class StartedLayer(nn.Module):
     goat_B: nn.ParameterDict
     goat_router: nn.ParameterDict
     goat_lambda: nn.ParameterDict
+    goat_magnitude: nn.ParameterDict
     goat_scale: BufferDict
     goat_w_norm: BufferDict
     goat_start_A: Starts
@@ -147,7 +148,7 @@ class StartedLayer(nn.Module):
         if adapter_name not in self.goat_A or self.goat_A[adapter_name].is_meta:
             return
         device = device_of(self.get_base_layer()) if device is None else device
-        for parts in (self.goat_A, self.goat_B, self.goat_router, self.goat_lambda):
+        for parts in (self.goat_A, self.goat_B, self.goat_router, self.goat_lambda, self.goat_magnitude):
             move_parameters(parts, adapter_name, device)
         for constants in (self.goat_scale, self.goat_w_norm, self.goat_probe, self.goat_start_A, self.goat_start_B):
             if adapter_name in constants:
