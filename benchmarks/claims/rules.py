@@ -12,7 +12,9 @@ lr = 10^(q/4).
    that stands on that method is "can't tell": its best may lie outside.
 4. Where 4x the chosen rate lies outside the sweep, the verdict on the drop there is "can't tell".
    (Added after the first runs: until then the last rate of the sweep, as little as 3.16x, stood in
-   for it, unsaid. Nothing else has changed.)
+   for it, unsaid.)
+5. On help topics, whose runs cost minutes each, the pilot's best rate is the chosen one. (Added
+   with that task, before its first run. Nothing else has changed.)
 
 A verdict takes one number of each seed, the difference of two methods on that seed's data, and the
 95 % interval of the mean by Student's t:
@@ -102,6 +104,8 @@ TEXT = Rules("docstrings-1", (1, 2, 3), (101,), 40, 4, 1, (-16, -13, -10, -7, -4
 """Of the claims on text, whose runs cost a minute each: three rates, of which the middle one alone
 is no edge.
 """
+TOPICS = Rules("topics-1", (1, 2, 3), (101,), 30, 3, 1, (-20, -17, -14, -11, -8, -5, -2), (0,))
+"""Of the claims on a language model."""
 
 SMOKE = Rules("drawn-1", (1, 2), (101,), 3, 2, 2, (-10, -8, -6), (-2, 0, 2), 4)
 """The same machinery in seconds, on data that are drawn: for tests, its verdicts mean nothing."""

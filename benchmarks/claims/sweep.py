@@ -70,9 +70,11 @@ class Sweep:
 
     @cached_property
     def at_edge(self) -> bool:
-        """Whether the pilot's or the sweep's best is the first or the last of its rates."""
-        pilots = self.rules.pilot_rates
-        return self.centre in (pilots[0], pilots[-1]) or self.chosen in (self.rates[0], self.rates[-1])
+        """Whether the pilot's or the sweep's best is the first or the last of its rates; a sweep of
+        one rate has no edge.
+        """
+        pilots, rates = self.rules.pilot_rates, self.rates
+        return self.centre in (pilots[0], pilots[-1]) or (len(rates) > 1 and self.chosen in (rates[0], rates[-1]))
 
     def _best(self, rates: Any, seeds: Any) -> int:
         """Return the lowest of the rates that score best: ties are decided before they are seen."""

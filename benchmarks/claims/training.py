@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.claims import docstrings
+from benchmarks.claims import docstrings, help_topics
 from benchmarks.claims.digits import digits, smoke
 from benchmarks.claims.rows import adapted
 from benchmarks.claims.rules import rate
 from benchmarks.claims.task import Task
 from benchmarks.claims.watches import WATCHES, Seen
 
-TASKS: dict[str, Callable[[int], Task]] = {"digits-1": digits, "docstrings-1": docstrings.task, "drawn-1": smoke}
+TASKS: dict[str, Callable[[int], Task]] = {
+    "digits-1": digits,
+    "docstrings-1": docstrings.task,
+    "topics-1": help_topics.task,
+    "drawn-1": smoke,
+}
 LAST = 20
 BEYOND = 1e9
 """What infinity is written as: JSON has none."""

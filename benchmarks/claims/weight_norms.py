@@ -2,7 +2,7 @@
 DeLoRA's weight-norm scaling gives back to each layer.
 
 The paper (section 3.4, figure 4) shows the means of column norms in Stable Diffusion's attention,
-and calls their differences systematic. Here: the models of both tasks, as they are pretrained.
+and calls their differences systematic. Here: the models of all tasks, as they are pretrained.
 """
 
 from statistics import fmean
@@ -18,13 +18,15 @@ from benchmarks.claims.text_scores import own
 from benchmarks.claims.training import Run
 
 SEES = "figure 4: modules and positions differ systematically"
-MODELS = ("the transformer on digits", "MiniLM")
+MODELS = {"the transformer on digits": None, "MiniLM": "docstrings", "SmolLM2-135M": "help topics"}
+"""Each model's text task, if it has one."""
 
 
 def of_models(record: Record, rules: Rules) -> list[list[Run]]:
     """Return for each model a run of one step a seed, whose frozen weights are looked at."""
     each = []
-    for its in (rules, own(rules)):
+    for task in MODELS.values():
+        its = own(task, rules) if task else rules
         sweep = Sweep(record, its, "delora")
         each.append([sweep.run(-10, seed, steps=1, marks=(0, 1), watch=("column_norms",)) for seed in its.seeds])
     return each
@@ -53,7 +55,7 @@ def lines(record: Record, rules: Rules) -> list[Line]:
 
 def draw(record: Record, rules: Rules) -> Figure | None:
     """Draw mean column norms over depth, a line a kind of module, the mean over the seeds."""
-    figure, drawn = figures.page(9.0, 3.4), False
+    figure, drawn = figures.page(13.0, 3.4), False
     for axes, model, some in zip(figure.subplots(1, len(MODELS)), MODELS, of_models(record, rules), strict=True):
         found = [record[run]["watched"]["column_norms"][0] for run in some if run in record]
         axes.set(title=model, xlabel="block", ylabel="mean column norm of W")

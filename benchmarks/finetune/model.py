@@ -92,6 +92,14 @@ def _in_directory(path: Path) -> Source:
 
 
 def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer as a run wants them: dtype, device, linears in few bits."""
+    model, tokenizer = unpacked(source, config.dtype)
+    if config.quantise is not None:
+        model = in_four_bits(model, DTYPES[config.dtype])
+    return model.to(config.device), tokenizer
+
+
+def unpacked(source: Source, dtype: str) -> tuple[Any, Any]:
     """Load model and tokenizer; GGUF weights are unpacked into ordinary linear layers of the wanted
     dtype.
     """
@@ -100,9 +108,9 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     where: dict[str, Any] = {"local_files_only": True} if source.offline else {}
-    kept = _kept(source, config.dtype)
+    kept = _kept(source, dtype)
     if kept is not None and kept.is_dir():
         source = Source(source.name, str(kept))
     if source.gguf:
@@ -125,9 +133,7 @@ def load(source: Source, config: Config) -> tuple[nn.Module, Any]:
     if source.gguf and kept is not None:
         _keep(kept, model, tokenizer)
     model.config.use_cache = False
-    if config.quantise is not None:
-        model = in_four_bits(model, DTYPES[config.dtype])
-    return model.to(config.device), tokenizer
+    return model, tokenizer
 
 
 def in_four_bits(model: Any, dtype: torch.dtype) -> Any:

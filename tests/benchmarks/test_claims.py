@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
-from benchmarks.claims import delora_bound, delora_rate, digits, docstrings
+from benchmarks.claims import delora_bound, delora_rate, digits, docstrings, help_topics
 from benchmarks.claims.__main__ import main
 from benchmarks.claims.claim import missing, study
 from benchmarks.claims.claims import CLAIMS
@@ -36,7 +36,7 @@ from benchmarks.claims.rules import (
     rate,
 )
 from benchmarks.claims.sweep import Sweep
-from benchmarks.claims.task import Problem
+from benchmarks.claims.task import Problem, Task
 from benchmarks.claims.training import Run, carry_out
 from benchmarks.claims.watches import Seen, bound, delta, layers, part_of_bound, relative_norm
 
@@ -361,6 +361,47 @@ def test_every_claim_is_judged_and_drawn() -> None:
         assert all(CANNOT_TELL not in line.verdict or "edge" not in line.verdict for line in claim.lines(record, RULES))
         assert claim.draw(record, RULES) is not None
     assert CLAIMS["delora-long"].lines(record, RULES)[0].verdict == DOES_NOT  # no score is lost by either
+
+
+def test_a_language_model_is_scored_by_its_next_tokens() -> None:
+    """Blocks dealt by the seed, none to two parts; loss and score against torch's own, rows at a
+    time.
+    """
+    generator = torch.Generator().manual_seed(7)
+    train, held_out = (torch.randint(9, (rows, 1 + 12), generator=generator) for rows in (20, 90))
+    held_out[:, 0] = torch.arange(90)  # tells the rows apart
+    parts = help_topics.parts(3, train, held_out)
+    assert {part: tuple(data.x.shape) for part, data in parts.items()} == {
+        "train": (20, 12),
+        "validation": (help_topics.VALIDATION, 12),
+        "test": (help_topics.TEST, 12),
+    }
+    dealt = torch.cat([parts["validation"].x[:, 0], parts["test"].x[:, 0]])
+    assert len(dealt.unique()) == len(dealt)
+    assert not torch.equal(parts["test"].x, help_topics.parts(4, train, held_out)["test"].x)
+    for data in parts.values():
+        assert torch.equal(data.y[:, :-1], data.x[:, 1:])
+    with pytest.raises(Problem, match="hold out 40 blocks, 48 are needed"):
+        help_topics.parts(3, train, held_out[:40])
+    model = torch.nn.Sequential(torch.nn.Embedding(90, 8), torch.nn.Linear(8, 9))
+    parts = {part: data._replace(x=data.x % 9) for part, data in parts.items()}
+    parts = {part: data._replace(y=data.y % 9) for part, data in parts.items()}
+    logits, wanted = model(parts["test"].x), parts["test"].y
+    for at_once in (None, 5, 8):
+        task = Task(model, parts, 4, at_once)
+        assert task.score(model, "test") == (logits.argmax(-1) == wanted).sum().item() / wanted.numel()
+    rows = torch.randint(20, (4,), generator=torch.Generator().manual_seed(5))
+    x, y = parts["train"].x[rows], parts["train"].y[rows]
+    picked = model(x).log_softmax(-1).gather(-1, y[..., None])
+    torch.testing.assert_close(task.loss(model, torch.Generator().manual_seed(5)), -picked.mean())
+
+
+def test_a_sweep_of_one_rate_has_no_edge() -> None:
+    """Its chosen rate is the pilot's best; the pilot's own edge still counts."""
+    rules = replace(RULES, offsets=(0,))
+    for best, at_edge in ((rules.pilot_rates[1], False), (rules.pilot_rates[-1], True)):
+        sweep = Sweep(made({"lora": lambda q, _, best=best: 1 - 0.01 * abs(q - best)}, rules), rules, "lora")
+        assert (sweep.complete, sweep.chosen, sweep.at_edge) == (True, best, at_edge)
 
 
 def test_docstrings_of_this_python_are_enough() -> None:
