@@ -14,11 +14,12 @@ operator is that inside torch (without what it calls in turn). Roles:
     thin      products with one: h, the rank term, dv, dA, dB, DoRA's W + s·BA
     passes    other operators over tensors of a token's or a weight's size
     rest      on smaller tensors, views, and new memory
+    between   no operator: Python, autograd, memory given back, and the profiler's own time
 
-The last line leaves `products` out, the same arithmetic in all of them. `arithmetic` runs the same
-bare into memory that is there (benchmarks/arithmetic.py): what no implementation of torch calls
-falls below. AdamW, the same in all, is left out, as is the time between operators, of which
-benchmarks/overhead.py has the column `host`.
+The last two lines say what part of PEFT's time beyond the frozen layers' is gone, `products` left
+out, the same arithmetic in all of them; the first of the two leaves `between` out too. `arithmetic`
+runs bare into memory that is there (benchmarks/arithmetic.py): what no implementation of torch
+calls falls below. AdamW, the same in all, is left out.
 """
 
 import gc
@@ -39,13 +40,15 @@ from benchmarks.model_cases import SMALL, ModelCase
 from benchmarks.overhead import ARITHMETIC, IMPLEMENTATIONS, Step, parser_of, random_tokens, write
 from benchmarks.whole_model import adapted
 
-ROLES = ("products", "thin", "passes", "rest")
+ROLES = ("products", "thin", "passes", "rest", "between")
 PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
 WARMUP = 4
 MARK = "pass of "
 
 Operator = tuple[str, tuple[tuple[int, ...], ...]]
 """Its name and the shapes of its tensors."""
+BETWEEN: Operator = ("", ())
+"""Stands for the time between two of them."""
 
 
 def layers_pass(model: Any, case: ModelCase, tokens: torch.Tensor) -> Callable[[], None]:
@@ -87,17 +90,29 @@ def least(passes: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     events = sorted(seen.events(), key=lambda event: (event.time_range.start, -event.time_range.end))
     found: dict[str, list[tuple[Operator, float]]] = {}
     for mark in [event for event in events if event.name.startswith(MARK)]:
-        name, end = mark.name.removeprefix(MARK), mark.time_range.end
-        now = [
-            ((event.name, tuple(tuple(shape) for shape in event.input_shapes if shape)), event.self_cpu_time_total)
-            for event in events
-            if mark.time_range.start <= event.time_range.start < end and event.name.startswith("aten::")
-        ]
+        name, now = mark.name.removeprefix(MARK), _operators(mark, events)
         before = found.setdefault(name, now)
         if [operator for operator, _ in before] != [operator for operator, _ in now]:
             raise RuntimeError(f"{name} calls other operators in every round")
         found[name] = [(operator, min(a, b)) for (operator, a), (_, b) in zip(before, now, strict=True)]
     return found
+
+
+def _operators(mark: Any, events: Sequence[Any]) -> list[tuple[Operator, float]]:
+    """Return the operators of the pass that `mark` encloses, and the time before each that no other
+    calls.
+    """
+    found: list[tuple[Operator, float]] = []
+    last, end = mark.time_range.start, mark.time_range.end
+    for event in events:
+        if not (mark.time_range.start <= event.time_range.start < end and event.name.startswith("aten::")):
+            continue
+        if event.time_range.start >= last:
+            found.append((BETWEEN, event.time_range.start - last))
+            last = event.time_range.end
+        shapes = tuple(tuple(shape) for shape in event.input_shapes if shape)
+        found.append(((event.name, shapes), event.self_cpu_time_total))
+    return [*found, (BETWEEN, end - last)]
 
 
 def role_of(operator: Operator, small: int, large: int) -> str:
@@ -108,6 +123,8 @@ def role_of(operator: Operator, small: int, large: int) -> str:
         small: The largest dimension of ranks side by side.
         large: Elements of the smallest tensor of a token's or a weight's size.
     """
+    if operator == BETWEEN:
+        return "between"
     name, shapes = operator
     if name in PRODUCTS and shapes:
         return "thin" if min(min(shape) for shape in shapes if len(shape) > 1) <= small else "products"
@@ -143,9 +160,9 @@ def by_role(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def part_gone(spent: Mapping[str, Mapping[str, float]], name: str) -> float:
-    """Return what part of PEFT's time beyond the frozen layers' is gone, `products` left out."""
-    own = {impl: sum(us for role, us in found.items() if role != "products") for impl, found in spent.items()}
+def part_gone(spent: Mapping[str, Mapping[str, float]], name: str, *but: str) -> float:
+    """Return what part of PEFT's time beyond the frozen layers' is gone, roles `but` left out."""
+    own = {impl: sum(us for role, us in found.items() if role not in but) for impl, found in spent.items()}
     return 1 - (own[name] - own["frozen"]) / (own["peft"] - own["frozen"])
 
 
@@ -157,17 +174,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shown.add_row(role, *(f"{found[role] / 1e3:.2f}" for found in spent.values()))
     calls = Counter[str]()
     for row in rows:
-        calls[row["impl"]] += row["calls"]
+        calls[row["impl"]] += row["calls"] if row["role"] != "between" else 0
     shown.add_row("operators", *(str(calls[name]) for name in spent))
-    gone = ("" if name in ("frozen", "peft") else f"{part_gone(spent, name):.0%}" for name in spent)
-    shown.add_row("beside products, gone", *gone)
+    for title, but in (("gone, of operators", ("products", "between")), ("gone, of all", ("products",))):
+        gone = ("" if name in ("frozen", "peft") else f"{part_gone(spent, name, *but):.0%}" for name in spent)
+        shown.add_row(title, *gone)
     return shown
 
 
 def shapes_table(rows: Sequence[Mapping[str, Any]], most: int) -> Table:
     """Return the operators of `dk` that take longest, `products` left out."""
     shown = Table("operator", "shapes", "calls", "µs together")
-    own = [row for row in rows if row["impl"] == "dk" and row["role"] != "products"]
+    own = [row for row in rows if row["impl"] == "dk" and row["role"] not in ("products", "between")]
     for row in sorted(own, key=lambda row: -row["us"])[:most]:
         shapes = " ".join("×".join(map(str, shape)) for shape in row["shapes"])
         shown.add_row(row["operator"].removeprefix("aten::"), shapes, str(row["calls"]), f"{row['us']:.0f}")

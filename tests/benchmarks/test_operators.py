@@ -29,7 +29,7 @@ def test_operators_of_a_block() -> None:
     # h and dA of four groups; W + s·BA, the rank term, dv and dB of seven layers; dx's of four
     assert calls["dk", "thin"] == calls["arithmetic", "thin"] == 2 * 4 + 4 * 7 + 4
     assert calls["peft", "passes"] > calls["dk", "passes"] > calls["frozen", "passes"]
-    assert operators.table(rows).row_count == len(operators.ROLES) + 2
+    assert operators.table(rows).row_count == len(operators.ROLES) + 3
     assert operators.shapes_table(rows, 3).row_count == 3
 
 
@@ -39,12 +39,14 @@ def test_roles() -> None:
     assert operators.role_of(("aten::mul", ((16, 16), (16,))), small=6, large=256) == "passes"
     assert operators.role_of(("aten::mul", ((15, 17), (16,))), small=6, large=256) == "rest"
     assert operators.role_of(("aten::empty", ()), small=6, large=256) == "rest"
+    assert operators.role_of(operators.BETWEEN, small=6, large=256) == "between"
 
 
 def test_part_gone_leaves_products_out() -> None:
     spent = {
-        "frozen": {"products": 10.0, "thin": 0.0, "passes": 2.0, "rest": 0.0},
-        "peft": {"products": 50.0, "thin": 4.0, "passes": 7.0, "rest": 1.0},
-        "dk": {"products": 90.0, "thin": 3.0, "passes": 1.0, "rest": 0.5},
+        "frozen": {"products": 10.0, "thin": 0.0, "passes": 2.0, "rest": 0.0, "between": 1.0},
+        "peft": {"products": 50.0, "thin": 4.0, "passes": 7.0, "rest": 1.0, "between": 3.0},
+        "dk": {"products": 90.0, "thin": 3.0, "passes": 1.0, "rest": 0.5, "between": 2.0},
     }
-    assert operators.part_gone(spent, "dk") == 1 - 2.5 / 10
+    assert operators.part_gone(spent, "dk", "products", "between") == 1 - 2.5 / 10
+    assert operators.part_gone(spent, "dk", "products") == 1 - 3.5 / 12
