@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # each file's end does, below
 
 STARTING_PROCESSES = ("test_another_device.py", "test_custom_models.py", "test_distributed.py", "test_examples.py")
+LONG = ("test_exported_programs.py", "test_command_line.py", "test_distributions.py", "test_check_breakages.py")
+LONG += ("test_accelerate_callback.py",)
+"""Each has a test of ten seconds or more."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,9 +33,10 @@ def pytest_collection() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that start processes with PEFT come first, so that one of two processes makes the
-    server of helpers/forked.py, which imports for seconds, and the other never does.
+    server of helpers/forked.py, which imports for seconds, and the other never does; then long
+    ones, none of which may be the last, when the other process has nothing left to do.
     """
-    items.sort(key=lambda item: item.path.name not in STARTING_PROCESSES)
+    items.sort(key=lambda item: (item.path.name not in STARTING_PROCESSES, item.path.name not in LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -71,9 +71,12 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.fixture
 def demo_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Run the command as `run_in`, on a part of the text, its plots empty files."""
+    """Run the command as `run_in`, on a part of the text, four sequences of it held out; its plots
+    are empty files.
+    """
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
     monkeypatch.setattr(text, "documents", lambda files, all_of=text.documents: all_of(files)[:12])
+    monkeypatch.setattr(text, "spread", lambda rows, count, spread=text.spread: spread(rows, min(count, 4)))
     return partial(run_in, tmp_path / "out", tiny)
 
 

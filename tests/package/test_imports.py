@@ -116,38 +116,41 @@ said["flops"] = torch.ops.delora_kernels.project in flop_counter.flop_registry
 """
 
 WITHOUT_PEFT = """
-import json, sys
-sys.modules["peft"] = None
-import delora_kernels as dk
-said = {}
-try: dk.accelerate
-except ImportError as error: said["accelerate"] = str(error)
+import os
+if os.fork() == 0:
+    sys.modules["peft"], said = None, {}
+    try: dk.accelerate
+    except ImportError as error: said["accelerate"] = str(error)
+else:
+    assert os.wait()[1] == 0
 """
+"""A fork of an interpreter that has asked for nothing yet, for which there is no PEFT."""
 
 
-def run(code: str, **variables: str) -> dict[str, Any]:
-    """What a fresh interpreter prints."""
+@pytest.fixture(scope="module")
+def said() -> list[dict[str, Any]]:
+    """What an interpreter without PEFT and one with it say that import the package, and then ask
+    for what it has.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", FRESH + WITHOUT_PEFT + DIR_AND_HELP],
         capture_output=True,
         text=True,
         cwd=PACKAGE.parent,
-        env=os.environ | variables,
+        env=os.environ | {"DELORA_KERNELS_BACKEND": "eager"},
         check=True,
     )
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def fresh() -> dict[str, Any]:
-    """What an interpreter says that imports the package, and then asks for what it has."""
-    return run(FRESH + DIR_AND_HELP, DELORA_KERNELS_BACKEND="eager")
+def without_peft(said: list[dict[str, Any]]) -> dict[str, Any]:
+    return said[0]
 
 
 @pytest.fixture(scope="module")
-def without_peft() -> dict[str, Any]:
-    return run(WITHOUT_PEFT + DIR_AND_HELP)
+def fresh(said: list[dict[str, Any]]) -> dict[str, Any]:
+    return said[1]
 
 
 def test_import_touches_neither_cuda_nor_heavy_packages(fresh: dict[str, Any]) -> None:

@@ -169,12 +169,18 @@ def test_trainable_base_and_bias(x: Tensor, seed: int) -> None:
         assert_close(step(made, x), theirs)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora", "delora"])
 def test_compile(method: str, x: Tensor, seed: int) -> None:
-    """With a bias and without; a Conv1D is compiled in test_compile.py."""
+    """With a bias and without, where LoRA's scale is rsLoRA's; a Conv1D is compiled in
+    test_compile.py.
+    """
     torch._dynamo.reset()
-    made = model(method, seed, target_modules=["first", "third"])
-    dk.accelerate(made, strict=True)
+    made = model(method, seed, target_modules=["first"] if method == "lora" else ["first", "third"])
+    if method == "lora":
+        made.add_adapter("other", config("rslora", target_modules=["third"]))
+        made.base_model.set_adapter(["default", "other"])
+    report = dk.accelerate(made, strict=True)
+    assert len(report.fused) == 2
     theirs = step(made, x)
     assert_close(
         {
