@@ -152,8 +152,8 @@ def test_a_wrong_fusion_shows_in_the_loss_difference(demo_run: Any, monkeypatch:
 
 
 def test_parts_of_a_step_sum_to_the_whole_batch(demo_run: Any) -> None:
-    _, parts = demo_run("--accumulation", "3", "--checkpointing")
-    _, whole = demo_run("--batch-size", "6", "--yardstick", "0")
+    _, parts = demo_run("--accumulation", "3", "--checkpointing", "--steps", "3", "--yardstick", "0")
+    _, whole = demo_run("--batch-size", "6", "--steps", "3", "--yardstick", "0")
     for run in ("eager", "fused"):
         assert parts["runs"][run]["losses"] == pytest.approx(whole["runs"][run]["losses"], abs=1e-5)
         assert 3 * parts["runs"][run]["kept_mib"] < 0.7 * whole["runs"][run]["kept_mib"], "checkpointing keeps less"
