@@ -8,6 +8,7 @@ forward and the other again. Everything out of the ordinary in a backward
 pass (autocast, batched gradients, second derivatives) goes back to the stages.
 """
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,17 +26,16 @@ from delora_kernels.op_arguments import Start, Strength
 
 _NO_START = Start()
 _STANDS_FOR = ("fold", "row_norm", "project", "expand", "expand_backward", "input_backward", "fold_backward")
-_DEFINED = [(name, getattr(eager_backend, name)) for name in _STANDS_FOR]
+_NOW = itemgetter(*_STANDS_FOR)
+_DEFINED = _NOW(vars(eager_backend))
 
 
 def ops_replaced() -> bool:
     """Whether somebody has put another op in the place of one whose part is done here: then that
     one is to run.
     """
-    for name, op in _DEFINED:  # noqa: SIM110, a generator is another frame
-        if getattr(eager_backend, name) is not op:
-            return True
-    return False
+    replaced: bool = _NOW(vars(eager_backend)) != _DEFINED
+    return replaced
 
 
 def direct(call: Call) -> Tensor:

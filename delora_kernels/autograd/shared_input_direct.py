@@ -88,7 +88,7 @@ class _SharedInput(torch.autograd.Function):
         found = [each for each in dys if each is not None]
         if not all([is_ordinary(each) for each in found]):  # noqa: C419, for torch 2.7
             return _by_stages(ctx, dys, x, h, norms, members)
-        tokens, need_x, ranks = rows(x), ctx.needs_input_grad[2], [len(member[1]) for member in members]
+        tokens, need_x, ranks = rows(x), ctx.needs_input_grad[2], [member[1].shape[0] for member in members]
         if len(live) < len(members):
             h = torch.cat([_columns(h, ranks)[i] for i in live], dim=1)
             norms = None if norms is None else torch.cat([_columns(norms, ranks)[i] for i in live], dim=1)

@@ -26,11 +26,10 @@ _EPS = 1e-4
 def unwatched(x: Any) -> bool:
     """Whether nobody sees it, x is on the CPU, no cast is asked for and no backend."""
     return not (
-        torch.compiler.is_compiling()
+        not unseen()  # first, where a compiler reads this
         or not getattr(x, "is_cpu", False)
         or torch.is_autocast_enabled("cpu")
         or not is_left_open()
-        or not unseen()
         or ops_replaced()
     )
 
@@ -62,7 +61,12 @@ def all_trained(training: bool, *trained: Tensor) -> bool:
         training: Whether their layer is in training.
         trained: Its factors and vectors.
     """
-    return not (training or torch.is_grad_enabled()) or all(tensor.requires_grad for tensor in trained)
+    if not (training or torch.is_grad_enabled()):
+        return True
+    for tensor in trained:  # noqa: SIM110, a generator is another frame
+        if not tensor.requires_grad:
+            return False
+    return True
 
 
 def straight_call(

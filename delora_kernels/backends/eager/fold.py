@@ -136,7 +136,7 @@ def stack_of(members: Sequence[tuple[Any, ...]], eps: float, norms: Tensor | Non
         members, eps: See `Stack`.
         norms: What an earlier stack of theirs had.
     """
-    A_hat, ranks = torch.cat([member[0] for member in members]), [len(member[0]) for member in members]
+    A_hat, ranks = torch.cat([member[0] for member in members]), [member[0].shape[0] for member in members]
     if all([lam is None for _, _, lam, _ in members]):  # noqa: C419, for torch 2.7
         return Stack(A_hat, members, ranks, eps)
     if norms is None:

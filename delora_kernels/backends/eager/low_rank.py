@@ -139,14 +139,14 @@ def token_product(dy: Tensor, h: Tensor, scale: float, like: Tensor | None = Non
 
     `like`: see `product`.
     """
-    if dy.shape[1] <= _WIDE:
+    if dy.shape[1] <= _WIDE or dy.shape[0] <= _FEW:
         return product(dy.t(), h, scale, like)
-    return torch.empty((dy.shape[1], h.shape[1]), dtype=h.dtype, device=h.device).copy_(product(h.t(), dy, scale).t())
+    return product(h.t(), dy, scale, None if like is None else like.t()).t().contiguous()
 
 
-_WIDE = 1024
-"""Columns of dy from which a GEMM with few columns of its own takes longer than its transpose and a
-copy.
+_WIDE, _FEW = 1024, 64
+"""Columns and rows of dy beyond which a GEMM with few columns of its own takes longer than its
+transpose and a copy.
 """
 
 

@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from delora_kernels.autograd.function import unseen
 from delora_kernels.call import Call
 from delora_kernels.functional.straight import run_straight, surroundings, unwatched
-from delora_kernels.integrations.peft.fused.look import is_plain
+from delora_kernels.integrations.peft.fused.look import are_plain
 from delora_kernels.integrations.peft.fused.one_call import PlannedCall, PlannedRun, StraightCall, same_inputs
 from delora_kernels.integrations.peft.fused.outstanding import Outstanding, in_backward
 
@@ -158,12 +158,12 @@ class Group:
     def calls(self, leader: nn.Module, x: Tensor, call: Any) -> dict[Any, Any] | None:
         """Read the calls of all, the leader's given; None where one of them can't share."""
         # an inference tensor has no version, by which the others know it
-        if x.is_inference() or not is_plain(leader) or not call.may_share(x):
+        if x.is_inference() or not are_plain(leader) or not call.may_share(x):
             return None
         found: dict[Any, Any] = {leader: call}
         for ref in self._layers[1:]:
             layer: Any = ref()
-            other = call.of(layer, x) if layer is not None and is_plain(layer) else None
+            other = call.of(layer, x) if layer is not None and are_plain(layer) else None
             if other is None:
                 return None
             found[layer] = other

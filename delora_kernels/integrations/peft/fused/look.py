@@ -45,9 +45,10 @@ def lora_parts(layer: Any) -> tuple[float, Any, Any, Any, Any, Any] | None:
     variant, scale = layer.lora_variant.get(name), layer.scaling[name]
     if type(scale) is not float or not -math.inf < scale < math.inf or verdicts.reasons["lora"] is not None:
         return None
-    if _drops(dropouts._modules[name], layer.training if variant is not None else True):
+    dropout = dropouts._modules[name]
+    if _drops(dropout, layer.training if variant is not None else True):
         return None
-    if not (is_plain(A_linear) and is_plain(B_linear) and is_plain(base)) or "forward" in layer.__dict__:
+    if not are_plain(A_linear, B_linear, base, dropout) or "forward" in layer.__dict__:
         return None
     if any_module_has_hooks() or _any_replaced(_CALLED_BY_LORA):
         return None
@@ -64,7 +65,7 @@ def lora_parts(layer: Any) -> tuple[float, Any, Any, Any, Any, Any] | None:
     if type(variant) is not DoraLinearVariant or type(magnitudes) is not nn.ModuleDict:
         return None
     owner = magnitudes._modules.get(name)
-    if type(owner) is not DoraLinearLayer or owner.fan_in_fan_out or not is_plain(owner):
+    if type(owner) is not DoraLinearLayer or owner.fan_in_fan_out or not are_plain(owner):
         return None
     if verdicts.reasons["dora"] is not None or _any_replaced(_CALLED_BY_DORA) or caches_dora_norms(layer):
         return None
@@ -85,9 +86,12 @@ def delora_parts(layer: Any) -> tuple[int, Any, Any, Any, Any, Any, Any] | None:
         return None
     if type(dropouts) is not nn.ModuleDict or type(base) is not nn.Linear or name not in A_dict._parameters:
         return None
-    if verdicts.reasons["delora"] is not None or _drops(dropouts._modules[name], True):
+    dropout = dropouts._modules[name]
+    if verdicts.reasons["delora"] is not None or _drops(dropout, True):
         return None
-    if not is_plain(base) or "forward" in layer.__dict__ or any_module_has_hooks() or _any_replaced(_CALLED_BY_DELORA):
+    if not are_plain(base, dropout) or "forward" in layer.__dict__:
+        return None
+    if any_module_has_hooks() or _any_replaced(_CALLED_BY_DELORA):
         return None
     tensors: Any = base._parameters.get("weight"), base._parameters.get("bias", _MISSING)
     tensors += A_dict._parameters[name], B_dict._parameters[name]
@@ -97,15 +101,18 @@ def delora_parts(layer: Any) -> tuple[int, Any, Any, Any, Any, Any, Any] | None:
     return layer.r[name], *tensors, lam, norms._buffers[name]
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` is its class's forward and no more."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def are_plain(*modules: Any) -> bool:
+    """Whether calling any of these modules is its class's forward and no more."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True
 
 
 def _are_parameters(weight: Any, bias: Any, A: Any, B: Any) -> bool:
@@ -119,18 +126,18 @@ def _only(active: Any) -> Any:
 
 
 def _drops(dropout: Any, trains: bool) -> bool:
-    """Whether a dropout module may do something, or is one that plan.py has to look at."""
+    """Whether a dropout module, but for its hooks, may do something, or is one that plan.py has to
+    look at.
+    """
     kind = type(dropout)
     if kind is nn.Identity:
-        return not is_plain(dropout)
-    if kind is not nn.Dropout or (dropout.p > 0 and dropout.training and trains):
-        return True
-    return dropout.inplace or not is_plain(dropout)
+        return False
+    return kind is not nn.Dropout or dropout.inplace or (dropout.p > 0 and dropout.training and trains)
 
 
 def _any_replaced(methods: tuple[tuple[Any, str, Any], ...]) -> bool:
     """Whether somebody has put another method in the place of one that PEFT's forward calls."""
-    for kind, name, method in methods:  # noqa: SIM110, a generator is another frame
+    for kind, name, method in methods:
         if getattr(kind, name) is not method:
             return True
     return False

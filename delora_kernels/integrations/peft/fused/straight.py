@@ -101,15 +101,14 @@ def _fit(x: Tensor, weight: Any, bias: Any, A: Any, B: Any) -> bool:
     """Whether these are whole tensors of one dtype on the CPU that belong together."""
     if type(x) not in (Tensor, nn.Parameter) or x.dtype not in (float32, float64) or weight.requires_grad:
         return False
-    if x.dim() < 2 or x.layout is not strided or x.is_nested or not _alike(weight, x):
+    if x.dim() < 2 or x.layout is not strided or x.is_nested or not x.is_cpu:
         return False
-    if not weight.dim() == A.dim() == B.dim() == 2:
-        return False
-    N, K = weight.shape
-    if x.shape[-1] != K or not _alike(A, x) or not _alike(B, x):
-        return False
-    r = A.shape[0]
-    if r == 0 or N == 0 or K == 0 or A.shape != (r, K) or B.shape != (N, r):
+    dtype = x.dtype
+    for each in (weight, A, B):
+        if each.dtype is not dtype or not each.is_cpu or each.layout is not strided or each.dim() != 2:
+            return False
+    (N, K), r = weight.shape, A.shape[0]
+    if x.shape[-1] != K or r == 0 or N == 0 or K == 0 or A.shape != (r, K) or B.shape != (N, r):
         return False
     return bias is None or (not bias.requires_grad and bias.shape == (N,) and _alike(bias, x))
 
