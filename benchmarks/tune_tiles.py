@@ -21,12 +21,14 @@ from benchmarks.codegen.variants import variants
 from benchmarks.gpu.ready import compile_ahead
 from benchmarks.timing import Budget, Clock, interleaved
 from benchmarks.tune_state import State
+from delora_kernels.backends.dropout import MaskGroup
 from delora_kernels.backends.triton import launch, tables
 from delora_kernels.backends.triton.dy_sums import dy_sums
+from delora_kernels.backends.triton.planes import planes
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, rank_gemm
 from delora_kernels.backends.triton.rank_update import rank_update
 from delora_kernels.backends.triton.row_norm import row_norm
-from delora_kernels.backends.triton.times_small import times_small
+from delora_kernels.backends.triton.times_small import FEWEST_RANKS, times_planes, times_small
 from delora_kernels.backends.triton.token_sums import token_sums
 
 MARGIN = 0.02
@@ -55,7 +57,7 @@ def jobs(capability: Capability) -> list[tuple[str, str]]:
     """
     way = "descriptors" if capability >= DESCRIPTORS_FROM else "pointers"
     found = [(name, limit) for name in timed() for limit in tables.TABLES[name]]
-    kinds = ["", "scaled", "mixed", "fp32"]
+    kinds = ["", "scaled", "dropped", "planes", "mixed", "fp32"]
     found.sort(key=lambda job: kinds.index(job[0].partition(" ")[2]))  # which keeps the order of equals
     return [*found, (tables.GEMM, way)]
 
@@ -155,16 +157,23 @@ def _launch(name: str, R: int, rows: int, columns: int, device: str) -> Callable
     """One call of the kernel's launcher on random tensors, in the dtypes whose table this is."""
     kernel, _, kinds = name.partition(" ")
     big = torch.float32 if kinds == "fp32" else torch.bfloat16
-    small = torch.float32 if kinds in ("mixed", "fp32") else big
+    small = torch.float32 if kinds in ("mixed", "fp32", "planes") else big
 
     def normal(*shape: int, dtype: torch.dtype = big) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     x, h, S = normal(rows, columns), normal(rows, R, dtype=small), normal(columns, R, dtype=small)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    mask = MaskGroup(slice(0, R), 0.1, seed)
     if kernel == "times_small":
-        return lambda: times_small(x, S, small)
+        if kinds == "planes":
+            parts = planes(S, small)
+            return lambda: times_planes(x, parts, small)
+        # without a mask wide factors of so many ranks come as planes
+        masked = kinds == "dropped" or (kinds == "mixed" and R > FEWEST_RANKS)
+        return lambda: times_small(x, S, small, mask if masked else None)
     if kernel == "token_sums":
-        return lambda: token_sums(x, h, transposed=True)
+        return lambda: token_sums(x, h, transposed=True, group=mask if kinds == "dropped" else None)
     if kernel == "dy_sums":
         y, c = (x, torch.ones(columns, device=device)) if kinds == "scaled" else (None, None)
         return lambda: dy_sums(x, S, h, 1.0, False, y, c)

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import model
 from benchmarks.codegen import device
+from benchmarks.codegen.asked import cell, summary
 from benchmarks.codegen.calls import Layer, estimated, steps_of
 from benchmarks.codegen.compiling import compiled_all
 from benchmarks.codegen.estimate import LayerEstimate, layer_of
@@ -71,7 +72,13 @@ def least(layer: Layer, estimate: LayerEstimate, form: str = "d") -> float:
 def row_of(layer: Layer, estimate: LayerEstimate) -> dict[str, Any]:
     """Return the row of a record."""
     kernels = [
-        {"kernel": kernel.kernel, "us": round(kernel.total, 1), "limit": kernel.limit} for kernel in estimate.kernels
+        {
+            "kernel": kernel.kernel,
+            "us": round(kernel.total, 1),
+            "bytes_us": round(kernel.bytes, 1),
+            "limit": kernel.limit,
+        }
+        for kernel in estimate.kernels
     ]
     return {
         "layer": layer.title, "T": layer.T, "K": layer.K, "N": layer.outputs, "ratio": round(estimate.ratio, 3),
@@ -88,18 +95,19 @@ def lines(rows: list[dict[str, Any]], kernels: bool) -> list[str]:
     The contract is that of form (d). The least is what its passes take at a copy's rate, with what
     adding to an output costs a GEMM, and where our own GEMM, as fast as the library's, has the
     terms in its accumulator. Frozen siblings' dx are added up by autograd: a ratio with it behind.
+    What is asked stands in asked.py.
     """
-    shown = ["| layer | K | N | estimated µs | over frozen | contract | least | least, own GEMM |"]
-    shown.append("| --- |" + " ---: |" * 7)
+    shown = ["| layer | K | N | estimated µs | over frozen | asked | contract | least | least, own GEMM |"]
+    shown.append("| --- |" + " ---: |" * 8)
     for row in rows:
         sizes = f"{row['K']} | {row['N']} | {row['us']:.0f}"
         ratio = f"{row['ratio']:.2f}" + (f" ({row['over_layers']:.2f})" if row["summed_us"] else "")
         rest = " | ".join(f"{row[name]:.2f}" for name in ("contract", "least", "least_own_gemm"))
-        shown.append(f"| {row['layer']} | {sizes} | {ratio} | {rest} |")
+        shown.append(f"| {row['layer']} | {sizes} | {ratio} | {cell(row, rows)} | {rest} |")
         if kernels:
             steps = ", ".join(f"{each['kernel']} {each['us']} ({each['limit']})" for each in row["kernels"])
             shown.append(f"    beta=1 {row['adding_us']}, torch's own {row['others_us']}, {steps}")
-    return shown
+    return [*shown, "", *summary(rows)]
 
 
 def of_commit(commit: str, arguments: list[str]) -> int:

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     print(*lines(rows), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    new, idle = judged(rows, EXCEPTIONS)
+    new, idle = judged(rows, EXCEPTIONS, complete=not (options.kernel or options.layer))
     for each in idle:
         print(f"no longer needed: {each.kernel} of {each.of} ({each.measures})")
     reasons = {(row["kernel"], row["of"]): beyond(row) for row in rows}

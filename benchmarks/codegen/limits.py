@@ -56,12 +56,14 @@ class Allowed(NamedTuple):
         kernel, of: Its row.
         measures: What is beyond its limit, as `beyond` names it, with commas.
         microseconds: Estimated, and what its bytes alone would take.
+        why: What keeps it there.
     """
 
     kernel: str
     of: str
     measures: str
     microseconds: tuple[float, float]
+    why: str = ""
 
 
 def class_of(row: Row) -> str:
@@ -98,9 +100,9 @@ def beyond(row: Row) -> dict[str, str]:
     return found
 
 
-def judged(rows: list[Row], exceptions: list[Allowed]) -> tuple[list[Allowed], list[Allowed]]:
+def judged(rows: list[Row], exceptions: list[Allowed], complete: bool = False) -> tuple[list[Allowed], list[Allowed]]:
     """Return what is beyond a limit and no exception, as the exceptions that would let it through;
-    and the exceptions of these rows that nothing needs.
+    and the exceptions of these rows that nothing needs, or where the rows are `complete`, of any.
     """
     new, needed = [], set()
     for row in rows:
@@ -113,4 +115,4 @@ def judged(rows: list[Row], exceptions: list[Allowed]) -> tuple[list[Allowed], l
             times = round(row["estimate_us"], 1), round(row["bytes_us"], 1)
             new.append(Allowed(row["kernel"], row["of"], ", ".join(left), times))
     seen = {(row["kernel"], row["of"]) for row in rows}
-    return new, [each for each in exceptions if each not in needed and (each.kernel, each.of) in seen]
+    return new, [each for each in exceptions if each not in needed and (complete or (each.kernel, each.of) in seen)]

@@ -9,13 +9,16 @@ import torch
 
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.add_parts import BLOCK as PARTS_BLOCK
-from delora_kernels.backends.triton.add_parts import MANY, add_parts_kernel, finish_dy_kernel
+from delora_kernels.backends.triton.add_parts import FEW, MANY, add_parts_kernel, finish_dy_kernel
 from delora_kernels.backends.triton.dropout import _BC, _BT, drop_kernel, mask_kernel
 from delora_kernels.backends.triton.dy_sums import dy_sums_kernel
 from delora_kernels.backends.triton.fold import BLOCK, WARPS, fold_backward_kernel, fold_kernel
 from delora_kernels.backends.triton.grouped import grouped_times_small_kernel, grouped_update_kernel
 from delora_kernels.backends.triton.grouped_sums import BLOCK as GROUPED_BLOCK
 from delora_kernels.backends.triton.grouped_sums import grouped_sums_kernel, grouped_total_kernel
+from delora_kernels.backends.triton.planes import BLOCK_COLUMNS as PLANE_COLUMNS
+from delora_kernels.backends.triton.planes import BLOCK_ROWS as PLANE_ROWS
+from delora_kernels.backends.triton.planes import planes_kernel
 from delora_kernels.backends.triton.project_route import LARGEST_EXPERTS, LARGEST_MIXED_RANK, project_route_kernel
 from delora_kernels.backends.triton.rank_gemm import DESCRIPTORS_FROM, GROUP, RANKS, rank_gemm_kernel
 from delora_kernels.backends.triton.rank_update import TURN, rank_update_kernel
@@ -43,7 +46,7 @@ from delora_kernels.backends.triton.scaled import BLOCK_COLUMNS, BLOCK_ROWS, sca
 from delora_kernels.backends.triton.stack_factors import BLOCK as STACK_BLOCK
 from delora_kernels.backends.triton.stack_factors import COLUMNS as STACK_COLUMNS
 from delora_kernels.backends.triton.stack_factors import stack_factors_kernel
-from delora_kernels.backends.triton.times_small import times_small_kernel
+from delora_kernels.backends.triton.times_small import FEWEST_RANKS, times_small_kernel
 from delora_kernels.backends.triton.token_sums import token_sums_kernel
 
 TYPES = {
@@ -106,7 +109,7 @@ def variants(capability: tuple[int, int] = (9, 0)) -> Iterator[Variant]:
 
 
 FEATURES: dict[str, tuple[str, ...]] = {
-    "times_small": ("", "dropout"),
+    "times_small": ("", "dropout", "planes"),
     "token_sums": ("", "vectors", "term", "dropout"),
     "dy_sums": ("", "dots"),
     "rank_update": ("", "prefill", "dropout", "turns"),
@@ -135,7 +138,12 @@ def _tabled(
 ) -> Variant | None:
     """Return a configuration of tables.TABLES, or None where no launch asks for it."""
     drop = features == "dropout"
-    tile = tables.tiles(kernel, BR, capability, "fp32" if big == "fp32" else "mixed" if big != small or drop else "")
+    kinds = "fp32" if big == "fp32" else "mixed" if big != small else "dropped" if drop else ""
+    if kernel == "row_norm":
+        most = max(map(int, tables.TABLES["row_norm mixed" if kinds else kernel]))
+        if BR > most or (features == "turns" and BR < most):
+            return None  # so many ranks take several turns, which fewer do not
+    tile = tables.tiles(kernel, BR, capability, kinds)
     how, precision = (0, "ieee") if big == small else {"bf16": (1, "ieee"), "fp16": (3, "tf32x3")}[big]
     constants: dict[str, Any] = {"INTERPRETED": False, "BR": BR, "BT": tile.tokens, "BC": tile.columns}
     if kernel.startswith("grouped_"):
@@ -145,7 +153,13 @@ def _tabled(
         constants["UNIT_S"] = 1
     if kernel == "times_small":
         function, pointers = times_small_kernel, {"X": big, "S": small, "OUT": small}
-        constants |= {"DROP": drop}
+        constants |= {"DROP": drop, "PLANES": 1}
+        if features == "planes":
+            if name != "bf16+fp32" or BR <= FEWEST_RANKS:
+                return None  # no other factors come so
+            tile, how = tables.tiles(kernel, BR, capability, "planes"), 0
+            pointers["S"] = "bf16"
+            constants |= {"PLANES": 3, "BT": tile.tokens, "BC": tile.columns}
     elif kernel == "token_sums":
         function, pointers = token_sums_kernel, {"X": big, "H": small, "PRODUCT": "fp32"}
         if features == "term" and name not in ("bf16", "fp16"):
@@ -264,12 +278,16 @@ def _passes() -> Iterator[Variant]:
     totals = {"WITH_PRODUCT": True, "WITH_SUMS": True, "BLOCK": GROUPED_BLOCK, "BE": BE}
     yield Variant("grouped_total", "", grouped_total_kernel, pointers_of_total, totals, {})
     for BR in (16, 32, 512):
-        size = {"BN": PARTS_BLOCK // BR, "BR": BR, "BLOCK": PARTS_BLOCK}
+        size = {"BN": PARTS_BLOCK // BR, "BR": BR, "BLOCK": PARTS_BLOCK, "AT_ONCE": FEW, "UNIT": 8}
         yield Variant("finish_dy", f"R={BR}", finish_dy_kernel, pointers, constants | size, {})
     for by_row in (False, True):
         size = {"BY_ROW": by_row, "BM": BLOCK_ROWS, "BC": BLOCK_COLUMNS}
         pointers = {"X": "bf16", "FACTOR": "fp32", "OUT": "bf16"}
         yield Variant("scaled", "rows" if by_row else "columns", scaled_kernel, pointers, size, {})
+    for by_row in (False, True):
+        size = {"WITH_FACTOR": True, "BY_ROW": by_row, "PLANES": 3, "BM": PLANE_ROWS, "BC": PLANE_COLUMNS}
+        pointers = {"S": "fp32", "FACTOR": "fp32", "OUT": "bf16"}
+        yield Variant("planes", "rows" if by_row else "columns", planes_kernel, pointers, size, {})
     size = {"BLOCK": STACK_BLOCK, "BN": STACK_BLOCK // STACK_COLUMNS, "BC": STACK_COLUMNS}
     constants = {f"WITH_{part}": True for part in ("A", "G", "A0", "B0")}
     for small in ("fp32", "bf16"):
@@ -325,7 +343,7 @@ def _gated_projections(capability: tuple[int, int]) -> Iterator[Variant]:
                 pointers |= {"X": big, "S": small, "H": small, "V": small}
                 constants = plain.constants | {"GIVEN": given, "WITH_SHARE": True, "K": 0 if given else 2}
                 constants |= {"RENORMALIZE": not given, "BE": LARGEST_EXPERTS}
-                for other in ("DROP", "UNIT", "UNIT_S"):
+                for other in ("DROP", "PLANES", "UNIT", "UNIT_S"):
                     del constants[other]
                 config = f"{name} R={rank_class} {'gates' if given else 'top-2'}"
                 yield Variant("project_route", config, project_route_kernel, pointers, constants, plain.options)

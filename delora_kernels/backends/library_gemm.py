@@ -98,8 +98,9 @@ class Stages:
     and strides.
 
     Args:
-        times_small: (x [T, C], small [C, R], dtype, group) → x small [T, R] in `dtype`; with a
-            `MaskGroup`, elements of x are dropped by its mask.
+        times_small: (x [T, C], small [C, R], dtype, group, column) → x small [T, R] in `dtype`;
+            with a `MaskGroup`, elements of x are dropped by its mask; with a column [C], float32,
+            it is x (column ⊙ small), whose factor is not rounded.
         times_small_parts: (x, small, dtype, groups) → the same in parts, [P, T, R] in float32, or
             [1, T, R] in `dtype`; `groups`, the masks of x for each of R's columns, divide these, or
             None.
@@ -173,8 +174,7 @@ class Stages:
         if B_hat is not None and h is not None and self.takes_dy_sums(dy, B_hat, h, c):
             parts = self.dy_sums(dy, B_hat, h, scale, need_bias, kept, c)
         else:
-            small = B_hat if c is None or B_hat is None else B_hat * c[:, None]
-            dv = None if small is None else self.times_small(dy, small, dtype)
+            dv = None if B_hat is None else self.times_small(dy, B_hat, dtype, None, c)
             empty = h is None and kept is None and not need_bias
             parts = DyParts(None, None, None, None) if empty else self.token_sums(dy, h, scale, sums=need_bias, y=kept)
         sums = self.finished(parts, dtype, c, None if kept_is_y or kept is None else B_hat, divisor)

@@ -18,6 +18,7 @@ from benchmarks.codegen import configurations as codegen
 from benchmarks.codegen import variants as codegen_variants
 from delora_kernels.backends.triton import tables
 from delora_kernels.backends.triton.rank_update import TURN
+from delora_kernels.backends.triton.times_small import FEWEST_RANKS
 
 KEYS = {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma"}
 
@@ -29,9 +30,14 @@ def test_every_table_entry_is_compiled() -> None:
     for kernel, features in codegen_variants.FEATURES.items():
         for rank_class in tables.TABLES[kernel]:
             for types in codegen_variants.TYPES if kernel != "dy_sums" else ("bf16", "bf16+fp32", "fp16"):
+                most = max(map(int, tables.TABLES["row_norm" if types in ("bf16", "fp16") else "row_norm mixed"]))
+                never = {
+                    "term": types not in ("bf16", "fp16"),
+                    "turns": int(rank_class) > TURN if kernel == "rank_update" else int(rank_class) != most,
+                    "planes": types != "bf16+fp32" or int(rank_class) <= FEWEST_RANKS,
+                }
                 for feature in features:
-                    turns = feature == "turns" and kernel == "rank_update"
-                    if (feature != "term" or types in ("bf16", "fp16")) and not (turns and int(rank_class) > TURN):
+                    if not never.get(feature, False) and not (kernel == "row_norm" and int(rank_class) > most):
                         assert (kernel, f"{types} R={rank_class} {feature}".strip()) in seen
     gemms = {config for kernel, config in seen if kernel == "rank_gemm"}
     assert {f"bf16 {layout} {way}" for layout in ("NT", "NN") for way in tables.GEMMS} <= gemms

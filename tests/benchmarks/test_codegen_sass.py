@@ -205,6 +205,8 @@ def test_each_limit(measure: str) -> None:
     assert (new, idle) == ([Allowed("row_norm", ROW["of"], measure, (12.0, 8.0))], [])
     assert limits.judged([bad], new) == ([], [])
     assert limits.judged([ROW], new) == ([], new)  # mended: the exception is named as such
+    assert limits.judged([], new) == ([], [])
+    assert limits.judged([], new, complete=True) == ([], new)  # no launch is called so any more
     assert list(limits.beyond(bad | {"R": 128})) == [measure] * (measure in ("spills", "serialized"))
 
 

@@ -12,8 +12,11 @@ from delora_kernels.backends.dropout import MaskGroup, mask_arguments, threshold
 from delora_kernels.backends.library_gemm import DyParts, WrittenTerm
 
 
-def times_small(x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None) -> Tensor:
-    """x small → [T, R] in `dtype`: `Stages.times_small`."""
+def times_small(
+    x: Tensor, small: Tensor, dtype: torch.dtype, group: MaskGroup | None = None, column: Tensor | None = None
+) -> Tensor:
+    """x (column ⊙ small) → [T, R] in `dtype`: `Stages.times_small`."""
+    small = small if column is None else small * column[:, None]
     groups = None if group is None else [group._replace(columns=slice(0, small.shape[1]))]
     return add_parts(times_small_parts(x, small, dtype, groups), dtype)
 

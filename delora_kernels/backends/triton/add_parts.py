@@ -6,12 +6,15 @@ and makes of it what the op `expand_backward` promises: dv in its dtype, dB̂ wi
 divided, the bias's gradient.
 """
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from delora_kernels.backends.library_gemm import DyParts
+from delora_kernels.backends.triton.device import in_units
 from delora_kernels.backends.triton.launch import Record, launch, planned, record
 from delora_kernels.backends.triton.tables import MULTIPROCESSORS, cdiv, power_of_2
 
@@ -83,11 +86,12 @@ def finish_dy_kernel(
     dv_parts, parts, elements, N, R, stride_bn, stride_br,
     WITH_DV: tl.constexpr, WITH_PRODUCT: tl.constexpr, WITH_SUMS: tl.constexpr, WITH_DOTS: tl.constexpr,
     WITH_COLUMN: tl.constexpr, WITH_B: tl.constexpr,
-    BN: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Programs up to N / BN: BN rows of dB̂ [N, R], Σ_t dy and dm; those after: BLOCK elements of
-    dv.
+    dv, of which AT_ONCE parts are loaded together.
     """
+    elements = in_units(elements, UNIT)
     rows = (N + BN - 1) // BN
     if tl.program_id(0) < rows:
         n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -113,7 +117,12 @@ def finish_dy_kernel(
     if WITH_DV:
         if tl.program_id(0) >= rows:
             i = (tl.program_id(0) - rows).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            add(DV_PARTS, DV, i, dv_parts, elements)
+            sums = tl.zeros((BLOCK,), tl.float32)
+            for p0 in range(0, dv_parts, AT_ONCE):
+                p = p0 + tl.arange(0, AT_ONCE).to(tl.int64)
+                inside = (p[:, None] < dv_parts) & (i[None, :] < elements)
+                sums += tl.sum(tl.load(DV_PARTS + p[:, None] * elements + i[None, :], inside, 0.0), 0)
+            tl.store(DV + i, sums.to(DV.dtype.element_ty), i < elements)
 
 
 @planned
@@ -121,10 +130,14 @@ def _plan(N: int, integers: tuple[int, ...], *present: bool) -> tuple[Record, in
     """Return the record of a launch and its programs for all but dv; `integers` as the kernel takes
     them, from N on.
     """
-    BR = max(16, power_of_2(max(1, integers[1])))
+    R = integers[1]
+    BR = max(16, power_of_2(max(1, R)))
     names = ("WITH_DV", "WITH_PRODUCT", "WITH_SUMS", "WITH_DOTS", "WITH_COLUMN", "WITH_B")
     BN = BLOCK // BR
-    made = record(finish_dy_kernel, integers, **dict(zip(names, present, strict=True)), BN=BN, BR=BR, BLOCK=BLOCK)
+    made = record(
+        finish_dy_kernel, integers, **dict(zip(names, present, strict=True)),
+        BN=BN, BR=BR, BLOCK=BLOCK, AT_ONCE=FEW, UNIT=gcd(16, R) if R else 1,
+    )  # fmt: skip
     return made, cdiv(N, BN)
 
 

@@ -48,6 +48,15 @@ def _low(wide, high):
 
 
 @triton.jit
+def in_planes(wide):
+    """Return three bfloat16 parts that add up to `wide`: they hold all of float32's 24 bits."""
+    high = wide.to(tl.bfloat16)
+    low = _low(wide, high)
+    rest = _low(wide - high.to(tl.float32), low)
+    return high, low, tl.where(tl.abs(wide) < float("inf"), rest, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + a · b."""
     if INTERPRETED:  # whose dot multiplies the bit patterns of bfloat16
@@ -64,11 +73,9 @@ def mixed_dot(big, small, acc, HOW: tl.constexpr, PRECISION: tl.constexpr, INTER
         return _dot(big, small, acc, PRECISION, INTERPRETED)
     if HOW == 3:
         return _dot(big.to(tl.float32), small.to(tl.float32), acc, PRECISION, INTERPRETED)
-    high = small.to(tl.bfloat16)
-    low = _low(small, high)
-    if HOW == 1:  # three parts hold all of float32's 24 bits
-        rest = _low(small - high.to(tl.float32), low)
-        acc = _dot(big, tl.where(tl.abs(small) < float("inf"), rest, 0.0).to(tl.bfloat16), acc, PRECISION, INTERPRETED)
+    high, low, rest = in_planes(small)
+    if HOW == 1:
+        acc = _dot(big, rest, acc, PRECISION, INTERPRETED)
         acc = _dot(big, low, acc, PRECISION, INTERPRETED)
         return _dot(big, high, acc, PRECISION, INTERPRETED)
     big_high = big.to(tl.bfloat16)

@@ -70,8 +70,8 @@ def plan(
     name = kernel.fn.__name__.removesuffix("_kernel")
     how = dot_split_in_rank(small, small, big) if name == "grouped_update" else dot_split(big, small)
     BR = rank_tile(name, max(1, R))
-    mixed = big.itemsize == 2 and (small != big or dict(present).get("DROP", False))
-    tile = tiles(name, BR, capability(device), "mixed" if mixed else dtypes(big))
+    kinds = dtypes(big, small) or ("dropped" if dict(present).get("DROP", False) else "")
+    tile = tiles(name, BR, capability(device), kinds)
     made = record(
         kernel, integers, **dict(present),
         HOW=how, PRECISION=precision(how, tf32), INTERPRETED=INTERPRETED,

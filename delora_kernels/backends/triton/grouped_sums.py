@@ -34,7 +34,8 @@ def grouped_sums_kernel(
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    acc = tl.zeros((BC, BR), tl.float32)
+    TURNED: tl.constexpr = DROP and HOW == 0 and BR > 16
+    acc = tl.zeros((BR, BC) if TURNED else (BC, BR), tl.float32)
     sums = tl.zeros((BC,), tl.float32)
     for t0 in range(first, tl.minimum(first + part, end), BT):
         t = t0 + tl.arange(0, BT)
@@ -47,7 +48,12 @@ def grouped_sums_kernel(
         if WITH_PRODUCT:
             h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
             h = tl.load(h_at, (t[:, None] < end) & (r[None, :] < R), 0.0)
-            acc = mixed_dot(tl.trans(x), h, acc, HOW, PRECISION, INTERPRETED)
+            if TURNED:  # a masked x comes from registers: as the left operand, instructions wait one by one
+                acc = mixed_dot(tl.trans(h), x, acc, HOW, PRECISION, INTERPRETED)
+            else:
+                acc = mixed_dot(tl.trans(x), h, acc, HOW, PRECISION, INTERPRETED)
+    if TURNED:
+        acc = tl.trans(acc)
     mine, there = e == expert, expert < E
     alone = there & (tl.sum(tl.where(mine, counts, 0), 0) == 1)
     cell, held = r[None, :] * C + c[:, None], (c[:, None] < C) & (r[None, :] < R)

@@ -114,7 +114,7 @@ def _plan(
         column, scaled: Whether c, whether c ⊙ W is wanted.
     """
     N, _, R, *_ = integers
-    BR = rank_tile("row_norm", R)
+    BR = rank_tile("row_norm" if kinds == "" else "row_norm mixed", R)
     tile = tiles("row_norm", BR, capability(device), kinds)
     BN, BK = shape(tile, BR, N * max(1, E), multiprocessors(device))
     # c divides by the norm, which multiplies all that follows: with float32 factors it stays

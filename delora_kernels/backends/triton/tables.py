@@ -32,9 +32,12 @@ class Tiles(NamedTuple):
 TABLES: dict[str, dict[str, Tiles]] = {
     "times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
     "times_small mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "times_small dropped": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(64, 32, 8, 2)},
+    "times_small planes": {"64": Tiles(64, 32, 8, 3), "128": Tiles(64, 32, 8, 3)},
     "times_small fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 8, 2), "128": Tiles(32, 32, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "token_sums mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
+    "token_sums dropped": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "token_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
     "dy_sums": {"16": Tiles(64, 256, 8, 2), "32": Tiles(64, 128, 8, 2)},
     "dy_sums scaled": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
@@ -48,21 +51,33 @@ TABLES: dict[str, dict[str, Tiles]] = {
     "grouped_update mixed": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 8, 2)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "grouped_sums mixed": {"16": Tiles(32, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
+    "grouped_sums dropped": {"16": Tiles(32, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 64, 8, 2)},
     "grouped_sums fp32": {"16": Tiles(64, 64, 4, 3), "64": Tiles(32, 64, 8, 2), "128": Tiles(32, 32, 8, 2)},
-    "row_norm": {"32": Tiles(32, 128, 8, 4), "64": Tiles(32, 64, 4, 4)},
+    "row_norm": {
+        "16": Tiles(32, 128, 8, 4),
+        "32": Tiles(32, 128, 8, 4),
+        "64": Tiles(32, 64, 4, 4),
+        "128": Tiles(32, 64, 8, 3),
+        "256": Tiles(32, 32, 4, 3),
+    },
     "row_norm mixed": {"32": Tiles(32, 64, 4, 4), "64": Tiles(32, 64, 8, 3)},
 }
 """Kernel → rank class (the rank's tile fits it) → tiles. More ranks than the last class holds take
 several passes.
 
 "mixed" and "fp32" behind a kernel's name stand for launches that need more registers for the same
-tile: factors wider than the 16 bits of the token-sized operand, or a mask; all in float32. Without
-an entry of its own "fp32" takes "mixed"'s, and that the plain one.
+tile: factors wider than the 16 bits of the token-sized operand; all in float32. "dropped": a mask,
+and one dtype. "planes": wider factors as two or three tensors of bfloat16, which need more shared
+memory. Without an entry of its own "fp32" and "dropped" take "mixed"'s, and that the plain one.
 """
 
 HOPPER: dict[str, dict[str, Tiles]] = {
     "times_small": {"16": Tiles(64, 128, 4, 4), "64": Tiles(64, 64, 8, 6), "128": Tiles(64, 64, 4, 3)},
     "times_small mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 32, 4, 4), "128": Tiles(64, 32, 4, 4)},
+    "times_small dropped": {"16": Tiles(64, 64, 4, 4), "64": Tiles(64, 64, 8, 4), "128": Tiles(64, 32, 4, 4)},
+    "token_sums dropped": {"16": Tiles(64, 64, 4, 4), "64": Tiles(64, 128, 8, 3), "128": Tiles(64, 64, 8, 3)},
+    "grouped_sums dropped": {"16": Tiles(32, 64, 4, 3), "64": Tiles(64, 64, 4, 3), "128": Tiles(64, 64, 8, 3)},
+    "times_small planes": {"64": Tiles(64, 32, 4, 5), "128": Tiles(64, 32, 4, 4)},
     "token_sums mixed": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 3), "128": Tiles(32, 64, 8, 2)},
     "token_sums": {"16": Tiles(64, 64, 4, 4), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
     "dy_sums": {"16": Tiles(64, 256, 8, 4), "32": Tiles(64, 256, 8, 3)},
@@ -73,6 +88,14 @@ HOPPER: dict[str, dict[str, Tiles]] = {
     "grouped_times_small": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 128, 4, 3), "128": Tiles(64, 64, 4, 3)},
     "grouped_update": {"16": Tiles(64, 128, 8, 2), "32": Tiles(64, 64, 4, 3)},
     "grouped_sums": {"16": Tiles(64, 64, 4, 3), "64": Tiles(64, 64, 4, 4), "128": Tiles(64, 64, 4, 3)},
+    "row_norm": {
+        "16": Tiles(32, 128, 8, 4),
+        "32": Tiles(32, 256, 8, 4),
+        "64": Tiles(32, 256, 8, 4),
+        "128": Tiles(32, 128, 8, 5),
+        "256": Tiles(32, 64, 8, 5),
+    },
+    "row_norm mixed": {"32": Tiles(32, 128, 8, 4), "64": Tiles(32, 64, 8, 4)},
 }
 """The same for compute capability 9.0, whose wgmma reads both operands where they were loaded to:
 elsewhere tiles of that size would not fit the registers.
@@ -182,7 +205,7 @@ def tiles(kernel: str, rank_tile: int, capability: tuple[int, int], dtypes: str 
     """Return the configuration of a kernel for a tile of ranks on a device of this compute
     capability.
     """
-    own = {"": (), "fp32": ("fp32", "mixed")}.get(dtypes, (dtypes,))
+    own = {"": (), "fp32": ("fp32", "mixed"), "dropped": ("dropped", "mixed")}.get(dtypes, (dtypes,))
     name = next((f"{kernel} {each}" for each in own if f"{kernel} {each}" in TABLES), kernel)
     limit, entry = next(entry for entry in shipped(name, capability).items() if rank_tile <= int(entry[0]))
     tuned = TILES.get((capability, name), {}).get(limit)

@@ -56,7 +56,8 @@ def token_sums_kernel(
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    acc = tl.zeros((BC, BR), tl.float32)
+    TURNED: tl.constexpr = DROP and HOW == 0
+    acc = tl.zeros((BR, BC) if TURNED else (BC, BR), tl.float32)
     sums = tl.zeros((LANES, BC), tl.float32)
     dots = tl.zeros((LANES, BC), tl.float32)
     if WITH_OUT:
@@ -77,11 +78,16 @@ def token_sums_kernel(
         if WITH_PRODUCT:
             h_at = H + t[:, None].to(tl.int64) * stride_h + r[None, :]
             h = tl.load(h_at, (t[:, None] < T) & (r[None, :] < R), 0.0)
-            acc = mixed_dot(tl.trans(x), h, acc, HOW, PRECISION, INTERPRETED)
+            if TURNED:  # a masked x comes from registers: as the left operand, instructions wait one by one
+                acc = mixed_dot(tl.trans(h), x, acc, HOW, PRECISION, INTERPRETED)
+            else:
+                acc = mixed_dot(tl.trans(x), h, acc, HOW, PRECISION, INTERPRETED)
             if WITH_OUT:
                 term = mixed_dot(h, s, tl.zeros((BT, BC), tl.float32), 0, PRECISION, INTERPRETED) * factor
                 tl.store(OUT + t[:, None].to(tl.int64) * C + c[None, :], term.to(OUT.dtype.element_ty), inside)
     which = tl.program_id(2).to(tl.int64)
+    if TURNED:
+        acc = tl.trans(acc)
     if WITH_PRODUCT:
         if TRANSPOSED:
             at = PRODUCT + (which * ranks + r[None, :]) * C + c[:, None]
@@ -127,7 +133,7 @@ def _plan(
     """
     (C, R, ranks, _, stride_h, *_), how = integers, dot_split(big, h)
     BR = rank_tile("token_sums", R)
-    tile = tiles("token_sums", BR, capability(device), dtypes(big, h) or ("mixed" if present[0] else ""))
+    tile = tiles("token_sums", BR, capability(device), dtypes(big, h) or ("dropped" if present[0] else ""))
     across, steps = (cdiv(C, tile.columns), max(1, cdiv(R, BR))), cdiv(T, tile.tokens)
     part = cdiv(steps, splits(across[0] * across[1], steps, side_by_side(device))) * tile.tokens
     names = ("DROP", "WITH_PRODUCT", "WITH_SUMS", "WITH_DOTS", "WITH_OUT", "TRANSPOSED")
