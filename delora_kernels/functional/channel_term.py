@@ -1,6 +1,7 @@
 """The adapter's part of a convolution's or an embedding's output, in plain torch: in place of the
 product, its multiple and their sum one tensor of the output's size, or none where the frozen
-layer's output is fresh and the term can be added into it.
+layer's output is fresh and the term can be added into it. Beside a convolution's output that is
+small, on a CPU, the product is one more.
 
     u = y + scale · B h;   with DoRA  c ⊙ (u − bias) + bias
 
@@ -12,13 +13,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, conv2d, conv3d
 
 from delora_kernels.checks import active_transform
 from delora_kernels.functional.common import exporting
 
+SMALL = 1 << 20
+"""Elements of an output on a CPU that is small."""
+
+_CONVOLUTION = (conv1d, conv2d, conv3d)
+
 
 def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float, groups: int = 1, fresh: bool = False) -> Tensor:
-    """Add y + scale · B h, rounded once where y and h are of one dtype.
+    """Add y + scale · B h, rounded once where y and h are of one dtype (and y is not small).
 
     Args:
         y: `[batch, N, ...]`, contiguous or channels last: the result has its layout. Of another
@@ -32,11 +39,20 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float, groups: int 
     G = groups
     if _is_one_product(y, h, B):
         fresh = fresh and _may_write((y, h, B))
+        if _is_small(y):
+            product = _CONVOLUTION[h.dim() - 3](h, B.reshape(*B.shape, *(1,) * (h.dim() - 2)), groups=G)
+            return y.add_(product, alpha=scale) if fresh else torch.add(y, product, alpha=scale)
         if y.is_contiguous():
-            batch, N = y.shape[:2]
-            batches = B.unflatten(0, (G, -1)).expand(batch, G, N // G, -1).flatten(0, 1)
-            rows = h.flatten(2).unflatten(1, (G, -1)).flatten(0, 1)
-            made = _added(_shaped(y, (batch * G, N // G, y[0, 0].numel())), batches, rows, scale, fresh)
+            batch, N = y.shape[0], y.shape[1]
+            rows, places = h.flatten(2), y.numel() // (batch * N)
+            if G == 1 and batch == 1:
+                made = _added(_shaped(y, (N, places)), B, rows[0], scale, fresh)
+            elif G == 1:
+                made = _added(_shaped(y, (batch, N, places)), B.expand(batch, -1, -1), rows, scale, fresh)
+            else:
+                batches = B.unflatten(0, (G, -1)).expand(batch, G, N // G, -1).flatten(0, 1)
+                by_group = rows.unflatten(1, (G, -1)).flatten(0, 1)
+                made = _added(_shaped(y, (batch * G, N // G, places)), batches, by_group, scale, fresh)
             return y if fresh and not torch.is_grad_enabled() else _shaped(made, y.shape)
         last = y.movedim(1, -1)
         if last.is_contiguous() and G == 1:
@@ -48,6 +64,13 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float, groups: int 
     by_group = h.flatten(2).unflatten(1, (G, -1))
     term = torch.matmul(B.unflatten(0, (G, -1)), by_group).flatten(1, 2).unflatten(2, y.shape[2:])
     return y + term * scale
+
+
+def _is_small(y: Tensor) -> bool:
+    """Whether it takes longer to fetch a GEMM's code into cache than to write y once more: the
+    product is then made by the library that has just made y.
+    """
+    return y.is_cpu and y.numel() <= SMALL and y.dtype in (torch.float32, torch.float64)
 
 
 def add_row_term(y: Tensor, h: Tensor, B: Tensor, scale: float, fresh: bool = False) -> Tensor:

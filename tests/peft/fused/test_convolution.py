@@ -12,10 +12,19 @@ from peft_models import assert_close, config, step
 from torch import nn
 
 import delora_kernels as dk
+from delora_kernels.functional import channel_term
 
 METHODS = ("lora", "rslora", "dora")
 
 
+@pytest.fixture(params=["small", "large"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs as they are, and judged to be as large as those that a GEMM adds to."""
+    if request.param == "large":
+        monkeypatch.setattr(channel_term, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("dims", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_pefts_numbers(method: str, dims: int, seed: int) -> None:
@@ -33,6 +42,7 @@ def test_pefts_numbers(method: str, dims: int, seed: int) -> None:
     assert_close(step(made, x), theirs, torch.float64)
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_channels_last(method: str, seed: int) -> None:
     """The output keeps the layout; DoRA, whose norm PEFT can't take there, has the numbers of the
@@ -53,6 +63,7 @@ def test_dropout_draws_what_peft_draws(seed: int) -> None:
     assert_close(step(made, x, seed), theirs)
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("order", [("default", "other"), ("other", "default")])
 def test_several_adapters_in_pefts_order(order: tuple[str, str], seed: int) -> None:
     """A DoRA rescales what stands before it, and nothing that comes after."""
@@ -71,6 +82,7 @@ def grouped(seed: int, method: str = "lora", dims: int = 2, **options: Any) -> A
     return peft.get_peft_model(base, config(method, r=4, target_modules=["0"], **options))
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("dims", KINDS)
 def test_groups(dims: int, lora_bias: bool, seed: int) -> None:
@@ -85,6 +97,7 @@ def test_groups(dims: int, lora_bias: bool, seed: int) -> None:
         assert_close(step(made, x), theirs, torch.float64)
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_lora_bias(layout: torch.memory_format, seed: int) -> None:
     made, x = adapted("lora", seed, dtype=torch.float64, lora_bias=True), images(seed, dtype=torch.float64)
@@ -138,6 +151,7 @@ def test_dropout_in_bfloat16(method: str, autocast: bool, seed: int) -> None:
         assert_close(step(made, x, seed), theirs, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_no_gradients(method: str, layout: torch.memory_format, seed: int) -> None:
@@ -154,6 +168,7 @@ def test_no_gradients(method: str, layout: torch.memory_format, seed: int) -> No
     assert not y._is_view()
 
 
+@pytest.mark.usefixtures("sizes")
 def test_second_derivatives(seed: int) -> None:
     """Through what was added in place."""
     made, x = adapted("lora", seed, dtype=torch.float64), images(seed, dtype=torch.float64).requires_grad_()
@@ -223,6 +238,7 @@ def test_an_image_without_a_batch_is_left_to_peft(seed: int) -> None:
     assert torch.equal(made(x), theirs)
 
 
+@pytest.mark.usefixtures("sizes")
 def test_a_hooked_base_runs_its_hooks(seed: int) -> None:
     made, x = adapted("lora", seed), images(seed)
     kept: list[torch.Tensor] = []
@@ -246,8 +262,16 @@ def test_merged_and_back(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "ours", "theirs"), [("lora", 1, 4), ("dora", 2, 8)])
-def test_output_sized_tensors(method: str, ours: int, theirs: int, seed: int) -> None:
-    """The base's output among them, forward: PEFT's product, multiple and sum are added into it."""
+@pytest.mark.parametrize("small", [False, True])
+def test_output_sized_tensors(
+    small: bool, method: str, ours: int, theirs: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's output among them, forward: PEFT's product, multiple and sum are added into it; of
+    a small output on a CPU the product is made beside it.
+    """
+    if not small:
+        monkeypatch.setattr(channel_term, "SMALL", 0)
+    ours += small
     made, x = adapted(method, seed), images(seed)
     layer = made.base_model.model.first
     counts = []

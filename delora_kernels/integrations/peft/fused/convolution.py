@@ -6,7 +6,8 @@
 
 The frozen convolution is the library's own (cuDNN, oneDNN), as a linear's GEMM is. PEFT makes a
 token-sized tensor of the product with B, one of its multiple and one of the sum, and for DoRA four
-more; here the sum is made in the convolution's output, and DoRA's factor takes one. All of it is
+more; here the sum is made in the convolution's output (but for a product beside a small one, on a
+CPU), and DoRA's factor takes one. All of it is
 plain torch, so that programs are compiled and exported, and gradients differentiated, as before.
 """
 
