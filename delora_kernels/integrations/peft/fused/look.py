@@ -137,7 +137,7 @@ def _drops(dropout: Any, trains: bool) -> bool:
 
 def _any_replaced(methods: tuple[tuple[Any, str, Any], ...]) -> bool:
     """Whether somebody has put another method in the place of one that PEFT's forward calls."""
-    for kind, name, method in methods:
+    for kind, name, method in methods:  # noqa: SIM110  # a generator takes twice as long, at every call
         if getattr(kind, name) is not method:
             return True
     return False
