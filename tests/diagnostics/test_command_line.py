@@ -19,6 +19,12 @@ from delora_kernels.diagnostics import check, stored_forms, versions
 from delora_kernels.diagnostics.environment import as_text, environment
 from delora_kernels.testing import METHODS
 
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=300)
+
+
 FORMS = set(stored_forms.FORMS)
 
 
@@ -33,9 +39,9 @@ def forked(arguments, out):
             sys.argv[1:] = arguments
             exec(arguments[1]) if "-c" in arguments else runpy.run_module("delora_kernels", run_name="__main__")
             sys.exit()
-        _, status, used = os.wait4(pid, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         errors.seek(0)
-        return os.waitstatus_to_exitcode(status), errors.read().decode(), used.ru_utime + used.ru_stime
+        return status, errors.read().decode()
 
 said, (read, unread) = [], json.loads(sys.argv[1])
 for arguments in read:
@@ -55,8 +61,8 @@ for arguments in unread:
 print(json.dumps(said))
 """
 """Each command in a process of its own, forked from one that has torch, which takes a new Python
-seconds: the status it ends with, what it writes to standard error, the processor's seconds it took,
-and what it writes to standard output, which of `unread` nobody reads.
+seconds: the status it ends with, and what it writes to standard error and standard output, which of
+`unread` nobody reads.
 """
 
 IMPORTED = """
@@ -65,24 +71,24 @@ before = set(sys.modules); e.as_text(e.environment()); new = set(sys.modules) - 
 print([name for name in new if name in ('peft', 'transformers', 'triton', 'numpy')])
 """
 
-Ended = tuple[int, str, float, str]
+Ended = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
 def ended() -> dict[str, Ended]:
     """How processes end."""
     variables = {name: value for name, value in os.environ.items() if name != dispatch.ENVIRONMENT_VARIABLE}
-    read: Any = [["-c", IMPORTED], [], ["check", "--device", "cpu"]]
+    read: Any = [["-c", IMPORTED], []]
     unread = [["check", "--device", "cpu", "--dtype", "float32", option] for option in ("--verbose", "--json")]
     command = [sys.executable, "-c", IN_FORKS, json.dumps([read, unread])]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
     assert done.returncode == 0, done.stderr
-    names = ("imports", "environment", "check", "--verbose", "--json")
+    names = ("imports", "environment", "--verbose", "--json")
     return {name: tuple(one) for name, one in zip(names, json.loads(done.stdout), strict=True)}
 
 
 def test_environment_from_the_shell(ended: dict[str, Ended]) -> None:
-    status, errors, _, printed = ended["environment"]
+    status, errors, printed = ended["environment"]
     assert status == 0, errors
     facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["delora_kernels"] == delora_kernels.__version__
@@ -95,7 +101,7 @@ def test_environment_from_the_shell(ended: dict[str, Ended]) -> None:
 
 
 def test_environment_imports_nothing(ended: dict[str, Ended]) -> None:
-    assert ended["imports"][-1].split() == ["False", "[]"]
+    assert ended["imports"][2].split() == ["False", "[]"]
 
 
 def test_environment_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +148,13 @@ def test_cuda_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["devices"][1:] == [{"device": f"cuda:{index}"} | gpu for index in (0, 1)]
 
 
-def test_check_from_the_shell(ended: dict[str, Ended]) -> None:
-    status, errors, seconds, printed = ended["check"]
-    assert status == 0, printed + errors
-    assert errors == ""
-    first, header, *rows, summary = printed.splitlines()
+def test_check_from_the_shell() -> None:
+    before = os.times()
+    done = python("-m", "delora_kernels", "check", "--device", "cpu")
+    after = os.times()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    first, header, *rows, summary = done.stdout.splitlines()
     stored, rows = ([row for row in rows if row.startswith("base ") == is_base] for is_base in (True, False))
     assert {row[5:24].strip() for row in stored} == FORMS
     assert all(row.endswith("  ok") or "  skipped: " in row for row in stored)
@@ -163,7 +171,9 @@ def test_check_from_the_shell(ended: dict[str, Ended]) -> None:
         assert sum(row.split()[:2] == [name, "gradcheck"] for row in rows) == 1
     assert summary.endswith("all within their limits")
     assert int(summary.split()[0]) > 500
-    assert 0 < seconds < 55, "of the processor, beyond torch's import: on a busy machine it lasts longer"
+    if hasattr(os, "wait4"):  # elsewhere the time of ended processes isn't told
+        busy = after.children_user + after.children_system - before.children_user - before.children_system
+        assert 0 < busy < 60, "seconds of the processor: on a busy machine it lasts longer"
 
 
 def test_check_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -195,7 +205,7 @@ def test_reader_that_goes_away(arguments: list[str], ended: dict[str, Ended]) ->
     """`python -m delora_kernels check | head -1`: no traceback, and the status that a shell gives
     for SIGPIPE.
     """
-    status, errors, *_ = ended[arguments[0]]
+    status, errors, _ = ended[arguments[0]]
     assert errors == ""
     assert status == 141
 
