@@ -5,6 +5,7 @@
     python -m benchmarks.gpu layers --out runs/gpu   layers beside their rivals, one model: 3.5
     python -m benchmarks.gpu tune --out runs/gpu     goes on where it stopped, as long as it may
     python -m benchmarks.gpu figures --rehearse      no GPU: compiles what would be launched
+    python -m benchmarks.gpu layers --rehearse --tiny    no GPU: the script itself, at tiny sizes
     python -m benchmarks.gpu estimates --out runs/gpu    no GPU, before figures or after: estimates
                                                      of its launches, beside what was measured
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minutes", type=float, help="when to stop, compiling included [3, 2.5, 3.5, 5]")
     add("--backend", nargs="+", default=["triton"], help="of right [%(default)s]")
     add("--rehearse", action="store_true", help="without a GPU: how much is compiled, and in what time")
+    add("--tiny", action="store_true", help="rehearse layers or figures end to end, at tiny sizes on the CPU")
     add("--workers", type=int, help="processes that compile; default: one for each core")
     options = parser.parse_args(argv)
     os.environ["DELORA_KERNELS_BACKEND"] = "triton"  # unproved: a proof compiles for longer than this may take
@@ -48,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "estimates":
         return _estimate(options)
     seconds = 60 * (options.minutes or COMMANDS[options.command])
+    if options.tiny:
+        if not options.rehearse or options.command not in ("layers", "figures"):
+            parser.error("--tiny is for a rehearsal of layers or figures")
+        # layers on plain torch: the script is rehearsed, and the interpreter would take minutes
+        os.environ |= {"DELORA_KERNELS_BACKEND": "eager"} if options.command == "layers" else {"TRITON_INTERPRET": "1"}
+        from benchmarks.gpu import tiny
+
+        return tiny.rehearsed(options.command, options.out)
     if options.rehearse:
         return _rehearsed(options)
     import torch

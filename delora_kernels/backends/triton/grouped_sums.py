@@ -34,7 +34,7 @@ def grouped_sums_kernel(
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    TURNED: tl.constexpr = DROP and HOW == 0 and BR > 16
+    TURNED: tl.constexpr = DROP and HOW == 0 and X.dtype.element_ty != tl.float32 and BR > 16
     acc = tl.zeros((BR, BC) if TURNED else (BC, BR), tl.float32)
     sums = tl.zeros((BC,), tl.float32)
     for t0 in range(first, tl.minimum(first + part, end), BT):

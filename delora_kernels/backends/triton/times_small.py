@@ -49,7 +49,7 @@ def times_small_kernel(
     R, stride_out, stride_sc = in_units(R, UNIT), in_units(stride_out, UNIT), in_units(stride_sc, UNIT_S)
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    TURNED: tl.constexpr = DROP and HOW == 0 and BR > 16
+    TURNED: tl.constexpr = DROP and HOW == 0 and X.dtype.element_ty != tl.float32 and BR > 16
     acc = tl.zeros((BR, BT) if TURNED else (BT, BR), tl.float32)
     start = tl.program_id(2) * part
     for c0 in range(start, tl.minimum(start + part, C), BC):

@@ -56,7 +56,7 @@ def token_sums_kernel(
     c0 = tl.program_id(0) * BC
     c = c0 + tl.arange(0, BC)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    TURNED: tl.constexpr = DROP and HOW == 0
+    TURNED: tl.constexpr = DROP and HOW == 0 and X.dtype.element_ty != tl.float32
     acc = tl.zeros((BR, BC) if TURNED else (BC, BR), tl.float32)
     sums = tl.zeros((LANES, BC), tl.float32)
     dots = tl.zeros((LANES, BC), tl.float32)
