@@ -41,7 +41,8 @@ class WeightedRows(torch.autograd.Function):
             dots = torch.bmm(rows[:, None], y.to(rows.dtype)[:, :, None]).flatten()
             dweights = dots[places].view(-1, k).to(weights_dtype)
         if weights is not None:
-            dy = (rows * weights.reshape(-1)[order][:, None]).to(y_dtype)
+            each = weights.reshape(-1)[order][:, None]
+            dy = (rows * each if torch.is_grad_enabled() else rows.mul_(each)).to(y_dtype)
         return dy, dweights, None, None
 
 

@@ -40,13 +40,13 @@ def grouped_linear(
     sizes, Wt = rows_of_experts(offsets, x.shape[0]), _matrices(weight, x.dtype, True)
     each_x, each_y = x.split_with_sizes(sizes), y.split_with_sizes(sizes)
     each_h, each_At, each_Bt = _split(None if A_hat is None else h, sizes), _each(A_hat, True), _each(B_hat, True)
-    add, first = _adding(h, y), 0
+    add, first, cast = _adding(h, y), 0, h.dtype != x.dtype
     for e, (size, x_e, y_e) in enumerate(zip(sizes[:-1], each_x, each_y, strict=False)):
         if size == 0:
             continue
         if A_hat is not None:  # before W pushes x out of cache
             seen = x_e if mask is None else mask.drop(x_e, slice(first, first + size))
-            each_h[e].addmm_(seen.to(h.dtype), each_At[e], beta=0, alpha=scale)
+            each_h[e].addmm_(seen.to(h.dtype) if cast else seen, each_At[e], beta=0, alpha=scale)
         if bias is None:
             torch.mm(x_e, Wt(e), out=y_e)
         else:
