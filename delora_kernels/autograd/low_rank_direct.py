@@ -21,6 +21,7 @@ from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends import eager as eager_backend
 from delora_kernels.backends.eager import low_rank as eager
 from delora_kernels.backends.eager.fold import fold, refolded, unfold
+from delora_kernels.backends.eager.thin_products import by_columns, product, token_product
 from delora_kernels.call import Call, Options
 from delora_kernels.op_arguments import Start, Strength
 
@@ -67,9 +68,9 @@ class _Lora(torch.autograd.Function):
         if not is_ordinary(dy):
             return _by_stages(ctx, dy, x, Saved(x=rows(x), weight=weight, h=h, A=A, B=B))
         dy, scale, tokens = rows(dy), ctx.o.scale, rows(x)
-        dv = torch.mm(dy, B)
-        dB = eager.token_product(dy, h, scale, B)
-        dA = eager.product(dv.t(), tokens, scale, A)
+        dv = torch.mm(dy, by_columns(B, dy))
+        dB = token_product(dy, h, scale, B)
+        dA = product(dv.t(), tokens, scale, A)
         dx = torch.mm(dy, weight).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB
 
@@ -95,11 +96,11 @@ class _Dora(torch.autograd.Function):
             kept = Saved(x=rows(x), weight=weight, h=h, A=A, B=B, c=c, kept=base, kept_divisor=norm)
             return _by_stages(ctx, dy, x, kept)
         dy, scale, tokens, c_column = rows(dy), ctx.o.scale, rows(x), c[:, None]
-        dv = torch.mm(dy, B * c_column)
-        dB = eager.token_product(dy, h, scale, B)
+        dv = torch.mm(dy, by_columns(B * c_column, dy))
+        dB = token_product(dy, h, scale, B)
         dm = eager.quotient(eager.token_dots(dy, base).add_((dB * B).sum(1)), norm)
         dB *= c_column
-        dA = eager.product(dv.t(), tokens, scale, A)
+        dA = product(dv.t(), tokens, scale, A)
         dx = eager.scaled_gemm(dy, weight, c).addmm_(dv, A, alpha=scale) if ctx.needs_input_grad[1] else None
         return None, shaped(dx, x), None, None, dA, dB, dm, None
 
@@ -124,8 +125,8 @@ class _Delora(torch.autograd.Function):
             return _by_stages(ctx, dy, x, kept)
         dy, tokens = rows(dy), rows(x)
         pair = refolded(A, B, a, b, lam, weight_norm, ctx.o.eps)
-        dv = torch.mm(dy, pair.B_hat)
-        dB_hat = eager.token_product(dy, h, 1.0)
+        dv = torch.mm(dy, by_columns(pair.B_hat, dy))
+        dB_hat = token_product(dy, h, 1.0)
         dA_hat = torch.mm(dv.t(), tokens)
         dA, dB, dlam = unfold(dA_hat, dB_hat, A, B, weight_norm, pair)
         dx = torch.mm(dy, weight).addmm_(dv, pair.A_hat) if ctx.needs_input_grad[1] else None

@@ -22,6 +22,7 @@ from delora_kernels.autograd.low_rank_direct import frozen_linear, is_ordinary, 
 from delora_kernels.autograd.low_rank_stages import Saved, gradients
 from delora_kernels.backends.eager import low_rank as eager
 from delora_kernels.backends.eager.fold import Stack, stack_of, unfold_stack
+from delora_kernels.backends.eager.thin_products import by_columns, token_product
 from delora_kernels.call import Call, Options
 
 _INPUTS = {"lora_linear": 4, "dora_linear": 5, "delora_linear": 6}
@@ -98,7 +99,8 @@ class _SharedInput(torch.autograd.Function):
         dv, dx = torch.empty_like(h), None
         for dy_i, dv_i, o_i, (weight, _, B, *rest) in zip(dy, _columns(dv, stack.ranks), o, kept, strict=True):
             c = rest[0] if len(rest) == 3 else None
-            torch.addmm(dv_i, dy_i, B if c is None else B * c[:, None], beta=0, alpha=o_i.scale, out=dv_i)
+            right = by_columns(B if c is None else B * c[:, None], dy_i)
+            torch.addmm(dv_i, dy_i, right, beta=0, alpha=o_i.scale, out=dv_i)
             if need_x:
                 dx = _added(dx, dy_i, weight, c)
         along = None
@@ -110,7 +112,7 @@ class _SharedInput(torch.autograd.Function):
         if dx is not None:
             dx.addmm_(dv, stack.A_hat)
         dBs = [
-            eager.token_product(dy_i, h_i, o_i.scale, B)
+            token_product(dy_i, h_i, o_i.scale, B)
             for dy_i, h_i, o_i, (_, _, B, *_) in zip(dy, _columns(h, stack.ranks), o, kept, strict=True)
         ]
         dAs = dA_hat.split_with_sizes(stack.ranks)

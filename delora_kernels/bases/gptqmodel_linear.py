@@ -38,7 +38,9 @@ class GptqmodelBase(StoredBase):
     def of(cls, module: Any) -> "GptqmodelBase":
         """Read the base inside the linear, whose codes never change."""
         # it dequantises by other code in training, and by compiled code once it is optimised
-        how = (module.bits, module.training, "dequantize_weight" in module.__dict__)
+        # its `dynamic` settings give each layer of a model bits and groups of its own
+        group = module.in_features // max(1, len(module.scales))
+        how = (module.bits, group, module.training, "dequantize_weight" in module.__dict__)
         key = (*how, module.qweight.dtype, module.scales.dtype)
         base = cls((module.out_features, module.in_features), module.qweight.device, module.bias, key=key)
         base.module, base.compared_in = module, module.scales.dtype

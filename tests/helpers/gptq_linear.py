@@ -43,23 +43,30 @@ StandIn.__module__, StandIn.__qualname__ = "gptqmodel.nn_modules.qlinear.torch",
 
 
 def gptq(
-    N: int, K: int, *, bits: int = 4, dtype: torch.dtype = torch.float16, shuffled: bool = False, own: bool = False
+    N: int,
+    K: int,
+    *,
+    bits: int = 4,
+    group: int = 16,
+    dtype: torch.dtype = torch.float16,
+    shuffled: bool = False,
+    own: bool = False,
 ) -> Any:
-    """A linear of random codes in groups of 16; `shuffled`: rows of Wᵀ in any order of groups, as
-    `desc_act` has them; `own`: the library's.
+    """A linear of random codes in groups of rows of Wᵀ; `shuffled`: these in any order of groups,
+    as `desc_act` has them; `own`: the library's.
     """
     if own:
         library = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="needs GPTQModel")
         made = library.TorchLinear(
-            bits=bits, group_size=16, sym=False, desc_act=shuffled, in_features=K, out_features=N, bias=True
+            bits=bits, group_size=group, sym=False, desc_act=shuffled, in_features=K, out_features=N, bias=True
         )
         made.optimized = True  # it would compile how it dequantises
         made.post_init()
     else:
-        made = StandIn(bits, 16, K, N, dtype)
+        made = StandIn(bits, group, K, N, dtype)
     for codes in (made.qweight, made.qzeros):
         codes.copy_(torch.randint(-(2**31), 2**31, codes.shape))
     made.scales = (torch.rand(made.scales.shape) * 2.0**-bits / K**0.5).to(dtype)
     made.bias = torch.randn(N).to(dtype)
-    made.g_idx = (torch.randint(K // 16, (K,)) if shuffled else torch.arange(K) // 16).to(torch.int32)
+    made.g_idx = (torch.randint(K // group, (K,)) if shuffled else torch.arange(K) // group).to(torch.int32)
     return made

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from delora_kernels.backends.dropout import KeepMask
 from delora_kernels.backends.eager import grouped_library as library
-from delora_kernels.backends.eager.low_rank import add_rank_term, factor_grad, product, rank_gradients
+from delora_kernels.backends.eager.low_rank import add_rank_term, factor_grad, rank_gradients
+from delora_kernels.backends.eager.thin_products import product
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.op_arguments import TermGradients
 

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from delora_kernels.backends.dropout import KeepMask, mask_groups, times_mask
 from delora_kernels.backends.eager.chunks import chunks_in, is_one_chunk, row_chunks
+from delora_kernels.backends.eager.thin_products import by_columns, is_thin, product, token_product
 from delora_kernels.dtypes import accumulate_dtype
 from delora_kernels.op_arguments import Branch, Frozen, Masks, RankTerm, Rescaled, Rescaling, TermGradients
 
@@ -123,33 +124,6 @@ def rescale(
             y[rows] = total
 
 
-def product(left: Tensor, right: Tensor, scale: float, like: Tensor | None = None) -> Tensor:
-    """scale · left right, rounded once; `like` is any tensor of its shape and dtype, which is not
-    read: with it, one call of torch less.
-    """
-    if scale == 1:
-        return torch.mm(left, right)
-    if like is not None:
-        return torch.addmm(like, left, right, beta=0, alpha=scale)
-    return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
-
-
-def token_product(dy: Tensor, h: Tensor, scale: float, like: Tensor | None = None) -> Tensor:
-    """scale · dyᵀ h [N, R]: as it stands where that is no slower, else transposed and copied.
-
-    `like`: see `product`.
-    """
-    if dy.shape[1] <= _WIDE or dy.shape[0] <= _FEW:
-        return product(dy.t(), h, scale, like)
-    return product(h.t(), dy, scale, None if like is None else like.t()).t().contiguous()
-
-
-_WIDE, _FEW = 1024, 64
-"""Columns and rows of dy beyond which a GEMM with few columns of its own takes longer than its
-transpose and a copy.
-"""
-
-
 _IN_CACHE = 3 << 16
 """Elements of the products that `token_dots` adds up: 768 KiB in float32, in the caches of cores.
 """
@@ -238,7 +212,7 @@ def rank_gradients(dy: Tensor, term: TermGradients, c: Tensor | None) -> tuple[T
     if scaled_B is None:
         dv = dy.new_empty(0)
     elif scaled_B.dtype == dy.dtype:
-        dv = torch.mm(dy, scaled_B)
+        dv = torch.mm(dy, by_columns(scaled_B, dy))
     else:
         high, low = _halves(scaled_B, dy.dtype)
         dv = torch.mm(dy, low).addmm_(dy, high)
@@ -251,13 +225,17 @@ def _wide_rank_gradients(dy: Tensor, h: Tensor | None, scaled_B: Tensor | None, 
     """Return the same where factors are wider than dy, a chunk of rows at a time."""
     nothing = dy.new_empty(0)
     dv = nothing if scaled_B is None else scaled_B.new_empty((dy.shape[0], scaled_B.shape[1]))
-    dB_hat = nothing.to(torch.float32) if h is None else h.new_zeros((dy.shape[1], h.shape[1]))
+    right = None if scaled_B is None else by_columns(scaled_B, dy)
+    R = 0 if h is None else h.shape[1]
+    dB_hat = nothing.to(torch.float32) if h is None else h.new_zeros((dy.shape[1], R))
+    if h is not None and is_thin(dy, h):
+        dB_hat = dB_hat.view(R, -1).t()
     for rows, chunk in chunks_in(dv.dtype if h is None else h.dtype, dy):
-        if scaled_B is not None:
-            torch.mm(chunk, scaled_B, out=dv[rows])
+        if right is not None:
+            torch.mm(chunk, right, out=dv[rows])
         if h is not None:
             dB_hat.addmm_(chunk.t(), h[rows], alpha=scale)
-    return dv, dB_hat
+    return dv, dB_hat.contiguous()
 
 
 def input_backward(dy: Tensor, frozen: Frozen, branch: Branch, masks: Masks) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,26 @@ def test_parity(dtype: torch.dtype, adapters: int, own: bool, seed: int) -> None
     assert all(torch.equal(again[name], value) for name, value in theirs.items())
 
 
+def test_bits_and_groups_layer_by_layer(own: bool, seed: int) -> None:
+    """A model whose `dynamic` settings give its layers other bits and group sizes: each is compared
+    with its own module, by itself, and computes as that does.
+    """
+    torch.manual_seed(seed)
+    kinds = ((4, 16), (8, 16), (4, 32), (2, 32))
+    model = nn.Sequential(*[layer(gptq(K, K, bits=bits, group=group, own=own)) for bits, group in kinds])
+    x = torch.randn(7, K)
+    theirs = step(model, x)
+    report = dk.accelerate(model, strict=True)
+    assert [each.state for each in report.layers] == ["fused"] * len(kinds)
+    assert_close(step(model, x), theirs, torch.float32)
+    bases = [base_in(each.base_layer) for each in model]
+    assert len({base.key for base in bases}) == len(kinds)
+    for base, each in zip(bases, model, strict=True):
+        exact = each.base_layer(torch.eye(K)) - each.base_layer.bias.float()
+        limit = 1e-6 * float(each.base_layer.bias.abs().max())
+        torch.testing.assert_close(base.dense(torch.float32).t(), exact, rtol=0, atol=limit)
+
+
 def _rotates(base: Any) -> None:
     own = type(base).forward
     kind = type("TorchLinear", (type(base),), {"forward": lambda self, x: own(self, x.flip(-1))})
