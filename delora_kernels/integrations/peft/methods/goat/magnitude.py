@@ -66,11 +66,13 @@ class RescaledLayer:
     def _mean_gate_norm(self, name: str) -> Tensor:
         """‖W̄‖ by rows [N], of the weight without what is merged into it; ∞ where it is 0."""
         weight = self._base_weight() if self._unmerged is None else self._seen(self._unmerged)
-        if type(weight) not in checks.PLAIN or weight.is_meta:
+        # FSDP leaves what is flat, empty or a DTensor in its place
+        whole = weight.dim() == 2 and weight.numel() > 0 and not hasattr(weight, "device_mesh")
+        if weight.is_meta or not whole or weight.dtype not in checks.FLOATS:
             raise RuntimeError(
                 f"adapter {name!r} with use_dora=True needs the norms of its base weight, and that is "
-                f"{'not on this device' if weight.is_meta else f'a {type(weight).__name__}'}; keep the weight whole "
-                "where the layer runs, or train with use_dora=False"
+                f"{'not on this device' if weight.is_meta else f'a {type(weight).__name__} {list(weight.shape)}'} of "
+                f"{weight.dtype}; keep the weight whole where the layer runs, or train with use_dora=False"
             )
         tensors = {role: value for role, value in self._mixture(name).items() if role != "router"}
         return constant_row_norm(weight, *mean_gate(_Mixture(**tensors)), 1.0)
