@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"DELORA_KERNELS_BACKEND": "eager"} if options.command == "layers" else {"TRITON_INTERPRET": "1"}
         from benchmarks.gpu import tiny
 
-        return tiny.rehearsed(options.command, options.out)
+        return tiny.rehearsed(options.command, options.out / "tiny")  # beside records of a GPU, never in their place
     if options.rehearse:
         return _rehearsed(options)
     import torch

@@ -68,8 +68,10 @@ def add_channel_term(y: Tensor, h: Tensor, B: Tensor, scale: float, groups: int 
 
 def _is_small(y: Tensor) -> bool:
     """Whether it takes longer to fetch a GEMM's code into cache than to write y once more: the
-    product is then made by the library that has just made y.
+    product is then made by the library that has just made y. A traced program knows no sizes.
     """
+    if torch.compiler.is_compiling() or exporting():
+        return False
     return y.is_cpu and y.numel() <= SMALL and y.dtype in (torch.float32, torch.float64)
 
 

@@ -364,8 +364,8 @@ def test_every_claim_is_judged_and_drawn() -> None:
 
 
 def test_a_language_model_is_scored_by_its_next_tokens() -> None:
-    """Blocks dealt by the seed, none to two parts; loss and score against torch's own, rows at a
-    time.
+    """Blocks dealt by the seed, none that one seed chooses on to another's report; loss and score
+    against torch's own, rows at a time.
     """
     generator = torch.Generator().manual_seed(7)
     train, held_out = (torch.randint(9, (rows, 1 + 12), generator=generator) for rows in (20, 90))
@@ -376,9 +376,12 @@ def test_a_language_model_is_scored_by_its_next_tokens() -> None:
         "validation": (help_topics.VALIDATION, 12),
         "test": (help_topics.TEST, 12),
     }
-    dealt = torch.cat([parts["validation"].x[:, 0], parts["test"].x[:, 0]])
-    assert len(dealt.unique()) == len(dealt)
-    assert not torch.equal(parts["test"].x, help_topics.parts(4, train, held_out)["test"].x)
+    other = help_topics.parts(4, train, held_out)
+    assert torch.equal(parts["validation"].x, other["validation"].x)
+    assert not torch.equal(parts["test"].x, other["test"].x)
+    for its in (parts, other):
+        dealt = torch.cat([parts["validation"].x[:, 0], its["test"].x[:, 0]])
+        assert len(dealt.unique()) == len(dealt)
     for data in parts.values():
         assert torch.equal(data.y[:, :-1], data.x[:, 1:])
     with pytest.raises(Problem, match="hold out 40 blocks, 48 are needed"):

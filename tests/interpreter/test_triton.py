@@ -62,6 +62,14 @@ def test_op(name: str, dtype: str, seed: int) -> None:
             assert failures(problem) == []
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_tiles_of_hopper(name: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The tables of compute capability 9.0, on more columns than a tile of any has."""
+    monkeypatch.setitem(forms._capabilities, torch.device("cpu"), (9, 0))
+    for problem in op_problems(name, 5, 200, 150, 16, backend="triton", dtype=torch.bfloat16, seed=seed):
+        assert failures(problem) == []
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16+float32"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in REFLECTING and "grouped" not in name])
 def test_method(method: str, dtype: str, form: str, seed: int) -> None:

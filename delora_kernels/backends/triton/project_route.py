@@ -92,7 +92,7 @@ def project_route(
     whole = masks.seed is None and not shared and experts <= LARGEST_EXPERTS and T * C > 0
     whole = whole and (x.dtype == A_hat.dtype or columns - logits <= LARGEST_MIXED_RANK)
     kinds = kinds_of(x.dtype, A_hat.dtype, False)
-    if not whole or split(T, C, x.device, x.dtype, kinds, columns - logits)[0] > 1:
+    if not whole or split(T, C, x.device, x.dtype, (kinds,), columns - logits)[0] > 1:
         parts = times_small_parts(x, A_hat.t(), A_hat.dtype, mask_groups(columns, masks))
         return route(parts, A_hat.dtype, gates, top_k, gating)
     x, gates = rows(x), None if gates is None else gates.contiguous()

@@ -6,6 +6,7 @@ split among programs, and the parts are added in a fixed order. Float32 factors 
 matrix come as planes where that pays (`planes.py`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,19 +95,21 @@ def kinds_of(big: torch.dtype, small: torch.dtype, drop: bool) -> str:
 
 
 @planned
-def split(T: int, C: int, device: torch.device, big: torch.dtype, kinds: str, *ranks: int) -> tuple[int, int]:
+def split(
+    T: int, C: int, device: torch.device, big: torch.dtype, kinds: tuple[str, ...], *ranks: int
+) -> tuple[int, int]:
     """Into how many parts the sum over C of x [T, C] times blocks of these ranks is split, and the
-    columns of each.
+    columns of each: whole tiles of every block's launch, or one would read into the next part.
 
     Args:
         T, C: Of x.
         device, big: Its device and dtype.
-        kinds: What `kinds_of` says.
+        kinds: What `kinds_of` says of each block.
         ranks: Of the blocks.
     """
     widths = [rank_tile("times_small", R) for R in ranks]
-    used = [tiles("times_small", BR, capability(device), kinds) for BR in widths]
-    columns = max(tile.columns for tile in used)
+    used = [tiles("times_small", BR, capability(device), kind) for BR, kind in zip(widths, kinds, strict=True)]
+    columns = math.lcm(*(tile.columns for tile in used))
     in_flight = min((tile.stages - 1) * tile.tokens * tile.columns for tile in used) * big.itemsize
     programs = sum(cdiv(T, tile.tokens) * cdiv(R, BR) for R, BR, tile in zip(ranks, widths, used, strict=True))
     steps = cdiv(C, columns)
@@ -147,12 +150,11 @@ def times_small_parts(
         return times_planes(x, planes(small, dtype), dtype)
     x, device, kinds = rows(x), x.device, (x.dtype, small.dtype)
     if groups is None or len(groups) == 1:
-        kind = kinds_of(*kinds, groups is not None and groups[0].seed is not None)
-        parts, part = split(T, C, device, x.dtype, kind, R)
         blocks = [(small, groups[0] if groups else None, R)]
     else:
         blocks = [(small[:, group.columns], group, group.columns.stop - group.columns.start) for group in groups]
-        parts, part = split(T, C, device, x.dtype, kinds_of(*kinds, True), *(width for _, _, width in blocks))
+    each = tuple(kinds_of(*kinds, group is not None and group.seed is not None) for _, group, _ in blocks)
+    parts, part = split(T, C, device, x.dtype, each, *(width for _, _, width in blocks))
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
     for block, group, width in blocks:
         seed, limit, inverse = mask_arguments(group)
@@ -166,7 +168,7 @@ def times_small_parts(
 def times_planes(x: Tensor, small: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the parts of x [T, C] times a factor in planes, [2 or 3, C, R]."""
     x, (T, C), (count, _, R) = rows(x), x.shape, small.shape
-    parts, part = split(T, C, x.device, x.dtype, "planes", R)
+    parts, part = split(T, C, x.device, x.dtype, ("planes",), R)
     out = x.new_empty((parts, T, R), dtype=dtype if parts == 1 else torch.float32)
     integers = (C, R, x.stride(0), *small.stride()[1:], R, small.stride(0), part, 0)
     made, grid = _plan(T, integers, parts, x.dtype, small.dtype, x.device, False, False, count)

@@ -56,6 +56,17 @@ def test_channels_last(method: str, seed: int) -> None:
     assert made(x).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_exported_for_every_batch(seed: int) -> None:
+    """What is decided by an output's size is not written into a program."""
+    made, x = adapted("lora", seed, dtype=torch.float64), images(seed, dtype=torch.float64)
+    dk.accelerate(made, strict=True)
+    net = made.base_model.model.eval()
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
+        for batch in (x[:1], torch.cat([x, x])):
+            torch.testing.assert_close(program.module()(batch), net(batch), rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_draws_what_peft_draws(seed: int) -> None:
     made, x = adapted("lora", seed, lora_dropout=0.4), images(seed)
     theirs = step(made, x, seed)

@@ -5,6 +5,7 @@ test_goat.py.
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from goat_models import config, expected, layers, model, move, small
@@ -112,3 +113,34 @@ def test_base_weight_that_is_elsewhere_is_refused(seed: int) -> None:
     send(layer.base_layer)
     with pytest.raises(RuntimeError, match="adapter 'default' with use_dora=True needs the norms of its base weight"):
         layer(torch.randn(2, 12, dtype=torch.float64))
+
+
+def test_exported_beside_a_base_that_runs_its_own_forward(seed: int) -> None:
+    made, x = two_adapters(seed), torch.randn(4, 12, dtype=torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(made, (x,)).module()
+        assert relative_error(program(x), made(x)) <= 1e-12
+
+
+def test_around_another_methods_adapters_it_is_refused(seed: int) -> None:
+    inner = peft.get_peft_model(small(seed), peft.LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(
+        ValueError, match="use_dora must be False around a layer with adapters of its own, got a Linear"
+    ):
+        peft.get_peft_model(inner.base_model.model, config(target_modules=["first"], **DORA))
+
+
+def test_a_state_dict_without_a_magnitude_is_refused(seed: int) -> None:
+    made = model(small(seed), **DORA)
+    state = {key: value for key, value in made.state_dict().items() if "goat_magnitude" not in key}
+    with pytest.raises(
+        RuntimeError, match="adapter 'default' has use_dora=True, and the state dict .* has no magnitude"
+    ):
+        made.load_state_dict(state, strict=False)
+
+
+def test_magnitude_moves_with_its_adapter(seed: int) -> None:
+    layer: Any = model(small(seed), **DORA).get_submodule("base_model.model.first")
+    layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    assert layer.goat_magnitude["default"].is_meta
+    assert layer.goat_A["default"].is_meta

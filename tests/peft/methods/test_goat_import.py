@@ -78,6 +78,9 @@ def test_layer_computes_what_the_source_computed(case: GoatCase, tmp_path: Path)
     made.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(base_of(case), tmp_path / "ours")
     assert torch.equal(next(iter(layers(again).values()))(case.arguments["x"]), y)
+    dora = dk.import_goat(base_of(case), tmp_path, scaling="alpha/r", use_dora=True)  # starts where it changes nothing
+    with torch.no_grad():
+        assert relative_error(next(iter(layers(dora).values())).eval()(case.arguments["x"]), y) <= 1e-6
 
 
 class Model(nn.Module):

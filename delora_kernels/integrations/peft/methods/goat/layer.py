@@ -84,6 +84,12 @@ class PeftGoatLinear(RescaledLayer, OwnLayer, StartedLayer, BaseTunerLayer, Rout
     def update_layer(self, adapter_name: str, config: GoatConfig, r: int) -> None:
         """Add an adapter; PEFT calls it where the layer has one already."""
         base, E, K, N = self.get_base_layer(), config.num_experts, self.in_features, self.out_features
+        if config.use_dora and isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                "use_dora must be False around a layer with adapters of its own, got a "
+                f"{type(self.base_layer).__name__}: merging those would change the norms that the output is divided "
+                "by; merge_and_unload() them first"
+            )
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device_of(base), dtype=dtype_of(base)))

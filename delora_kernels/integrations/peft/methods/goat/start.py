@@ -141,6 +141,12 @@ class StartedLayer(nn.Module):
                 self._check_start(name, saved, self.goat_scale[name], start, self.goat_start_B[name])
             elif saved is None and f"{prefix}goat_A.{name}" in state_dict:
                 self._check_given(name, f"{prefix}goat_start_A.{name}", state_dict)
+        for name in self.goat_magnitude:
+            if f"{prefix}goat_A.{name}" in state_dict and f"{prefix}goat_magnitude.{name}" not in state_dict:
+                raise RuntimeError(
+                    f"adapter {name!r} has use_dora=True, and the state dict that it should load has no magnitude "
+                    f"({prefix}goat_magnitude.{name}); make the model with the config it was trained with"
+                )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
