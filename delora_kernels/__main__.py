@@ -166,7 +166,7 @@ def _add_compare(commands: Any) -> None:
         "--seconds",
         type=_positive,
         default=110,
-        help="fewer timed passes rather than longer than this; default: 110",
+        help="fewer passes rather than longer than this; default: 110",
     )
     compare.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     compare.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")

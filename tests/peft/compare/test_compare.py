@@ -181,8 +181,13 @@ def test_rounds_end_in_time(rounds: int, now: float, up: bool, monkeypatch: pyte
 
 def test_fewer_rounds_are_said(seed: int) -> None:
     model, batch = llama("lora", seed)
-    for seconds, rounds in ((1e-6, 1), (None, 2)):
+    passes = [0]
+    model.register_forward_hook(lambda *call: passes.append(passes.pop() + 1))
+    for seconds, rounds, taken in ((1e-6, 1, 3 + 2 + 4 + 2), (None, 2, 3 * (3 + 2 + 1) + 2)):
+        passes[:] = [0]
         found = dk.compare(model, batch, steps=2, seconds=seconds)
+        assert passes == [taken]
+        assert all(column.peak_mib == 3.0 for column in found.columns)
         assert {len(column.milliseconds) for column in found.columns} == {rounds}
         assert found.facts["pass"] == f"forward + backward, median of {rounds}"
         assert re.fullmatch(r"\d+ s", found.facts["took"])
