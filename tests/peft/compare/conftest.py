@@ -12,7 +12,8 @@ from delora_kernels.integrations.peft.compare import run
 def not_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's profiler takes seconds to start: one test weighs."""
 
-    def weigh(run: Callable[[], Any], device: str) -> Any:
+    def weigh(run: Callable[[], Any], device: str, warm: bool) -> Any:
+        assert warm
         run()
         return run_once_weighed
 

@@ -160,7 +160,8 @@ class _Run:
                 self.short = self.seconds is not None and least > self.seconds
 
     def _weigh(self, form: str) -> None:
-        self.peaks[form] = mib(allocations(self.problem.run, self.problem.device.type).peak)
+        # what is allocated once and kept the frozen form's first pass has allocated
+        self.peaks[form] = mib(allocations(self.problem.run, self.problem.device.type, warm=True).peak)
 
     def _time_is_up(self, first: float, forms: int) -> bool:
         """Whether one more round and the passes behind the rounds, a pass for each form and two
