@@ -63,12 +63,8 @@ def parts(seed: int, train: Tensor, held_out: Tensor) -> dict[str, Split]:
     """
     if len(held_out) < VALIDATION + TEST:
         raise Problem(f"this Python's help topics hold out {len(held_out)} blocks, {VALIDATION + TEST} are needed")
-    validation, rest = (
-        held_out[:: len(held_out) // VALIDATION][:VALIDATION],
-        torch.ones(len(held_out), dtype=torch.bool),
-    )
-    rest[:: len(held_out) // VALIDATION][:VALIDATION] = False
-    others = held_out[rest]
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
+    validation, others = held_out[order[:VALIDATION]], held_out[order[VALIDATION:]]
     drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:TEST]
     rows = {"train": train, "validation": validation, "test": others[drawn]}
     return {part: Split(some[:, :-1], some[:, 1:]) for part, some in rows.items()}

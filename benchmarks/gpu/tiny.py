@@ -3,8 +3,9 @@ torch, the kernels of `figures` in Triton's interpreter.
 
     python -m benchmarks.gpu layers --rehearse --tiny --out FOLDER
 
-Times mean nothing here. What is shown: every row is on the disk before the next, what there was no
-time for is named, the same command goes on from there (`layers`), the tables are printed.
+The records are in FOLDER/tiny, beside those of a GPU, and their times mean nothing. What is shown:
+every row is on the disk before the next, what there was no time for is named, the same command goes
+on from there (`layers`), the tables are printed.
 """
 
 import time
